@@ -1,0 +1,113 @@
+"""The error tree. Every failure a user can meet is one of these; anything else is a bug and shows its traceback.
+
+A message reads ``cannot VERB OBJECT: REASON``; a hint names the next action. The exit code belongs to the
+class, so that scripts can tell causes apart without reading text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+class VmctlError(Exception):
+    """Base of all expected failures."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class SpecError(VmctlError):
+    """Bad input. Carries every problem found, not only the first."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, problems: Sequence[str] = (), hint: str = "") -> None:
+        self.problems = tuple(problems)
+        if self.problems:
+            message = f"{message}: " + "; ".join(self.problems)
+        super().__init__(message, hint=hint)
+
+
+class HostUnreachable(VmctlError):
+    """No libvirt answered at the URI."""
+
+    exit_code = 3
+
+
+class NotFound(VmctlError):
+    """The named object does not exist (never: could not be asked for)."""
+
+    exit_code = 4
+
+
+class Conflict(VmctlError):
+    """The name or resource is taken."""
+
+    exit_code = 5
+
+
+class WrongState(VmctlError):
+    """The object exists, but its state does not allow the operation."""
+
+    exit_code = 6
+
+
+class WaitTimeout(VmctlError):
+    """A bounded wait ran out. ``evidence`` is what was observed, line by line."""
+
+    exit_code = 7
+
+    def __init__(self, what: str, *, after_s: float, evidence: Sequence[str] = (), hint: str = "") -> None:
+        super().__init__(f"{what}: not after {after_s:.1f} s", hint=hint)
+        self.what = what
+        self.after_s = after_s
+        self.evidence = tuple(evidence)
+
+
+class Unsupported(VmctlError):
+    """This host lacks the feature."""
+
+    exit_code = 8
+
+
+class GuestCommandFailed(VmctlError):
+    """A command vmctl itself ran in the guest failed."""
+
+    exit_code = 9
+
+
+class ImageError(VmctlError):
+    """Checksum, format, build or qemu-img trouble."""
+
+    exit_code = 10
+
+
+class HypervisorError(VmctlError):
+    """A libvirt error that has no class of its own. ``code`` and ``domain`` are libvirt's."""
+
+    exit_code = 13
+
+    def __init__(self, message: str, *, code: int, domain: int, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
+        self.domain = domain
+
+
+class PartialFailure(VmctlError):
+    """Some of several targets failed; ``failures`` maps each failed name to its error."""
+
+    exit_code = 14
+
+    def __init__(self, message: str, *, failures: Mapping[str, VmctlError]) -> None:
+        super().__init__(message)
+        self.failures = dict(failures)
+
+
+class Interrupted(VmctlError):
+    """The user or a supervisor asked vmctl to stop (SIGINT, SIGTERM)."""
+
+    exit_code = 130

@@ -1,0 +1,58 @@
+"""Progress events. The core hands them to a Reporter and never prints; ui.py turns them into lines or bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing done or about to be done, worth a line."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    """Something the user should know although the work goes on."""
+
+    text: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StageBegan:
+    """A named stage of a wait began. ``elapsed_s`` counts from the start of the whole wait."""
+
+    name: str
+    elapsed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageDone:
+    """A named stage of a wait ended well after ``took_s`` seconds of its own."""
+
+    name: str
+    took_s: float
+    elapsed_s: float
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """``done`` of ``total`` (0: unknown) units of ``unit`` ("B" for bytes) of the named work."""
+
+    name: str
+    done: int
+    total: int
+    unit: str = "B"
+
+
+Event: TypeAlias = Step | Warned | StageBegan | StageDone | Progress
+Reporter: TypeAlias = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """A Reporter that drops everything."""

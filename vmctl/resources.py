@@ -1,0 +1,30 @@
+"""Where vmctl's own data files are: templates/, images/ and the bare-metal guests.
+
+In a checkout (and an editable install) they stand beside the package; in a wheel they are inside it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _data(name: str) -> Path:
+    bundled = _PACKAGE / "_data" / name
+    return bundled if bundled.is_dir() else _PACKAGE.parent / name
+
+
+def templates_dir() -> Path:
+    """The folder with the Jinja templates."""
+    return _data("templates")
+
+
+def image_recipes_dir() -> Path:
+    """The folder with one sub-folder per image recipe."""
+    return _data("images")
+
+
+def baremetal_guest(name: str) -> Path:
+    """The compiled bare-metal guest ``name``; the build hook makes it when the package is built."""
+    return _PACKAGE / "baremetal" / f"{name}.elf"

@@ -1,0 +1,40 @@
+"""Bounded waiting. Every wait in vmctl goes through here, so that none can hang and each can say why it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from vmctl.errors import WaitTimeout
+
+T = TypeVar("T")
+
+
+def wait_until(
+    probe: Callable[[], T | None],
+    *,
+    what: str,
+    timeout_s: float,
+    interval_s: float = 0.1,
+    evidence: Callable[[], Sequence[str]] = tuple,
+    hint: str = "",
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
+    """Call ``probe`` until it returns something other than None or False, and return that.
+
+    Probes at least once, also when ``timeout_s`` is 0, and once more at the very end, so that a slow probe
+    cannot make a ready thing look late. Raises WaitTimeout with the lines of ``evidence``; whatever the probe
+    raises goes straight through.
+    """
+    began = clock()
+    deadline = began + timeout_s
+    while True:
+        last = clock() >= deadline
+        found = probe()
+        if found is not None and found is not False:
+            return found
+        if last:
+            raise WaitTimeout(what, after_s=clock() - began, evidence=evidence(), hint=hint)
+        sleep(max(0.0, min(interval_s, deadline - clock())))
