@@ -38,3 +38,8 @@ def wait_until(
         if last:
             raise WaitTimeout(what, after_s=clock() - began, evidence=evidence(), hint=hint)
         sleep(max(0.0, min(interval_s, deadline - clock())))
+
+
+def pause(seconds: float) -> None:
+    """Let ``seconds`` pass between two looks at something that is watched without end."""
+    time.sleep(seconds)

@@ -1,0 +1,104 @@
+"""vmctl console, ssh, exec, cp."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from vmctl import ui
+from vmctl.cli.options import ConnectOption, Name, UserOption, opened, reporter
+from vmctl.errors import SpecError, VmctlError
+
+_PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+def console(
+    name: Name,
+    force: Annotated[bool, typer.Option("--force", help="Take it over from whoever has it open.")] = False,
+    connect: ConnectOption = None,
+) -> None:
+    """Open the serial console. Ctrl-] leaves it."""
+    from vmctl import terminal
+    from vmctl.hypervisor import domain
+    from vmctl.hypervisor.domain import State
+
+    with opened(connect, events=True) as host:
+        vm = domain.find(host.conn, name)
+        domain.require(vm, frozenset({State.RUNNING, State.PAUSED}), "open the console of", f"vmctl start {name}")
+        if sys.stdin.isatty():
+            ui.note(f"connected to {name}; Ctrl-] leaves")
+        terminal.attach(host.conn, vm.name, force=force)
+        if sys.stdin.isatty():
+            ui.note(f"\r\nleft the console of {name}")
+
+
+def ssh(
+    name: Name,
+    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND...]", help="Command instead of a shell.")] = None,
+    user: UserOption = None,
+    connect: ConnectOption = None,
+) -> None:
+    """Log in by SSH, with OpenSSH's client. Only the host key planted at creation is trusted."""
+    from vmctl import guest
+
+    with opened(connect) as host:
+        argv = guest.openssh_argv(host, name, words or [], user=user)
+    try:
+        os.execvp(argv[0], argv)
+    except FileNotFoundError as error:
+        raise VmctlError("cannot start ssh: it is not installed", hint="install openssh-client") from error
+
+
+def exec_(
+    name: Name,
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="Command and arguments, after --.")],
+    user: UserOption = None,
+    tty: Annotated[bool, typer.Option("--tty", "-t", help="Give the command a terminal.")] = False,
+    no_stdin: Annotated[bool, typer.Option("--no-stdin", "-n", help="Give the command no input.")] = False,
+    connect: ConnectOption = None,
+) -> None:
+    """Run a command in the guest: input, output, errors and exit code pass through.
+
+    Example: vmctl exec web1 -- uname -a
+    """
+    from vmctl import guest, terminal
+    from vmctl.ssh import Terminal
+
+    with opened(connect) as host:
+        with terminal.raw_if(tty):
+            code = guest.execute(
+                host,
+                name,
+                command,
+                stdin=None if no_stdin else terminal.stdin_or_none(),
+                out=terminal.writer(1),
+                err=terminal.writer(2),
+                user=user,
+                terminal=Terminal(*terminal.size()) if tty else None,
+            )
+    raise typer.Exit(code)
+
+
+def cp(
+    paths: Annotated[list[str], typer.Argument(metavar="SOURCE... DEST", help="Paths; VM:/path is in a guest.")],
+    user: UserOption = None,
+    connect: ConnectOption = None,
+) -> None:
+    """Copy files and folders into a guest or out of it."""
+    from vmctl import guest
+
+    if len(paths) < 2:
+        raise SpecError("cannot copy: a source and a destination are needed", hint="vmctl cp FILE VM:/path")
+    with opened(connect) as host:
+        guest.copy(host, paths[:-1], paths[-1], reporter(), user=user)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(console)
+    app.command(context_settings=_PASS_THROUGH)(ssh)
+    app.command("exec", context_settings=_PASS_THROUGH)(exec_)
+    app.command()(cp)

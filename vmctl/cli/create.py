@@ -1,0 +1,192 @@
+"""vmctl create and delete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from vmctl import spec, ui
+from vmctl.cli.options import (
+    ConnectOption,
+    Names,
+    OutputOption,
+    TimeoutOption,
+    YesOption,
+    each,
+    opened,
+    refuse_unless_yes,
+    reporter,
+)
+from vmctl.errors import SpecError
+from vmctl.spec import AccelChoice, Firmware, Graphics, Machine, NicModel
+from vmctl.ui import Output
+
+
+def _read_keys(paths: list[Path]) -> tuple[str, ...]:
+    found: list[str] = []
+    for path in paths:
+        try:
+            found += [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"cannot read SSH public key {path}: {error}") from error
+    return tuple(found)
+
+
+def create(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new VM, also its host name.")],
+    image: Annotated[str, typer.Option("--image", "-i", help="Image to start from; see `vmctl image list`.")],
+    description: Annotated[str, typer.Option(help="Free text about the VM.")] = "",
+    memory: Annotated[str, typer.Option("--memory", "-m", metavar="SIZE", help="Memory, such as 512M or 2G.")] = "512M",
+    vcpus: Annotated[int, typer.Option("--vcpus", help="Number of virtual CPUs.")] = 1,
+    root_size: Annotated[Optional[str], typer.Option(metavar="SIZE", help="Root disk size, if larger than the image's.")] = None,  # noqa: UP045
+    disk: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="SIZE|PATH", help="Further disk: 10G, or /path/file.qcow2; ,bus=scsi ,format=raw. Repeatable."),
+    ] = None,
+    network: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="NETWORK", help="Network of a card; the first is vmctl's own by default. Repeatable."),
+    ] = None,
+    nic_model: Annotated[NicModel, typer.Option(help="Model of the network cards.")] = NicModel.VIRTIO,
+    accel: Annotated[AccelChoice, typer.Option(help="What runs the guest; auto takes KVM only where it truly works.")] = AccelChoice.AUTO,
+    cpu: Annotated[Optional[str], typer.Option(metavar="MODEL", help="CPU model; default: the host's on KVM, max on TCG.")] = None,  # noqa: UP045
+    machine: Annotated[Machine, typer.Option(help="Machine type.")] = Machine.Q35,
+    firmware: Annotated[Firmware, typer.Option(help="Firmware.")] = Firmware.BIOS,
+    graphics: Annotated[Graphics, typer.Option(help="Graphical console, bound to loopback.")] = Graphics.NONE,
+    console: Annotated[bool, typer.Option("--console/--no-console", help="Serial console, logged.")] = True,
+    rng: Annotated[bool, typer.Option("--rng/--no-rng", help="virtio random number source.")] = True,
+    balloon: Annotated[bool, typer.Option("--balloon/--no-balloon", help="virtio memory balloon.")] = True,
+    agent: Annotated[bool, typer.Option("--agent/--no-agent", help="Guest agent channel.")] = True,
+    label: Annotated[Optional[list[str]], typer.Option("--label", "-l", metavar="KEY=VALUE", help="Label. Repeatable.")] = None,  # noqa: UP045
+    ssh_key: Annotated[Optional[list[Path]], typer.Option(metavar="FILE", help="Further public key to let in. Repeatable.")] = None,  # noqa: UP045
+    runcmd: Annotated[Optional[list[str]], typer.Option(metavar="COMMAND", help="Command for the first boot. Repeatable.")] = None,  # noqa: UP045
+    autostart: Annotated[bool, typer.Option("--autostart", help="Start it with its host.")] = False,
+    no_start: Annotated[bool, typer.Option("--no-start", help="Define it only.")] = False,
+    wait: Annotated[Optional[str], typer.Option(metavar="GOAL", help="Wait until running, ip, ssh or agent.")] = None,  # noqa: UP045
+    timeout: TimeoutOption = None,
+    exist_ok: Annotated[bool, typer.Option("--exist-ok", help="A VM of that name is no error; it is left as it is.")] = False,
+    print_xml: Annotated[bool, typer.Option("--print-xml", "--dry-run", help="Print the domain XML; change nothing.")] = False,
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Create a VM from an image and start it.
+
+    Example: vmctl create web1 --image micro --memory 512M --vcpus 2 --wait ssh
+    """
+    problems: list[str] = []
+    nets = network or [""]
+    values = {
+        "memory_mib": _collected(problems, lambda: spec.parse_size_mib(memory), 512),
+        "root_size_mib": _collected(problems, lambda: spec.parse_size_mib(root_size) if root_size else None, None),
+        "disks": _collected(problems, lambda: tuple(spec.parse_disk(text) for text in disk or []), ()),
+        "labels": _collected(problems, lambda: dict(spec.parse_label(text) for text in label or []), {}),
+        "ssh_keys": _collected(problems, lambda: _read_keys(ssh_key or []), ()),
+    }
+    vm = spec.VM(
+        name=name,
+        image=image,
+        description=description,
+        vcpus=vcpus,
+        nics=tuple(spec.Nic(network=net or None, model=nic_model) for net in nets),
+        accel=accel,
+        cpu=cpu,
+        machine=machine,
+        firmware=firmware,
+        graphics=graphics,
+        console=console,
+        rng=rng,
+        balloon=balloon,
+        agent=agent,
+        runcmd=tuple(runcmd or ()),
+        autostart=autostart,
+        **values,  # type: ignore[arg-type]
+    )
+    problems += spec.problems(vm)
+    goal = _goal(wait, problems)
+    if no_start and wait:
+        problems.append("--wait and --no-start exclude each other")
+    if problems:
+        raise SpecError("cannot create VM", problems=problems)
+    from vmctl import lifecycle, readiness
+
+    report = reporter()
+    with opened(connect) as host:
+        if print_xml:
+            ui.write(lifecycle.plan(host, vm).xml)
+            return
+        made = lifecycle.create(host, vm, report, exist_ok=exist_ok, start_it=not no_start)
+        if made.existed:
+            ui.note(f"{name} exists already, {made.vm.state}")
+        where = None
+        if goal is not None:
+            budget = readiness.default_timeout_s(made.vm) if timeout is None else timeout
+            where = readiness.wait_for(host, made.vm, goal, timeout_s=budget, report=report)
+        result = {"name": made.vm.name, "uuid": made.vm.uuid, "existed": made.existed, "address": where.host if where else ""}
+        ui.emit(result, output, lambda: name, lambda: [name])
+
+
+def _collected(problems: list[str], parse, default):  # type: ignore[no-untyped-def]
+    """The parsed value, or ``default`` with the problem noted, so that all problems are reported together."""
+    try:
+        return parse()
+    except SpecError as error:
+        problems.append(error.message)
+        return default
+
+
+def _goal(wait: str | None, problems: list[str]):  # type: ignore[no-untyped-def]
+    if wait is None:
+        return None
+    from vmctl.readiness import Goal
+
+    try:
+        goal = Goal(wait)
+    except ValueError:
+        problems.append(f"--wait {wait!r} is none of running, ip, ssh, agent")
+        return None
+    if goal is Goal.STOPPED:
+        problems.append("--wait stopped makes no sense for a VM that is being created")
+    return goal
+
+
+def delete(
+    names: Names,
+    yes: YesOption = False,
+    missing_ok: Annotated[bool, typer.Option("--missing-ok", help="A VM that is not there is no error.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be deleted.")] = False,
+    connect: ConnectOption = None,
+) -> None:
+    """Delete VMs with their own disks, seed, NVRAM and saved state. Base images and others' disks stay."""
+    from vmctl import lifecycle
+    from vmctl.errors import NotFound
+    from vmctl.listing import matching
+
+    report = reporter()
+    with opened(connect) as host:
+        wanted = []
+        lines: list[str] = []
+        for name in matching(host, names):
+            try:
+                lines += lifecycle.doomed(host, name).lines
+            except NotFound:
+                if not missing_ok and len(names) == 1:
+                    raise
+                if missing_ok:
+                    continue
+            wanted.append(name)
+        if dry_run:
+            for line in lines:
+                ui.say(line)
+            return
+        if not wanted:
+            return
+        refuse_unless_yes(lines, yes=yes)
+        each(wanted, lambda name: lifecycle.delete(host, name, report), lambda name, _: ui.say(name), "delete")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(create)
+    app.command()(delete)

@@ -1,0 +1,99 @@
+"""vmctl host info, doctor, demo."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmctl import ui
+from vmctl.cli.options import ConnectOption, OutputOption, opened, reporter
+from vmctl.ui import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmctl.doctor import Finding
+    from vmctl.hosts import HostInfo
+
+host_app = typer.Typer(help="Hosts that VMs run on.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def _info_text(info: HostInfo) -> str:
+    kvm = info.accel.kvm
+    checks = "\n".join(
+        f"{check.name}: {check.result}, {check.detail}" + (f"\n  mend: {check.mend}" if check.mend else "")
+        for check in kvm.evidence
+    )
+    return ui.fields(
+        [
+            ("host", info.name),
+            ("uri", info.uri),
+            ("cpu", f"{info.cpus} x {info.cpu_model} ({info.arch})"),
+            ("memory", ui.memory(info.memory_mib)),
+            ("libvirt", info.libvirt),
+            ("qemu", f"{info.qemu} ({info.emulator})"),
+            ("network", info.network),
+            ("pools", f"{info.pool} (disks), {info.image_pool} (images)"),
+            ("accel", f"{info.accel.chosen}: {info.accel.reason}"),
+            ("mend", info.accel.mend),
+            ("kvm", kvm.verdict),
+            ("evidence", checks),
+        ]
+    )
+
+
+@host_app.command("info")
+def info(
+    refresh: Annotated[bool, typer.Option("--refresh", help="Probe the accelerator again.")] = False,
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Show the host and which accelerator works there, with the evidence."""
+    from vmctl import hosts
+
+    with opened(connect) as host:
+        found = hosts.info(host, refresh=refresh)
+        ui.emit(found, output, lambda: _info_text(found), lambda: [found.name])
+
+
+def _findings_text(findings: Sequence[Finding]) -> str:
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.result:<8} {finding.name}: {finding.detail}")
+        if finding.mend and finding.result != "ok":
+            lines.append(f"{'':<8}   mend: {finding.mend}")
+    return "\n".join(lines)
+
+
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended from here.")] = False,
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Look for what keeps VMs from running well, explain it, and with --fix mend it. Exit 1 while something is broken."""
+    from vmctl import doctor as check
+    from vmctl.cli.options import GLOBALS
+
+    findings = check.examine(connect or GLOBALS.connect, fix=fix, report=reporter())
+    ui.emit(findings, output, lambda: _findings_text(findings), lambda: [f.name for f in findings if f.result == "failed"])
+    if any(finding.result == "failed" for finding in findings):
+        raise typer.Exit(1)
+
+
+def demo(
+    name: Annotated[str, typer.Option(help="Name of the demonstration VM.")] = "demo",
+    connect: ConnectOption = None,
+) -> None:
+    """Show the main job from end to end, printing each command before it runs."""
+    from vmctl import demo as play
+    from vmctl.cli import run
+    from vmctl.cli.options import GLOBALS
+
+    play.run(name, connect or GLOBALS.connect, run)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command()(doctor)
+    app.command()(demo)

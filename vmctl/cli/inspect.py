@@ -1,0 +1,210 @@
+"""vmctl list, show, wait, logs, events."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from vmctl import ui
+from vmctl.cli.options import ConnectOption, Name, Names, OutputOption, TimeoutOption, each, opened, reporter
+from vmctl.errors import SpecError
+from vmctl.ui import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmctl.listing import Detail, Row
+
+_HEADER = ("NAME", "STATE", "ACCEL", "VCPUS", "MEMORY", "ADDRESS", "HOST", "IMAGE", "UPTIME")
+
+
+def _table(rows: Sequence[Row]) -> str:
+    return ui.columns(
+        _HEADER,
+        [
+            (r.name, r.state, r.accel, str(r.vcpus), ui.memory(r.memory_mib), r.address, r.host, r.image, ui.duration(r.uptime_s))
+            for r in rows
+        ],
+    )
+
+
+def list_(
+    state: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--state", "-s", metavar="STATE", help="Only VMs in this state. Repeatable."),
+    ] = None,
+    label: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--label", "-l", metavar="KEY[=VALUE]", help="Only VMs with this label. Repeatable."),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show again whenever something changes; Ctrl-C ends.")] = False,
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """List VMs."""
+    from vmctl import listing
+    from vmctl.hypervisor.domain import State
+
+    known = {one.value: one for one in State}
+    if unknown := [text for text in state or [] if text not in known]:
+        raise SpecError(f"cannot list VMs: {unknown[0]!r} is no state", hint="states: " + ", ".join(known))
+    states = {known[text] for text in state or []}
+    labels = {key: value if sep else None for key, sep, value in (text.partition("=") for text in label or [])}
+    with opened(connect, events=watch) as host:
+
+        def show() -> None:
+            rows = listing.rows(host, states=states, labels=labels)
+            ui.emit(rows, output, lambda: _table(rows), lambda: [row.name for row in rows])
+
+        show()
+        if watch:
+            from vmctl.hypervisor import events
+
+            for _ in events.watch(host.conn):
+                ui.clear_or_blank()
+                show()
+
+
+def _details(d: Detail) -> str:
+    accel = f"{d.accel['chosen']}  (asked: {d.accel['requested']}; {d.accel['reason']})"
+    disks = "\n".join(
+        f"{x.target}  {x.source or 'empty'}  {x.format}{'  read-only' if x.readonly else ''}" for x in d.disks
+    )
+    nics = "\n".join(f"{x.mac}  {x.source}  {x.model}" for x in d.nics)
+    labels = "\n".join(f"{key}={value}" for key, value in d.labels.items())
+    state = f"{d.state} ({d.why})" if d.why else d.state.value
+    return ui.fields(
+        [
+            ("name", d.name),
+            ("state", state),
+            ("uptime", ui.duration(d.uptime_s)),
+            ("description", d.description),
+            ("labels", labels),
+            ("accel", accel),
+            ("vcpus", str(d.vcpus)),
+            ("memory", ui.memory(d.memory_mib)),
+            ("cpu", d.cpu),
+            ("machine", f"{d.machine}, {d.firmware}"),
+            ("image", f"{d.image}  {d.image_digest}".strip()),
+            ("address", d.address),
+            ("ssh", f"{d.ssh_user}, host key {d.ssh_host_key}" if d.ssh_host_key else ""),
+            ("disks", disks),
+            ("nics", nics),
+            ("graphics", "" if d.graphics == "none" else d.graphics),
+            ("agent", "channel present" if d.agent else "no channel"),
+            ("console log", d.console_log),
+            ("autostart", "on" if d.autostart else "off"),
+            ("host", d.host),
+            ("uuid", d.uuid),
+        ]
+    )
+
+
+def show(names: Names, connect: ConnectOption = None, output: OutputOption = Output.TABLE) -> None:
+    """Show everything about VMs. With -o json, one VM is an object and several are a list."""
+    from vmctl import hosts, listing
+    from vmctl.spec import AccelChoice
+
+    with opened(connect) as host:
+        wanted = listing.matching(host, names)
+        found = [listing.detail(host, name, lambda: hosts.decide_accel(host, AccelChoice.AUTO)) for name in wanted]
+        value = found[0] if len(names) == 1 and len(found) == 1 else found
+        ui.emit(value, output, lambda: "\n\n".join(map(_details, found)), lambda: [d.name for d in found])
+
+
+def wait(
+    names: Names,
+    goal: Annotated[str, typer.Option("--for", metavar="GOAL", help="running, ip, ssh, agent or stopped.")] = "ssh",
+    timeout: TimeoutOption = None,
+    connect: ConnectOption = None,
+) -> None:
+    """Wait until VMs are running, have an address, answer SSH, answer by agent, or have stopped."""
+    from vmctl import readiness
+    from vmctl.hypervisor import domain
+    from vmctl.listing import matching
+    from vmctl.readiness import Goal
+
+    if goal not in list(Goal):
+        raise SpecError(f"cannot wait for {goal!r}", hint="goals: " + ", ".join(Goal))
+    report = reporter()
+    with opened(connect) as host:
+
+        def work(name: str) -> str:
+            vm = domain.find(host.conn, name)
+            budget = readiness.default_timeout_s(vm) if timeout is None else timeout
+            where = readiness.wait_for(host, vm, Goal(goal), timeout_s=budget, report=report)
+            return where.host if where else ""
+
+        each(
+            matching(host, names),
+            work,
+            lambda name, address: ui.say(f"{name}: {goal}" + (f" at {address}" if address else "")),
+            "wait for",
+        )
+
+
+def logs(
+    name: Name,
+    lines: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--lines", "-n", min=0, help="Only the last N lines."),
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as the guest prints; Ctrl-C ends.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Keep terminal escapes.")] = False,
+    connect: ConnectOption = None,
+) -> None:
+    """Show what the guest printed on its serial console."""
+    from vmctl import guest
+    from vmctl.hypervisor import domain
+
+    with opened(connect) as host:
+        vm = domain.find(host.conn, name)
+        text = guest.console_text(host, vm)
+        shown = text if raw else guest.plain(text)
+        if lines is not None:
+            shown = "".join(shown.splitlines(keepends=True)[-lines:]) if lines else ""
+        ui.write(shown)
+        if follow:
+            for more in guest.follow_console(host, vm, start=len(text.encode())):
+                ui.write(more if raw else guest.plain(more))
+
+
+def events(
+    names: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[NAME...]", help="Only events of these VMs; globs work."),
+    ] = None,
+    count: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--count", metavar="N", min=1, help="End after N events."),
+    ] = None,
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Show what happens to VMs as it happens: a line each; with -o json, a JSON object per line."""
+    import fnmatch
+    import json
+
+    from vmctl.hypervisor import events as stream
+
+    with opened(connect, events=True) as host:
+        seen = 0
+        for event in stream.watch(host.conn, ready=lambda: ui.note("watching; Ctrl-C ends")):
+            if names and not any(fnmatch.fnmatch(event.name, pattern) for pattern in names):
+                continue
+            if output in {Output.JSON, Output.YAML}:
+                ui.write(json.dumps(ui.jsonable(event), ensure_ascii=False) + "\n")
+            else:
+                stamp = event.time.astimezone().strftime("%H:%M:%S.%f")[:-3]
+                ui.write(f"{stamp}  {ui.visible(event.name)}  {event.event}  {event.detail}".rstrip() + "\n")
+            seen += 1
+            if seen == count:
+                return
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    app.command("list")(list_)
+    for verb in (show, wait, logs, events):
+        app.command()(verb)

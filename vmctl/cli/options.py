@@ -1,0 +1,130 @@
+"""Options and arguments that several commands share, and opening the host they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
+
+import typer
+
+from vmctl import ui
+from vmctl.errors import PartialFailure, SpecError, VmctlError
+from vmctl.events import Reporter
+from vmctl.ui import Output, Verbosity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vmctl.hosts import Host
+
+T = TypeVar("T")
+_PARALLEL = 8
+
+
+@dataclass(slots=True)
+class Globals:
+    """What was given before the command."""
+
+    connect: str | None = None
+    verbosity: Verbosity = Verbosity.NORMAL
+
+
+GLOBALS = Globals()
+
+
+def _complete_vm(incomplete: str) -> list[str]:
+    from vmctl.hosts import open_host
+    from vmctl.hypervisor import domain
+
+    try:
+        with open_host(GLOBALS.connect) as host:
+            return [name for name in domain.names(host.conn) if name.startswith(incomplete)]
+    except VmctlError:
+        return []  # a shell that completes has no place for an error
+
+
+def _complete_image(incomplete: str) -> list[str]:
+    from vmctl import images
+    from vmctl.hosts import open_host
+
+    try:
+        with open_host(GLOBALS.connect) as host:
+            return sorted({m.name for m in images.list_images(host) if m.name.startswith(incomplete)})
+    except VmctlError:
+        return []
+
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name (or UUID) of the VM.", autocompletion=_complete_vm)]
+Names = Annotated[
+    list[str], typer.Argument(metavar="NAME...", help="Names of VMs, or globs such as 'web*'.", autocompletion=_complete_vm)
+]
+ImageName = Annotated[str, typer.Argument(metavar="IMAGE", help="Name of the image.", autocompletion=_complete_image)]
+ConnectOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--connect", "-c", metavar="URI", help="libvirt URI of the host, such as qemu:///session."),
+]
+OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Form of the result.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+TimeoutOption = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option("--timeout", metavar="SECONDS", min=0.0, help="Longest wait; the default is longer under TCG."),
+]
+UserOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--user", "-u", metavar="USER", help="User in the guest; the default is the image's."),
+]
+
+
+def reporter() -> Reporter:
+    """The Reporter this run asked for."""
+    return ui.reporter(GLOBALS.verbosity)
+
+
+@contextmanager
+def opened(connect: str | None, *, events: bool = False) -> Iterator[Host]:
+    """Open the host that the option, or the global one, or the environment names."""
+    if events:
+        from vmctl.hypervisor.events import start_loop
+
+        start_loop()
+    from vmctl.hosts import open_host
+
+    with open_host(connect or GLOBALS.connect) as host:
+        yield host
+
+
+def refuse_unless_yes(what: Sequence[str], *, yes: bool) -> None:
+    """Show what will be destroyed and ask; without a terminal only --yes goes on. Raises SpecError."""
+    if yes:
+        return
+    for line in what:
+        ui.note(f"  {line}")
+    if not ui.interactive():
+        raise SpecError("cannot delete without being sure: there is no terminal to ask on", hint="add --yes")
+    if not ui.confirm("Delete all of this?"):
+        raise SpecError("nothing was deleted")
+
+
+def each(names: Sequence[str], work: Callable[[str], T], done: Callable[[str, T], None], doing: str) -> None:
+    """Do ``work`` for each name, several at a time, telling each result in the order given.
+
+    With one name its error is the error; with several, the failed ones are reported together at the end.
+    """
+    if len(names) == 1:
+        done(names[0], work(names[0]))
+        return
+    failures: dict[str, VmctlError] = {}
+    with ThreadPoolExecutor(max_workers=_PARALLEL) as pool:
+        futures = {name: pool.submit(work, name) for name in names}
+        for name, future in futures.items():
+            try:
+                result = future.result()
+            except VmctlError as error:
+                failures[name] = error
+            else:
+                done(name, result)
+    if failures:
+        raise PartialFailure(f"cannot {doing} {len(failures)} of {len(names)} VMs", failures=failures)

@@ -1,0 +1,153 @@
+"""vmctl start, stop, reboot, reset, pause, resume, save, rename, autostart."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vmctl import ui
+from vmctl.cli.options import ConnectOption, Name, Names, TimeoutOption, each, opened, reporter
+
+
+def start(names: Names, connect: ConnectOption = None) -> None:
+    """Start VMs; one with saved memory goes on where it was. A running one is left alone."""
+    from vmctl import lifecycle
+    from vmctl.listing import matching
+
+    report = reporter()
+    with opened(connect) as host:
+        each(
+            matching(host, names),
+            lambda name: lifecycle.start(host, name, report),
+            lambda name, how: ui.say(f"{name}: {how}"),
+            "start",
+        )
+
+
+def stop(
+    names: Names,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Pull the plug if the guest does not stop in time.")] = False,
+    timeout: TimeoutOption = None,
+    connect: ConnectOption = None,
+) -> None:
+    """Stop VMs: by the power button (ACPI), then the guest agent, then, with --force, by pulling the plug."""
+    from vmctl import lifecycle
+    from vmctl.listing import matching
+
+    report = reporter()
+    with opened(connect) as host:
+        each(
+            matching(host, names),
+            lambda name: lifecycle.stop(host, name, report, timeout_s=timeout, force=force),
+            lambda name, how: ui.say(f"{name}: {how}"),
+            "stop",
+        )
+
+
+def reboot(names: Names, connect: ConnectOption = None) -> None:
+    """Ask the guests to restart."""
+    from vmctl import lifecycle
+    from vmctl.listing import matching
+
+    with opened(connect) as host:
+        each(
+            matching(host, names),
+            lambda name: lifecycle.reboot(host, name),
+            lambda name, _: ui.say(f"{name}: rebooting"),
+            "reboot",
+        )
+
+
+def reset(names: Names, connect: ConnectOption = None) -> None:
+    """Restart VMs at once, without asking the guests."""
+    from vmctl import lifecycle
+    from vmctl.listing import matching
+
+    with opened(connect) as host:
+        each(
+            matching(host, names),
+            lambda name: lifecycle.reset(host, name),
+            lambda name, _: ui.say(f"{name}: reset"),
+            "reset",
+        )
+
+
+def pause(names: Names, connect: ConnectOption = None) -> None:
+    """Stop the virtual CPUs; memory stays as it is."""
+    from vmctl import lifecycle
+    from vmctl.listing import matching
+
+    with opened(connect) as host:
+        each(
+            matching(host, names),
+            lambda name: lifecycle.pause(host, name),
+            lambda name, changed: ui.say(f"{name}: {'paused' if changed else 'paused already'}"),
+            "pause",
+        )
+
+
+def resume(names: Names, connect: ConnectOption = None) -> None:
+    """Let paused VMs run on."""
+    from vmctl import lifecycle
+    from vmctl.listing import matching
+
+    with opened(connect) as host:
+        each(
+            matching(host, names),
+            lambda name: lifecycle.resume(host, name),
+            lambda name, changed: ui.say(f"{name}: {'running' if changed else 'running already'}"),
+            "resume",
+        )
+
+
+def save(names: Names, connect: ConnectOption = None) -> None:
+    """Save memory to disk and stop; `start` goes on from there."""
+    from vmctl import lifecycle
+    from vmctl.listing import matching
+
+    report = reporter()
+    with opened(connect) as host:
+        each(
+            matching(host, names),
+            lambda name: lifecycle.save(host, name, report),
+            lambda name, changed: ui.say(f"{name}: {'saved' if changed else 'saved already'}"),
+            "save",
+        )
+
+
+def rename(
+    name: Name,
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The new name.")],
+    connect: ConnectOption = None,
+) -> None:
+    """Rename a stopped VM. Its disks, address and host key stay its own."""
+    from vmctl import lifecycle
+
+    with opened(connect) as host:
+        lifecycle.rename(host, name, new)
+    ui.say(new)
+
+
+def autostart(
+    names: Names,
+    off: Annotated[bool, typer.Option("--off", help="Do not start with the host.")] = False,
+    connect: ConnectOption = None,
+) -> None:
+    """Start VMs with their host, or with --off no longer."""
+    from vmctl.hypervisor import domain
+    from vmctl.listing import matching
+
+    with opened(connect) as host:
+        each(
+            matching(host, names),
+            lambda name: domain.set_autostart(host.conn, name, on=not off),
+            lambda name, _: ui.say(f"{name}: autostart {'off' if off else 'on'}"),
+            "set autostart of",
+        )
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this file."""
+    for verb in (start, stop, reboot, reset, pause, resume, save, rename, autostart):
+        app.command()(verb)

@@ -1,0 +1,74 @@
+"""Settings: the config file, and the folders vmctl uses, by the XDG base directory specification."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from vmctl.errors import SpecError
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the config file may set. ``connect`` "" means: choose by what answers."""
+
+    connect: str = ""
+    network: str = "vmctl"
+    pool: str = "vmctl"
+    image_pool: str = "vmctl-images"
+    ssh_key: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Where vmctl keeps its own few files."""
+
+    config: Path
+    data: Path
+    cache: Path
+    runtime: Path
+
+
+def folders(env: Mapping[str, str] = os.environ) -> Folders:
+    """The folders for this user; none is made here."""
+    home = Path(env.get("HOME") or Path.home())
+
+    def base(variable: str, default: str) -> Path:
+        value = env.get(variable, "")
+        return (Path(value) if value.startswith("/") else home / default) / "vmctl"
+
+    runtime = env.get("XDG_RUNTIME_DIR", "")
+    if runtime.startswith("/"):
+        run = Path(runtime) / "vmctl"
+    else:
+        run = Path("/run/vmctl") if os.geteuid() == 0 else base("XDG_CACHE_HOME", ".cache") / "run"
+    return Folders(
+        config=base("XDG_CONFIG_HOME", ".config"),
+        data=base("XDG_DATA_HOME", ".local/share"),
+        cache=base("XDG_CACHE_HOME", ".cache"),
+        runtime=run,
+    )
+
+
+def load(path: Path) -> Settings:
+    """Read the config file; a missing one is all defaults. Raises SpecError that names every problem."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        return Settings()
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SpecError(f"cannot read config file {path}: {error}", hint="it is TOML: connect = \"qemu:///system\"") from error
+    known = {field.name for field in fields(Settings)}
+    problems = [f"unknown key {key!r}" for key in values if key not in known]
+    problems += [f"{key} is not a string" for key, value in values.items() if key in known and not isinstance(value, str)]
+    if problems:
+        raise SpecError(f"cannot use config file {path}", problems=problems, hint="known keys: " + ", ".join(sorted(known)))
+    return Settings(**values)
+
+
+def chosen_uri(flag: str | None, env: Mapping[str, str], settings: Settings) -> str:
+    """The URI to connect to by precedence: flag, VMCTL_CONNECT, LIBVIRT_DEFAULT_URI, config file; "" for none of them."""
+    return flag or env.get("VMCTL_CONNECT") or env.get("LIBVIRT_DEFAULT_URI") or settings.connect

@@ -1,0 +1,193 @@
+"""What keeps VMs from running well on a host: found, explained, and mended where that is safe."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmctl import accel, hosts, images, lifecycle
+from vmctl.accel import Check
+from vmctl.errors import VmctlError
+from vmctl.events import Reporter, Step
+from vmctl.hosts import Host, open_host
+from vmctl.hypervisor import domain, network, storage
+from vmctl.spec import AccelChoice
+
+_DEVICE = Path("/dev/kvm")
+_TOOLS = {"ssh-keygen": "openssh-client", "ssh": "openssh-client", "qemu-img": "qemu-utils"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check: ``result`` is ok, warning, failed, mended or skipped."""
+
+    name: str
+    result: str
+    detail: str
+    mend: str = ""
+
+
+def _from_check(check: Check) -> Finding:
+    return Finding(check.name, check.result, check.detail, check.mend)
+
+
+def _tools() -> list[Finding]:
+    missing = {tool: package for tool, package in _TOOLS.items() if shutil.which(tool) is None}
+    if not missing:
+        return [Finding("tools", "ok", ", ".join(_TOOLS) + " are installed")]
+    return [
+        Finding("tools", "failed", f"{tool} is missing", f"apt-get install {package}") for tool, package in missing.items()
+    ]
+
+
+def _accelerator(host: Host) -> list[Finding]:
+    decision = hosts.decide_accel(host, AccelChoice.AUTO, refresh=True)
+    result = "ok" if decision.kvm.verdict == "works" else "warning"
+    head = Finding("accelerator", result, f"{decision.chosen}: {decision.reason}", decision.mend)
+    # Of the evidence only what is not well: without KVM everything works, slowly, so nothing is broken.
+    rest = [
+        Finding(f"kvm {check.name}", "warning", check.detail, check.mend)
+        for check in decision.kvm.evidence
+        if check.result in {"failed", "warning"}
+    ]
+    return [head, *rest]
+
+
+def _capability_cache(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
+    if not host.conn.local or not host.conn.qemu:
+        return []
+    user = hosts.qemu_user_name(host.facts.qemu_user)
+    check = accel.capability_trap(qemu_user=user, device=_DEVICE)
+    if check.result != "failed" or not fix:
+        return [_from_check(check)]
+    report(Step(accel.mend_device(_DEVICE)))
+    after = accel.capability_trap(qemu_user=user, device=_DEVICE)
+    return [Finding(after.name, "mended" if after.result == "ok" else after.result, after.detail, after.mend)]
+
+
+def stale_bridges(host: Host) -> list[str]:
+    """Bridges of this machine that belong to a defined network which is not running: a crashed daemon left them."""
+    if not host.conn.local:
+        return []
+    return [
+        net.bridge
+        for net in network.all_networks(host.conn)
+        if not net.active and net.bridge and Path(f"/sys/class/net/{net.bridge}").is_dir()
+    ]
+
+
+def _dnsmasq_of(bridge: str) -> list[int]:
+    """Process ids of libvirt's dnsmasq for the network on ``bridge``, found by its own configuration file."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if not words[0].endswith(b"dnsmasq"):
+            continue
+        for word in words[1:]:
+            if word.startswith(b"--conf-file=/var/lib/libvirt/dnsmasq/"):
+                try:
+                    text = Path(os.fsdecode(word.partition(b"=")[2])).read_text()
+                except OSError:
+                    continue
+                if f"interface={bridge}\n" in text:
+                    found.append(int(path.parent.name))
+    return found
+
+
+def _networks(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
+    stale = stale_bridges(host)
+    if not stale:
+        return [Finding("networks", "ok", "no network is held up by what a crash left")]
+    found = []
+    for bridge in stale:
+        busy = sorted(port.name for port in Path(f"/sys/class/net/{bridge}/brif").glob("*"))
+        detail = f"bridge {bridge} is there although its network is down: a daemon lost its state"
+        if busy:
+            found.append(Finding("networks", "failed", f"{detail}; {', '.join(busy)} still use it", "stop those guests first"))
+        elif not fix:
+            found.append(Finding("networks", "failed", detail, "vmctl doctor --fix removes the bridge and its dnsmasq"))
+        else:
+            found.append(_remove_bridge(bridge, detail, report))
+    return found
+
+
+def _remove_bridge(bridge: str, detail: str, report: Reporter) -> Finding:
+    import subprocess
+
+    for pid in _dnsmasq_of(bridge):
+        report(Step(f"ending dnsmasq {pid} of {bridge}"))
+        os.kill(pid, signal.SIGTERM)
+    try:
+        subprocess.run(["ip", "link", "delete", bridge], check=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding("networks", "failed", f"{detail}; it cannot be removed: {error}", f"as root: ip link delete {bridge}")
+    return Finding("networks", "mended", f"{detail}; removed")
+
+
+def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
+    """VMs whose creation was killed, and volumes no VM knows of."""
+    facts = domain.all_facts(host.conn)
+    halves = [f.name for f in facts if f.record is not None and f.record.creating]
+    findings = []
+    for name in halves:
+        if fix:
+            lifecycle.delete(host, name, report)
+        findings.append(
+            Finding(
+                "creations",
+                "mended" if fix else "failed",
+                f"the creation of {name} was cut off" + ("; cleared" if fix else ""),
+                f"vmctl delete {name}",
+            )
+        )
+    if not storage.pool_exists(host.conn, host.settings.pool):
+        return findings or [Finding("creations", "ok", "no creation was cut off")]
+    known = {o.volume for f in facts if f.record for o in f.record.owned}
+    attached = {disk.source for f in facts for disk in f.disks}
+    folder = images.pool_path(host, host.settings.pool)
+    storage.refresh(host.conn, host.settings.pool)
+    orphans = [
+        v
+        for v in storage.volume_names(host.conn, host.settings.pool)
+        if not any(v == k or v.startswith(f"{k}.") for k in known) and f"{folder}/{v}" not in attached
+    ]
+    if orphans:
+        findings.append(
+            Finding(
+                "volumes",
+                "warning",
+                f"no VM knows of {', '.join(orphans)} in pool {host.settings.pool}",
+                f"look at them, then: virsh vol-delete --pool {host.settings.pool} NAME",
+            )
+        )
+    return findings or [Finding("creations", "ok", "no creation was cut off, no volume is orphaned")]
+
+
+def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Finding, ...]:
+    """All checks, on the host that ``connect`` names; without an answer from it, the ones that need none."""
+    findings = _tools()
+    try:
+        host = open_host(connect)
+    except VmctlError as error:
+        return (*findings, Finding("libvirt", "failed", error.message, error.hint))
+    with host:
+        findings.append(Finding("libvirt", "ok", f"{host.conn.uri} answers"))
+        checks: list[tuple[str, Callable[[], list[Finding]]]] = [
+            ("accelerator", lambda: _accelerator(host)),
+            ("capability-cache", lambda: _capability_cache(host, fix=fix, report=report)),
+            ("networks", lambda: _networks(host, fix=fix, report=report) if not host.conn.session else []),
+            ("creations", lambda: _cut_off(host, fix=fix, report=report)),
+        ]
+        for name, check in checks:
+            try:
+                findings += check()
+            except VmctlError as error:  # one check that cannot be made must not hide the others
+                findings.append(Finding(name, "failed", error.message, error.hint))
+    return tuple(findings)

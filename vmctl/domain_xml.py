@@ -1,0 +1,155 @@
+"""Reads libvirt's domain XML into values. Pure; only what vmctl asks of a domain, however it was defined."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmctl import record
+from vmctl.spec import Accel
+
+
+@dataclass(frozen=True, slots=True)
+class DiskFacts:
+    """One attached disk. ``source`` is a path, or POOL/VOLUME, or "" for an empty drive."""
+
+    target: str
+    source: str
+    format: str
+    device: str
+    bus: str
+    readonly: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NicFacts:
+    """One network card. ``source`` names the network or bridge, or is "user"."""
+
+    mac: str
+    source: str
+    model: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class DomainFacts:
+    """One domain as its XML tells it. Memory in MiB is what it was given at most."""
+
+    name: str
+    uuid: str
+    accel: Accel | None
+    vcpus: int
+    memory_mib: int
+    machine: str
+    firmware: str
+    cpu: str
+    description: str
+    disks: tuple[DiskFacts, ...]
+    nics: tuple[NicFacts, ...]
+    graphics: str
+    agent: bool
+    serial_log: str
+    nvram: str
+    kernel: str
+    initrd: str
+    record: record.Record | None
+
+
+_ACCEL = {"kvm": Accel.KVM, "qemu": Accel.TCG}
+_KIB_PER = {"b": 1 / 1024, "bytes": 1 / 1024, "KiB": 1, "k": 1, "MiB": 1024, "M": 1024, "GiB": 1024**2, "G": 1024**2}
+
+
+def _text(root: ET.Element, path: str) -> str:
+    return (root.findtext(path) or "").strip()
+
+
+def _attribute(root: ET.Element, path: str, name: str) -> str:
+    found = root.find(path)
+    return "" if found is None else found.get(name, "")
+
+
+def _disk(disk: ET.Element) -> DiskFacts:
+    source = disk.find("source")
+    where = ""
+    if source is not None:
+        where = source.get("file") or source.get("dev") or source.get("name") or ""
+        if source.get("volume"):
+            where = f"{source.get('pool')}/{source.get('volume')}"
+    return DiskFacts(
+        target=_attribute(disk, "target", "dev"),
+        source=where,
+        format=_attribute(disk, "driver", "type"),
+        device=disk.get("device", "disk"),
+        bus=_attribute(disk, "target", "bus"),
+        readonly=disk.find("readonly") is not None,
+    )
+
+
+def _nic(nic: ET.Element) -> NicFacts:
+    source = nic.find("source")
+    where = nic.get("type", "")
+    if source is not None:
+        where = source.get("network") or source.get("bridge") or source.get("dev") or where
+    return NicFacts(
+        mac=_attribute(nic, "mac", "address"),
+        source=where,
+        model=_attribute(nic, "model", "type"),
+        device=_attribute(nic, "target", "dev"),
+    )
+
+
+def _cpu(root: ET.Element) -> str:
+    cpu = root.find("cpu")
+    if cpu is None:
+        return ""
+    return _text(cpu, "model") or cpu.get("mode", "")
+
+
+def read(root: ET.Element) -> DomainFacts:
+    """The facts of a parsed <domain>."""
+    memory = root.find("memory")
+    kib = 0.0 if memory is None else int(memory.text or 0) * _KIB_PER.get(memory.get("unit", "KiB"), 1)
+    loader = root.find("os/loader")
+    uefi = _attribute(root, "os", "firmware") == "efi" or (loader is not None and loader.get("type") == "pflash")
+    return DomainFacts(
+        name=_text(root, "name"),
+        uuid=_text(root, "uuid"),
+        accel=_ACCEL.get(root.get("type", "")),
+        vcpus=int(_text(root, "vcpu") or 1),
+        memory_mib=int(kib / 1024),
+        machine=_attribute(root, "os/type", "machine"),
+        firmware="uefi" if uefi else "bios",
+        cpu=_cpu(root),
+        description=root.findtext("description") or "",
+        disks=tuple(_disk(disk) for disk in root.iterfind("devices/disk")),
+        nics=tuple(_nic(nic) for nic in root.iterfind("devices/interface")),
+        graphics=_attribute(root, "devices/graphics", "type") or "none",
+        agent=any(
+            _attribute(channel, "target", "name") == "org.qemu.guest_agent.0"
+            for channel in root.iterfind("devices/channel")
+        ),
+        serial_log=_attribute(root, "devices/serial/log", "file"),
+        nvram=_text(root, "os/nvram"),
+        kernel=_text(root, "os/kernel"),
+        initrd=_text(root, "os/initrd"),
+        record=record.parse(root),
+    )
+
+
+def parse(text: str) -> DomainFacts:
+    """The facts of a domain's XML."""
+    return read(ET.fromstring(text))
+
+
+def read_saved(path: Path) -> DomainFacts | None:
+    """The facts in a file of libvirt's own (a definition, or the status of a running domain); None if it holds none.
+
+    libvirt replaces these files whole, so a reader sees the old one or the new one.
+    """
+    try:
+        root = ET.fromstring(path.read_bytes())
+    except (OSError, ET.ParseError):
+        return None
+    domain = root if root.tag == "domain" else root.find("domain")
+    return None if domain is None else read(domain)

@@ -1,0 +1,121 @@
+"""A host to work on: its connection with the settings that apply, its accelerator, and what it can tell of itself."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from vmctl import accel, config
+from vmctl.accel import Decision, KvmFindings
+from vmctl.config import Folders, Settings
+from vmctl.hypervisor import capabilities, connection
+from vmctl.hypervisor.capabilities import HostFacts
+from vmctl.hypervisor.connection import Connection
+from vmctl.spec import AccelChoice
+
+
+@dataclass(frozen=True)
+class Host:
+    """An open connection with the settings and folders to use on it. Use as a context manager."""
+
+    conn: Connection
+    settings: Settings
+    folders: Folders
+
+    @cached_property
+    def facts(self) -> HostFacts:
+        """What libvirt says the host is; asked once."""
+        return capabilities.host_facts(self.conn)
+
+    @property
+    def lock_scope(self) -> str:
+        """What the names of this host's locks begin with."""
+        return self.conn.uri
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.conn.close()
+
+
+def open_host(connect: str | None = None, env: Mapping[str, str] = os.environ) -> Host:
+    """Open the host that flag, environment or config name, or the one that answers. Raises HostUnreachable."""
+    folders = config.folders(env)
+    settings = config.load(folders.config / "config.toml")
+    uri = config.chosen_uri(connect, env, settings)
+    conn = connection.connect(uri) if uri else connection.connect_default()
+    return Host(conn, settings, folders)
+
+
+def qemu_user_name(user: str | None) -> str | None:
+    """The name of the user libvirt gives as a number; None when QEMU runs as the connecting user."""
+    if user is None or not user.isdigit():
+        return user
+    try:
+        return pwd.getpwuid(int(user)).pw_name
+    except KeyError:
+        return user
+
+
+def kvm_findings(host: Host, *, refresh: bool = False) -> KvmFindings:
+    """What is known of KVM on the host, by evidence."""
+    if not host.conn.qemu:
+        return accel.not_examined("the connection does not drive QEMU")
+    if not host.conn.local:
+        return accel.not_examined("the host is remote and its KVM has not been probed from here")
+    facts = host.facts
+    return accel.examine(
+        qemu_user=qemu_user_name(facts.qemu_user),
+        qemu_binary=facts.emulator,
+        cache_dir=host.folders.cache,
+        refresh=refresh,
+    )
+
+
+def decide_accel(host: Host, requested: AccelChoice, *, refresh: bool = False) -> Decision:
+    """Which accelerator to use here, and why. Raises Unsupported when what was required is not to be had."""
+    return accel.choose(requested, kvm_findings(host, refresh=refresh))
+
+
+@dataclass(frozen=True, slots=True)
+class HostInfo:
+    """Everything `vmctl host info` tells."""
+
+    name: str
+    uri: str
+    arch: str
+    cpu_model: str
+    cpus: int
+    memory_mib: int
+    libvirt: str
+    qemu: str
+    emulator: Path
+    network: str
+    pool: str
+    image_pool: str
+    accel: Decision
+
+
+def info(host: Host, *, refresh: bool = False) -> HostInfo:
+    """Gather what the host is."""
+    facts, versions = host.facts, connection.versions(host.conn)
+    return HostInfo(
+        name=host.conn.host,
+        uri=host.conn.uri,
+        arch=facts.arch,
+        cpu_model=facts.cpu_model,
+        cpus=facts.cpus,
+        memory_mib=facts.memory_mib,
+        libvirt=versions.libvirt,
+        qemu=versions.hypervisor,
+        emulator=facts.emulator,
+        network=host.settings.network,
+        pool=host.settings.pool,
+        image_pool=host.settings.image_pool,
+        accel=decide_accel(host, AccelChoice.AUTO, refresh=refresh),
+    )

@@ -1,0 +1,55 @@
+"""What libvirt says its host and its QEMU can do. Advertisement, not proof: accel.py holds the proof."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.errors import calling
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """The host as libvirt sees it. Memory in MiB; ``qemu_user`` None: QEMU runs as the connecting user."""
+
+    arch: str
+    cpu_model: str
+    cpus: int
+    memory_mib: int
+    emulator: Path
+    domain_types: tuple[str, ...]
+    qemu_user: str | None
+
+
+def _dac_user(root: ET.Element) -> str | None:
+    """The user QEMU runs as, from the DAC security model's label for each domain type ("+64055:+108")."""
+    for model in root.iterfind("host/secmodel"):
+        if model.findtext("model") == "dac":
+            for label in model.iterfind("baselabel"):
+                return (label.text or "").split(":")[0].lstrip("+") or None
+    return None
+
+
+def host_facts(conn: Connection) -> HostFacts:
+    """Read the host's capabilities. The user is a number as libvirt gives it."""
+    with calling("read host capabilities"):
+        root = ET.fromstring(conn.handle.getCapabilities())
+        info = conn.handle.getInfo()
+    arch = root.findtext("host/cpu/arch") or str(info[0])
+    emulator, types = "/usr/bin/qemu-system-x86_64", []
+    for guest in root.iterfind("guest"):
+        element = guest.find("arch")
+        if guest.findtext("os_type") == "hvm" and element is not None and element.get("name") == arch:
+            emulator = element.findtext("emulator") or emulator
+            types = [domain.get("type", "") for domain in element.iterfind("domain")]
+    return HostFacts(
+        arch=arch,
+        cpu_model=root.findtext("host/cpu/model") or "",
+        cpus=int(info[2]),
+        memory_mib=int(info[1]),
+        emulator=Path(emulator),
+        domain_types=tuple(types),
+        qemu_user=None if conn.session else _dac_user(root),
+    )

@@ -1,0 +1,125 @@
+"""Opening and closing connections, and what a connection knows about its host."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+import libvirt
+
+from vmctl.errors import HostUnreachable, VmctlError
+from vmctl.hypervisor.errors import calling, translated
+
+SYSTEM = "qemu:///system"
+SESSION = "qemu:///session"
+
+
+# libvirt prints each error to stderr unless told otherwise; vmctl reports them itself.
+libvirt.registerErrorHandler(lambda _context, _error: None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """An open connection. ``handle`` is libvirt's and stays inside this room."""
+
+    uri: str
+    handle: Any
+
+    @property
+    def local(self) -> bool:
+        """Whether the daemon is the one that serves this machine at its ordinary place."""
+        parts = urlsplit(self.uri)
+        return "+" not in parts.scheme and not parts.netloc and not parts.query
+
+    @property
+    def session(self) -> bool:
+        """Whether guests run as the connecting user, without host networking."""
+        return urlsplit(self.uri).path.endswith("/session")
+
+    @property
+    def qemu(self) -> bool:
+        """Whether real QEMU guests run there (not libvirt's test driver)."""
+        return urlsplit(self.uri).scheme.split("+")[0] == "qemu"
+
+    @property
+    def host(self) -> str:
+        """The host's name as users know it."""
+        netloc = urlsplit(self.uri).hostname
+        if netloc:
+            return netloc
+        return socket.gethostname() if self.qemu else str(self.handle.getHostname())
+
+    def close(self) -> None:
+        """Close it; closing twice, or after the daemon went away, is no error."""
+        try:
+            self.handle.close()
+        except libvirt.libvirtError:
+            return
+
+    def __enter__(self) -> Connection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def connect(uri: str) -> Connection:
+    """Open ``uri``. Raises HostUnreachable with what to do about it."""
+    try:
+        handle = libvirt.open(uri)
+    except libvirt.libvirtError as error:
+        raise HostUnreachable(translated(error, f"connect to {uri}").message, hint=_unreachable_hint(uri)) from error
+    return Connection(uri, handle)
+
+
+def _unreachable_hint(uri: str) -> str:
+    if uri == SYSTEM:
+        if os.geteuid() != 0:
+            return "is libvirtd running, and are you in group libvirt? without either, try -c qemu:///session"
+        return "start libvirtd, or let `sh vmctl/bootstrap.sh` do it; `vmctl doctor` says more"
+    if uri == SESSION:
+        return "are libvirt-daemon and its QEMU driver installed?"
+    return "check the address, then `virsh -c URI version`"
+
+
+def connect_default() -> Connection:
+    """qemu:///system if it answers to us, else qemu:///session, which needs no root."""
+    try:
+        return connect(SYSTEM)
+    except HostUnreachable as first:
+        try:
+            return connect(SESSION)
+        except VmctlError:
+            raise first from None
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """Version strings of libvirt (daemon) and the hypervisor it drives."""
+
+    libvirt: str
+    hypervisor: str
+
+
+def _dotted(number: int) -> str:
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
+
+
+def versions(conn: Connection) -> Versions:
+    """What runs there."""
+    with calling("ask for versions"):
+        return Versions(_dotted(conn.handle.getLibVersion()), _dotted(conn.handle.getVersion()))
+
+
+def is_alive(conn: Connection) -> bool:
+    """Whether the daemon still answers."""
+    try:
+        return bool(conn.handle.isAlive())
+    except libvirt.libvirtError:
+        return False

@@ -1,0 +1,84 @@
+"""The serial console of a domain over libvirt's stream, for a terminal or a script."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import libvirt
+
+from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.errors import calling
+from vmctl.wait import wait_until
+
+_SEND_TIMEOUT_S = 10.0
+
+
+class Console:
+    """An open console. ``ended`` is set when the other side is gone. Use as a context manager."""
+
+    def __init__(self, conn: Connection, name: str, received: Callable[[bytes], None], *, force: bool = False) -> None:
+        """Open it; ``received`` is called, in libvirt's event thread, with what the guest prints.
+
+        The connection must have been opened after events.start_loop(). ``force`` takes the console over from
+        whoever has it; otherwise that is a WrongState or Conflict from libvirt.
+        """
+        self.ended = threading.Event()
+        self._received = received
+        self._stream: Any = None
+        flags = libvirt.VIR_DOMAIN_CONSOLE_FORCE if force else libvirt.VIR_DOMAIN_CONSOLE_SAFE
+        with calling(f"open the console of VM {name}"):
+            stream = conn.handle.newStream(libvirt.VIR_STREAM_NONBLOCK)
+            conn.handle.lookupByName(name).openConsole(None, stream, flags)
+            interest = libvirt.VIR_STREAM_EVENT_READABLE | libvirt.VIR_STREAM_EVENT_HANGUP | libvirt.VIR_STREAM_EVENT_ERROR
+            stream.eventAddCallback(interest, self._ready, None)
+        self._stream = stream
+
+    def _ready(self, stream: Any, events: int, _opaque: Any) -> None:
+        try:
+            if events & libvirt.VIR_STREAM_EVENT_READABLE:
+                data = stream.recv(64 * 1024)
+                if data == -2:  # nothing there after all
+                    return
+                if data:
+                    self._received(data)
+                    return
+        except libvirt.libvirtError:
+            pass  # the guest is gone: the same as a hang-up
+        self._close()
+
+    def send(self, data: bytes) -> None:
+        """Type ``data``. Waits, bounded, while the guest does not read."""
+        while data and not self.ended.is_set():
+            sent = wait_until(
+                lambda rest=data: self._try_send(rest),
+                what="the guest reading its console",
+                timeout_s=_SEND_TIMEOUT_S,
+                interval_s=0.01,
+            )
+            data = data[sent:]
+
+    def _try_send(self, data: bytes) -> int | None:
+        try:
+            sent = int(self._stream.send(data))
+        except libvirt.libvirtError:
+            self.ended.set()
+            return len(data)
+        return sent if sent > 0 else None
+
+    def _close(self) -> None:
+        if self.ended.is_set():
+            return
+        self.ended.set()
+        try:
+            self._stream.eventRemoveCallback()
+            self._stream.abort()
+        except libvirt.libvirtError:
+            return  # it was gone already
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()

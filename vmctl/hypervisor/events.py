@@ -1,0 +1,97 @@
+"""libvirt's event loop in a thread of its own, and the lifecycle events of domains as vmctl's."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import libvirt
+
+from vmctl.errors import HostUnreachable
+from vmctl.hypervisor.connection import Connection, is_alive
+from vmctl.hypervisor.errors import calling
+
+_EVENTS = {
+    libvirt.VIR_DOMAIN_EVENT_DEFINED: "defined",
+    libvirt.VIR_DOMAIN_EVENT_UNDEFINED: "undefined",
+    libvirt.VIR_DOMAIN_EVENT_STARTED: "started",
+    libvirt.VIR_DOMAIN_EVENT_SUSPENDED: "paused",
+    libvirt.VIR_DOMAIN_EVENT_RESUMED: "resumed",
+    libvirt.VIR_DOMAIN_EVENT_STOPPED: "stopped",
+    libvirt.VIR_DOMAIN_EVENT_SHUTDOWN: "stopping",
+    libvirt.VIR_DOMAIN_EVENT_PMSUSPENDED: "suspended",
+    libvirt.VIR_DOMAIN_EVENT_CRASHED: "crashed",
+}
+_DETAILS = {
+    (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_RESTORED): "from saved state",
+    (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED): "by migration",
+    (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_BOOTED): "booted",
+    (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_IOERROR): "by an I/O error",
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN): "by the guest",
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED): "powered off",
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED): "crashed",
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_SAVED): "saved",
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED): "failed",
+    (libvirt.VIR_DOMAIN_EVENT_DEFINED, libvirt.VIR_DOMAIN_EVENT_DEFINED_RENAMED): "renamed",
+    (libvirt.VIR_DOMAIN_EVENT_UNDEFINED, libvirt.VIR_DOMAIN_EVENT_UNDEFINED_RENAMED): "renamed",
+}
+
+_started = threading.Event()
+
+
+def start_loop() -> None:
+    """Run libvirt's event loop in the background. Must come before the connection is opened."""
+    if _started.is_set():
+        return
+    _started.set()
+    libvirt.virEventRegisterDefaultImpl()
+
+    def run() -> None:
+        while True:
+            libvirt.virEventRunDefaultImpl()
+
+    threading.Thread(target=run, name="libvirt-events", daemon=True).start()
+
+
+@dataclass(frozen=True, slots=True)
+class DomainEvent:
+    """Something happened to a domain at ``time`` (UTC)."""
+
+    time: datetime
+    name: str
+    uuid: str
+    event: str
+    detail: str
+
+
+def watch(conn: Connection, ready: Callable[[], None] = lambda: None) -> Iterator[DomainEvent]:
+    """Lifecycle events of all domains from now on, until the consumer stops or the daemon goes away.
+
+    ``ready`` is called once when nothing can be missed any more.
+    The connection must have been opened after start_loop().
+    """
+    seen: queue.SimpleQueue[DomainEvent] = queue.SimpleQueue()
+
+    def heard(_conn: Any, dom: Any, event: int, detail: int, _opaque: Any) -> None:
+        name = _EVENTS.get(event, f"event {event}")
+        text = _DETAILS.get((event, detail), "")
+        seen.put(DomainEvent(datetime.now(UTC), dom.name(), dom.UUIDString(), name, text))
+
+    with calling("watch events"):
+        ident = conn.handle.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, heard, None)
+    try:
+        ready()
+        while True:
+            try:
+                yield seen.get(timeout=1.0)
+            except queue.Empty:
+                if not is_alive(conn):
+                    raise HostUnreachable(f"cannot watch events: {conn.uri} went away") from None
+    finally:
+        if is_alive(conn):
+            with calling("stop watching events"):
+                conn.handle.domainEventDeregisterAny(ident)

@@ -1,0 +1,124 @@
+"""All domains of a host at once, in a number of libvirt calls that does not grow with the number of domains.
+
+State, vCPUs and memory come from one bulk call, which does not wait for a hung guest (NOWAIT). Type, metadata and
+network cards are not in any bulk answer of libvirt's; they are read from the definitions libvirt keeps on disk
+where those can be read (this machine's own daemon), and asked for per domain where they cannot.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from vmctl import domain_xml
+from vmctl.domain_xml import DomainFacts
+from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.domain import State, state_of
+from vmctl.hypervisor.errors import calling
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One domain of the inventory. ``uptime_s`` None: not running, or not to be known from here."""
+
+    name: str
+    uuid: str
+    state: State
+    vcpus: int
+    memory_mib: int
+    uptime_s: float | None
+    facts: DomainFacts | None
+
+
+def list_domains(conn: Connection) -> tuple[Entry, ...]:
+    """Every domain, sorted by name."""
+    with calling("list VMs"):
+        stats = conn.handle.getAllDomainStats(
+            libvirt.VIR_DOMAIN_STATS_STATE | libvirt.VIR_DOMAIN_STATS_BALLOON | libvirt.VIR_DOMAIN_STATS_VCPU,
+            libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT if conn.qemu else 0,
+        )
+        saved = _saved(conn)
+    local = _Local(conn)
+    return tuple(sorted((_entry(dom, values, saved, local) for dom, values in stats), key=lambda entry: entry.name))
+
+
+def _saved(conn: Connection) -> frozenset[str]:
+    flags = libvirt.VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE
+    return frozenset(dom.UUIDString() for dom in conn.handle.listAllDomains(flags))
+
+
+def _entry(dom: Any, values: dict[str, Any], saved: frozenset[str], local: _Local) -> Entry:
+    name, uuid = dom.name(), dom.UUIDString()
+    state, _ = state_of(values.get("state.state", 0), values.get("state.reason", 0), saved=uuid in saved)
+    facts = local.facts(name, uuid) or _asked(dom)
+    active = dom.ID() != -1
+    return Entry(
+        name=name,
+        uuid=uuid,
+        state=state,
+        vcpus=int(values.get("vcpu.current") or (facts.vcpus if facts else 0)),
+        memory_mib=int(values.get("balloon.maximum", 0)) // 1024 or (facts.memory_mib if facts else 0),
+        uptime_s=local.uptime_s(name) if active else None,
+        facts=facts,
+    )
+
+
+def _asked(dom: Any) -> DomainFacts | None:
+    try:
+        return domain_xml.parse(dom.XMLDesc())
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:  # deleted since the bulk answer
+            return None
+        raise
+
+
+class _Local:
+    """libvirt's own files about its domains: definitions, and pid files of running ones."""
+
+    def __init__(self, conn: Connection) -> None:
+        self._folders: tuple[Path, Path] | None = _folders(conn) if conn.local and conn.qemu else None
+
+    def facts(self, name: str, uuid: str) -> DomainFacts | None:
+        for path in self._candidates(name):
+            found = domain_xml.read_saved(path)
+            if found is not None and found.uuid == uuid:
+                return found
+        return None
+
+    def _candidates(self, name: str) -> Iterator[Path]:
+        if self._folders is not None:
+            definitions, running = self._folders
+            yield definitions / f"{name}.xml"
+            yield running / f"{name}.xml"
+
+    def uptime_s(self, name: str) -> float | None:
+        """Seconds since the QEMU process began, from /proc."""
+        if self._folders is None:
+            return None
+        try:
+            pid = int((self._folders[1] / f"{name}.pid").read_text())
+            began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+            up = float(Path("/proc/uptime").read_text().split()[0])
+        except (OSError, ValueError, IndexError):
+            return None
+        return up - began / os.sysconf("SC_CLK_TCK")
+
+
+def uptime_s(conn: Connection, name: str) -> float | None:
+    """How long the domain's QEMU process has run; None when that cannot be known from here."""
+    return _Local(conn).uptime_s(name)
+
+
+def _folders(conn: Connection) -> tuple[Path, Path]:
+    """Where this machine's daemon keeps definitions and the status of running domains."""
+    if not conn.session:
+        return Path("/etc/libvirt/qemu"), Path("/run/libvirt/qemu")
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = Path(runtime) if runtime else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return config / "libvirt/qemu", base / "libvirt/qemu/run"

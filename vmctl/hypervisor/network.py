@@ -1,0 +1,160 @@
+"""Virtual networks: definitions, DHCP reservations and leases."""
+
+from __future__ import annotations
+
+import ipaddress
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from typing import Any
+
+import libvirt
+
+from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.errors import calling
+
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """An address kept for a MAC."""
+
+    mac: str
+    address: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """An address a guest holds. ``expiry`` is seconds since the epoch, 0 for one that never ends."""
+
+    mac: str
+    address: str
+    hostname: str
+    expiry: int
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkFacts:
+    """One network. ``subnet`` None when libvirt gives it no IPv4 address."""
+
+    name: str
+    uuid: str
+    active: bool
+    bridge: str
+    gateway: str
+    subnet: ipaddress.IPv4Network | None
+    stp: bool
+    reservations: tuple[Reservation, ...]
+
+
+def _facts(network: Any) -> NetworkFacts:
+    root = ET.fromstring(network.XMLDesc())
+    bridge = root.find("bridge")
+    subnet, gateway = None, ""
+    for element in root.iterfind("ip"):
+        if element.get("family", "ipv4") == "ipv4" and element.get("address"):
+            gateway = element.get("address", "")
+            mask = element.get("netmask") or element.get("prefix") or "24"
+            subnet = ipaddress.ip_network(f"{gateway}/{mask}", strict=False)
+            break
+    return NetworkFacts(
+        name=network.name(),
+        uuid=network.UUIDString(),
+        active=bool(network.isActive()),
+        bridge="" if bridge is None else bridge.get("name", ""),
+        gateway=gateway,
+        subnet=subnet if isinstance(subnet, ipaddress.IPv4Network) else None,
+        stp=bridge is not None and bridge.get("stp", "on") == "on",
+        reservations=tuple(
+            Reservation(host.get("mac", "").lower(), host.get("ip", ""), host.get("name", ""))
+            for host in root.iterfind("ip/dhcp/host")
+        ),
+    )
+
+
+def all_networks(conn: Connection) -> tuple[NetworkFacts, ...]:
+    """Every network, defined or running."""
+    with calling("list networks"):
+        return tuple(_facts(network) for network in conn.handle.listAllNetworks(0))
+
+
+def find(conn: Connection, name: str) -> NetworkFacts | None:
+    """The network called ``name``; None only when libvirt says there is none."""
+    with calling(f"look up network {name}"):
+        try:
+            return _facts(conn.handle.networkLookupByName(name))
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_NETWORK:
+                return None
+            raise
+
+
+def define(conn: Connection, xml: str, *, name: str) -> None:
+    """Define (or replace the definition of) a network, checked against the schema, started with its host."""
+    with calling(f"define network {name}"):
+        conn.handle.networkDefineXMLFlags(xml, libvirt.VIR_NETWORK_DEFINE_VALIDATE).setAutostart(1)
+
+
+def start(conn: Connection, name: str) -> None:
+    """Bring it up."""
+    with calling(f"start network {name}"):
+        network = conn.handle.networkLookupByName(name)
+        try:
+            network.create()
+        except libvirt.libvirtError:
+            if not network.isActive():  # another vmctl may have started it meanwhile
+                raise
+
+
+def remove(conn: Connection, name: str) -> None:
+    """Take it down and forget it."""
+    with calling(f"remove network {name}"):
+        network = conn.handle.networkLookupByName(name)
+        if network.isActive():
+            network.destroy()
+        network.undefine()
+
+
+def _update(conn: Connection, network: str, command: int, entry: Reservation) -> None:
+    host = ET.Element("host", {"mac": entry.mac, "name": entry.name, "ip": entry.address})
+    handle = conn.handle.networkLookupByName(network)
+    flags = libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG
+    if handle.isActive():
+        flags |= libvirt.VIR_NETWORK_UPDATE_AFFECT_LIVE
+    handle.update(command, libvirt.VIR_NETWORK_SECTION_IP_DHCP_HOST, -1, ET.tostring(host, encoding="unicode"), flags)
+
+
+def reserve(conn: Connection, network: str, entry: Reservation) -> bool:
+    """Keep an address for a MAC; False when libvirt says that MAC, address or name has an entry already."""
+    with calling(f"reserve {entry.address} in network {network}"):
+        try:
+            _update(conn, network, libvirt.VIR_NETWORK_UPDATE_COMMAND_ADD_LAST, entry)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID:
+                return False
+            raise
+    return True
+
+
+def release(conn: Connection, network: str, entry: Reservation) -> None:
+    """Give a reservation up; one that is gone already is no error."""
+    with calling(f"release {entry.address} in network {network}"):
+        try:
+            _update(conn, network, libvirt.VIR_NETWORK_UPDATE_COMMAND_DELETE, entry)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in {libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_NETWORK}:
+                raise
+
+
+def leases(conn: Connection, network: str) -> tuple[Lease, ...]:
+    """Current IPv4 leases of a network; none when it is down."""
+    with calling(f"read the leases of network {network}"):
+        handle = conn.handle.networkLookupByName(network)
+        if not handle.isActive():
+            return ()
+        found = handle.DHCPLeases()
+    return tuple(
+        Lease(str(lease["mac"]).lower(), str(lease["ipaddr"]), str(lease.get("hostname") or ""), int(lease["expirytime"]))
+        for lease in found
+        if lease.get("type") == libvirt.VIR_IP_ADDR_TYPE_IPV4
+    )

@@ -1,0 +1,229 @@
+"""Storage pools and volumes, through libvirt, so that remote hosts work like the local one."""
+
+from __future__ import annotations
+
+import io
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import libvirt
+
+from vmctl.errors import Conflict, NotFound
+from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.errors import calling, translated
+from vmctl.wait import wait_until
+
+CHUNK = 1 << 20
+_REFRESH_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeFacts:
+    """A volume: its path on the host, format, sizes in bytes, and its backing file's path ("" if none)."""
+
+    name: str
+    path: str
+    format: str
+    capacity: int
+    allocation: int
+    backing: str
+
+
+def _pool(conn: Connection, pool: str) -> Any:
+    return conn.handle.storagePoolLookupByName(pool)
+
+
+def _volume(conn: Connection, pool: str, name: str) -> Any:
+    return _pool(conn, pool).storageVolLookupByName(name)
+
+
+def ensure_pool(conn: Connection, pool: str, xml: Callable[[], str]) -> None:
+    """Make sure a pool called ``pool`` runs; ``xml`` gives the definition of one that does not exist."""
+    with calling(f"prepare storage pool {pool}"):
+        try:
+            found = _pool(conn, pool)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
+                raise
+            found = _define_pool(conn, pool, xml())
+        if not found.isActive():
+            _tolerating_running(found, lambda: found.create(libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD))
+
+
+def _define_pool(conn: Connection, pool: str, xml: str) -> Any:
+    try:
+        found = conn.handle.storagePoolDefineXML(xml, 0)
+    except libvirt.libvirtError:
+        # Another vmctl may have defined it between our look and our call.
+        return _pool(conn, pool)
+    found.setAutostart(1)
+    return found
+
+
+def _tolerating_running(pool: Any, act: Callable[[], object]) -> None:
+    try:
+        act()
+    except libvirt.libvirtError:
+        if not pool.isActive():
+            raise
+
+
+def pool_exists(conn: Connection, pool: str) -> bool:
+    """Whether the pool is there and runs."""
+    with calling(f"look up storage pool {pool}"):
+        try:
+            return bool(_pool(conn, pool).isActive())
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_STORAGE_POOL:
+                return False
+            raise
+
+
+def pool_path(conn: Connection, pool: str) -> str:
+    """The folder of a directory pool."""
+    with calling(f"read storage pool {pool}"):
+        return ET.fromstring(_pool(conn, pool).XMLDesc()).findtext("target/path") or ""
+
+
+def refresh(conn: Connection, pool: str) -> None:
+    """Look at the pool's folder again. libvirt refuses while a volume is being made: wait for that, bounded."""
+
+    def attempt() -> bool:
+        try:
+            _pool(conn, pool).refresh()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() in {libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_OPERATION_INVALID}:
+                return False
+            raise translated(error, f"refresh storage pool {pool}") from error
+        return True
+
+    wait_until(attempt, what=f"refresh of storage pool {pool}", timeout_s=_REFRESH_TIMEOUT_S, interval_s=0.05)
+
+
+def volume_names(conn: Connection, pool: str) -> tuple[str, ...]:
+    """Names of all volumes in the pool; one call."""
+    with calling(f"list storage pool {pool}"):
+        return tuple(sorted(_pool(conn, pool).listVolumes()))
+
+
+def volumes(conn: Connection, pool: str) -> tuple[VolumeFacts, ...]:
+    """All volumes of the pool with their facts."""
+    with calling(f"list storage pool {pool}"):
+        return tuple(_facts(volume) for volume in _pool(conn, pool).listAllVolumes())
+
+
+def _facts(volume: Any) -> VolumeFacts:
+    root = ET.fromstring(volume.XMLDesc())
+    form = root.find("target/format")
+    return VolumeFacts(
+        name=volume.name(),
+        path=volume.path(),
+        format="raw" if form is None else form.get("type", "raw"),
+        capacity=int(root.findtext("capacity") or 0),
+        allocation=int(root.findtext("allocation") or 0),
+        backing=root.findtext("backingStore/path") or "",
+    )
+
+
+def volume(conn: Connection, pool: str, name: str) -> VolumeFacts:
+    """Facts of one volume. Raises NotFound."""
+    with calling(f"look up volume {name}"):
+        return _facts(_volume(conn, pool, name))
+
+
+def create_volume(conn: Connection, pool: str, xml: str, *, name: str) -> str:
+    """Make a volume from XML and return its path. Raises Conflict when the name is taken."""
+    with calling(f"create volume {name}"):
+        try:
+            return str(_pool(conn, pool).createXML(xml, 0).path())
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_STORAGE_VOL_EXIST:
+                raise Conflict(f"cannot create volume {name}: pool {pool} has it already") from error
+            raise
+
+
+def delete_volume(conn: Connection, pool: str, name: str) -> bool:
+    """Delete a volume; False when it was not there."""
+    with calling(f"delete volume {name}"):
+        try:
+            _volume(conn, pool, name).delete(0)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() in {libvirt.VIR_ERR_NO_STORAGE_VOL, libvirt.VIR_ERR_NO_STORAGE_POOL}:
+                return False
+            raise
+    return True
+
+
+@contextmanager
+def _stream(conn: Connection) -> Iterator[Any]:
+    stream = conn.handle.newStream(0)
+    try:
+        yield stream
+        stream.finish()
+    except BaseException:
+        try:
+            stream.abort()
+        except libvirt.libvirtError:
+            pass  # it broke by itself; the first error is the one to tell
+        raise
+
+
+def upload(
+    conn: Connection, pool: str, name: str, source: IO[bytes], size: int, moved: Callable[[int], None] = lambda _n: None
+) -> None:
+    """Fill a volume from ``source``; ``moved`` hears how many bytes have gone so far."""
+    with calling(f"upload volume {name}"), _stream(conn) as stream:
+        _volume(conn, pool, name).upload(stream, 0, size, 0)
+        sent = 0
+        while chunk := source.read(CHUNK):
+            view = memoryview(chunk)
+            while view:
+                count = stream.send(bytes(view[: 256 * 1024]))
+                if count < 0:
+                    raise NotFound(f"cannot upload volume {name}: the stream ended early")
+                view = view[count:]
+                sent += count
+            moved(sent)
+
+
+def upload_bytes(conn: Connection, pool: str, name: str, data: bytes) -> None:
+    """Fill a small volume."""
+    upload(conn, pool, name, io.BytesIO(data), len(data))
+
+
+def download(conn: Connection, pool: str, name: str) -> bytes:
+    """The whole content of a (small) volume. Raises NotFound."""
+    parts = []
+    with calling(f"read volume {name}"):
+        volume = _volume(conn, pool, name)
+        with _stream(conn) as stream:
+            volume.download(stream, 0, 0, 0)
+            while chunk := stream.recv(256 * 1024):
+                parts.append(chunk)
+    return b"".join(parts)
+
+
+def tail(conn: Connection, pool: str, name: str, *, limit: int) -> bytes:
+    """At most the last ``limit`` bytes of a volume that grows outside libvirt's sight, such as a console log."""
+    try:
+        path = Path(pool_path(conn, pool)) / name if conn.local else None
+        if path is not None:
+            with path.open("rb") as log:
+                log.seek(max(0, path.stat().st_size - limit))
+                return log.read()
+    except OSError:
+        pass  # not ours to read: libvirt can
+    return download(conn, pool, name)[-limit:]
+
+
+def disk_users(conn: Connection, path: str) -> tuple[str, ...]:
+    """Names of volumes, in any running pool, whose backing file is ``path``."""
+    found = []
+    with calling("look for users of a volume"):
+        for pool in conn.handle.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
+            found += [facts.name for vol in pool.listAllVolumes() if (facts := _facts(vol)).backing == path]
+    return tuple(found)

@@ -1,0 +1,207 @@
+"""Waiting for a VM to become something, in named stages, with evidence when it does not."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from vmctl.accel import timeout_scale
+from vmctl.errors import VmctlError, WaitTimeout, WrongState
+from vmctl.events import Reporter, StageBegan, StageDone
+from vmctl.guest import Address, address, console_tail
+from vmctl.hosts import Host
+from vmctl.hypervisor import domain, inventory, network
+from vmctl.hypervisor.domain import Domain, State
+from vmctl.spec import Accel
+from vmctl.wait import wait_until
+
+_POLL_S = 0.03
+_CONNECT_S = 0.15
+_BANNER_S = 5.0
+_LEASE_S = 3600  # what libvirt's dnsmasq grants where the network says nothing else
+_FORWARD_BANNER_S = 0.3
+_STATE_EVERY_S = 0.5
+_LOG_LINES = 15
+
+
+class Goal(StrEnum):
+    """What can be waited for. Each but ``stopped`` includes those above it."""
+
+    RUNNING = "running"
+    IP = "ip"
+    SSH = "ssh"
+    AGENT = "agent"
+    STOPPED = "stopped"
+
+
+_STAGES = {
+    Goal.RUNNING: (Goal.RUNNING,),
+    Goal.IP: (Goal.RUNNING, Goal.IP),
+    Goal.SSH: (Goal.RUNNING, Goal.IP, Goal.SSH),
+    Goal.AGENT: (Goal.RUNNING, Goal.AGENT),
+    Goal.STOPPED: (Goal.STOPPED,),
+}
+
+
+def default_timeout_s(vm: Domain) -> float:
+    """How long a wait lasts unless told otherwise; longer where a translator runs the guest."""
+    return 60.0 * timeout_scale(vm.facts.accel or Accel.KVM)
+
+
+@dataclass(slots=True)
+class _Watch:
+    """One wait in progress."""
+
+    host: Host
+    vm: Domain
+    clock: Callable[[], float]
+    took: list[tuple[str, float]] = field(default_factory=list)
+    state: State = State.STOPPED
+    looked: float = float("-inf")
+    where: Address | None = None
+    last_error: str = ""
+    answered: bool = False
+    patience_s: float = _FORWARD_BANNER_S
+
+    def look(self) -> State:
+        """The state, asked for at most every half second: the guest's own answers are what is waited for."""
+        now = self.clock()
+        if now - self.looked >= _STATE_EVERY_S:
+            self.state, why = domain.state(self.host.conn, self.vm.name)
+            self.looked = now
+            if self.took and self.state not in domain.ACTIVE:
+                lines = console_tail(self.host, self.vm, _LOG_LINES)
+                text = f"cannot go on waiting for VM {self.vm.name}: it is {self.state} {why}".rstrip()
+                raise WrongState(text, hint="last on its console: " + (lines[-1] if lines else "nothing"))
+        return self.state
+
+    def running(self) -> bool:
+        self.looked = float("-inf")
+        return self.look() is State.RUNNING
+
+    def stopped(self) -> bool:
+        return domain.state(self.host.conn, self.vm.name)[0] not in domain.ACTIVE
+
+    def agent(self) -> bool:
+        self.look()
+        return domain.agent_connected(self.host.conn, self.vm.name) and domain.agent_ping(
+            self.host.conn, self.vm.name, timeout_s=2
+        )
+
+    def ip(self) -> bool:
+        """Whether the guest uses its address: it answers there, be it with a refusal, or holds a fresh lease."""
+        self.look()
+        self.where = self.where or address(self.host, self.vm)
+        return self.where is not None and (self._touch(self.where) or self._leased(self.where))
+
+    def _touch(self, where: Address) -> bool:
+        if where.forwarded:
+            return True  # the forward is QEMU's and answers before the guest does
+        try:
+            with socket.create_connection((where.host, where.port), timeout=_CONNECT_S):
+                self.answered = True
+        except OSError as error:
+            self.last_error = str(error)
+            self.answered = error.errno == errno.ECONNREFUSED
+        return self.answered
+
+    def _leased(self, where: Address) -> bool:
+        if where.network is None:
+            return False
+        up = inventory.uptime_s(self.host.conn, self.vm.name)
+        since = time.time() - up - 1.0 if up is not None else 0.0
+        return any(
+            lease.mac == where.mac and lease.address == where.host and lease.expiry - _LEASE_S >= since
+            for lease in network.leases(self.host.conn, where.network)
+        )
+
+    def ssh(self) -> bool:
+        self.look()
+        return self.where is not None and self._banner(self.where)
+
+    def _banner(self, where: Address) -> bool:
+        """Whether an SSH server greets. Short tries, for a lost SYN is repeated only after a second.
+
+        A forward accepts before the guest can: there a silent connection is soon given up, and later less soon.
+        """
+        patience = self.patience_s if where.forwarded else _BANNER_S
+        try:
+            with socket.create_connection((where.host, where.port), timeout=_CONNECT_S) as sock:
+                greeting = sock.recv(64) if select.select([sock], [], [], patience)[0] else b""
+        except OSError as error:
+            self.last_error = str(error)
+            return False
+        if not greeting:
+            self.last_error = "connected, but no greeting yet"
+            self.patience_s = min(_BANNER_S, self.patience_s * 1.3)
+        return greeting.startswith(b"SSH-")
+
+    def evidence(self) -> list[str]:
+        """What is known when a wait runs out."""
+        try:
+            state, why = domain.state(self.host.conn, self.vm.name)
+        except VmctlError as error:
+            return [error.message]
+        lines = [f"state: {state} {why}".rstrip()]
+        lines += [f"stage {name}: {took:.1f} s" for name, took in self.took]
+        if self.where is not None:
+            lines.append(f"address: {self.where.host} port {self.where.port} (MAC {self.where.mac})")
+            if self.where.network is not None:
+                held = [lease for lease in network.leases(self.host.conn, self.where.network) if lease.mac == self.where.mac]
+                lines.append(
+                    f"DHCP lease: {held[0].address}, until {held[0].expiry}" if held else "DHCP lease: none, so far"
+                )
+        else:
+            lines.append("address: none known")
+        if self.last_error:
+            lines.append(f"last try: {self.last_error}")
+        tail = console_tail(self.host, self.vm, _LOG_LINES)
+        lines += ["console, last lines:", *(f"  {line}" for line in tail)] if tail else ["console: nothing printed"]
+        return lines
+
+
+def wait_for(
+    host: Host,
+    vm: Domain,
+    goal: Goal,
+    *,
+    timeout_s: float,
+    report: Reporter,
+    clock: Callable[[], float] = time.monotonic,
+) -> Address | None:
+    """Wait until ``vm`` reaches ``goal``; returns its address where a stage found one.
+
+    Raises WaitTimeout, naming the stage, with evidence; WrongState when the VM stops meanwhile, for then no
+    waiting helps.
+    """
+    began = clock()
+    watch = _Watch(host, vm, clock)
+    for stage in _STAGES[goal]:
+        stage_began = clock()
+        report(StageBegan(stage, stage_began - began))
+        try:
+            wait_until(
+                getattr(watch, stage.value),
+                what=f"VM {vm.name} to reach {goal}, in stage {stage}",
+                timeout_s=max(0.0, began + timeout_s - clock()),
+                interval_s=_POLL_S,
+                clock=clock,
+            )
+        except WaitTimeout as error:
+            watch.took.append((f"{stage} (not reached)", clock() - stage_began))
+            raise WaitTimeout(
+                f"cannot finish waiting for VM {vm.name}: stage {stage}",
+                after_s=clock() - began,
+                evidence=watch.evidence(),
+                hint=f"the VM was left as it is; go on with `vmctl wait {vm.name} --for {goal} --timeout …`",
+            ) from error
+        took = clock() - stage_began
+        watch.took.append((stage, took))
+        detail = watch.where.host if stage in {Goal.IP, Goal.SSH} and watch.where else ""
+        report(StageDone(stage, took, clock() - began, detail))
+    return watch.where

@@ -1,0 +1,77 @@
+"""What vmctl remembers about a VM: an element of its own namespace inside the domain's <metadata>.
+
+There is no state file beside it. virsh and virt-manager keep the element as it is.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+NAMESPACE = "https://vmctl.dev/xmlns/vm/1"
+PREFIX = "vmctl"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A volume that was made for this VM and goes with it."""
+
+    pool: str
+    volume: str
+
+
+@dataclass(frozen=True, slots=True)
+class SshAccess:
+    """How to reach the guest by SSH. ``forward_port`` is on the host's loopback; None: at its own address."""
+
+    user: str
+    host_key: str
+    forward_port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One VM's record. ``creating`` is set until its creation went through to the end."""
+
+    image: str
+    image_digest: str
+    spec_digest: str
+    accel_reason: str
+    accel_requested: str = "auto"
+    labels: Mapping[str, str] = field(default_factory=dict)
+    owned: tuple[Owned, ...] = ()
+    ssh: SshAccess | None = None
+    console_log: Owned | None = None
+    creating: bool = False
+    schema: int = SCHEMA
+
+
+def _tag(name: str) -> str:
+    return f"{{{NAMESPACE}}}{name}"
+
+
+def parse(domain: ET.Element) -> Record | None:
+    """The record in a parsed <domain>; None when it has none or one of a newer schema."""
+    element = domain.find(f"metadata/{_tag('vm')}")
+    if element is None or int(element.get("schema", "0")) > SCHEMA:
+        return None
+    ssh = element.find(_tag("ssh"))
+    log = element.find(_tag("console-log"))
+    port = ssh.get("forward-port") if ssh is not None else None
+    return Record(
+        image=element.get("image", ""),
+        image_digest=element.get("image-digest", ""),
+        spec_digest=element.get("spec-digest", ""),
+        accel_reason=element.get("accel-reason", ""),
+        accel_requested=element.get("accel-requested", "auto"),
+        labels={item.get("key", ""): item.get("value", "") for item in element.iter(_tag("label"))},
+        owned=tuple(Owned(v.get("pool", ""), v.get("name", "")) for v in element.iter(_tag("volume"))),
+        ssh=None
+        if ssh is None
+        else SshAccess(ssh.get("user", ""), ssh.get("host-key", ""), int(port) if port else None),
+        console_log=None if log is None else Owned(log.get("pool", ""), log.get("name", "")),
+        creating=element.get("creating") == "yes",
+        schema=int(element.get("schema", "0")),
+    )

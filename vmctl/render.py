@@ -1,0 +1,108 @@
+"""Templates to text: domain, network, pool and volume XML, and cloud-init files. The only jinja2 import; decides nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+
+import jinja2
+from markupsafe import Markup
+
+from vmctl import record
+from vmctl.record import Record
+from vmctl.resolve import DomainView
+from vmctl.resources import templates_dir
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkView:
+    """Everything network.xml.j2 prints: a NAT network with DHCP from ``first`` to ``last``."""
+
+    name: str
+    bridge: str
+    domain: str
+    gateway: str
+    prefix: int
+    first: str
+    last: str
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeView:
+    """Everything volume.xml.j2 prints. ``capacity`` in bytes; ``mode`` in octal digits."""
+
+    name: str
+    capacity: int
+    format: str
+    mode: str = "0600"
+    backing: str = ""
+    backing_format: str = "qcow2"
+
+
+@dataclass(frozen=True, slots=True)
+class SeedView:
+    """What the guest is told at its first boot."""
+
+    instance_id: str
+    hostname: str
+    ssh_keys: tuple[str, ...] = ()
+    host_key_private: str = ""
+    host_key_public: str = ""
+    runcmd: tuple[str, ...] = ()
+
+
+def _tojson(value: object) -> Markup:
+    """A double-quoted YAML scalar, which every JSON string is; non-ASCII stays as \\u escapes."""
+    return Markup(json.dumps(value))
+
+
+@cache
+def _environment(*, xml: bool) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates_dir()),
+        undefined=jinja2.StrictUndefined,
+        autoescape=xml,
+        keep_trailing_newline=True,
+    )
+    environment.filters["tojson"] = _tojson
+    return environment
+
+
+def _xml(name: str, **values: object) -> str:
+    return _environment(xml=True).get_template(f"{name}.xml.j2").render(**values)
+
+
+def metadata(value: Record) -> str:
+    """The <vmctl:vm> element of a record."""
+    return _xml("metadata", record=value, namespace=record.NAMESPACE)
+
+
+def domain(view: DomainView) -> str:
+    """The XML of a domain."""
+    return _xml("domain", vm=view, metadata=Markup(metadata(view.record)))
+
+
+def network(view: NetworkView) -> str:
+    """The XML of a network."""
+    return _xml("network", net=view)
+
+
+def pool(name: str, path: str) -> str:
+    """The XML of a directory pool."""
+    return _xml("pool", name=name, path=path)
+
+
+def volume(view: VolumeView) -> str:
+    """The XML of a volume."""
+    return _xml("volume", volume=view)
+
+
+def user_data(view: SeedView) -> str:
+    """NoCloud's user-data."""
+    return _environment(xml=False).get_template("cloud-init/user-data.j2").render(seed=view)
+
+
+def meta_data(view: SeedView) -> str:
+    """NoCloud's meta-data."""
+    return _environment(xml=False).get_template("cloud-init/meta-data.j2").render(seed=view)

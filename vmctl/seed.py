@@ -1,0 +1,92 @@
+"""The NoCloud seed: a small ISO that tells a guest who it is at its first boot, and the host key planted in it."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmctl import render
+from vmctl.errors import VmctlError
+from vmctl.locks import held
+
+_KEYGEN_TIMEOUT_S = 20
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """An SSH key pair in OpenSSH's text forms. ``public`` is type and key, without a comment."""
+
+    private: str
+    public: str
+
+    def __repr__(self) -> str:
+        """Without the private part: reprs reach logs and tracebacks."""
+        return f"KeyPair(public={self.public!r})"
+
+
+def _keygen(path: Path, comment: str) -> None:
+    try:
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(path)],
+            check=True,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=_KEYGEN_TIMEOUT_S,
+        )
+    except FileNotFoundError as error:
+        raise VmctlError("cannot make an SSH key: ssh-keygen is missing", hint="install openssh-client") from error
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise VmctlError(f"cannot make an SSH key: {error}") from error
+
+
+def new_host_key(comment: str) -> KeyPair:
+    """A fresh ed25519 key pair. It touches the disk only in a private folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="vmctl-key-") as folder:
+        path = Path(folder) / "key"
+        _keygen(path, comment)
+        public = " ".join(path.with_suffix(".pub").read_text().split()[:2])
+        return KeyPair(path.read_text(), public)
+
+
+def client_key(folder: Path, lock_folder: Path) -> Path:
+    """vmctl's own client key of this user, made on first use; the public part is beside it with .pub."""
+    path = folder / "id_ed25519"
+    if not path.exists():
+        with held(lock_folder, f"client key {path}", timeout_s=30):
+            if not path.exists():
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                with tempfile.TemporaryDirectory(prefix=".key-", dir=folder) as temporary:
+                    made = Path(temporary) / "id_ed25519"
+                    _keygen(made, "vmctl")
+                    made.with_suffix(".pub").rename(path.with_suffix(".pub"))
+                    made.rename(path)  # last: its existence says that both are there
+    return path
+
+
+def authorized_keys(client: Path, home: Path) -> tuple[str, ...]:
+    """Public keys to let in: vmctl's own, then the user's."""
+    found = [client.with_suffix(".pub").read_text().strip()]
+    for path in sorted((home / ".ssh").glob("id_*.pub")) if (home / ".ssh").is_dir() else []:
+        try:
+            found += [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError):
+            continue  # an unreadable key of the user's is no reason not to make a VM
+    return tuple(dict.fromkeys(found))
+
+
+def build_iso(view: render.SeedView) -> bytes:
+    """The seed as an ISO 9660 image with volume id ``cidata`` (cloud-init's NoCloud data source)."""
+    import pycdlib  # late: only a create needs it
+
+    iso = pycdlib.PyCdlib()
+    iso.new(interchange_level=4, vol_ident="cidata", joliet=3, rock_ridge="1.09")
+    for name, text in (("user-data", render.user_data(view)), ("meta-data", render.meta_data(view))):
+        data = text.encode()
+        iso.add_fp(io.BytesIO(data), len(data), f"/{name.upper()};1", rr_name=name, joliet_path=f"/{name}")
+    out = io.BytesIO()
+    iso.write_fp(out)
+    iso.close()
+    return out.getvalue()

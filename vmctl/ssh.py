@@ -1,0 +1,225 @@
+"""SSH to guests: run commands and copy files. The only room that imports paramiko.
+
+Host keys are never learned on the way: the caller passes the one key the guest must show.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import os
+import posixpath
+import select
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import paramiko
+
+from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound, VmctlError
+
+logging.getLogger("paramiko").addHandler(logging.NullHandler())
+
+_CONNECT_TIMEOUT_S = 20.0
+_BANNER_TIMEOUT_S = 30.0
+_CHUNK = 64 * 1024
+_EXIT_UNKNOWN = 255  # what OpenSSH's client returns too
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where and as whom to log in. ``host_key`` is "TYPE BASE64"; ``key`` the private key's file."""
+
+    host: str
+    port: int
+    user: str
+    host_key: str
+    key: Path
+
+    def __str__(self) -> str:
+        """As people write it."""
+        return f"{self.user}@{self.host}" + (f":{self.port}" if self.port != 22 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Terminal:
+    """The terminal a remote command gets."""
+
+    kind: str
+    columns: int
+    rows: int
+
+
+@contextmanager
+def session(target: Target) -> Iterator[paramiko.Transport]:
+    """An authenticated connection. Raises HostUnreachable; a wrong host key is one too, and says so."""
+    try:
+        sock = socket.create_connection((target.host, target.port), timeout=_CONNECT_TIMEOUT_S)
+    except OSError as error:
+        raise HostUnreachable(
+            f"cannot reach {target}: {error}", hint="is the guest up? `vmctl wait NAME --for ssh` shows each stage"
+        ) from error
+    transport = paramiko.Transport(sock)
+    transport.banner_timeout = _BANNER_TIMEOUT_S
+    kind, _, blob = target.host_key.partition(" ")
+    try:
+        # Ask for just the kind of key that was planted: another kind could not be compared.
+        transport.get_security_options().key_types = (kind,)
+        transport.start_client(timeout=_BANNER_TIMEOUT_S)
+        shown = transport.get_remote_server_key()
+        if shown.get_name() != kind or shown.asbytes() != base64.b64decode(blob):
+            raise HostUnreachable(
+                f"cannot trust {target}: it shows another host key than the one planted at its creation",
+                hint="something else answers at that address, or the guest made new keys",
+            )
+        transport.auth_publickey(target.user, paramiko.Ed25519Key.from_private_key_file(str(target.key)))
+        yield transport
+    except paramiko.AuthenticationException as error:
+        raise VmctlError(
+            f"cannot log in to {target}: it refuses {target.key}", hint="was the VM created by another user?"
+        ) from error
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        raise HostUnreachable(f"cannot talk to {target}: {error or type(error).__name__}") from error
+    finally:
+        transport.close()
+
+
+def _pump(channel: paramiko.Channel, source: int) -> None:
+    """Feed the remote command from file descriptor ``source`` until either side ends."""
+    try:
+        while not channel.closed:
+            # Bounded, so that this thread notices that the command ended while nobody types.
+            if not select.select([source], [], [], 0.2)[0]:
+                continue
+            data = os.read(source, _CHUNK)
+            if not data:
+                channel.shutdown_write()
+                return
+            channel.sendall(data)
+    except OSError:
+        return  # the command ended without reading its input: its exit code tells the rest
+
+
+def run(
+    target: Target,
+    command: str,
+    *,
+    stdin: int | None,
+    out: Callable[[bytes], object],
+    err: Callable[[bytes], object],
+    terminal: Terminal | None = None,
+) -> int:
+    """Run ``command`` by the guest's shell and return its exit code. Both streams are drained together.
+
+    ``stdin`` is a file descriptor to pass on, None for no input.
+    """
+    with session(target) as transport:
+        channel = transport.open_session(timeout=_CONNECT_TIMEOUT_S)
+        if terminal is not None:
+            channel.get_pty(terminal.kind, terminal.columns, terminal.rows)
+        channel.exec_command(command)
+        if stdin is None:
+            channel.shutdown_write()
+        else:
+            threading.Thread(target=_pump, args=(channel, stdin), name="stdin", daemon=True).start()
+        _drain(channel, out, err)
+        code = channel.recv_exit_status()
+        return code if code >= 0 else _EXIT_UNKNOWN
+
+
+def _drain(channel: paramiko.Channel, out: Callable[[bytes], object], err: Callable[[bytes], object]) -> None:
+    """Hand over both streams until the command has ended and both are empty."""
+    while True:
+        select.select([channel], [], [], 1.0)
+        moved = False
+        while channel.recv_ready():
+            out(channel.recv(_CHUNK))
+            moved = True
+        while channel.recv_stderr_ready():
+            err(channel.recv_stderr(_CHUNK))
+            moved = True
+        if moved:
+            continue
+        if channel.closed or channel.eof_received and channel.exit_status_ready():
+            # What came between the last look and the end.
+            while channel.recv_ready() or channel.recv_stderr_ready():
+                if channel.recv_ready():
+                    out(channel.recv(_CHUNK))
+                if channel.recv_stderr_ready():
+                    err(channel.recv_stderr(_CHUNK))
+            return
+
+
+Moved = Callable[[str, int, int], None]
+
+
+@contextmanager
+def _sftp(target: Target) -> Iterator[paramiko.SFTPClient]:
+    with session(target) as transport:
+        client = paramiko.SFTPClient.from_transport(transport)
+        if client is None:
+            raise GuestCommandFailed(f"cannot copy with {target}: it offers no SFTP")
+        with client:
+            yield client
+
+
+def _is_dir(client: paramiko.SFTPClient, path: str) -> bool:
+    try:
+        return stat.S_ISDIR(client.stat(path).st_mode or 0)
+    except FileNotFoundError:
+        return False
+
+
+def put(target: Target, sources: list[Path], destination: str, moved: Moved) -> None:
+    """Copy files and folders into the guest, as cp -r does; ``moved`` hears name, bytes so far, bytes in all."""
+    with _sftp(target) as client:
+        into = _is_dir(client, destination)
+        if len(sources) > 1 and not into:
+            raise NotFound(f"cannot copy {len(sources)} things to {destination}: it is no folder in the guest")
+        for source in sources:
+            _put_one(client, source, posixpath.join(destination, source.name) if into else destination, moved)
+
+
+def _put_one(client: paramiko.SFTPClient, source: Path, destination: str, moved: Moved) -> None:
+    try:
+        if source.is_dir():
+            if not _is_dir(client, destination):
+                client.mkdir(destination)
+            for child in sorted(source.iterdir()):
+                _put_one(client, child, posixpath.join(destination, child.name), moved)
+        else:
+            client.put(str(source), destination, callback=lambda done, total: moved(source.name, done, total))
+        client.chmod(destination, stat.S_IMODE(source.stat().st_mode))
+    except (OSError, paramiko.SFTPError) as error:
+        raise GuestCommandFailed(f"cannot copy {source} to {destination} in the guest: {error}") from error
+
+
+def get(target: Target, source: str, destination: Path, moved: Moved) -> None:
+    """Copy a file or folder out of the guest. A file appears under its name only when it is whole."""
+    with _sftp(target) as client:
+        name = posixpath.basename(source.rstrip("/"))
+        _get_one(client, source, destination / name if destination.is_dir() and name else destination, moved)
+
+
+def _get_one(client: paramiko.SFTPClient, source: str, destination: Path, moved: Moved) -> None:
+    partial = destination.with_name(f".{destination.name}.part")
+    try:
+        mode = client.stat(source).st_mode or 0
+        if stat.S_ISDIR(mode):
+            destination.mkdir(exist_ok=True)
+            for child in sorted(client.listdir(source)):
+                if child in {".", ".."} or "/" in child:  # a guest is not to be trusted with names on the host
+                    continue
+                _get_one(client, posixpath.join(source, child), destination / child, moved)
+        else:
+            client.get(source, str(partial), callback=lambda done, total: moved(destination.name, done, total))
+            partial.chmod(stat.S_IMODE(mode) & 0o777)
+            partial.replace(destination)
+    except (OSError, paramiko.SFTPError) as error:
+        raise GuestCommandFailed(f"cannot copy {source} from the guest to {destination}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

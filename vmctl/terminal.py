@@ -1,0 +1,76 @@
+"""The user's terminal, raw while a guest has it, and its connection to a guest's console."""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import sys
+import termios
+import tty
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.console import Console
+
+LEAVE = b"\x1d"  # Ctrl-]
+_TURN_S = 0.1
+
+
+@contextmanager
+def raw_if(wanted: bool) -> Iterator[None]:
+    """Hand keys through untouched inside the block, when ``wanted`` and stdin is a terminal."""
+    if not wanted or not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(0)
+    try:
+        tty.setraw(0)
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+def size() -> tuple[str, int, int]:
+    """Kind, columns and rows of this terminal."""
+    columns, rows = shutil.get_terminal_size()
+    return os.environ.get("TERM", "vt100"), columns, rows
+
+
+def stdin_or_none() -> int | None:
+    """The descriptor of our input; None when there is none."""
+    try:
+        os.fstat(0)
+    except OSError:
+        return None
+    return 0
+
+
+def writer(descriptor: int) -> Callable[[bytes], None]:
+    """A function that writes all of its bytes to ``descriptor``, without a buffer of Python's between."""
+
+    def write(data: bytes) -> None:
+        while data:
+            data = data[os.write(descriptor, data) :]
+
+    return write
+
+
+def attach(conn: Connection, name: str, *, force: bool) -> None:
+    """Connect our terminal to the console of ``name`` until Ctrl-], the end of our input, or the guest's end."""
+    with Console(conn, name, writer(1), force=force) as console, raw_if(True):
+        ended_input = False
+        while not console.ended.is_set():
+            if ended_input:
+                console.ended.wait(_TURN_S)
+                continue
+            if not select.select([0], [], [], _TURN_S)[0]:
+                continue
+            data = os.read(0, 4096)
+            before, leave, _ = data.partition(LEAVE)
+            if before:
+                console.send(before)
+            if leave:
+                return
+            ended_input = not data

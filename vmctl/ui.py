@@ -1,0 +1,269 @@
+"""Everything that is printed: results to stdout, progress and errors to stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import PurePath
+from typing import IO, Any
+
+from vmctl.errors import PartialFailure, VmctlError, WaitTimeout
+from vmctl.events import Event, Progress, Reporter, StageBegan, StageDone, Step, Warned
+
+
+class Output(StrEnum):
+    """How a result is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+    NAME = "name"
+
+
+class Verbosity(StrEnum):
+    """How much progress is told."""
+
+    QUIET = "quiet"
+    NORMAL = "normal"
+    VERBOSE = "verbose"
+
+
+_BAR_EVERY_S = 0.1
+_PLAIN_EVERY_S = 5.0
+
+
+def _colored(stream: IO[str]) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, code: str, stream: IO[str]) -> str:
+    """``text`` in an ANSI style where the stream is a terminal that wants it."""
+    return f"\x1b[{code}m{text}\x1b[0m" if _colored(stream) else text
+
+
+def visible(text: str) -> str:
+    """Text from elsewhere (guests, other tools) made safe for one line of a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return ""
+
+
+def duration(seconds: float | None) -> str:
+    """A time span for people; "" for None."""
+    if seconds is None:
+        return ""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def memory(mib: int) -> str:
+    """MiB for people."""
+    return f"{mib // 1024}G" if mib >= 1024 and mib % 1024 == 0 else f"{mib}M"
+
+
+class _Lines:
+    """A Reporter that writes lines, and on a terminal a bar that rewrites its own."""
+
+    def __init__(self, stream: IO[str], *, verbosity: Verbosity) -> None:
+        self._stream = stream
+        self._verbosity = verbosity
+        self._tty = stream.isatty()
+        self._bars: dict[str, tuple[float, float]] = {}
+        self._open_line = False
+        self._lock = threading.Lock()
+
+    def __call__(self, event: Event) -> None:
+        with self._lock:
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        match event:
+            case Warned(text, hint):
+                self._line(paint("note: ", "33", self._stream) + visible(text))
+                if hint:
+                    self._line(f"  mend: {visible(hint)}")
+            case _ if self._verbosity is Verbosity.QUIET:
+                return
+            case Step(text):
+                self._line(visible(text))
+            case StageBegan(name, elapsed_s):
+                if self._tty:
+                    self._rewrite(f"  {name:<8} … {elapsed_s:5.1f} s so far")
+                elif self._verbosity is Verbosity.VERBOSE:
+                    self._line(f"  {name:<8} begins at {elapsed_s:.2f} s")
+            case StageDone(name, took_s, elapsed_s, detail):
+                self._line(f"  {name:<8} {took_s:6.2f} s   at {elapsed_s:6.2f} s   {visible(detail)}".rstrip())
+            case Progress(name, done, total, unit):
+                self._progress(name, done, total, unit)
+
+    def _progress(self, name: str, done: int, total: int, unit: str) -> None:
+        now = time.monotonic()
+        began, last = self._bars.get(name, (now, 0.0))
+        finished = bool(total) and done >= total
+        if not finished and now - last < (_BAR_EVERY_S if self._tty else _PLAIN_EVERY_S):
+            self._bars.setdefault(name, (began, now if not self._tty else 0.0))
+            return
+        self._bars[name] = (began, now)
+        text = _bar_text(visible(name), done, total, unit, now - began)
+        if finished:
+            self._bars.pop(name)
+            if self._tty or now - began > _PLAIN_EVERY_S or self._verbosity is Verbosity.VERBOSE:
+                self._line(text)
+        elif self._tty:
+            self._rewrite(text)
+        else:
+            self._line(text)
+
+    def _rewrite(self, text: str) -> None:
+        self._stream.write(f"\r\x1b[K{text}")
+        self._stream.flush()
+        self._open_line = True
+
+    def _line(self, text: str) -> None:
+        self._stream.write(("\r\x1b[K" if self._open_line else "") + text + "\n")
+        self._stream.flush()
+        self._open_line = False
+
+
+def _bar_text(name: str, done: int, total: int, unit: str, spent_s: float) -> str:
+    amount: Callable[[float], str] = size if unit == "B" else lambda n: f"{n:.0f} {unit}"
+    rate = done / spent_s if spent_s > 0 else 0.0
+    text = f"{name}: {amount(done)}"
+    if total:
+        text += f" of {amount(total)} ({100 * done // total} %)"
+    if rate and spent_s > 0.5:
+        text += f", {amount(rate)}/s"
+        if total > done:
+            text += f", {duration((total - done) / rate)} to go"
+    return text
+
+
+def reporter(verbosity: Verbosity = Verbosity.NORMAL) -> Reporter:
+    """The Reporter for this run's stderr."""
+    return _Lines(sys.stderr, verbosity=verbosity)
+
+
+def jsonable(value: Any) -> Any:
+    """Plain lists, dicts, strings and numbers of a result."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if hasattr(value, "to_json"):
+            return value.to_json()
+        return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, StrEnum | PurePath):
+        return str(value)
+    if isinstance(value, float):
+        return round(value, 3)
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [jsonable(item) for item in value]
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    return value
+
+
+def emit(value: Any, output: Output, table: Callable[[], str], names: Callable[[], Iterable[str]]) -> None:
+    """Print a result in the form asked for."""
+    if output is Output.JSON:
+        import json
+
+        print(json.dumps(jsonable(value), indent=2, ensure_ascii=False))
+    elif output is Output.YAML:
+        import yaml
+
+        print(yaml.safe_dump(jsonable(value), sort_keys=False, allow_unicode=True), end="")
+    elif output is Output.NAME:
+        for name in names():
+            print(name)
+    else:
+        print(table())
+
+
+def say(text: str) -> None:
+    """One line of result."""
+    print(text)
+
+
+def write(text: str) -> None:
+    """Result text as it is."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """One line for people, beside the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def heading(text: str) -> str:
+    """Text that stands out on stderr."""
+    return paint(text, "1", sys.stderr)
+
+
+def clear_or_blank() -> None:
+    """Begin a new picture of something watched: on a clean screen, or after a blank line."""
+    write("\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n")
+
+
+def columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """An aligned table; the last column is not padded."""
+    lines = [list(header), *([visible(cell) or "-" for cell in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def fields(pairs: Iterable[tuple[str, str]]) -> str:
+    """Name and value, a line each; further lines of a value are indented below its first."""
+    kept = [(name, value) for name, value in pairs if value]
+    width = max((len(name) for name, _ in kept), default=0)
+    lines = []
+    for name, value in kept:
+        first, *rest = value.splitlines() or [""]
+        lines.append(f"{name.ljust(width)}  {visible(first)}")
+        lines += [" " * (width + 2) + visible(line) for line in rest]
+    return "\n".join(lines)
+
+
+def tell_error(error: VmctlError) -> None:
+    """The error and its hint on stderr, with the evidence of a wait and the parts of a partial failure."""
+    print(paint(visible(error.message), "31", sys.stderr), file=sys.stderr)
+    if isinstance(error, WaitTimeout):
+        for line in error.evidence:
+            print(f"  {visible(line)}", file=sys.stderr)
+    if isinstance(error, PartialFailure):
+        for name, cause in error.failures.items():
+            print(f"  {name}: {visible(cause.message)}", file=sys.stderr)
+            if cause.hint:
+                print(f"    hint: {visible(cause.hint)}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {visible(error.hint)}", file=sys.stderr)
+
+
+def confirm(question: str) -> bool:
+    """Ask on the terminal; no answer is no."""
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+def interactive() -> bool:
+    """Whether there is a person to ask."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
