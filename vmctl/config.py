@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -55,20 +54,28 @@ def folders(env: Mapping[str, str] = os.environ) -> Folders:
 
 def load(path: Path) -> Settings:
     """Read the config file; a missing one is all defaults. Raises SpecError that names every problem."""
+    if not path.exists():
+        return Settings()
+    import tomllib  # late: most runs have no config file, and all pay for an import
+
     try:
         values = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        return Settings()
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpecError(f"cannot read config file {path}: {error}", hint="it is TOML: connect = \"qemu:///system\"") from error
+        raise SpecError(
+            f"cannot read config file {path}: {error}", hint='it is TOML: connect = "qemu:///system"'
+        ) from error
     known = {field.name for field in fields(Settings)}
     problems = [f"unknown key {key!r}" for key in values if key not in known]
-    problems += [f"{key} is not a string" for key, value in values.items() if key in known and not isinstance(value, str)]
+    problems += [
+        f"{key} is not a string" for key, value in values.items() if key in known and not isinstance(value, str)
+    ]
     if problems:
-        raise SpecError(f"cannot use config file {path}", problems=problems, hint="known keys: " + ", ".join(sorted(known)))
+        raise SpecError(
+            f"cannot use config file {path}", problems=problems, hint="known keys: " + ", ".join(sorted(known))
+        )
     return Settings(**values)
 
 
 def chosen_uri(flag: str | None, env: Mapping[str, str], settings: Settings) -> str:
-    """The URI to connect to by precedence: flag, VMCTL_CONNECT, LIBVIRT_DEFAULT_URI, config file; "" for none of them."""
+    """The URI to connect to, by precedence: flag, VMCTL_CONNECT, LIBVIRT_DEFAULT_URI, config file; "" for none."""
     return flag or env.get("VMCTL_CONNECT") or env.get("LIBVIRT_DEFAULT_URI") or settings.connect

@@ -27,7 +27,18 @@ def commands(name: str, connect: str | None, *, build: bool) -> list[list[str]]:
     """The command lines of the demonstration, without the leading ``vmctl``."""
     at = ["-c", connect] if connect else []
     lines = [
-        ["create", name, "--image", _IMAGE, "--description", "made by vmctl demo", "--label", "demo=yes", "--wait", "ssh"],
+        [
+            "create",
+            name,
+            "--image",
+            _IMAGE,
+            "--description",
+            "made by vmctl demo",
+            "--label",
+            "demo=yes",
+            "--wait",
+            "ssh",
+        ],
         ["exec", name, "--", "sh", "-c", "echo hello from $(hostname), up $(cut -d' ' -f1 /proc/uptime) s; uname -sr"],
         ["show", name],
         ["list"],
@@ -63,7 +74,8 @@ def run(name: str, connect: str | None, vmctl: Callable[[list[str]], int]) -> No
             if made:
                 vmctl([*(["-c", connect] if connect else []), "delete", name, "--yes"])
             raise VmctlError(
-                f"cannot finish the demonstration: the last command ended with {code}", hint="`vmctl doctor` may know why"
+                f"cannot finish the demonstration: the last command ended with {code}",
+                hint="`vmctl doctor` may know why",
             )
         made = made or "create" in line
         made = made and "delete" not in line

@@ -40,7 +40,8 @@ def _tools() -> list[Finding]:
     if not missing:
         return [Finding("tools", "ok", ", ".join(_TOOLS) + " are installed")]
     return [
-        Finding("tools", "failed", f"{tool} is missing", f"apt-get install {package}") for tool, package in missing.items()
+        Finding("tools", "failed", f"{tool} is missing", f"apt-get install {package}")
+        for tool, package in missing.items()
     ]
 
 
@@ -110,7 +111,9 @@ def _networks(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
         busy = sorted(port.name for port in Path(f"/sys/class/net/{bridge}/brif").glob("*"))
         detail = f"bridge {bridge} is there although its network is down: a daemon lost its state"
         if busy:
-            found.append(Finding("networks", "failed", f"{detail}; {', '.join(busy)} still use it", "stop those guests first"))
+            found.append(
+                Finding("networks", "failed", f"{detail}; {', '.join(busy)} still use it", "stop those guests first")
+            )
         elif not fix:
             found.append(Finding("networks", "failed", detail, "vmctl doctor --fix removes the bridge and its dnsmasq"))
         else:
@@ -127,7 +130,9 @@ def _remove_bridge(bridge: str, detail: str, report: Reporter) -> Finding:
     try:
         subprocess.run(["ip", "link", "delete", bridge], check=True, capture_output=True, timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
-        return Finding("networks", "failed", f"{detail}; it cannot be removed: {error}", f"as root: ip link delete {bridge}")
+        return Finding(
+            "networks", "failed", f"{detail}; it cannot be removed: {error}", f"as root: ip link delete {bridge}"
+        )
     return Finding("networks", "mended", f"{detail}; removed")
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
-from pathlib import Path
 
 from vmctl import record
 from vmctl.spec import Accel
@@ -142,14 +142,37 @@ def parse(text: str) -> DomainFacts:
     return read(ET.fromstring(text))
 
 
-def read_saved(path: Path) -> DomainFacts | None:
-    """The facts in a file of libvirt's own (a definition, or the status of a running domain); None if it holds none.
+@dataclass(frozen=True, slots=True)
+class Brief:
+    """The little of a domain's XML that a list shows. ``nics`` are pairs of MAC and network or bridge."""
 
-    libvirt replaces these files whole, so a reader sees the old one or the new one.
+    uuid: str
+    accel: Accel | None
+    vcpus: int
+    memory_mib: int
+    nics: tuple[tuple[str, str], ...]
+    record: record.Record | None
+
+
+def brief(text: str) -> Brief:
+    """The brief of XML that libvirt printed: a definition, or the status of a running domain around one.
+
+    Picks the few elements it needs out of the text, for a list parses hundreds of these: libvirt prints one element
+    a line, with apostrophes around attributes, and no text of a user's in it without escapes.
     """
-    try:
-        root = ET.fromstring(path.read_bytes())
-    except (OSError, ET.ParseError):
-        return None
-    domain = root if root.tag == "domain" else root.find("domain")
-    return None if domain is None else read(domain)
+
+    def first(pattern: str) -> str:
+        found = re.search(pattern, text)
+        return found[1] if found else ""
+
+    tag = f"{record.PREFIX}:vm"
+    metadata = re.search(rf"<{tag} [^>]*(?:/>|[^/]>.*?</{tag}>)", text, re.DOTALL)
+    kib = int(first(r"<memory unit='KiB'>(\d+)<") or 0)
+    return Brief(
+        uuid=first(r"<uuid>([^<]*)<"),
+        accel=_ACCEL.get(first(r"<domain type='(\w+)'")),
+        vcpus=int(first(r"<vcpu[^>]*>(\d+)<") or 1),
+        memory_mib=kib // 1024,
+        nics=tuple(re.findall(r"<mac address='([^']*)'/>\s*<source (?:network|bridge|dev)='([^']*)'", text)),
+        record=record.read(ET.fromstring(metadata[0])) if metadata else None,
+    )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vmctl.errors import NotFound, SpecError, VmctlError, WrongState
 from vmctl.events import Progress, Reporter
 from vmctl.hosts import Host
-from vmctl.hypervisor import domain, inventory, network, storage
+from vmctl.hypervisor import domain, network, storage
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.seed import client_key
 from vmctl.wait import pause
@@ -77,9 +77,7 @@ def target(host: Host, vm: Domain, *, user: str | None = None) -> Target:
         )
     where = address(host, vm)
     if where is None:
-        raise NotFound(
-            f"cannot reach VM {vm.name}: it has no address yet", hint=f"vmctl wait {vm.name} --for ip"
-        )
+        raise NotFound(f"cannot reach VM {vm.name}: it has no address yet", hint=f"vmctl wait {vm.name} --for ip")
     return Target(where.host, where.port, user or record.ssh.user, record.ssh.host_key, private_key(host))
 
 

@@ -8,14 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from vmctl import accel, config
-from vmctl.accel import Decision, KvmFindings
+from vmctl import config
 from vmctl.config import Folders, Settings
-from vmctl.hypervisor import capabilities, connection
-from vmctl.hypervisor.capabilities import HostFacts
+from vmctl.hypervisor import connection
 from vmctl.hypervisor.connection import Connection
 from vmctl.spec import AccelChoice
+
+if TYPE_CHECKING:
+    from vmctl.accel import Decision, KvmFindings
+    from vmctl.hypervisor.capabilities import HostFacts
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Host:
     @cached_property
     def facts(self) -> HostFacts:
         """What libvirt says the host is; asked once."""
+        from vmctl.hypervisor import capabilities  # late, like accel: every command opens a host, few ask this
+
         return capabilities.host_facts(self.conn)
 
     @property
@@ -64,6 +69,8 @@ def qemu_user_name(user: str | None) -> str | None:
 
 def kvm_findings(host: Host, *, refresh: bool = False) -> KvmFindings:
     """What is known of KVM on the host, by evidence."""
+    from vmctl import accel
+
     if not host.conn.qemu:
         return accel.not_examined("the connection does not drive QEMU")
     if not host.conn.local:
@@ -79,6 +86,8 @@ def kvm_findings(host: Host, *, refresh: bool = False) -> KvmFindings:
 
 def decide_accel(host: Host, requested: AccelChoice, *, refresh: bool = False) -> Decision:
     """Which accelerator to use here, and why. Raises Unsupported when what was required is not to be had."""
+    from vmctl import accel
+
     return accel.choose(requested, kvm_findings(host, refresh=refresh))
 
 

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -85,7 +86,11 @@ def pool_path(host: Host, leaf: str) -> str:
 def ensure_pools(host: Host) -> None:
     """Make sure the pools for images and for disks are there and run."""
     for name in (host.settings.image_pool, host.settings.pool):
-        storage.ensure_pool(host.conn, name, lambda name=name: render.pool(name, pool_path(host, name)))
+        storage.ensure_pool(host.conn, name, partial(_pool_xml, host, name))
+
+
+def _pool_xml(host: Host, name: str) -> str:
+    return render.pool(name, pool_path(host, name))
 
 
 def parse_manifest(data: bytes) -> Manifest | None:
@@ -102,10 +107,9 @@ def list_images(host: Host) -> tuple[Manifest, ...]:
     pool = host.settings.image_pool
     if not storage.pool_exists(host.conn, pool):
         return ()
-    found = []
-    for volume in storage.volume_names(host.conn, pool):
-        if _MANIFEST.fullmatch(volume) and (manifest := parse_manifest(storage.download(host.conn, pool, volume))):
-            found.append(manifest)
+    names = [volume for volume in storage.volume_names(host.conn, pool) if _MANIFEST.fullmatch(volume)]
+    read = [parse_manifest(storage.download(host.conn, pool, name)) for name in names]
+    found = [manifest for manifest in read if manifest is not None]
     found.sort(key=lambda manifest: manifest.built, reverse=True)
     return tuple(sorted(found, key=lambda manifest: manifest.name))
 
@@ -209,7 +213,9 @@ def delete(host: Host, name: str, report: Reporter) -> Manifest:
         storage.refresh(host.conn, host.settings.image_pool)
         files = {image.disk, image.kernel, image.initrd} - {""}
         volumes = storage.disk_users(host.conn, image.disk)
-        machines = [f.name for f in domain.all_facts(host.conn) if files & ({d.source for d in f.disks} | {f.kernel, f.initrd})]
+        machines = [
+            f.name for f in domain.all_facts(host.conn) if files & ({d.source for d in f.disks} | {f.kernel, f.initrd})
+        ]
         if users := sorted({*volumes, *machines}):
             raise Conflict(
                 f"cannot delete image {image.manifest.stem}: {', '.join(users)} need it",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 from vmctl import hosts, images, networks, render, resolve, seed, spec
@@ -23,7 +24,7 @@ from vmctl.hypervisor.domain import ACTIVE, Domain, State
 from vmctl.images import Image
 from vmctl.locks import held
 from vmctl.record import Owned, Record, SshAccess
-from vmctl.spec import Accel, AccelChoice, VM
+from vmctl.spec import VM, Accel, AccelChoice
 from vmctl.wait import wait_until
 
 _STATE_POLL_S = 0.05
@@ -180,7 +181,7 @@ def _make(host: Host, planned: Plan, report: Reporter, *, start_it: bool) -> Dom
         report(Step(f"disks of {vm.name} are made from image {planned.image.manifest.stem}"))
         for nic in view.nics:
             if nic.network == host.settings.network:
-                undo.callback(_quietly, lambda mac=nic.mac: networks.give_up_addresses(host, {mac}))
+                undo.callback(_quietly, partial(networks.give_up_addresses, host, {nic.mac}))
                 networks.keep_address(host, nic.mac, name=vm.name, vm_uuid=planned.uuid, report=report)
         domain.define(host.conn, render.domain(view), name=vm.name)
         undo.callback(_quietly, lambda: domain.undefine(host.conn, vm.name))
@@ -287,9 +288,7 @@ def _renew_forward(host: Host, vm: Domain, report: Reporter) -> None:
     text = domain.xml(host.conn, vm.name, inactive=True)
     text = text.replace(f"hostfwd=tcp:127.0.0.1:{port}-:22", f"hostfwd=tcp:127.0.0.1:{new}-:22")
     domain.define(host.conn, text, name=vm.name)
-    domain.set_record(
-        host.conn, vm.name, render.metadata(replace(record, ssh=replace(record.ssh, forward_port=new)))
-    )
+    domain.set_record(host.conn, vm.name, render.metadata(replace(record, ssh=replace(record.ssh, forward_port=new))))
     report(Step(f"port {port} is taken: SSH to {vm.name} goes through {new} now"))
 
 
@@ -383,7 +382,9 @@ def reboot(host: Host, name: str) -> None:
 
 def reset(host: Host, name: str) -> None:
     """Restart it at once, without asking the guest."""
-    domain.require(domain.find(host.conn, name), frozenset({State.RUNNING, State.PAUSED}), "reset", f"vmctl start {name}")
+    domain.require(
+        domain.find(host.conn, name), frozenset({State.RUNNING, State.PAUSED}), "reset", f"vmctl start {name}"
+    )
     domain.reset(host.conn, name)
 
 
@@ -525,12 +526,7 @@ def _deletable(host: Host, vm: Domain) -> tuple[Owned, ...]:
             for v in storage.volume_names(host.conn, log.pool)
             if v.startswith(f"{log.volume}.") and v not in rotated
         ]
-    used = {
-        disk.source
-        for other in domain.all_facts(host.conn)
-        if other.uuid != vm.uuid
-        for disk in other.disks
-    }
+    used = {disk.source for other in domain.all_facts(host.conn) if other.uuid != vm.uuid for disk in other.disks}
     free = []
     for one in owned:
         path = f"{storage.pool_path(host.conn, one.pool)}/{one.volume}"

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmctl.errors import NotFound
-from vmctl.hypervisor import domain, inventory, network
-from vmctl.hypervisor.domain import State
+from vmctl.hypervisor import inventory, network
 from vmctl.hypervisor.inventory import Entry
+from vmctl.hypervisor.states import State
 
 if TYPE_CHECKING:
     from vmctl.accel import Decision
-    from vmctl.domain_xml import DiskFacts, DomainFacts, NicFacts
+    from vmctl.domain_xml import Brief, DiskFacts, NicFacts
     from vmctl.hosts import Host
 
 
@@ -35,7 +35,9 @@ class Row:
     uuid: str
 
 
-def rows(host: Host, *, states: Collection[State] = (), labels: Mapping[str, str | None] | None = None) -> tuple[Row, ...]:
+def rows(
+    host: Host, *, states: Collection[State] = (), labels: Mapping[str, str | None] | None = None
+) -> tuple[Row, ...]:
     """All VMs, or those in one of ``states`` and with all of ``labels`` (value None: any value)."""
     entries = inventory.list_domains(host.conn)
     addresses = _addresses(host, entries)
@@ -48,7 +50,7 @@ def _labelled(have: Mapping[str, str], wanted: Mapping[str, str | None]) -> bool
     return all(key in have and (value is None or have[key] == value) for key, value in wanted.items())
 
 
-def _row(entry: Entry, addresses: Callable[[DomainFacts | None], str], host: str) -> Row:
+def _row(entry: Entry, addresses: Callable[[Brief | None], str], host: str) -> Row:
     facts = entry.facts
     record = facts.record if facts else None
     return Row(
@@ -66,9 +68,9 @@ def _row(entry: Entry, addresses: Callable[[DomainFacts | None], str], host: str
     )
 
 
-def _addresses(host: Host, entries: Iterable[Entry]) -> Callable[[DomainFacts | None], str]:
+def _addresses(host: Host, entries: Iterable[Entry]) -> Callable[[Brief | None], str]:
     """A look-up of addresses: reservations and leases of the networks in use, read once each."""
-    used = {nic.source for entry in entries if entry.facts for nic in entry.facts.nics}
+    used = {source for entry in entries if entry.facts for _, source in entry.facts.nics}
     known: dict[str, str] = {}
     if used and host.conn.qemu and not host.conn.session:
         for net in network.all_networks(host.conn):
@@ -77,12 +79,12 @@ def _addresses(host: Host, entries: Iterable[Entry]) -> Callable[[DomainFacts | 
                 known |= {lease.mac: lease.address for lease in leases}
                 known |= {entry.mac: entry.address for entry in net.reservations}
 
-    def look_up(facts: DomainFacts | None) -> str:
+    def look_up(facts: Brief | None) -> str:
         if facts is None:
             return ""
         if facts.record and facts.record.ssh and facts.record.ssh.forward_port:
             return f"127.0.0.1:{facts.record.ssh.forward_port}"
-        return next((known[nic.mac] for nic in facts.nics if nic.mac in known), "")
+        return next((known[mac] for mac, _ in facts.nics if mac in known), "")
 
     return look_up
 
@@ -122,9 +124,14 @@ class Detail:
 
 def detail(host: Host, name: str, decision: Callable[[], Decision]) -> Detail:
     """One VM in full; ``decision`` gives the host's accelerator decision, to set beside what the VM uses."""
+    from vmctl.domain_xml import Brief
+    from vmctl.hypervisor import domain
+
     vm = domain.find(host.conn, name)
     facts, record = vm.facts, vm.facts.record
-    entry = Entry(vm.name, vm.uuid, vm.state, facts.vcpus, facts.memory_mib, None, facts)
+    pairs = tuple((nic.mac, nic.source) for nic in facts.nics)
+    short = Brief(vm.uuid, facts.accel, facts.vcpus, facts.memory_mib, pairs, record)
+    entry = Entry(vm.name, vm.uuid, vm.state, facts.vcpus, facts.memory_mib, None, short)
     here = decision()
     accel: dict[str, object] = {
         "chosen": facts.accel or "",
@@ -149,7 +156,7 @@ def detail(host: Host, name: str, decision: Callable[[], Decision]) -> Detail:
         firmware=facts.firmware,
         image=record.image if record else "",
         image_digest=record.image_digest if record else "",
-        address=_addresses(host, [entry])(facts),
+        address=_addresses(host, [entry])(short),
         ssh_user=ssh.user if ssh else "",
         ssh_host_key=ssh.host_key if ssh else "",
         disks=facts.disks,
@@ -175,7 +182,7 @@ def matching(host: Host, patterns: Sequence[str]) -> tuple[str, ...]:
         if not any(letter in pattern for letter in "*?["):
             found[pattern] = None
             continue
-        names = domain.names(host.conn) if names is None else names
+        names = inventory.names(host.conn) if names is None else names
         matched = fnmatch.filter(names, pattern)
         if not matched:
             raise NotFound(f"cannot find VMs: none matches {pattern!r}", hint="see `vmctl list`")

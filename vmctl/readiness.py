@@ -152,7 +152,9 @@ class _Watch:
         if self.where is not None:
             lines.append(f"address: {self.where.host} port {self.where.port} (MAC {self.where.mac})")
             if self.where.network is not None:
-                held = [lease for lease in network.leases(self.host.conn, self.where.network) if lease.mac == self.where.mac]
+                held = [
+                    lease for lease in network.leases(self.host.conn, self.where.network) if lease.mac == self.where.mac
+                ]
                 lines.append(
                     f"DHCP lease: {held[0].address}, until {held[0].expiry}" if held else "DHCP lease: none, so far"
                 )

@@ -55,7 +55,12 @@ def _tag(name: str) -> str:
 def parse(domain: ET.Element) -> Record | None:
     """The record in a parsed <domain>; None when it has none or one of a newer schema."""
     element = domain.find(f"metadata/{_tag('vm')}")
-    if element is None or int(element.get("schema", "0")) > SCHEMA:
+    return None if element is None else read(element)
+
+
+def read(element: ET.Element) -> Record | None:
+    """The record in its own element; None for one of a newer schema."""
+    if int(element.get("schema", "0")) > SCHEMA:
         return None
     ssh = element.find(_tag("ssh"))
     log = element.find(_tag("console-log"))

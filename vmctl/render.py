@@ -69,8 +69,8 @@ def _environment(*, xml: bool) -> jinja2.Environment:
     return environment
 
 
-def _xml(name: str, **values: object) -> str:
-    return _environment(xml=True).get_template(f"{name}.xml.j2").render(**values)
+def _xml(template: str, /, **values: object) -> str:
+    return _environment(xml=True).get_template(f"{template}.xml.j2").render(**values)
 
 
 def metadata(value: Record) -> str:

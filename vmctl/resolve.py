@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from vmctl.record import Record
-from vmctl.spec import Accel, Bus, Disk, DiskFormat, Firmware, Graphics, Machine, NicModel, VM
+from vmctl.spec import VM, Accel, Bus, Disk, DiskFormat, Firmware, Graphics, Machine, NicModel
 
 _SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://vmctl.dev/vm")
 _TARGETS = {Bus.VIRTIO: "vd", Bus.SCSI: "sd", Bus.SATA: "sd"}

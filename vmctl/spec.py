@@ -125,21 +125,22 @@ class VM:
     runcmd: tuple[str, ...] = ()
 
 
+# Patterns are kept as text: re compiles each on its first use, which most commands never make.
 # Letters XML 1.0 cannot carry at all, not even escaped (section 2.2 of the recommendation), and lone surrogates.
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?")
-_LABEL_KEY = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?")
-_MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
-_CPU = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,62}")
-_NET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
-_SIZE = re.compile(r"([0-9]{1,9})(?:([MGT])(?:iB|B)?)?", re.IGNORECASE)
-_SSH_KEY = re.compile(r"(?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/=]+(?: [^\n\r]*)?")
+_NOT_XML = "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+_CONTROL = "[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+_LABEL_KEY = r"[A-Za-z0-9](?:[A-Za-z0-9._/-]{0,61}[A-Za-z0-9])?"
+_MAC = r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}"
+_CPU = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,62}"
+_NET = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}"
+_SIZE = r"(?i)([0-9]{1,9})(?:([MGT])(?:iB|B)?)?"
+_SSH_KEY = r"(?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/=]+(?: [^\n\r]*)?"
 
 
 def parse_size_mib(text: str) -> int:
     """``512``, ``512M``, ``2G``, ``1T`` (powers of 1024) in MiB. Raises SpecError."""
-    match = _SIZE.fullmatch(text.strip())
+    match = re.fullmatch(_SIZE, text.strip())
     if match is None or int(match[1]) == 0:
         raise SpecError(
             f"cannot read size {text!r}: not a whole number of M, G or T above 0", hint="for example 512M or 2G"
@@ -181,7 +182,7 @@ def name_problems(name: str) -> list[str]:
         return ["the name is empty"]
     if len(name) > NAME_MAX:
         return [f"the name has {len(name)} characters, at most {NAME_MAX} fit a host name"]
-    if _NAME.fullmatch(name) is None:
+    if re.fullmatch(_NAME, name) is None:
         return [f"the name {name!r} is not made of letters, digits and inner hyphens (it becomes the host name)"]
     return []
 
@@ -190,11 +191,11 @@ def label_problems(labels: Mapping[str, str]) -> list[str]:
     """Why these labels cannot be kept; empty when they can."""
     found = []
     for key, value in labels.items():
-        if _LABEL_KEY.fullmatch(key) is None:
+        if re.fullmatch(_LABEL_KEY, key) is None:
             found.append(f"the label key {key!r} is not 1 to 63 of letters, digits and inner . _ / -")
         if len(value) > LABEL_VALUE_MAX:
             found.append(f"the value of label {key!r} has {len(value)} characters, at most {LABEL_VALUE_MAX}")
-        if _CONTROL.search(value) or _NOT_XML.search(value):
+        if re.search(_CONTROL, value) or re.search(_NOT_XML, value):
             found.append(f"the value of label {key!r} has control characters")
     return found
 
@@ -210,17 +211,17 @@ def _disk_problems(position: int, disk: Disk) -> list[str]:
         found.append(f"{what}: the path {disk.path!r} is not absolute")
     if ".." in disk.path.split("/"):
         found.append(f"{what}: the path {disk.path!r} climbs with '..'")
-    if _CONTROL.search(disk.path) or _NOT_XML.search(disk.path):
+    if re.search(_CONTROL, disk.path) or re.search(_NOT_XML, disk.path):
         found.append(f"{what}: the path {disk.path!r} has control characters")
     return found
 
 
 def _nic_problems(position: int, nic: Nic) -> list[str]:
     found = []
-    if nic.network is not None and _NET.fullmatch(nic.network) is None:
+    if nic.network is not None and re.fullmatch(_NET, nic.network) is None:
         found.append(f"NIC {position}: {nic.network!r} is not a network name")
     if nic.mac is not None:
-        if _MAC.fullmatch(nic.mac) is None:
+        if re.fullmatch(_MAC, nic.mac) is None:
             found.append(f"NIC {position}: {nic.mac!r} is not a MAC address like 52:54:00:12:34:56")
         elif int(nic.mac[:2], 16) & 1:
             found.append(f"NIC {position}: {nic.mac!r} is a multicast address")
@@ -244,18 +245,18 @@ def problems(vm: VM) -> tuple[str, ...]:
         found.append("UEFI firmware needs machine q35, not pc")
     if vm.machine is Machine.PC and any(disk.bus is Bus.SATA for disk in vm.disks):
         found.append("bus sata needs machine q35, not pc")
-    if vm.cpu is not None and _CPU.fullmatch(vm.cpu) is None:
+    if vm.cpu is not None and re.fullmatch(_CPU, vm.cpu) is None:
         found.append(f"{vm.cpu!r} is not a CPU model name")
     found += label_problems(vm.labels)
     if len(vm.description) > TEXT_MAX:
         found.append(f"the description has {len(vm.description)} characters, at most {TEXT_MAX}")
-    if _NOT_XML.search(vm.description) or "\r" in vm.description:
+    if re.search(_NOT_XML, vm.description) or "\r" in vm.description:
         found.append("the description has control characters")
     for key in vm.ssh_keys:
-        if _SSH_KEY.fullmatch(key) is None:
+        if re.fullmatch(_SSH_KEY, key) is None:
             found.append(f"{key[:40]!r} is not an SSH public key line")
     for command in vm.runcmd:
-        if _NOT_XML.search(command) or not command.strip():
+        if re.search(_NOT_XML, command) or not command.strip():
             found.append(f"the first-boot command {command[:40]!r} is empty or has control characters")
     return tuple(found)
 

@@ -7,7 +7,7 @@
 #   /run/vmctl-test-host    the marker: this file exists nowhere else
 #   qemu:///system          a libvirt of its own with nothing in it but the inactive network `default`
 #   vmctl-user              an ordinary user with a home and a runtime folder, in group kvm, not in libvirt
-#   $XDG_CACHE_HOME/vmctl   the caller's: the one thing shared with the machine, besides the checkout
+#   ~/.cache/vmctl          root's is the caller's: the one thing shared with the machine, besides the checkout
 #   /dev/kvm                a node of its own with group kvm, if the machine has one
 #   network                 loopback and what tests make; nothing beyond
 # All that is written lies on tmpfs. When this process ends, all of it is gone.
@@ -152,9 +152,9 @@ security_driver = "none"
 END
 
 unset DBUS_SESSION_BUS_ADDRESS DBUS_SYSTEM_BUS_ADDRESS SSH_AUTH_SOCK DISPLAY WAYLAND_DISPLAY TMPDIR
-unset XDG_CONFIG_HOME XDG_DATA_HOME XDG_STATE_HOME LIBVIRT_DEFAULT_URI VIRSH_DEFAULT_CONNECT_URI
+unset XDG_CACHE_HOME XDG_CONFIG_HOME XDG_DATA_HOME XDG_STATE_HOME LIBVIRT_DEFAULT_URI VIRSH_DEFAULT_CONNECT_URI
 unset SUDO_USER SUDO_UID SUDO_GID SUDO_COMMAND
-export HOME="$roots_home" USER=root LOGNAME=root XDG_RUNTIME_DIR=/run/user/0 XDG_CACHE_HOME="$roots_home/.cache"
+export HOME="$roots_home" USER=root LOGNAME=root XDG_RUNTIME_DIR=/run/user/0
 
 for daemon in virtlogd libvirtd; do
     $daemon -d </dev/null || fail "$daemon did not start" "sh -x $0"

@@ -43,7 +43,7 @@ def run(args: list[str]) -> int:
         return Interrupted.exit_code
     except BrokenPipeError:
         return 141
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  typer's own classes have moved between its versions
         return _usage(error)
     return result if isinstance(result, int) else 0
 

@@ -12,8 +12,6 @@ from vmctl import ui
 from vmctl.cli.options import ConnectOption, Name, UserOption, opened, reporter
 from vmctl.errors import SpecError, VmctlError
 
-_PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
-
 
 def console(
     name: Name,
@@ -37,7 +35,9 @@ def console(
 
 def ssh(
     name: Name,
-    words: Annotated[list[str] | None, typer.Argument(metavar="[COMMAND...]", help="Command instead of a shell.")] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[COMMAND...]", help="Command instead of a shell.")
+    ] = None,
     user: UserOption = None,
     connect: ConnectOption = None,
 ) -> None:
@@ -67,18 +67,17 @@ def exec_(
     from vmctl import guest, terminal
     from vmctl.ssh import Terminal
 
-    with opened(connect) as host:
-        with terminal.raw_if(tty):
-            code = guest.execute(
-                host,
-                name,
-                command,
-                stdin=None if no_stdin else terminal.stdin_or_none(),
-                out=terminal.writer(1),
-                err=terminal.writer(2),
-                user=user,
-                terminal=Terminal(*terminal.size()) if tty else None,
-            )
+    with opened(connect) as host, terminal.raw_if(tty):
+        code = guest.execute(
+            host,
+            name,
+            command,
+            stdin=None if no_stdin else terminal.stdin_or_none(),
+            out=terminal.writer(1),
+            err=terminal.writer(2),
+            user=user,
+            terminal=Terminal(*terminal.size()) if tty else None,
+        )
     raise typer.Exit(code)
 
 
@@ -94,11 +93,3 @@ def cp(
         raise SpecError("cannot copy: a source and a destination are needed", hint="vmctl cp FILE VM:/path")
     with opened(connect) as host:
         guest.copy(host, paths[:-1], paths[-1], reporter(), user=user)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(console)
-    app.command(context_settings=_PASS_THROUGH)(ssh)
-    app.command("exec", context_settings=_PASS_THROUGH)(exec_)
-    app.command()(cp)

@@ -1,26 +1,119 @@
-"""The whole command tree."""
+"""The whole command tree. A command's file is imported when the command is asked for, not before."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 from typer.main import get_command
 
 from vmctl import __version__
-from vmctl.cli import access, create, diagnose, image, inspect, state
 from vmctl.cli.options import GLOBALS, ConnectOption
 from vmctl.ui import Verbosity
 
-app = typer.Typer(
+_PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a command (or a group of commands) is, and its line in the overview."""
+
+    module: str
+    attribute: str
+    summary: str
+    context_settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+COMMANDS: Mapping[str, Entry] = {
+    "create": Entry("create", "create", "Create a VM from an image and start it."),
+    "list": Entry("inspect", "list_", "List VMs."),
+    "show": Entry("inspect", "show", "Show everything about VMs."),
+    "wait": Entry("inspect", "wait", "Wait until VMs are running, reachable or stopped."),
+    "ssh": Entry("access", "ssh", "Log in by SSH.", _PASS_THROUGH),
+    "exec": Entry("access", "exec_", "Run a command in the guest.", _PASS_THROUGH),
+    "cp": Entry("access", "cp", "Copy files into a guest or out of it."),
+    "console": Entry("access", "console", "Open the serial console."),
+    "logs": Entry("inspect", "logs", "Show what the guest printed on its serial console."),
+    "start": Entry("state", "start", "Start VMs, or bring them back from saved memory."),
+    "stop": Entry("state", "stop", "Stop VMs by ACPI, then agent, then --force."),
+    "reboot": Entry("state", "reboot", "Ask the guests to restart."),
+    "reset": Entry("state", "reset", "Restart VMs at once."),
+    "pause": Entry("state", "pause", "Stop the virtual CPUs."),
+    "resume": Entry("state", "resume", "Let paused VMs run on."),
+    "save": Entry("state", "save", "Save memory to disk and stop."),
+    "rename": Entry("state", "rename", "Rename a stopped VM."),
+    "autostart": Entry("state", "autostart", "Start VMs with their host, or no longer."),
+    "delete": Entry("create", "delete", "Delete VMs with what is their own."),
+    "events": Entry("inspect", "events", "Show what happens to VMs as it happens."),
+    "image": Entry("image", "app", "Images that VMs start from."),
+    "host": Entry("diagnose", "host_app", "Hosts that VMs run on."),
+    "doctor": Entry("diagnose", "doctor", "Find, explain and mend what is wrong with a host."),
+    "demo": Entry("diagnose", "demo", "Show the main job from end to end."),
+}
+
+
+class _Loaded(Mapping[str, Any]):
+    """The commands by name, each built when it is first looked at."""
+
+    def __init__(self) -> None:
+        self._built: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._built:
+            self._built[name] = _build(name, COMMANDS[name])
+        return self._built[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+def _build(name: str, entry: Entry) -> Any:
+    found = getattr(import_module(f"vmctl.cli.{entry.module}"), entry.attribute)
+    if not isinstance(found, typer.Typer):
+        alone = _typer()
+        alone.command(name, context_settings=dict(entry.context_settings))(found)
+        found = alone
+    built = get_command(found)
+    built.name = name
+    return built
+
+
+class _Group(TyperGroup):
+    """The top of the tree, with an overview that needs no command imported."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        self.commands = _Loaded()  # type: ignore[assignment]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the overview."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.summary) for name, entry in COMMANDS.items()])
+
+
+def _typer(**values: Any) -> typer.Typer:
+    # Plain help: the styled one takes longer to import than most commands take to run.
+    return typer.Typer(
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        **{"add_completion": False} | values,
+    )
+
+
+app = _typer(
     name="vmctl",
+    cls=_Group,
     help="Virtual machines on real KVM/QEMU hosts, through libvirt.",
     no_args_is_help=True,
     add_completion=True,
-    # Plain help: the styled one takes longer to import than most commands take to run.
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -35,20 +128,13 @@ def root(
     connect: ConnectOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results, notes and errors.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More progress.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Virtual machines on real KVM/QEMU hosts, through libvirt."""
     GLOBALS.connect = connect
     GLOBALS.verbosity = Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL
-
-
-create.register(app)
-state.register(app)
-inspect.register(app)
-access.register(app)
-diagnose.register(app)
-app.add_typer(image.app, name="image")
-app.add_typer(diagnose.host_app, name="host")
 
 
 def command() -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
 
 import typer
 
@@ -23,6 +24,11 @@ from vmctl.errors import SpecError
 from vmctl.spec import AccelChoice, Firmware, Graphics, Machine, NicModel
 from vmctl.ui import Output
 
+if TYPE_CHECKING:
+    from vmctl.readiness import Goal
+
+T = TypeVar("T")
+
 
 def _read_keys(paths: list[Path]) -> tuple[str, ...]:
     found: list[str] = []
@@ -40,18 +46,26 @@ def create(
     description: Annotated[str, typer.Option(help="Free text about the VM.")] = "",
     memory: Annotated[str, typer.Option("--memory", "-m", metavar="SIZE", help="Memory, such as 512M or 2G.")] = "512M",
     vcpus: Annotated[int, typer.Option("--vcpus", help="Number of virtual CPUs.")] = 1,
-    root_size: Annotated[Optional[str], typer.Option(metavar="SIZE", help="Root disk size, if larger than the image's.")] = None,  # noqa: UP045
+    root_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Root disk size, if larger than the image's.")
+    ] = None,
     disk: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="SIZE|PATH", help="Further disk: 10G, or /path/file.qcow2; ,bus=scsi ,format=raw. Repeatable."),
+        typer.Option(
+            metavar="SIZE|PATH", help="Further disk: 10G, or /path/file.qcow2; ,bus=scsi ,format=raw. Repeatable."
+        ),
     ] = None,
     network: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(metavar="NETWORK", help="Network of a card; the first is vmctl's own by default. Repeatable."),
     ] = None,
     nic_model: Annotated[NicModel, typer.Option(help="Model of the network cards.")] = NicModel.VIRTIO,
-    accel: Annotated[AccelChoice, typer.Option(help="What runs the guest; auto takes KVM only where it truly works.")] = AccelChoice.AUTO,
-    cpu: Annotated[Optional[str], typer.Option(metavar="MODEL", help="CPU model; default: the host's on KVM, max on TCG.")] = None,  # noqa: UP045
+    accel: Annotated[
+        AccelChoice, typer.Option(help="What runs the guest; auto takes KVM only where it truly works.")
+    ] = AccelChoice.AUTO,
+    cpu: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="CPU model; default: the host's on KVM, max on TCG.")
+    ] = None,
     machine: Annotated[Machine, typer.Option(help="Machine type.")] = Machine.Q35,
     firmware: Annotated[Firmware, typer.Option(help="Firmware.")] = Firmware.BIOS,
     graphics: Annotated[Graphics, typer.Option(help="Graphical console, bound to loopback.")] = Graphics.NONE,
@@ -59,15 +73,25 @@ def create(
     rng: Annotated[bool, typer.Option("--rng/--no-rng", help="virtio random number source.")] = True,
     balloon: Annotated[bool, typer.Option("--balloon/--no-balloon", help="virtio memory balloon.")] = True,
     agent: Annotated[bool, typer.Option("--agent/--no-agent", help="Guest agent channel.")] = True,
-    label: Annotated[Optional[list[str]], typer.Option("--label", "-l", metavar="KEY=VALUE", help="Label. Repeatable.")] = None,  # noqa: UP045
-    ssh_key: Annotated[Optional[list[Path]], typer.Option(metavar="FILE", help="Further public key to let in. Repeatable.")] = None,  # noqa: UP045
-    runcmd: Annotated[Optional[list[str]], typer.Option(metavar="COMMAND", help="Command for the first boot. Repeatable.")] = None,  # noqa: UP045
+    label: Annotated[
+        list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="Label. Repeatable.")
+    ] = None,
+    ssh_key: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Further public key to let in. Repeatable.")
+    ] = None,
+    runcmd: Annotated[
+        list[str] | None, typer.Option(metavar="COMMAND", help="Command for the first boot. Repeatable.")
+    ] = None,
     autostart: Annotated[bool, typer.Option("--autostart", help="Start it with its host.")] = False,
     no_start: Annotated[bool, typer.Option("--no-start", help="Define it only.")] = False,
     wait: Annotated[Optional[str], typer.Option(metavar="GOAL", help="Wait until running, ip, ssh or agent.")] = None,  # noqa: UP045
     timeout: TimeoutOption = None,
-    exist_ok: Annotated[bool, typer.Option("--exist-ok", help="A VM of that name is no error; it is left as it is.")] = False,
-    print_xml: Annotated[bool, typer.Option("--print-xml", "--dry-run", help="Print the domain XML; change nothing.")] = False,
+    exist_ok: Annotated[
+        bool, typer.Option("--exist-ok", help="A VM of that name is no error; it is left as it is.")
+    ] = False,
+    print_xml: Annotated[
+        bool, typer.Option("--print-xml", "--dry-run", help="Print the domain XML; change nothing.")
+    ] = False,
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
@@ -77,13 +101,14 @@ def create(
     """
     problems: list[str] = []
     nets = network or [""]
-    values = {
-        "memory_mib": _collected(problems, lambda: spec.parse_size_mib(memory), 512),
-        "root_size_mib": _collected(problems, lambda: spec.parse_size_mib(root_size) if root_size else None, None),
-        "disks": _collected(problems, lambda: tuple(spec.parse_disk(text) for text in disk or []), ()),
-        "labels": _collected(problems, lambda: dict(spec.parse_label(text) for text in label or []), {}),
-        "ssh_keys": _collected(problems, lambda: _read_keys(ssh_key or []), ()),
-    }
+    size = _collected(problems, lambda: spec.parse_size_mib(memory), 512)
+    root_mib = _collected(problems, lambda: spec.parse_size_mib(root_size) if root_size else None, None)
+    no_disks: tuple[spec.Disk, ...] = ()
+    no_labels: dict[str, str] = {}
+    no_keys: tuple[str, ...] = ()
+    disks = _collected(problems, lambda: tuple(spec.parse_disk(text) for text in disk or []), no_disks)
+    labels = _collected(problems, lambda: dict(spec.parse_label(text) for text in label or []), no_labels)
+    keys = _collected(problems, lambda: _read_keys(ssh_key or []), no_keys)
     vm = spec.VM(
         name=name,
         image=image,
@@ -101,7 +126,11 @@ def create(
         agent=agent,
         runcmd=tuple(runcmd or ()),
         autostart=autostart,
-        **values,  # type: ignore[arg-type]
+        memory_mib=size,
+        root_size_mib=root_mib,
+        disks=disks,
+        labels=labels,
+        ssh_keys=keys,
     )
     problems += spec.problems(vm)
     goal = _goal(wait, problems)
@@ -123,11 +152,16 @@ def create(
         if goal is not None:
             budget = readiness.default_timeout_s(made.vm) if timeout is None else timeout
             where = readiness.wait_for(host, made.vm, goal, timeout_s=budget, report=report)
-        result = {"name": made.vm.name, "uuid": made.vm.uuid, "existed": made.existed, "address": where.host if where else ""}
+        result = {
+            "name": made.vm.name,
+            "uuid": made.vm.uuid,
+            "existed": made.existed,
+            "address": where.host if where else "",
+        }
         ui.emit(result, output, lambda: name, lambda: [name])
 
 
-def _collected(problems: list[str], parse, default):  # type: ignore[no-untyped-def]
+def _collected(problems: list[str], parse: Callable[[], T], default: T) -> T:
     """The parsed value, or ``default`` with the problem noted, so that all problems are reported together."""
     try:
         return parse()
@@ -136,7 +170,7 @@ def _collected(problems: list[str], parse, default):  # type: ignore[no-untyped-
         return default
 
 
-def _goal(wait: str | None, problems: list[str]):  # type: ignore[no-untyped-def]
+def _goal(wait: str | None, problems: list[str]) -> Goal | None:
     if wait is None:
         return None
     from vmctl.readiness import Goal
@@ -184,9 +218,3 @@ def delete(
             return
         refuse_unless_yes(lines, yes=yes)
         each(wanted, lambda name: lifecycle.delete(host, name, report), lambda name, _: ui.say(name), "delete")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(create)
-    app.command()(delete)

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 host_app = typer.Typer(help="Hosts that VMs run on.", no_args_is_help=True, rich_markup_mode=None)
 
 
+@host_app.callback()
+def _group() -> None:
+    """Hosts that VMs run on."""
+
+
 def _info_text(info: HostInfo) -> str:
     kvm = info.accel.kvm
     checks = "\n".join(
@@ -71,12 +76,17 @@ def doctor(
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Look for what keeps VMs from running well, explain it, and with --fix mend it. Exit 1 while something is broken."""
+    """Look for what keeps VMs from running well, explain it, and with --fix mend it.
+
+    Exits 1 while something is broken.
+    """
     from vmctl import doctor as check
     from vmctl.cli.options import GLOBALS
 
     findings = check.examine(connect or GLOBALS.connect, fix=fix, report=reporter())
-    ui.emit(findings, output, lambda: _findings_text(findings), lambda: [f.name for f in findings if f.result == "failed"])
+    ui.emit(
+        findings, output, lambda: _findings_text(findings), lambda: [f.name for f in findings if f.result == "failed"]
+    )
     if any(finding.result == "failed" for finding in findings):
         raise typer.Exit(1)
 
@@ -91,9 +101,3 @@ def demo(
     from vmctl.cli.options import GLOBALS
 
     play.run(name, connect or GLOBALS.connect, run)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command()(doctor)
-    app.command()(demo)

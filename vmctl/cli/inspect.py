@@ -23,7 +23,17 @@ def _table(rows: Sequence[Row]) -> str:
     return ui.columns(
         _HEADER,
         [
-            (r.name, r.state, r.accel, str(r.vcpus), ui.memory(r.memory_mib), r.address, r.host, r.image, ui.duration(r.uptime_s))
+            (
+                r.name,
+                r.state,
+                r.accel,
+                str(r.vcpus),
+                ui.memory(r.memory_mib),
+                r.address,
+                r.host,
+                r.image,
+                ui.duration(r.uptime_s),
+            )
             for r in rows
         ],
     )
@@ -38,13 +48,15 @@ def list_(
         Optional[list[str]],  # noqa: UP045
         typer.Option("--label", "-l", metavar="KEY[=VALUE]", help="Only VMs with this label. Repeatable."),
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Show again whenever something changes; Ctrl-C ends.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show again whenever something changes; Ctrl-C ends.")
+    ] = False,
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """List VMs."""
     from vmctl import listing
-    from vmctl.hypervisor.domain import State
+    from vmctl.hypervisor.states import State
 
     known = {one.value: one for one in State}
     if unknown := [text for text in state or [] if text not in known]:
@@ -201,10 +213,3 @@ def events(
             seen += 1
             if seen == count:
                 return
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    app.command("list")(list_)
-    for verb in (show, wait, logs, events):
-        app.command()(verb)

@@ -37,11 +37,11 @@ GLOBALS = Globals()
 
 def _complete_vm(incomplete: str) -> list[str]:
     from vmctl.hosts import open_host
-    from vmctl.hypervisor import domain
+    from vmctl.hypervisor import inventory
 
     try:
         with open_host(GLOBALS.connect) as host:
-            return [name for name in domain.names(host.conn) if name.startswith(incomplete)]
+            return [name for name in inventory.names(host.conn) if name.startswith(incomplete)]
     except VmctlError:
         return []  # a shell that completes has no place for an error
 
@@ -59,7 +59,8 @@ def _complete_image(incomplete: str) -> list[str]:
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name (or UUID) of the VM.", autocompletion=_complete_vm)]
 Names = Annotated[
-    list[str], typer.Argument(metavar="NAME...", help="Names of VMs, or globs such as 'web*'.", autocompletion=_complete_vm)
+    list[str],
+    typer.Argument(metavar="NAME...", help="Names of VMs, or globs such as 'web*'.", autocompletion=_complete_vm),
 ]
 ImageName = Annotated[str, typer.Argument(metavar="IMAGE", help="Name of the image.", autocompletion=_complete_image)]
 ConnectOption = Annotated[

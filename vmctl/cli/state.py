@@ -27,7 +27,9 @@ def start(names: Names, connect: ConnectOption = None) -> None:
 
 def stop(
     names: Names,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Pull the plug if the guest does not stop in time.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Pull the plug if the guest does not stop in time.")
+    ] = False,
     timeout: TimeoutOption = None,
     connect: ConnectOption = None,
 ) -> None:
@@ -145,9 +147,3 @@ def autostart(
             lambda name, _: ui.say(f"{name}: autostart {'off' if off else 'on'}"),
             "set autostart of",
         )
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of this file."""
-    for verb in (start, stop, reboot, reset, pause, resume, save, rename, autostart):
-        app.command()(verb)

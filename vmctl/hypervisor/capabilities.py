@@ -6,6 +6,8 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
 
+import libvirt
+
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
 
@@ -32,11 +34,20 @@ def _dac_user(root: ET.Element) -> str | None:
     return None
 
 
+def _memory_mib(conn: Connection, fallback: int) -> int:
+    """All memory of the host. getInfo counts what the NUMA nodes had at boot, not what was plugged in since."""
+    try:
+        return int(conn.handle.getMemoryStats(libvirt.VIR_NODE_MEMORY_STATS_ALL_CELLS, 0)["total"]) // 1024
+    except (libvirt.libvirtError, KeyError):
+        return fallback
+
+
 def host_facts(conn: Connection) -> HostFacts:
     """Read the host's capabilities. The user is a number as libvirt gives it."""
     with calling("read host capabilities"):
         root = ET.fromstring(conn.handle.getCapabilities())
         info = conn.handle.getInfo()
+        memory_mib = _memory_mib(conn, info[1])
     arch = root.findtext("host/cpu/arch") or str(info[0])
     emulator, types = "/usr/bin/qemu-system-x86_64", []
     for guest in root.iterfind("guest"):
@@ -48,7 +59,7 @@ def host_facts(conn: Connection) -> HostFacts:
         arch=arch,
         cpu_model=root.findtext("host/cpu/model") or "",
         cpus=int(info[2]),
-        memory_mib=int(info[1]),
+        memory_mib=memory_mib,
         emulator=Path(emulator),
         domain_types=tuple(types),
         qemu_user=None if conn.session else _dac_user(root),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import libvirt
@@ -31,7 +32,9 @@ class Console:
         with calling(f"open the console of VM {name}"):
             stream = conn.handle.newStream(libvirt.VIR_STREAM_NONBLOCK)
             conn.handle.lookupByName(name).openConsole(None, stream, flags)
-            interest = libvirt.VIR_STREAM_EVENT_READABLE | libvirt.VIR_STREAM_EVENT_HANGUP | libvirt.VIR_STREAM_EVENT_ERROR
+            interest = (
+                libvirt.VIR_STREAM_EVENT_READABLE | libvirt.VIR_STREAM_EVENT_HANGUP | libvirt.VIR_STREAM_EVENT_ERROR
+            )
             stream.eventAddCallback(interest, self._ready, None)
         self._stream = stream
 
@@ -52,7 +55,7 @@ class Console:
         """Type ``data``. Waits, bounded, while the guest does not read."""
         while data and not self.ended.is_set():
             sent = wait_until(
-                lambda rest=data: self._try_send(rest),
+                partial(self._try_send, data),
                 what="the guest reading its console",
                 timeout_s=_SEND_TIMEOUT_S,
                 interval_s=0.01,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import libvirt
@@ -13,44 +12,9 @@ from vmctl.domain_xml import DomainFacts
 from vmctl.errors import Conflict, NotFound, Unsupported, VmctlError, WrongState
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
+from vmctl.hypervisor.states import ACTIVE, State, state_of
 
-
-class State(StrEnum):
-    """Domain states in vmctl's words. ``saved`` is shut off with a saved memory image."""
-
-    RUNNING = "running"
-    PAUSED = "paused"
-    STOPPING = "stopping"
-    STOPPED = "stopped"
-    CRASHED = "crashed"
-    SUSPENDED = "suspended"
-    SAVED = "saved"
-
-
-ACTIVE = frozenset({State.RUNNING, State.PAUSED, State.STOPPING, State.SUSPENDED})
-
-_STATES = {
-    libvirt.VIR_DOMAIN_NOSTATE: State.STOPPED,
-    libvirt.VIR_DOMAIN_RUNNING: State.RUNNING,
-    libvirt.VIR_DOMAIN_BLOCKED: State.RUNNING,
-    libvirt.VIR_DOMAIN_PAUSED: State.PAUSED,
-    libvirt.VIR_DOMAIN_SHUTDOWN: State.STOPPING,
-    libvirt.VIR_DOMAIN_SHUTOFF: State.STOPPED,
-    libvirt.VIR_DOMAIN_CRASHED: State.CRASHED,
-    libvirt.VIR_DOMAIN_PMSUSPENDED: State.SUSPENDED,
-}
-_PAUSED_WHY = {
-    libvirt.VIR_DOMAIN_PAUSED_USER: "asked",
-    libvirt.VIR_DOMAIN_PAUSED_MIGRATION: "migration",
-    libvirt.VIR_DOMAIN_PAUSED_SAVE: "save",
-    libvirt.VIR_DOMAIN_PAUSED_DUMP: "dump",
-    libvirt.VIR_DOMAIN_PAUSED_IOERROR: "I/O error",
-    libvirt.VIR_DOMAIN_PAUSED_WATCHDOG: "watchdog",
-    libvirt.VIR_DOMAIN_PAUSED_CRASHED: "guest crash",
-    libvirt.VIR_DOMAIN_PAUSED_STARTING_UP: "starting",
-    libvirt.VIR_DOMAIN_PAUSED_POSTCOPY: "post-copy",
-    libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED: "post-copy failed",
-}
+__all__ = ["ACTIVE", "State"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +34,6 @@ class Domain:
     def active(self) -> bool:
         """Whether a QEMU process runs for it."""
         return self.id is not None
-
-
-def state_of(code: int, reason: int, *, saved: bool = False) -> tuple[State, str]:
-    """vmctl's state and the reason worth telling, from libvirt's numbers."""
-    state = _STATES.get(code, State.STOPPED)
-    if state is State.STOPPED and saved:
-        return State.SAVED, ""
-    if state is State.STOPPED and reason == libvirt.VIR_DOMAIN_SHUTOFF_CRASHED:
-        return State.CRASHED, ""
-    if state is State.STOPPED and reason == libvirt.VIR_DOMAIN_SHUTOFF_FAILED:
-        return state, "failed to start"
-    return state, _PAUSED_WHY.get(reason, "") if state is State.PAUSED else ""
 
 
 def _handle(conn: Connection, name: str) -> Any:
@@ -126,12 +78,6 @@ def find_or_none(conn: Connection, name: str) -> Domain | None:
         return find(conn, name)
     except NotFound:
         return None
-
-
-def names(conn: Connection) -> tuple[str, ...]:
-    """Names of all domains, sorted; one call."""
-    with calling("list VMs"):
-        return tuple(sorted(dom.name() for dom in conn.handle.listAllDomains()))
 
 
 def identities(conn: Connection) -> tuple[tuple[str, str], ...]:
@@ -257,7 +203,7 @@ def job_progress(conn: Connection, name: str) -> JobProgress | None:
 
 
 def undefine(conn: Connection, name: str) -> None:
-    """Remove the definition with everything libvirt keeps for it: saved state, NVRAM, snapshot and checkpoint metadata."""
+    """Remove the definition and what libvirt keeps for it: saved state, NVRAM, metadata of snapshots and checkpoints."""
     flags = (
         libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
         | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA

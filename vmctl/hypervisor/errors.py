@@ -42,8 +42,8 @@ _UNREACHABLE = {
     libvirt.VIR_ERR_AUTH_FAILED,
     libvirt.VIR_ERR_AUTH_UNAVAILABLE,
     libvirt.VIR_ERR_AUTH_CANCELLED,
-    libvirt.VIR_ERR_LIBSSH_ERROR,
     libvirt.VIR_ERR_SSH,
+    libvirt.VIR_ERR_LIBSSH,
 }
 _TRANSPORT = {libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE, libvirt.VIR_FROM_NET}
 
@@ -61,7 +61,8 @@ def translated(error: libvirt.libvirtError, doing: str) -> VmctlError:
     if code in _UNSUPPORTED:
         return Unsupported(text)
     if code in _UNREACHABLE or (
-        domain in _TRANSPORT and code in {libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_INTERNAL_ERROR}
+        domain in _TRANSPORT
+        and code in {libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC, libvirt.VIR_ERR_INTERNAL_ERROR}
     ):
         return HostUnreachable(text)
     if code in {libvirt.VIR_ERR_XML_INVALID_SCHEMA, libvirt.VIR_ERR_XML_ERROR}:

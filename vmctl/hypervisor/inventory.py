@@ -16,10 +16,10 @@ from typing import Any
 import libvirt
 
 from vmctl import domain_xml
-from vmctl.domain_xml import DomainFacts
+from vmctl.domain_xml import Brief
 from vmctl.hypervisor.connection import Connection
-from vmctl.hypervisor.domain import State, state_of
 from vmctl.hypervisor.errors import calling
+from vmctl.hypervisor.states import State, state_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,13 @@ class Entry:
     vcpus: int
     memory_mib: int
     uptime_s: float | None
-    facts: DomainFacts | None
+    facts: Brief | None
+
+
+def names(conn: Connection) -> tuple[str, ...]:
+    """Names of all domains, sorted; one call."""
+    with calling("list VMs"):
+        return tuple(sorted(dom.name() for dom in conn.handle.listAllDomains()))
 
 
 def list_domains(conn: Connection) -> tuple[Entry, ...]:
@@ -68,9 +74,9 @@ def _entry(dom: Any, values: dict[str, Any], saved: frozenset[str], local: _Loca
     )
 
 
-def _asked(dom: Any) -> DomainFacts | None:
+def _asked(dom: Any) -> Brief | None:
     try:
-        return domain_xml.parse(dom.XMLDesc())
+        return domain_xml.brief(dom.XMLDesc())
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:  # deleted since the bulk answer
             return None
@@ -83,18 +89,23 @@ class _Local:
     def __init__(self, conn: Connection) -> None:
         self._folders: tuple[Path, Path] | None = _folders(conn) if conn.local and conn.qemu else None
 
-    def facts(self, name: str, uuid: str) -> DomainFacts | None:
+    def facts(self, name: str, uuid: str) -> Brief | None:
+        # libvirt replaces these files whole, so a reader sees the old one or the new one.
         for path in self._candidates(name):
-            found = domain_xml.read_saved(path)
-            if found is not None and found.uuid == uuid:
+            try:
+                with open(path, encoding="utf-8") as file:  # noqa: PTH123  pathlib takes twice the time of a read
+                    found = domain_xml.brief(file.read())
+            except (OSError, ValueError):
+                continue
+            if found.uuid == uuid:
                 return found
         return None
 
-    def _candidates(self, name: str) -> Iterator[Path]:
+    def _candidates(self, name: str) -> Iterator[str]:
         if self._folders is not None:
             definitions, running = self._folders
-            yield definitions / f"{name}.xml"
-            yield running / f"{name}.xml"
+            yield f"{definitions}/{name}.xml"
+            yield f"{running}/{name}.xml"
 
     def uptime_s(self, name: str) -> float | None:
         """Seconds since the QEMU process began, from /proc."""

@@ -13,7 +13,6 @@ from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
 
 
-
 @dataclass(frozen=True, slots=True)
 class Reservation:
     """An address kept for a MAC."""
@@ -154,7 +153,9 @@ def leases(conn: Connection, network: str) -> tuple[Lease, ...]:
             return ()
         found = handle.DHCPLeases()
     return tuple(
-        Lease(str(lease["mac"]).lower(), str(lease["ipaddr"]), str(lease.get("hostname") or ""), int(lease["expirytime"]))
+        Lease(
+            str(lease["mac"]).lower(), str(lease["ipaddr"]), str(lease.get("hostname") or ""), int(lease["expirytime"])
+        )
         for lease in found
         if lease.get("type") == libvirt.VIR_IP_ADDR_TYPE_IPV4
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -165,10 +165,8 @@ def _stream(conn: Connection) -> Iterator[Any]:
         yield stream
         stream.finish()
     except BaseException:
-        try:
+        with suppress(libvirt.libvirtError):  # it may have broken by itself; the first error is the one to tell
             stream.abort()
-        except libvirt.libvirtError:
-            pass  # it broke by itself; the first error is the one to tell
         raise
 
 

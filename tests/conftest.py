@@ -1,0 +1,16 @@
+"""Tests marked ``system`` start guests and networks: only in the test host that tests/run makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+# tests/testhost/up.sh writes it on the host's own /run, so that it can exist nowhere else.
+TEST_HOST_MARKER = Path("/run/vmctl-test-host")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("system") and not TEST_HOST_MARKER.exists():
+        pytest.fail(f"a system test runs only in the test host: tests/run {item.nodeid!r}", pytrace=False)

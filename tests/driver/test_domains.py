@@ -1,0 +1,196 @@
+"""What needs libvirt but no guest: definitions against the schema, states, error classes, selection."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from vmctl import lifecycle, listing, render, resolve
+from vmctl.errors import Conflict, HostUnreachable, NotFound, SpecError, VmctlError, WrongState
+from vmctl.events import silent
+from vmctl.hosts import Host
+from vmctl.hypervisor import domain
+from vmctl.hypervisor.connection import Connection, connect
+from vmctl.hypervisor.domain import State
+from vmctl.record import Record
+from vmctl.spec import VM, Accel, Disk, Firmware, Graphics, Machine, Nic, NicModel, parse_disk
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PLACEMENT = resolve.Placement(
+    root="/pool/NAME.qcow2",
+    seed="/pool/NAME-seed.iso",
+    new_disks=("/pool/NAME-disk1.qcow2",),
+    console_log="/pool/NAME-console.log",
+    nvram="/nvram/NAME_VARS.fd",
+    kernel="/images/micro.kernel",
+    initrd="/images/micro.initrd",
+    cmdline="console=ttyS0 quiet",
+    network="vmctl",
+    forward_port=None,
+)
+RECORD = Record("micro", "0123456789ab", "feedc0de", "KVM works", labels={"role": "web"})
+
+
+def xml_of(vm: VM, accel: Accel = Accel.TCG, **changes: object) -> str:
+    placement = replace(PLACEMENT, **changes)  # type: ignore[arg-type]
+    ident = resolve.identity("golden", vm.name, ())
+    record = replace(RECORD, labels=dict(vm.labels))
+    return render.domain(resolve.resolve(vm, vm_uuid=ident, accel=accel, placement=placement, record=record))
+
+
+def define(conn: Connection, name: str, **fields: object) -> None:
+    domain.define(conn, xml_of(VM(name, "micro", **fields)), name=name)  # type: ignore[arg-type]
+
+
+CASES = {
+    "plain-tcg": (VM("web1", "micro"), Accel.TCG, {}),
+    "plain-kvm": (VM("web1", "micro"), Accel.KVM, {}),
+    "everything": (
+        VM(
+            "web1",
+            "micro",
+            vcpus=4,
+            memory_mib=2048,
+            disks=(parse_disk("1G"), parse_disk("/srv/a&b.raw,bus=scsi"), parse_disk("/srv/c.qcow2,bus=sata")),
+            nics=(Nic(), Nic("default", NicModel.E1000E), Nic("lab", mac="52:54:00:aa:bb:cc")),
+            graphics=Graphics.VNC,
+            labels={"role": "<web>", "tier": ""},
+            description='says "hello" & <bye>\nsecond line',
+        ),
+        Accel.TCG,
+        {},
+    ),
+    "bare": (
+        VM("web1", "micro", console=False, rng=False, balloon=False, agent=False, nics=()),
+        Accel.TCG,
+        {"console_log": ""},
+    ),
+    "uefi": (VM("web1", "micro", firmware=Firmware.UEFI), Accel.TCG, {"kernel": "", "initrd": "", "cmdline": ""}),
+    "pc": (VM("web1", "micro", machine=Machine.PC, cpu="kvm64"), Accel.KVM, {}),
+    "session": (VM("web1", "micro"), Accel.TCG, {"forward_port": 2201}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_and_schema(case: str, conn: Connection, request: pytest.FixtureRequest) -> None:
+    vm, accel, changes = CASES[case]
+    text = xml_of(vm, accel, **changes)
+    # The test driver knows no QEMU namespace, but checks everything else against libvirt's schema.
+    domain.define(conn, text, name=vm.name)
+    path = GOLDEN / f"domain-{case}.xml"
+    if request.config.getoption("--update-golden"):
+        path.write_text(text)
+    assert path.exists(), f"{path.name} is missing: run with --update-golden and look at it"
+    assert text == path.read_text()
+
+
+def test_the_schema_refuses_what_it_does_not_know(conn: Connection) -> None:
+    text = xml_of(VM("web1", "micro")).replace("<acpi/>", "<acpi/><teleport/>")
+    with pytest.raises(SpecError):
+        domain.define(conn, text, name="web1")
+    assert domain.find_or_none(conn, "web1") is None
+
+
+def test_a_taken_name_is_a_conflict(conn: Connection) -> None:
+    define(conn, "web1")
+    other = xml_of(VM("web1", "micro")).replace(resolve.identity("golden", "web1", ()), resolve.identity("x", "y", ()))
+    with pytest.raises(Conflict):
+        domain.define(conn, other, name="web1")
+
+
+def test_absence_is_not_found_and_nothing_else(conn: Connection) -> None:
+    with pytest.raises(NotFound):
+        domain.find(conn, "nope")
+    conn.close()
+    with pytest.raises(VmctlError) as caught:
+        domain.find(conn, "nope")
+    assert not isinstance(caught.value, NotFound)
+
+
+def test_an_unreachable_host_is_told_apart() -> None:
+    with pytest.raises(HostUnreachable):
+        connect("qemu+tcp://127.0.0.1:1/system")
+
+
+def test_found_by_uuid_too(conn: Connection) -> None:
+    define(conn, "web1")
+    ident = domain.find(conn, "web1").uuid
+    assert domain.find(conn, ident).name == "web1"
+
+
+def test_states(host: Host) -> None:
+    define(host.conn, "web1")
+    assert domain.find(host.conn, "web1").state is State.STOPPED
+    with pytest.raises(WrongState):
+        lifecycle.pause(host, "web1")
+    domain.start(host.conn, "web1")
+    assert lifecycle.pause(host, "web1") is True
+    assert lifecycle.pause(host, "web1") is False
+    with pytest.raises(WrongState):
+        lifecycle.start(host, "web1", silent)
+    assert lifecycle.resume(host, "web1") is True
+    assert lifecycle.resume(host, "web1") is False
+    assert lifecycle.start(host, "web1", silent) is lifecycle.Started.ALREADY
+    with pytest.raises(WrongState):
+        lifecycle.rename(host, "web1", "web2")
+
+
+def test_list_filters(host: Host) -> None:
+    for name, labels in (("web1", {"role": "web"}), ("web2", {"role": "web", "tier": "1"}), ("db1", {"role": "db"})):
+        define(host.conn, name, labels=labels)
+    domain.start(host.conn, "web2")
+    assert [r.name for r in listing.rows(host)] == ["db1", "web1", "web2"]
+    assert [r.name for r in listing.rows(host, states={State.RUNNING})] == ["web2"]
+    assert [r.name for r in listing.rows(host, labels={"role": "web"})] == ["web1", "web2"]
+    assert [r.name for r in listing.rows(host, labels={"tier": None})] == ["web2"]
+    assert [r.name for r in listing.rows(host, labels={"role": "web", "tier": "2"})] == []
+    row = listing.rows(host, labels={"role": "db"})[0]
+    assert (row.image, row.accel, row.vcpus, row.memory_mib) == ("micro", "tcg", 1, 512)
+
+
+def test_names_and_globs(host: Host) -> None:
+    for name in ("web1", "web2", "db1"):
+        define(host.conn, name)
+    assert listing.matching(host, ["web*", "web1", "db?"]) == ("web1", "web2", "db1")
+    assert listing.matching(host, ["plain"]) == ("plain",)
+    with pytest.raises(NotFound):
+        listing.matching(host, ["x*"])
+
+
+def test_rename_keeps_the_record(host: Host) -> None:
+    define(host.conn, "web1", labels={"role": "web"})
+    before = domain.find(host.conn, "web1")
+    domain.rename(host.conn, "web1", "web2")
+    after = domain.find(host.conn, "web2")
+    assert after.uuid == before.uuid and after.facts.record == before.facts.record
+
+
+def test_record_can_be_replaced(conn: Connection) -> None:
+    define(conn, "web1")
+    domain.set_record(conn, "web1", render.metadata(replace(RECORD, labels={"new": "yes"})))
+    record = domain.find(conn, "web1").facts.record
+    assert record is not None and record.labels == {"new": "yes"}
+
+
+def test_a_foreign_domain_is_listed_and_shown(host: Host) -> None:
+    text = "<domain type='test'><name>f_1.x</name><memory>65536</memory><os><type>hvm</type></os><disk/></domain>"
+    domain.define(host.conn, text.replace("<disk/>", ""), name="f_1.x")
+    (row,) = listing.rows(host)
+    assert (row.name, row.image, row.memory_mib) == ("f_1.x", "", 64)
+    assert domain.find(host.conn, "f_1.x").facts.record is None
+
+
+def test_rename_to_a_bad_or_taken_name(host: Host) -> None:
+    define(host.conn, "web1")
+    define(host.conn, "web2")
+    with pytest.raises(SpecError):
+        lifecycle.rename(host, "web1", "a b")
+    with pytest.raises(Conflict):
+        lifecycle.rename(host, "web1", "web2")
+    assert {d.name for d in lifecycle.host_domains(host)} == {"web1", "web2"}
+
+
+def test_disk_type_cannot_be_guessed() -> None:
+    assert 'type="raw"' in xml_of(VM("web1", "micro", disks=(Disk(path="/x.raw", format=parse_disk("/x.raw").format),)))

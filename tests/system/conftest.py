@@ -1,0 +1,108 @@
+"""Real guests, driven as a user would: by the command line, seen also through virsh."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+VMCTL = [sys.executable, "-m", "vmctl"]
+REPO = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Shell:
+    """Runs vmctl and virsh as a user at a prompt, with text in and out."""
+
+    uri: str = ""
+
+    def run(
+        self, *words: str, check: int | None = 0, timeout: float = 120, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        """Run vmctl; ``check`` is the exit code it must end with, None for any."""
+        at = ["-c", self.uri] if self.uri else []
+        done = subprocess.run(
+            [*VMCTL, *at, *words], capture_output=True, text=True, timeout=timeout, check=False, cwd=REPO, **options
+        )
+        if check is not None:
+            assert done.returncode == check, (
+                f"vmctl {' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+            )
+        return done
+
+    def json(self, *words: str) -> Any:
+        """Run vmctl with -o json and read its answer."""
+        return json.loads(self.run(*words, "-o", "json").stdout)
+
+    def virsh(self, *words: str, check: bool = True) -> str:
+        """Run virsh on the same host."""
+        done = subprocess.run(
+            ["virsh", "-q", "-c", self.uri or "qemu:///system", *words],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def micro_image() -> None:
+    """The micro image in the store: built once for the run, from packages fetched before the test host was entered."""
+    done = subprocess.run(
+        [*VMCTL, "image", "build", "micro"], capture_output=True, text=True, timeout=600, check=False, cwd=REPO
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture
+def shell() -> Shell:
+    """vmctl and virsh on qemu:///system."""
+    return Shell()
+
+
+@pytest.fixture
+def name(shell: Shell) -> Iterator[str]:
+    """A name for a VM of this test, which is gone afterwards."""
+    chosen = f"t-{secrets.token_hex(4)}"
+    yield chosen
+    shell.run("delete", chosen, "--yes", "--missing-ok", check=None)
+
+
+@pytest.fixture
+def names(shell: Shell) -> Iterator[Callable[[], str]]:
+    """A function for further names; all of them are gone afterwards."""
+    made: list[str] = []
+
+    def new() -> str:
+        made.append(f"t-{secrets.token_hex(4)}")
+        return made[-1]
+
+    yield new
+    for one in made:
+        shell.run("delete", one, "--yes", "--missing-ok", check=None)
+
+
+def volumes(shell: Shell, pool: str = "vmctl") -> set[str]:
+    """Names of the volumes in a pool, as virsh sees them after a fresh look."""
+    shell.virsh("pool-refresh", pool, check=False)
+    return {line.split()[0] for line in shell.virsh("vol-list", pool, check=False).splitlines() if line.strip()}
+
+
+def reservations(shell: Shell) -> str:
+    """The network's definition."""
+    return shell.virsh("net-dumpxml", "vmctl", "--inactive", check=False)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment with some changes."""
+    return {**os.environ, **changes}

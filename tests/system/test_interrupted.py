@@ -1,0 +1,147 @@
+"""Create and delete, stopped by SIGKILL and SIGINT after every single change they make to the host; and races."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import REPO, VMCTL, Shell, environment, reservations, volumes
+
+pytestmark = pytest.mark.system
+
+SCRIPT = Path(__file__).with_name("interrupting.py")
+CREATE = ("create", "NAME", "--image", "micro", "--disk", "16M", "--autostart")
+
+
+def interrupted(tmp_path: Path, which: str, at: int, *words: str) -> tuple[int, list[str]]:
+    """Run a command line that signals itself after change ``at``; its exit code and the changes it made."""
+    log = tmp_path / f"changes-{which}-{at}-{words[0]}"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import runpy, sys; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
+            str(SCRIPT),
+            which,
+            str(at),
+            *words,
+        ],
+        env=environment(CHANGES=str(log)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=REPO,
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, log.read_text().splitlines() if log.exists() else []
+
+
+def state_of_host(shell: Shell) -> tuple[set[str], set[str], str]:
+    """Domains, volumes and network definition."""
+    return set(shell.virsh("list", "--all", "--name").split()), volumes(shell), reservations(shell)
+
+
+def words(name: str) -> list[str]:
+    """The create under test."""
+    return [name if word == "NAME" else word for word in CREATE]
+
+
+def test_create_killed_after_every_change(shell: Shell, name: str, tmp_path: Path) -> None:
+    before = state_of_host(shell)
+    at, seen = 0, 0
+    while True:
+        at += 1
+        code, changes = interrupted(tmp_path, "SIGKILL", at, *words(name))
+        if code != -signal.SIGKILL:
+            assert code == 0
+            break
+        seen += 1
+        assert len(changes) == at
+        if at % 2:
+            # A second create copes, unless the first had come to its very end.
+            done = shell.run(*words(name), check=None)
+            assert done.returncode == 0 or (done.returncode == 5 and changes[-1] == "domain.set_record"), done.stderr
+            assert shell.virsh("domstate", name) == "running"
+        shell.run("delete", name, "--yes", check=None)
+        assert state_of_host(shell) == before, f"left after {changes}"
+    assert seen >= 8 and {"storage.create_volume", "network.reserve", "domain.define", "domain.start"} <= set(changes)
+
+
+def test_create_interrupted_after_every_change_undoes_itself(shell: Shell, name: str, tmp_path: Path) -> None:
+    before = state_of_host(shell)
+    at = 0
+    while True:
+        at += 1
+        code, changes = interrupted(tmp_path, "SIGINT", at, *words(name))
+        if code == 0 or (code == 130 and changes and changes[-1] == "domain.set_record"):
+            break
+        assert code == 130, (code, changes)
+        assert state_of_host(shell) == before, f"left after {changes}"
+    assert at >= 8
+    shell.run("delete", name, "--yes", "--missing-ok")
+    assert state_of_host(shell) == before
+
+
+def test_sigterm_undoes_too(shell: Shell, name: str) -> None:
+    before = state_of_host(shell)
+    running = subprocess.Popen([*VMCTL, *words(name), "--wait", "agent"], stderr=subprocess.PIPE, text=True, cwd=REPO)
+    assert running.stderr is not None
+    while "disks of" not in running.stderr.readline():
+        pass
+    running.terminate()
+    assert running.wait(30) in {130, 0}
+    running.stderr.close()
+    shell.run("delete", name, "--yes", "--missing-ok")
+    assert state_of_host(shell) == before
+
+
+def test_delete_killed_after_every_change(shell: Shell, name: str, tmp_path: Path) -> None:
+    before = state_of_host(shell)
+    at = 0
+    while True:
+        at += 1
+        shell.run(*words(name))
+        code, changes = interrupted(tmp_path, "SIGKILL", at, "delete", name, "--yes")
+        if code != -signal.SIGKILL:
+            assert code == 0
+            break
+        shell.run("delete", name, "--yes", check=None)
+        assert state_of_host(shell) == before, f"left after {changes}"
+    assert at >= 6 and {"domain.power_off", "storage.delete_volume", "network.release", "domain.undefine"} <= set(
+        changes
+    )
+
+
+def test_two_creates_of_one_name(shell: Shell, name: str) -> None:
+    before = state_of_host(shell)
+    for _ in range(4):
+        both = [
+            subprocess.Popen([*VMCTL, "create", name, "--image", "micro"], stderr=subprocess.PIPE, text=True, cwd=REPO)
+            for _ in range(2)
+        ]
+        errors = [process.communicate(timeout=60)[1] for process in both]
+        assert sorted(process.returncode for process in both) == [0, 5], errors
+        assert shell.virsh("domstate", name) == "running"
+        shell.run("delete", name, "--yes")
+        assert state_of_host(shell) == before
+
+
+def test_many_creates_at_once(shell: Shell, name: str) -> None:
+    before = state_of_host(shell)
+    many = [f"{name}-{n}" for n in range(6)]
+    all_ = [
+        subprocess.Popen(
+            [*VMCTL, "create", n, "--image", "micro", "--no-start"], stderr=subprocess.PIPE, text=True, cwd=REPO
+        )
+        for n in many
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in all_]
+    assert [process.returncode for process in all_] == [0] * len(many), errors
+    rows = [row for row in shell.json("list") if row["name"] in many]
+    assert len({row["address"] for row in rows}) == len(many)
+    shell.run("delete", f"{name}-*", "--yes")
+    assert state_of_host(shell) == before

@@ -1,0 +1,100 @@
+"""What `list` costs, and that nothing can make it hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import REPO, Shell
+
+pytestmark = pytest.mark.system
+
+# Counts every call into libvirt's library but those that only read what the client already has.
+COUNT = """
+import collections, sys, libvirtmod
+calls = collections.Counter()
+LOCAL = {"virDomainGetName", "virDomainGetUUIDString", "virDomainGetID", "virDomainGetUUID", "virNetworkGetName",
+         "virNetworkGetUUIDString", "virDomainFree", "virNetworkFree", "virGetLastError"}
+for name in dir(libvirtmod):
+    original = getattr(libvirtmod, name)
+    if callable(original) and name.startswith("vir") and name not in LOCAL:
+        def counted(*args, _name=name, _original=original):
+            calls[_name] += 1
+            return _original(*args)
+        setattr(libvirtmod, name, counted)
+from vmctl.cli import run
+code = run(["list", "-o", "json"])
+print(sum(calls.values()), dict(calls), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def calls() -> tuple[int, str]:
+    """How many libvirt calls one `vmctl list` makes, and which."""
+    done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, cwd=REPO, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return int(done.stderr.split()[0]), done.stderr
+
+
+@pytest.fixture
+def many(shell: Shell, name: str, tmp_path: Path) -> Iterator[list[str]]:
+    """Forty defined domains with a card each on vmctl's network."""
+    shell.run("create", name, "--image", "micro", "--no-start")
+    text = shell.virsh("dumpxml", name)
+    ident, made = shell.virsh("domuuid", name), []
+    for number in range(40):
+        one = f"{name}-{number}"
+        path = tmp_path / "d.xml"
+        path.write_text(
+            text.replace(f"<name>{name}</name>", f"<name>{one}</name>")
+            .replace(ident, f"{ident[:-4]}{number:04x}")
+            .replace("mac address='52:54:00:", f"mac address='52:54:{number:02x}:")
+        )
+        shell.virsh("define", str(path))
+        made.append(one)
+    yield made
+    for one in made:
+        shell.virsh("undefine", one)
+
+
+def test_the_number_of_calls_does_not_grow(shell: Shell, request: pytest.FixtureRequest) -> None:
+    few, which_few = calls()
+    made = request.getfixturevalue("many")
+    lots, which_lots = calls()
+    assert {row["name"] for row in shell.json("list")} >= set(made)
+    assert lots == few or lots <= few + 1, f"{which_few} became {which_lots}"
+    assert lots < 20
+
+
+def test_a_hung_guest_hangs_nothing(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        # Some other client is stuck on that guest's monitor meanwhile.
+        stuck = subprocess.Popen(
+            ["virsh", "-c", "qemu:///system", "domblkinfo", name, "vda"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            rows = {row["name"]: row for row in _json_within(shell, 10)}
+            assert rows[name]["state"] == "running" and rows[name]["vcpus"] == 1 and rows[name]["memory_mib"] == 512
+        finally:
+            os.kill(pid, signal.SIGCONT)
+            stuck.wait(30)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def _json_within(shell: Shell, seconds: float) -> list[dict[str, object]]:
+    import json
+
+    found: list[dict[str, object]] = json.loads(shell.run("list", "-o", "json", timeout=seconds).stdout)
+    return found

@@ -1,0 +1,590 @@
+"""Every verb on a real guest, and virsh's view of the same VM."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import REPO, VMCTL, Shell, environment, reservations, volumes
+from vmctl.wait import wait_until
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def vm() -> Iterator[str]:
+    """One guest for the tests that leave it running."""
+    shell = Shell()
+    chosen = f"shared-{os.getpid()}"
+    shell.run(
+        "create",
+        chosen,
+        "--image",
+        "micro",
+        "--description",
+        'a <shared> & "quoted" guest',
+        "--label",
+        "role=test",
+        "--wait",
+        "ssh",
+    )
+    yield chosen
+    shell.run("delete", chosen, "--yes")
+
+
+def test_create_shows_stages_and_says_why_not_kvm(shell: Shell, name: str) -> None:
+    done = shell.run("create", name, "--image", "micro", "--memory", "256M", "--vcpus", "2", "--wait", "ssh")
+    for stage in ("running", "ip", "ssh"):
+        assert re.search(rf"^  {stage} +[0-9.]+ s", done.stderr, re.MULTILINE), done.stderr
+    chosen = shell.json("host", "info")["accel"]["chosen"]
+    assert ("running on TCG: " in done.stderr) == (chosen == "tcg")
+    assert done.stdout == f"{name}\n"
+    facts = ET.fromstring(shell.virsh("dumpxml", name))
+    assert facts.findtext("vcpu") == "2" and facts.findtext("memory") == str(256 * 1024)
+    assert facts.get("type") == {"tcg": "qemu", "kvm": "kvm"}[chosen]
+
+
+def test_the_guest_is_what_the_seed_says(shell: Shell, vm: str) -> None:
+    assert shell.run("exec", vm, "--", "hostname").stdout == f"{vm}\n"
+
+
+def test_exec_passes_everything_through(shell: Shell, vm: str) -> None:
+    data = bytes(range(256)) * 2000
+    done = subprocess.run(
+        [*VMCTL, "exec", vm, "--", "sh", "-c", "cat; echo to-stderr >&2; exit 37"],
+        input=data,
+        capture_output=True,
+        timeout=60,
+        cwd=REPO,
+    )
+    assert done.returncode == 37
+    assert done.stdout == data
+    assert done.stderr == b"to-stderr\n"
+
+
+def test_exec_keeps_words_apart(shell: Shell, vm: str) -> None:
+    assert (
+        shell.run("exec", vm, "--", "printf", "[%s]", "a b", "$HOME", "'", "*", "-n").stdout == "[a b][$HOME]['][*][-n]"
+    )
+
+
+def test_exec_without_a_reader_does_not_hang(shell: Shell, vm: str) -> None:
+    done = shell.run("exec", vm, "--", "true", stdin=subprocess.PIPE, timeout=30)
+    assert done.stdout == ""
+
+
+def test_exec_with_a_terminal(vm: str) -> None:
+    assert "tty" in Shell().run("exec", "-t", vm, "--", "sh", "-c", "test -t 0 && tty", stdin=subprocess.DEVNULL).stdout
+
+
+def test_cp_both_ways(shell: Shell, vm: str, tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "sub dir").mkdir(parents=True)
+    (tree / "sub dir" / "blob").write_bytes(os.urandom(300_000))
+    (tree / "run.sh").write_text("#!/bin/sh\necho ran\n")
+    (tree / "run.sh").chmod(0o755)
+    shell.run("cp", str(tree), f"{vm}:/root/")
+    assert shell.run("exec", vm, "--", "/root/tree/run.sh").stdout == "ran\n"
+    shell.run("cp", f"{vm}:/root/tree", str(tmp_path / "back"))
+    assert (tmp_path / "back" / "sub dir" / "blob").read_bytes() == (tree / "sub dir" / "blob").read_bytes()
+    assert os.access(tmp_path / "back" / "run.sh", os.X_OK)
+    shell.run("cp", f"{vm}:/no/such", str(tmp_path), check=9)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+    shell.run("cp", str(tmp_path / "nope"), f"{vm}:/", check=4)
+    shell.run("cp", str(tree), str(tmp_path / "x"), check=2)
+
+
+def test_ssh_trusts_only_the_planted_key(shell: Shell, vm: str) -> None:
+    done = subprocess.run(
+        [*VMCTL, "ssh", vm, "echo", "over ssh"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=REPO,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.stdout == "over ssh\n", done.stderr
+    text = shell.virsh("dumpxml", vm)
+    (planted,) = re.findall(r'host-key="([^"]*)"', text)
+    other = "ssh-ed25519 " + planted.split()[1][:-8] + "AAAAAAAA"
+    changed = re.sub(
+        r"<vmctl:ssh .*?/>",
+        f'<vmctl:ssh user="root" host-key="{other}"/>',
+        re.search(r"<vmctl:vm.*?</vmctl:vm>", text, re.DOTALL)[0],
+        flags=re.DOTALL,
+    )  # type: ignore[index]
+    original = re.search(r"<vmctl:vm.*?</vmctl:vm>", text, re.DOTALL)[0]  # type: ignore[index]
+    uri = "https://vmctl.dev/xmlns/vm/1"
+    shell.virsh("metadata", vm, uri, "--key", "vmctl", "--set", changed, "--live")
+    try:
+        refused = shell.run("exec", vm, "--", "true", check=3)
+        assert "another host key" in refused.stderr
+        assert subprocess.run([*VMCTL, "ssh", vm, "true"], capture_output=True, timeout=60, cwd=REPO).returncode == 255
+    finally:
+        shell.virsh("metadata", vm, uri, "--key", "vmctl", "--set", original, "--live")
+    assert shell.run("exec", vm, "--", "echo", "ok").stdout == "ok\n"
+
+
+def test_show_and_list(shell: Shell, vm: str) -> None:
+    shown = shell.json("show", vm)
+    assert shown["description"] == 'a <shared> & "quoted" guest'
+    assert shown["labels"] == {"role": "test"} and shown["state"] == "running" and shown["image"] == "micro"
+    assert shown["accel"]["chosen"] in {"kvm", "tcg"} and shown["accel"]["host"]["kvm"]["evidence"]
+    assert shown["uuid"] == shell.virsh("domuuid", vm)
+    (row,) = [row for row in shell.json("list") if row["name"] == vm]
+    assert row["address"] == shown["address"] and re.fullmatch(r"10\.\d+\.\d+\.\d+", row["address"])
+    assert row["uptime_s"] > 0 and row["state"] == "running"
+    table = shell.run("list").stdout.splitlines()
+    assert table[0].split() == ["NAME", "STATE", "ACCEL", "VCPUS", "MEMORY", "ADDRESS", "HOST", "IMAGE", "UPTIME"]
+    assert vm in shell.run("list", "--label", "role=test", "-o", "name").stdout.split()
+    assert vm not in shell.run("list", "--label", "role=other", "-o", "name").stdout.split()
+    assert vm not in shell.run("list", "--state", "stopped", "-o", "name").stdout.split()
+    assert f"name: {vm}" in shell.run("list", "-o", "yaml").stdout
+    text = shell.run("show", vm).stdout
+    assert 'description  a <shared> & "quoted" guest' in text
+
+
+def test_logs(shell: Shell, vm: str) -> None:
+    text = shell.run("logs", vm).stdout
+    assert "vmctl-micro" in text and "\x1b" not in text
+    assert len(shell.run("logs", vm, "-n", "2").stdout.splitlines()) == 2
+
+
+def test_pause_and_resume_seen_by_both(shell: Shell, vm: str) -> None:
+    shell.run("pause", vm)
+    assert shell.virsh("domstate", vm) == "paused"
+    shell.run("exec", vm, "--", "true", check=6)
+    assert "paused already" in shell.run("pause", vm).stdout
+    shell.virsh("resume", vm)
+    assert shell.json("show", vm)["state"] == "running"
+    shell.virsh("suspend", vm)
+    shell.run("resume", vm)
+    assert shell.virsh("domstate", vm) == "running"
+
+
+def test_agent(shell: Shell, vm: str) -> None:
+    shell.run("wait", vm, "--for", "agent")
+    assert json.loads(shell.virsh("qemu-agent-command", vm, '{"execute":"guest-ping"}')) == {"return": {}}
+
+
+def test_a_private_key_is_nowhere_to_be_seen(shell: Shell, vm: str) -> None:
+    assert "PRIVATE KEY" not in shell.virsh("dumpxml", vm, "--security-info")
+    for path in [*Path("/var/log/libvirt").rglob("*"), *Path("/etc/libvirt/qemu").rglob("*.xml")]:
+        if path.is_file():
+            assert b"PRIVATE KEY" not in path.read_bytes(), path
+    assert "PRIVATE KEY" not in subprocess.run(["ps", "axww"], capture_output=True, text=True).stdout
+    seeds = [v for v in volumes(shell) if v.startswith(f"{vm}-") and v.endswith("seed.iso")]
+    path = Path(shell.virsh("vol-path", "--pool", "vmctl", seeds[0]))
+    assert b"PRIVATE KEY" in path.read_bytes() and path.stat().st_mode & 0o077 == 0
+
+
+def test_stop_start_save_restore_reboot(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    shell.run("exec", name, "--", "sh", "-c", "echo kept >/root/kept; echo in-memory >/tmp/memory; sync")
+    address = shell.json("show", name)["address"]
+
+    assert "running already" in shell.run("start", name).stdout
+    assert "(ACPI)" in shell.run("stop", name).stdout
+    assert shell.virsh("domstate", name) == "shut off"
+    assert "stopped already" in shell.run("stop", name).stdout
+    shell.run("pause", name, check=6)
+
+    assert "booted" in shell.run("start", name).stdout
+    shell.run("wait", name, "--for", "ssh")
+    assert shell.run("exec", name, "--", "cat", "/root/kept").stdout == "kept\n"
+    assert shell.json("show", name)["address"] == address
+
+    shell.run("exec", name, "--", "sh", "-c", "echo in-memory >/dev/shm/memory || echo in-memory >/run/memory")
+    assert "saved" in shell.run("save", name).stdout
+    assert shell.json("show", name)["state"] == "saved"
+    assert "saved memory" in shell.run("start", name).stdout
+    shell.run("wait", name, "--for", "ssh")
+    assert (
+        shell.run("exec", name, "--", "sh", "-c", "cat /dev/shm/memory /run/memory 2>/dev/null").stdout == "in-memory\n"
+    )
+
+    boot = shell.run("exec", name, "--", "cat", "/proc/sys/kernel/random/boot_id").stdout
+    for verb in ("reboot", "reset"):
+        shell.run(verb, name)
+        boot = _new_boot(shell, name, boot)
+
+
+def _new_boot(shell: Shell, name: str, old: str) -> str:
+    def probe() -> str | None:
+        done = shell.run("exec", name, "--", "cat", "/proc/sys/kernel/random/boot_id", check=None)
+        return done.stdout if done.returncode == 0 and done.stdout != old else None
+
+    return wait_until(probe, what="another boot", timeout_s=60)
+
+
+def test_stop_by_force_and_without(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    # A guest that hears nothing: neither the button nor the agent.
+    shell.run(
+        "exec", name, "--", "sh", "-c", "killall -STOP qemu-ga; kill -STOP 1; killall -STOP acpid; true", check=None
+    )
+    done = shell.run("stop", name, "--timeout", "2", check=7)
+    assert "--force" in done.stderr
+    assert shell.virsh("domstate", name) == "running"
+    assert "by force" in shell.run("stop", name, "--timeout", "1", "--force").stdout
+    assert shell.virsh("domstate", name) == "shut off"
+
+
+def test_rename(shell: Shell, name: str, names: Callable[[], str]) -> None:
+    new = names()
+    shell.run("create", name, "--image", "micro", "--no-start")
+    ident = shell.virsh("domuuid", name)
+    shell.run("rename", name, new)
+    assert shell.virsh("domuuid", new) == ident
+    assert f"name='{new}'" in reservations(shell) and f"name='{name}'" not in reservations(shell)
+    # The old name is free, and the new VM of that name shares nothing with the renamed one.
+    shell.run("create", name, "--image", "micro", "--no-start")
+    assert shell.virsh("domuuid", name) != ident
+    disks = [re.findall(r"source file='([^']*)'", shell.virsh("dumpxml", n)) for n in (name, new)]
+    assert not set(disks[0]) & set(disks[1])
+    shell.run("delete", name, "--yes")
+    shell.run("start", new)
+    shell.run("wait", new, "--for", "ssh")
+
+
+def test_autostart(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start", "--autostart")
+    assert re.search(r"Autostart: +enable", shell.virsh("dominfo", name))
+    shell.run("autostart", name, "--off")
+    assert shell.json("show", name)["autostart"] is False
+
+
+def test_delete_takes_its_own_and_nothing_else(shell: Shell, name: str, tmp_path: Path) -> None:
+    before, images = volumes(shell), volumes(shell, "vmctl-images")
+    foreign = Path("/var/lib/libvirt/images/foreign.qcow2")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(foreign), "10M"], check=True)
+    shell.run("create", name, "--image", "micro", "--disk", "64M", "--disk", str(foreign), "--no-start")
+    assert len(volumes(shell) - before) == 4  # root, seed, console log, new disk
+    assert name in reservations(shell)
+    told = shell.run("delete", name, "--dry-run").stdout
+    assert f"VM {name}" in told and "foreign" not in told
+    shell.run("delete", name, check=2, stdin=subprocess.DEVNULL)
+    assert shell.virsh("domstate", name) == "shut off"
+    shell.run("delete", name, "--yes")
+    assert volumes(shell) == before and volumes(shell, "vmctl-images") == images and foreign.exists()
+    assert name not in reservations(shell)
+    shell.run("delete", name, "--yes", check=4)
+    foreign.unlink()
+
+
+def test_delete_spares_a_disk_someone_else_uses(shell: Shell, name: str, names: Callable[[], str]) -> None:
+    other = names()
+    shell.run("create", name, "--image", "micro", "--disk", "64M", "--no-start")
+    (disk,) = [v for v in volumes(shell) if v.startswith(f"{name}-") and "disk1" in v]
+    path = shell.virsh("vol-path", "--pool", "vmctl", disk)
+    shell.run("create", other, "--image", "micro", "--disk", path, "--no-start")
+    assert "kept volume" in shell.run("delete", name, "--yes").stderr
+    assert disk in volumes(shell)
+    shell.run("delete", other, "--yes")
+    shell.virsh("vol-delete", "--pool", "vmctl", disk)
+
+
+def test_a_domain_defined_by_virsh_is_seen_and_deleted_by_vmctl(shell: Shell, name: str, tmp_path: Path) -> None:
+    xml = tmp_path / "d.xml"
+    xml.write_text(
+        f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory><os><type>hvm</type></os></domain>"
+    )
+    shell.virsh("define", str(xml))
+    (row,) = [row for row in shell.json("list") if row["name"] == name]
+    assert (row["state"], row["memory_mib"], row["image"]) == ("stopped", 64, "")
+    shell.run("start", name)
+    assert shell.virsh("domstate", name) == "running"
+    shell.run("ssh", name, check=4)
+    shell.virsh("destroy", name)
+    assert shell.json("show", name)["state"] == "stopped"
+    shell.run("delete", name, "--yes")
+    assert name not in shell.virsh("list", "--all", "--name").split()
+
+
+def test_print_xml_changes_nothing(shell: Shell, name: str) -> None:
+    before = (volumes(shell), shell.virsh("list", "--all", "--name"), reservations(shell))
+    text = shell.run("create", name, "--image", "micro", "--print-xml").stdout
+    assert ET.fromstring(text).findtext("name") == name
+    assert (volumes(shell), shell.virsh("list", "--all", "--name"), reservations(shell)) == before
+    done = subprocess.run(["virt-xml-validate", "-", "domain"], input=text, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_exist_ok_and_conflict(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    assert "exists already" in shell.run("create", name, "--image", "micro", check=5).stderr
+    assert shell.json("create", name, "--image", "micro", "--exist-ok")["existed"] is True
+
+
+@pytest.mark.parametrize("bad", ["a b", "../x", "-x-", "ü", "x" * 64, "a\nb", "<a>"])
+def test_bad_names_are_exit_2_and_leave_nothing(shell: Shell, bad: str) -> None:
+    before = volumes(shell)
+    done = shell.run("create", "--image", "micro", "--", bad, check=2)
+    assert done.stderr.startswith("cannot create VM: ") and "Traceback" not in done.stderr
+    assert volumes(shell) == before
+
+
+def test_other_bad_input(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "nope", check=4)
+    shell.run("create", name, "--image", "micro", "--memory", "lots", check=2)
+    shell.run("create", name, "--image", "micro", "--wait", "godot", check=2)
+    shell.run("create", name, check=2)
+    shell.run("create", name, "--image", "micro", "--disk", "/no/such/file.qcow2", check=None)
+    assert name not in shell.virsh("list", "--all", "--name").split()
+    assert not [v for v in volumes(shell) if v.startswith(name)] and name not in reservations(shell)
+    shell.run("-c", "qemu+tcp://127.0.0.1:1/system", "list", check=3)
+    shell.run("frobnicate", check=2)
+    shell.run("start", "no-such-vm", check=4)
+
+
+def test_a_start_that_fails_is_undone(shell: Shell, name: str) -> None:
+    before = volumes(shell)
+    shell.run("create", name, "--image", "micro", "--cpu", "NoSuchModel", check=None)
+    assert name not in shell.virsh("list", "--all", "--name").split()
+    assert volumes(shell) == before and name not in reservations(shell)
+
+
+def test_wait_timeout_tells_stage_and_evidence(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    done = shell.run("wait", name, "--for", "running", "--timeout", "0.5", check=7)
+    assert "stage running" in done.stderr and "state: stopped" in done.stderr
+    shell.run("start", name)
+    done = shell.run("wait", name, "--for", "agent", "--timeout", "0", check=7)
+    assert "stage agent" in done.stderr and "stage running:" in done.stderr and "console" in done.stderr
+    assert shell.virsh("domstate", name) == "running"
+    shell.run("wait", name, "--for", "ssh")
+
+
+def test_wait_says_at_once_that_the_vm_stopped(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    shell.run("start", name)
+    waiting = subprocess.Popen(
+        [*VMCTL, "wait", name, "--for", "agent", "--timeout", "100"], stderr=subprocess.PIPE, text=True, cwd=REPO
+    )
+    assert waiting.stderr is not None
+    while "running" not in waiting.stderr.readline():
+        pass
+    shell.virsh("destroy", name)
+    assert waiting.wait(20) == 6
+
+
+def test_several_names_and_globs(shell: Shell, names: Callable[[], str]) -> None:
+    one, two = names(), names()
+    for n in (one, two):
+        shell.run("create", n, "--image", "micro", "--no-start")
+    done = shell.run("start", one, "no-such-vm", two, check=14)
+    assert "no-such-vm" in done.stderr and one in done.stdout and two in done.stdout
+    assert shell.virsh("domstate", one) == shell.virsh("domstate", two) == "running"
+    stem = os.path.commonprefix([one, two])
+    assert set(shell.run("list", "-o", "name").stdout.split()) >= {one, two}
+    shell.run("stop", f"{one[:-1]}?", f"{two[:-1]}?", "--force", "--timeout", "0")
+    assert shell.virsh("domstate", one) == shell.virsh("domstate", two) == "shut off"
+    assert stem
+
+
+def test_events(shell: Shell, name: str) -> None:
+    watcher = subprocess.Popen(
+        [*VMCTL, "events", name, "--count", "3", "-o", "json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPO,
+    )
+    assert watcher.stderr is not None and "watching" in watcher.stderr.readline()
+    shell.run("create", name, "--image", "micro")
+    out, _ = watcher.communicate(timeout=30)
+    seen = [json.loads(line) for line in out.splitlines()]
+    assert [e["event"] for e in seen][0] == "defined" and "started" in [e["event"] for e in seen]
+    assert all(e["name"] == name for e in seen)
+
+
+def test_list_watch_shows_changes(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    watcher = subprocess.Popen(
+        [*VMCTL, "list", "-w", "-o", "name", "-s", "running"], stdout=subprocess.PIPE, text=True, cwd=REPO
+    )
+    try:
+        assert watcher.stdout is not None
+        os.set_blocking(watcher.stdout.fileno(), False)
+        seen = ""
+
+        def found() -> bool:
+            nonlocal seen
+            seen += watcher.stdout.read() or "" if watcher.stdout else ""
+            return name in seen
+
+        time.sleep(1.5)
+        shell.run("start", name)
+        wait_until(found, what="the VM in the watched list", timeout_s=10)
+    finally:
+        watcher.send_signal(signal.SIGINT)
+        assert watcher.wait(10) == 130
+
+
+def test_console_on_a_terminal(shell: Shell, vm: str) -> None:
+    """Typed at, answered, and left with Ctrl-], on a real pseudo-terminal."""
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.chdir(REPO)
+        os.execvp(VMCTL[0], [*VMCTL, "console", vm])
+    seen = b""
+
+    def read_until(want: bytes, timeout_s: float = 20) -> None:
+        nonlocal seen
+        end = time.monotonic() + timeout_s
+        while want not in seen:
+            assert time.monotonic() < end, seen
+            if select.select([fd], [], [], 0.2)[0]:
+                seen += os.read(fd, 65536)
+
+    read_until(b"Ctrl-] leaves")
+    os.write(fd, b"\r")
+    time.sleep(1)
+    os.write(fd, b"\recho con$((20+3))sole\r")
+    read_until(b"con23sole")
+    os.write(fd, b"\x1d")
+    read_until(b"left the console")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_console_through_tmux(shell: Shell, vm: str, tmp_path: Path) -> None:
+    tmux = ["tmux", "-S", str(tmp_path / "tmux")]
+    command = " ".join([*VMCTL, "console", vm])
+    subprocess.run(
+        [
+            *tmux,
+            "new-session",
+            "-d",
+            "-s",
+            "c",
+            "-x",
+            "100",
+            "-y",
+            "30",
+            "-c",
+            str(REPO),
+            f"{command}; echo left=$?; sleep 60",
+        ],
+        check=True,
+    )
+    try:
+
+        def screen() -> str:
+            return subprocess.run([*tmux, "capture-pane", "-p", "-t", "c"], capture_output=True, text=True).stdout
+
+        wait_until(
+            lambda: "Ctrl-] leaves" in screen(), what="console in tmux", timeout_s=20, evidence=lambda: [screen()]
+        )
+        time.sleep(0.5)
+        subprocess.run([*tmux, "send-keys", "-t", "c", "Enter"], check=True)
+        time.sleep(1)
+        subprocess.run([*tmux, "send-keys", "-t", "c", "echo tm$((40+2))ux", "Enter"], check=True)
+        wait_until(lambda: "tm42ux" in screen(), what="an answer in tmux", timeout_s=20, evidence=lambda: [screen()])
+        subprocess.run([*tmux, "send-keys", "-t", "c", "C-]"], check=True)
+        wait_until(lambda: "left=0" in screen(), what="the end in tmux", timeout_s=10, evidence=lambda: [screen()])
+    finally:
+        subprocess.run([*tmux, "kill-server"], check=False)
+
+
+def test_runcmd_and_further_keys(shell: Shell, name: str, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+    commands = ['echo "quotes \' & <tags>" >/root/one', "hostname >/root/two"]
+    shell.run(
+        "create",
+        name,
+        "--image",
+        "micro",
+        "--ssh-key",
+        f"{key}.pub",
+        *[w for c in commands for w in ("--runcmd", c)],
+        "--wait",
+        "ssh",
+    )
+    wait_until(
+        lambda: (
+            shell.run("exec", name, "--", "cat", "/root/one", "/root/two", check=None).stdout
+            == f"quotes ' & <tags>\n{name}\n"
+        ),
+        what="first-boot commands",
+        timeout_s=30,
+    )
+    address = shell.json("show", name)["address"]
+    done = subprocess.run(
+        [
+            "ssh",
+            "-i",
+            str(key),
+            "-o",
+            "IdentitiesOnly=yes",
+            "-o",
+            "StrictHostKeyChecking=accept-new",
+            "-o",
+            f"UserKnownHostsFile={tmp_path}/k",
+            f"root@{address}",
+            "echo in",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "in\n", done.stderr
+
+
+def test_graphics_only_on_loopback(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--graphics", "vnc")
+    assert re.match(r"127\.0\.0\.1:\d", shell.virsh("vncdisplay", name))
+
+
+def test_uefi(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--firmware", "uefi", "--no-start")
+    shown = shell.json("show", name)
+    assert shown["firmware"] == "uefi"
+    shell.run("start", name)
+    nvram = ET.fromstring(shell.virsh("dumpxml", name)).findtext("os/nvram")
+    assert nvram and Path(nvram).exists()
+    shell.run("delete", name, "--yes")
+    assert not Path(nvram).exists()
+
+
+def test_image_store(shell: Shell, name: str) -> None:
+    (image,) = shell.json("image", "list")
+    assert image["name"] == "micro" and re.fullmatch("[0-9a-f]{64}", image["digest"])
+    assert shell.json("image", "show", "micro")["software"]
+    shell.run("image", "show", "nope", check=4)
+    shell.run("create", name, "--image", "micro", "--no-start")
+    done = shell.run("image", "delete", "micro", "--yes", check=5)
+    assert name in done.stderr
+    assert shell.json("image", "list") == [image]
+
+
+def test_precedence_of_connections(shell: Shell) -> None:
+    test = "test:///default"
+    assert "test" in shell.run("list", "-o", "name", env=environment(VMCTL_CONNECT=test)).stdout
+    assert "test" in shell.run("list", "-o", "name", env=environment(LIBVIRT_DEFAULT_URI=test)).stdout
+    assert (
+        "test"
+        in shell.run(
+            "list", "-o", "name", env=environment(LIBVIRT_DEFAULT_URI="qemu:///system", VMCTL_CONNECT=test)
+        ).stdout
+    )
+    assert "test" in shell.run("list", "-c", test, "-o", "name", env=environment(VMCTL_CONNECT="qemu:///system")).stdout
+
+
+def test_demo(shell: Shell) -> None:
+    done = shell.run("demo", "--name", f"demo-{os.getpid()}", timeout=300)
+    for word in ("create", "exec", "show", "pause", "resume", "delete"):
+        assert f"$ vmctl {word}" in done.stderr
+    assert "What to type next" in done.stdout and "hello from" in done.stdout
+    assert f"demo-{os.getpid()}" not in shell.virsh("list", "--all", "--name")

@@ -1,0 +1,235 @@
+"""Waiting, settings, locks, addresses, output: the small pure rooms."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmctl import config, guest, locks, networks, render, ui
+from vmctl.errors import Conflict, SpecError, WaitTimeout
+from vmctl.events import Progress, StageDone, Step, Warned
+from vmctl.wait import wait_until
+
+
+class Clock:
+    """A clock that only sleeping moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_wait_probes_at_least_once() -> None:
+    clock = Clock()
+    assert wait_until(lambda: "yes", what="x", timeout_s=0, clock=clock, sleep=clock.sleep) == "yes"
+
+
+def test_wait_probes_once_more_at_the_very_end() -> None:
+    clock = Clock()
+    probe = lambda: clock.now >= 101.0  # noqa: E731
+    assert wait_until(probe, what="x", timeout_s=1.0, interval_s=0.7, clock=clock, sleep=clock.sleep)
+
+
+def test_wait_is_bounded_and_carries_evidence() -> None:
+    clock = Clock()
+    with pytest.raises(WaitTimeout) as caught:
+        wait_until(
+            lambda: None,
+            what="x",
+            timeout_s=2,
+            interval_s=0.5,
+            evidence=lambda: ["seen: nothing"],
+            clock=clock,
+            sleep=clock.sleep,
+        )
+    assert caught.value.after_s == 2.0 and caught.value.evidence == ("seen: nothing",) and caught.value.exit_code == 7
+
+
+def test_uri_precedence() -> None:
+    settings = config.Settings(connect="config")
+    env = {"VMCTL_CONNECT": "ours", "LIBVIRT_DEFAULT_URI": "theirs"}
+    assert config.chosen_uri("flag", env, settings) == "flag"
+    assert config.chosen_uri(None, env, settings) == "ours"
+    assert config.chosen_uri(None, {"LIBVIRT_DEFAULT_URI": "theirs"}, settings) == "theirs"
+    assert config.chosen_uri(None, {}, settings) == "config"
+    assert config.chosen_uri(None, {}, config.Settings()) == ""
+
+
+def test_config_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    assert config.load(path) == config.Settings()
+    path.write_text('connect = "qemu:///session"\nnetwork = "lab"\n')
+    assert config.load(path) == config.Settings(connect="qemu:///session", network="lab")
+    for bad in ("colour = 'red'", "network = 3", "not toml", "\x00"):
+        path.write_text(bad)
+        with pytest.raises(SpecError):
+            config.load(path)
+
+
+def test_config_names_every_problem(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("a = 1\nnetwork = 2\n")
+    with pytest.raises(SpecError) as caught:
+        config.load(path)
+    assert len(caught.value.problems) == 2
+
+
+def test_a_lock_excludes_and_dies_with_its_process(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time, pathlib\nfrom vmctl import locks\n"
+            "with locks.held(pathlib.Path(sys.argv[1]), 'x'):\n print('held', flush=True)\n time.sleep(60)",
+            str(tmp_path),
+        ],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        with pytest.raises(Conflict), locks.held(tmp_path, "x"):
+            pass
+        with locks.held(tmp_path, "y"):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with locks.held(tmp_path, "x"):
+        pass
+
+
+def test_subnet_avoids_routes() -> None:
+    table = (
+        "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
+        "eth0\t00000000\t0100A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"
+        "eth0\t00004D0A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n"
+    )
+    routes = networks.parse_routes(table)
+    assert routes == (ipaddress.IPv4Network("10.77.0.0/16"),)
+    assert networks.pick_subnet(routes) == ipaddress.IPv4Network("10.78.0.0/22")
+    with pytest.raises(Conflict):
+        networks.pick_subnet([ipaddress.IPv4Network("10.0.0.0/8")])
+
+
+@given(st.uuids(), st.sets(st.integers(10, 1022), max_size=30))
+def test_addresses_are_in_the_subnet_and_free(ident: uuid.UUID, taken: set[int]) -> None:
+    subnet = ipaddress.IPv4Network("10.77.0.0/22")
+    used = {str(subnet[n]) for n in taken}
+    address = networks.pick_address(subnet, str(ident), used)
+    assert ipaddress.IPv4Address(address) in subnet
+    assert address not in used and address not in {str(subnet[n]) for n in range(10)} | {str(subnet[-1])}
+
+
+def test_a_full_subnet_is_a_conflict() -> None:
+    subnet = ipaddress.IPv4Network("10.77.0.0/28")
+    with pytest.raises(Conflict):
+        networks.pick_address(subnet, str(uuid.uuid4()), {str(a) for a in subnet})
+
+
+@pytest.mark.parametrize("name", ["vmctl", "a-very-long-network-name", "x_y.z", "---"])
+def test_bridge_names_fit_the_kernel(name: str) -> None:
+    first = networks.pick_bridge(name, ())
+    assert len(first) <= 15
+    assert networks.pick_bridge(name, {first}) != first
+
+
+@given(st.text(min_size=1).filter(lambda t: "\r" not in t), st.lists(st.text(), max_size=3))
+def test_user_data_is_yaml_that_says_the_same(hostname: str, commands: list[str]) -> None:
+    import yaml
+
+    seed = render.SeedView(
+        "id-1", hostname, ("ssh-ed25519 AAAA x",), "-----BEGIN\nAAAA\n-----END", "ssh-ed25519 B", tuple(commands)
+    )
+    text = render.user_data(seed)
+    assert text.startswith("#cloud-config\n")
+    found = yaml.safe_load(text)
+    assert found["hostname"] == hostname
+    assert found.get("runcmd", []) == commands
+    assert found["ssh_keys"]["ed25519_private"].strip() == "-----BEGIN\nAAAA\n-----END"
+    assert yaml.safe_load(render.meta_data(seed)) == {"instance-id": "id-1", "local-hostname": hostname}
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("web1:/etc", guest.Place("web1", "/etc")),
+        ("web1:", guest.Place("web1", ".")),
+        ("./a:b", guest.Place(None, "./a:b")),
+        ("/tmp/x", guest.Place(None, "/tmp/x")),
+        ("file", guest.Place(None, "file")),
+        (":x", guest.Place(None, ":x")),
+    ],
+)
+def test_places(text: str, place: guest.Place) -> None:
+    assert guest.parse_place(text) == place
+
+
+def test_console_text_is_plain() -> None:
+    assert guest.plain("\x1b[1;31mred\x1b[0m\r\n\x1b[2Jx") == "red\nx"
+
+
+@dataclass(frozen=True)
+class Thing:
+    name: str
+    path: Path
+    inner: tuple[int, ...]
+    share: float
+
+
+def test_json_is_the_same_object(capsys: pytest.CaptureFixture[str]) -> None:
+    thing = Thing("é", Path("/x"), (1, 2), 0.123456)
+    ui.emit([thing], ui.Output.JSON, lambda: "", lambda: [])
+    assert json.loads(capsys.readouterr().out) == [{"name": "é", "path": "/x", "inner": [1, 2], "share": 0.123}]
+    ui.emit([thing], ui.Output.NAME, lambda: "", lambda: ["é"])
+    assert capsys.readouterr().out == "é\n"
+
+
+def test_a_table_cannot_be_broken_by_its_content() -> None:
+    text = ui.columns(("A", "B"), [("x\ny", "\x1b[31m"), ("", "z")])
+    assert text.splitlines() == ["A     B", "x\\ny  \\x1b[31m", "-     z"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, ""), (0.4, "0s"), (59, "59s"), (61, "1m01s"), (3700, "1h01m"), (90000, "1d01h")]
+)
+def test_durations(seconds: float | None, text: str) -> None:
+    assert ui.duration(seconds) == text
+
+
+def test_plain_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    tell = ui.reporter()
+    for event in (Step("did it"), StageDone("ssh", 1.0, 2.0, "10.0.0.1"), Progress("x", 1, 10), Progress("x", 10, 10)):
+        tell(event)
+    err = capsys.readouterr().err
+    assert "did it\n" in err and "ssh" in err and "10.0.0.1" in err and "\r" not in err and "\x1b" not in err
+
+
+def test_quiet_still_warns(capsys: pytest.CaptureFixture[str]) -> None:
+    tell = ui.reporter(ui.Verbosity.QUIET)
+    tell(Step("chatter"))
+    tell(Warned("running on TCG: reasons", "mend it"))
+    err = capsys.readouterr().err
+    assert "chatter" not in err and "running on TCG" in err and "mend it" in err
+
+
+@pytest.fixture(autouse=True)
+def _no_color(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("NO_COLOR", "1")
+    yield

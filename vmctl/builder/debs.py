@@ -1,0 +1,193 @@
+"""Debian packages without root: apt with folders of its own, on the system's sources and keys.
+
+An ordinary user can neither refresh /var/lib/apt/lists nor rely on it (containers ship without). So the lists are
+kept in the user's cache, and the packages beside them under name, version and hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from urllib.parse import unquote
+
+from vmctl.builder.recipe import Package
+from vmctl.builder.tools import run
+from vmctl.errors import ImageError
+from vmctl.events import Progress, Reporter, Step, Warned
+
+_LISTS_FRESH_S = 24 * 3600
+_UPDATE_TIMEOUT_S = 300
+_QUERY_TIMEOUT_S = 60
+_DOWNLOAD_TIMEOUT_S = 600
+_URI_LINE = re.compile(r"'(?P<uri>[^']+)' (?P<file>\S+) (?P<size>\d+) SHA256:(?P<sha256>[0-9a-f]{64})")
+_ALIASED = ("bin/", "sbin/", "lib/", "lib32/", "lib64/", "libx32/")
+
+
+@dataclass(frozen=True, slots=True)
+class Deb:
+    """One exact package, as the signed lists describe it."""
+
+    name: str
+    version: str
+    sha256: str
+    size: int
+
+    @property
+    def filename(self) -> str:
+        """Its name in the cache."""
+        return f"{self.name}_{self.version.replace(':', '%3a')}_{self.sha256}.deb"
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/vmctl, where lists and packages are kept."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "vmctl"
+
+
+class Apt:
+    """apt with private state under ``folder``."""
+
+    def __init__(self, folder: Path, architecture: str) -> None:
+        self._folder = folder
+        self._lists = folder / "lists"
+        self._stamp = folder / "updated"
+        for part in (self._lists / "partial", folder / "archives/partial"):
+            part.mkdir(parents=True, exist_ok=True)
+        # What the host has installed must not sway which version is the candidate.
+        (folder / "status").touch()
+        settings = {
+            "APT::Architecture": architecture,
+            "APT::Architectures": architecture,
+            "APT::Sandbox::User": "",  # root's apt would fetch as _apt, who cannot write into the user's cache
+            "Acquire::Languages": "none",
+            "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled": "false",
+            "Acquire::Retries": "2",
+            "Dir::Cache": str(folder),
+            "Dir::Etc::PkgList": "/dev/null",
+            "Dir::State": str(folder),
+            "Dir::State::lists": str(self._lists),
+            "Dir::State::status": str(folder / "status"),
+        }
+        self._options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+
+    def _query(self, tool: str, *words: str) -> str:
+        command = [tool, *self._options, *words]
+        return run(command, what="find Debian packages", timeout_s=_QUERY_TIMEOUT_S, cwd=self._folder).decode()
+
+    def refresh(self, report: Reporter, *, now: Callable[[], float] = time.time) -> None:
+        """Bring the package lists up to date when they are a day old.
+
+        A source that cannot be reached is no error yet: the packages may all come from another, or be known from
+        the last time. ``candidates`` raises if not.
+        """
+        if self._stamp.exists() and 0 <= now() - self._stamp.stat().st_mtime < _LISTS_FRESH_S:
+            return
+        report(Step("fetching Debian's package lists"))
+        try:
+            command = ["apt-get", *self._options, "-q", "update"]
+            run(command, what="fetch package lists", timeout_s=_UPDATE_TIMEOUT_S, cwd=self._folder)
+        except ImageError as error:
+            report(Warned(error.message, hint="going on with the lists at hand"))
+            if not any(self._lists.glob("*Packages*")):
+                return
+        self._stamp.touch()
+        os.utime(self._stamp)
+
+    def first_dependency(self, name: str, pattern: str) -> str:
+        """The dependency of ``name`` that matches the glob."""
+        shown = self._query("apt-cache", "depends", "--important", name)
+        for line in shown.splitlines():
+            relation, _, needed = line.strip().partition(": ")
+            if relation == "Depends" and fnmatch(needed, pattern):
+                return needed
+        raise ImageError(f"cannot find Debian packages: {name} depends on nothing like {pattern}")
+
+    def candidates(self, names: Sequence[str]) -> list[Deb]:
+        """The versions apt would install, with their hashes, in the order asked for."""
+        try:
+            shown = self._query("apt-get", "download", "--print-uris", *names)
+        except ImageError as error:
+            hint = "is the network up, and is Debian 12 (main) among apt's sources?"
+            raise ImageError(error.message, hint=hint) from error
+        found: dict[str, Deb] = {}
+        for match in _URI_LINE.finditer(shown):
+            name, version, _ = unquote(match["file"]).removesuffix(".deb").split("_", 2)
+            found[name] = Deb(name, version, match["sha256"], int(match["size"]))
+        if absent := [name for name in names if name not in found]:
+            raise ImageError(f"cannot find Debian packages: {', '.join(absent)} without a download or a SHA-256")
+        return [found[name] for name in names]
+
+    def download(self, deb: Deb, into: Path) -> Path:
+        """Fetch one package into the folder ``into``; apt checks it against the signed lists, the caller once more."""
+        command = ["apt-get", *self._options, "-q", "download", f"{deb.name}={deb.version}"]
+        try:
+            run(command, what=f"fetch package {deb.name}", timeout_s=_DOWNLOAD_TIMEOUT_S, cwd=into)
+        except ImageError:
+            # The lists may name what the mirror has replaced: the next run asks again.
+            self._stamp.unlink(missing_ok=True)
+            raise
+        (path,) = into.glob("*.deb")
+        return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch(apt: Apt, debs: Sequence[Deb], store: Path, report: Reporter) -> list[Path]:
+    """Paths of the packages in the cache ``store``, each verified; what is not there is downloaded."""
+    store.mkdir(parents=True, exist_ok=True)
+    total, done = sum(deb.size for deb in debs), 0
+    paths = []
+    for deb in debs:
+        path = store / deb.filename
+        if not path.exists() or _sha256(path) != deb.sha256:
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=store) as folder:
+                fetched = apt.download(deb, Path(folder))
+                if _sha256(fetched) != deb.sha256:
+                    raise ImageError(f"cannot fetch package {deb.name}: its SHA-256 is not {deb.sha256}")
+                fetched.rename(path)
+        done += deb.size
+        paths.append(path)
+        report(Progress("packages", done, total))
+    return paths
+
+
+def merged(name: str) -> str:
+    """A path inside a package, as on a system where /bin, /sbin and /lib are links into /usr."""
+    path = name.removeprefix("./").rstrip("/")
+    return f"usr/{path}" if path.startswith(_ALIASED) else path
+
+
+def members(path: Path, package: Package) -> Iterator[tuple[str, tarfile.TarInfo, bytes]]:
+    """The files and links of a package that its recipe entry asks for, with their content.
+
+    Read from dpkg-deb's tar stream: nothing is unpacked to disk, so owners, modes and umask of the builder
+    cannot come in, nor can a member's path lead outside.
+    """
+    stream = run(
+        ["dpkg-deb", "--fsys-tarfile", path], what=f"unpack package {package.name}", timeout_s=_QUERY_TIMEOUT_S
+    )
+    unused = set(package.globs)
+    with tarfile.open(fileobj=io.BytesIO(stream)) as archive:
+        for member in archive:
+            name = merged(member.name)
+            used = {glob for glob in package.globs if fnmatch(name, glob)}
+            unused -= used
+            if used and member.isfile():
+                file = archive.extractfile(member)
+                yield name, member, file.read() if file else b""
+            elif used and (member.issym() or member.islnk()):
+                yield name, member, b""
+    if unused:
+        raise ImageError(f"cannot use package {package.name}: it has no {', '.join(sorted(unused))}")

@@ -1,0 +1,190 @@
+"""The micro image: from its recipe and Debian's packages to a disk, a kernel and an initramfs."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from vmctl import qemu_img
+from vmctl.builder import cpio, debs, ext4, kernel
+from vmctl.builder.recipe import Package, Recipe
+from vmctl.builder.recipe import load as load_recipe
+from vmctl.builder.tools import require, run
+from vmctl.builder.tree import Tree
+from vmctl.errors import ImageError
+from vmctl.events import Reporter, Step
+from vmctl.resources import image_recipes_dir
+
+ROOT_LABEL = "vmctl-micro"
+_TOOLS = ("apt-cache", "apt-get", "debugfs", "dpkg-deb", "e2fsck", "gcc", "lz4", "mke2fs", "qemu-img")
+_FOLDERS = ("dev", "mnt", "opt", "proc", "run", "srv", "sys", "var/lib/vmctl", "var/log", "var/tmp", "etc/dropbear")
+_ALIASES = ("bin", "lib", "lib64", "sbin")
+# Applets that would stand in for the image's own init or pretend to a service it does not have.
+_UNWANTED_APPLETS = frozenset({"init", "linuxrc", "shutdown"})
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltImage:
+    """A built image: files in the folder it was built into, and what they are. Sizes in bytes."""
+
+    disk: Path
+    kernel: Path
+    initrd: Path
+    cmdline: str
+    format: str
+    virtual_size: int
+    os_name: str
+    os_version: str
+    architecture: str
+    default_user: str
+    packages: tuple[tuple[str, str], ...]
+
+
+def build(out_dir: Path, report: Reporter) -> BuiltImage:
+    """Build the micro image into the empty folder ``out_dir``. Raises ImageError."""
+    require(_TOOLS, "build image micro")
+    sources = image_recipes_dir() / "micro"
+    recipe = load_recipe(sources / "recipe.toml")
+    try:
+        return _build(recipe, sources, out_dir, report)
+    except OSError as error:
+        hint = "make room, or set XDG_CACHE_HOME to a disk that has some" if error.errno == 28 else ""
+        raise ImageError(f"cannot build image micro: {error}", hint=hint) from error
+
+
+def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> BuiltImage:
+    packages, found, paths = _packages(recipe, report)
+    report(Step("unpacking packages"))
+    root, boot, modules = Tree(), Tree(), {}
+    bzimage, builtin = b"", ""
+    for package, path in zip(packages, paths, strict=True):
+        for name, member, data in debs.members(path, package):
+            if not package.kernel:
+                _place(root, name, member.mode, data, member.linkname if member.issym() else "")
+            elif name.startswith("boot/vmlinuz-"):
+                bzimage = data
+            elif name.endswith("/modules.builtin"):
+                builtin = data.decode()
+            elif name.endswith(".ko"):
+                modules[name] = data
+    report(Step("compiling the guest's init"))
+    init = kernel.compile_init(sources, recipe.epoch)
+    _add_modules(recipe, kernel.Modules(modules, builtin), kernel.release(bzimage), root, boot)
+    _add_system(recipe, sources, init, root)
+    _add_boot(init, boot)
+    report(Step("writing kernel and initramfs"))
+    vmlinux, initrd, disk = out_dir / "vmlinux", out_dir / "initrd", out_dir / "disk.qcow2"
+    vmlinux.write_bytes(kernel.unpack(bzimage))
+    initrd.write_bytes(cpio.archive(boot, recipe.epoch))
+    report(Step("writing the root file system"))
+    with tempfile.TemporaryDirectory(prefix="root-", dir=out_dir) as folder:
+        raw = Path(folder) / "root.raw"
+        ext4.make(root, raw, label=ROOT_LABEL, size_mib=recipe.size_mib, epoch=recipe.epoch)
+        qemu_img.convert(raw, "raw", disk, "qcow2")
+    for path in (vmlinux, initrd, disk):
+        path.chmod(0o644)
+    return BuiltImage(
+        disk=disk,
+        kernel=vmlinux,
+        initrd=initrd,
+        cmdline=recipe.cmdline,
+        format="qcow2",
+        virtual_size=recipe.size_mib << 20,
+        os_name=recipe.os_name,
+        os_version=recipe.release,
+        architecture=recipe.architecture,
+        default_user=recipe.default_user,
+        packages=tuple((deb.name, deb.version) for deb in found),
+    )
+
+
+def _packages(recipe: Recipe, report: Reporter) -> tuple[list[Package], list[debs.Deb], list[Path]]:
+    cache = debs.cache_folder()
+    apt = debs.Apt(cache / "apt", recipe.debian_architecture)
+    apt.refresh(report)
+    packages = []
+    for package in recipe.packages:
+        name = apt.first_dependency(package.name, package.depends) if package.depends else package.name
+        globs = ("boot/vmlinuz-*", "usr/lib/modules/*") if package.kernel else package.globs
+        packages.append(Package(name, globs, kernel=package.kernel))
+    found = apt.candidates([package.name for package in packages])
+    return packages, found, debs.fetch(apt, found, cache / "debs", report)
+
+
+def _place(root: Tree, name: str, mode: int, data: bytes, target: str) -> None:
+    if target:
+        # A link that spells out an unmerged folder still leads there, through the aliases.
+        root.link(name, target)
+    else:
+        root.file(name, data, mode & 0o755)
+
+
+def _add_modules(recipe: Recipe, modules: kernel.Modules, release: str, root: Tree, boot: Tree) -> None:
+    lists = recipe.modules
+    loaded: list[str] = []
+    for moment, names, tree in (
+        ("bus", lists.bus, boot),
+        ("disk", lists.disk, boot),
+        ("net", lists.net, boot),
+        ("late", lists.late, root),
+    ):
+        order = [name for name in modules.closure(names) if name not in loaded]
+        # What both the disk's and the network's driver need is loaded by the moment that comes first.
+        loaded += order
+        for name in order:
+            tree.file(modules.paths[name], modules.data[name])
+        tree.file(f"usr/lib/modules/load/{moment}", "".join(f"/{modules.paths[name]}\n" for name in order).encode())
+    everything = sorted({*loaded, *modules.closure(lists.extra)})
+    for name in everything:
+        root.file(modules.paths[name], modules.data[name])
+    folder = f"usr/lib/modules/{release}/"
+    for name, data in modules.index(everything, folder).items():
+        root.file(folder + name, data)
+
+
+def _add_system(recipe: Recipe, sources: Path, init: bytes, root: Tree) -> None:
+    for alias in _ALIASES:
+        root.link(alias, f"usr/{alias}")
+    for folder in _FOLDERS:
+        root.folder(folder)
+    root.folder("root", 0o700)
+    root.folder("tmp", 0o1777)
+    for path in sorted((sources / "root").rglob("*")):
+        if path.is_file():
+            executable = path.stat().st_mode & 0o100
+            root.file(path.relative_to(sources / "root").as_posix(), path.read_bytes(), 0o755 if executable else 0o644)
+    root.file("usr/sbin/init", init, 0o755)
+    root.link("usr/sbin/shutdown", "init")
+    root.link("etc/resolv.conf", "../run/vmctl/resolv.conf")
+    root.link("etc/mtab", "../proc/self/mounts")
+    root.link("var/run", "../run")
+    root.file("etc/os-release", _os_release(recipe).encode())
+    for applet in _applets(root["usr/bin/busybox"].data):
+        path = debs.merged(applet)
+        if path not in root and PurePosixPath(path).name not in _UNWANTED_APPLETS:
+            root.link(path, "/usr/bin/busybox")
+
+
+def _os_release(recipe: Recipe) -> str:
+    return (
+        f'PRETTY_NAME="{recipe.os_name} {recipe.release} (vmctl)"\nNAME="{recipe.os_name}"\nID=debian-micro\nID_LIKE=debian\n'
+        f'VERSION_ID="{recipe.release}"\nVARIANT_ID=vmctl-micro\n'
+    )
+
+
+def _applets(busybox: bytes) -> list[str]:
+    """The paths busybox would install itself under. Only the program knows: Debian ships no list."""
+    with tempfile.TemporaryDirectory(prefix="vmctl-busybox-") as folder:
+        program = Path(folder) / "busybox"
+        program.write_bytes(busybox)
+        program.chmod(0o700)
+        return sorted(run([program, "--list-full"], what="list busybox's applets", timeout_s=10).decode().split())
+
+
+def _add_boot(init: bytes, boot: Tree) -> None:
+    boot.link("lib", "usr/lib")
+    for folder in ("dev", "proc", "sys", "root"):
+        boot.folder(folder)
+    boot.console("dev/console")
+    boot.file("init", init, 0o755)

@@ -1,0 +1,73 @@
+"""A file tree in memory: what goes into an initramfs or a file system, independent of any folder on the host.
+
+Owner, mode and time of files on the host depend on who builds where; here a path has a content and a mode, and
+everything belongs to root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import PurePosixPath
+
+
+class Kind(StrEnum):
+    """What a path is."""
+
+    FOLDER = "folder"
+    FILE = "file"
+    LINK = "link"
+    CONSOLE = "console"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """``mode`` is the permission bits; ``data`` a file's content or a link's target."""
+
+    kind: Kind
+    mode: int
+    data: bytes = b""
+
+
+@dataclass(slots=True)
+class Tree:
+    """Entries by path, without a leading slash."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def __contains__(self, path: str) -> bool:
+        return path in self.entries
+
+    def __getitem__(self, path: str) -> Entry:
+        return self.entries[path]
+
+    def sorted(self) -> Iterator[tuple[str, Entry]]:
+        """Every path after its parent, in an order that depends on the names only."""
+        return iter(sorted(self.entries.items(), key=lambda item: item[0].split("/")))
+
+    def folder(self, path: str, mode: int = 0o755) -> None:
+        """Add a folder and its parents; one that is there keeps its mode unless another is asked for."""
+        for parent in [*reversed(PurePosixPath(path).parents), PurePosixPath(path)]:
+            if str(parent) != "." and str(parent) not in self.entries:
+                self.entries[str(parent)] = Entry(Kind.FOLDER, 0o755)
+        if mode != 0o755:
+            self.entries[path] = Entry(Kind.FOLDER, mode)
+
+    def _add(self, path: str, entry: Entry) -> None:
+        parent = str(PurePosixPath(path).parent)
+        if parent != ".":
+            self.folder(parent)
+        self.entries[path] = entry
+
+    def file(self, path: str, data: bytes, mode: int = 0o644) -> None:
+        """Add a file, or replace one."""
+        self._add(path, Entry(Kind.FILE, mode, data))
+
+    def link(self, path: str, target: str) -> None:
+        """Add a symbolic link."""
+        self._add(path, Entry(Kind.LINK, 0o777, target.encode()))
+
+    def console(self, path: str) -> None:
+        """Add the console device (5, 1), which the kernel opens for init before any /dev is mounted."""
+        self._add(path, Entry(Kind.CONSOLE, 0o600))

@@ -1,0 +1,57 @@
+"""libvirt's domain states and reasons in vmctl's words."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import libvirt
+
+
+class State(StrEnum):
+    """Domain states in vmctl's words. ``saved`` is shut off with a saved memory image."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    CRASHED = "crashed"
+    SUSPENDED = "suspended"
+    SAVED = "saved"
+
+
+ACTIVE = frozenset({State.RUNNING, State.PAUSED, State.STOPPING, State.SUSPENDED})
+
+_STATES = {
+    libvirt.VIR_DOMAIN_NOSTATE: State.STOPPED,
+    libvirt.VIR_DOMAIN_RUNNING: State.RUNNING,
+    libvirt.VIR_DOMAIN_BLOCKED: State.RUNNING,
+    libvirt.VIR_DOMAIN_PAUSED: State.PAUSED,
+    libvirt.VIR_DOMAIN_SHUTDOWN: State.STOPPING,
+    libvirt.VIR_DOMAIN_SHUTOFF: State.STOPPED,
+    libvirt.VIR_DOMAIN_CRASHED: State.CRASHED,
+    libvirt.VIR_DOMAIN_PMSUSPENDED: State.SUSPENDED,
+}
+_PAUSED_WHY = {
+    libvirt.VIR_DOMAIN_PAUSED_USER: "asked",
+    libvirt.VIR_DOMAIN_PAUSED_MIGRATION: "migration",
+    libvirt.VIR_DOMAIN_PAUSED_SAVE: "save",
+    libvirt.VIR_DOMAIN_PAUSED_DUMP: "dump",
+    libvirt.VIR_DOMAIN_PAUSED_IOERROR: "I/O error",
+    libvirt.VIR_DOMAIN_PAUSED_WATCHDOG: "watchdog",
+    libvirt.VIR_DOMAIN_PAUSED_CRASHED: "guest crash",
+    libvirt.VIR_DOMAIN_PAUSED_STARTING_UP: "starting",
+    libvirt.VIR_DOMAIN_PAUSED_POSTCOPY: "post-copy",
+    libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED: "post-copy failed",
+}
+
+
+def state_of(code: int, reason: int, *, saved: bool = False) -> tuple[State, str]:
+    """vmctl's state and the reason worth telling, from libvirt's numbers."""
+    state = _STATES.get(code, State.STOPPED)
+    if state is State.STOPPED and saved:
+        return State.SAVED, ""
+    if state is State.STOPPED and reason == libvirt.VIR_DOMAIN_SHUTOFF_CRASHED:
+        return State.CRASHED, ""
+    if state is State.STOPPED and reason == libvirt.VIR_DOMAIN_SHUTOFF_FAILED:
+        return state, "failed to start"
+    return state, _PAUSED_WHY.get(reason, "") if state is State.PAUSED else ""
