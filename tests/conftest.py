@@ -14,3 +14,7 @@ TEST_HOST_MARKER = Path("/run/vmctl-test-host")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("system") and not TEST_HOST_MARKER.exists():
         pytest.fail(f"a system test runs only in the test host: tests/run {item.nodeid!r}", pytrace=False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the golden files anew; look at the difference")

@@ -11,23 +11,23 @@ import io
 import json
 import re
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from vmctl import render
-from vmctl.builder.micro import BuiltImage
-from vmctl.builder.micro import build as build_micro
 from vmctl.errors import Conflict, ImageError, NotFound, VmctlError
 from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 from vmctl.locks import held
 
-BUILDERS: dict[str, Callable[[Path, Reporter], BuiltImage]] = {"micro": build_micro}
+if TYPE_CHECKING:
+    from vmctl.builder.micro import BuiltImage
+
+RECIPES = ("micro",)
 _MANIFEST = re.compile(r"(?P<name>[a-z0-9][a-z0-9.-]*)-(?P<digest>[0-9a-f]{12})\.json")
 _BUILD_LOCK_TIMEOUT_S = 900
 
@@ -123,7 +123,7 @@ def find(host: Host, name: str) -> Image:
             kernel = f"{folder}/{manifest.stem}.kernel" if manifest.kernel_sha256 else ""
             initrd = f"{folder}/{manifest.stem}.initrd" if manifest.initrd_sha256 else ""
             return Image(manifest, f"{folder}/{manifest.stem}.qcow2", kernel, initrd)
-    hint = f"make it: vmctl image build {name}" if name in BUILDERS else "see `vmctl image list`"
+    hint = f"make it: vmctl image build {name}" if name in RECIPES else "see `vmctl image list`"
     raise NotFound(f"cannot find image {name}: the store on {host.conn.host} has none of that name", hint=hint)
 
 
@@ -157,9 +157,11 @@ def _manifest(name: str, built: BuiltImage) -> Manifest:
 
 def build(host: Host, name: str, report: Reporter) -> Manifest:
     """Build image ``name`` by its recipe and put it into the store. Raises NotFound, ImageError."""
-    if name not in BUILDERS:
-        known = ", ".join(sorted(BUILDERS))
+    if name not in RECIPES:
+        known = ", ".join(RECIPES)
         raise NotFound(f"cannot build image {name}: there is no recipe of that name", hint=f"recipes: {known}")
+    from vmctl.builder import micro  # late: most commands only look images up
+
     ensure_pools(host)
     host.folders.cache.mkdir(parents=True, exist_ok=True)
     with (
@@ -167,7 +169,7 @@ def build(host: Host, name: str, report: Reporter) -> Manifest:
         tempfile.TemporaryDirectory(prefix=f"build-{name}-", dir=host.folders.cache) as folder,
     ):
         try:
-            built = BUILDERS[name](Path(folder), report)
+            built = micro.build(Path(folder), report)
             manifest = _manifest(name, built)
         except OSError as error:
             raise ImageError(f"cannot build image {name}: {error}") from error

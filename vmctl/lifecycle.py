@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 
 from vmctl import hosts, images, networks, render, resolve, seed, spec
@@ -24,12 +23,13 @@ from vmctl.hypervisor.domain import ACTIVE, Domain, State
 from vmctl.images import Image
 from vmctl.locks import held
 from vmctl.record import Owned, Record, SshAccess
-from vmctl.spec import VM, Accel, AccelChoice
+from vmctl.spec import VM, Accel, AccelChoice, Nic
 from vmctl.wait import wait_until
 
 _STATE_POLL_S = 0.05
 _POWER_OFF_TIMEOUT_S = 30.0
 _PRESS_AGAIN_S = 5.0
+_MACS_TIMEOUT_S = 60.0
 _MIB = 1 << 20
 
 
@@ -41,12 +41,16 @@ class Plan:
     uuid: str
     decision: Decision
     image: Image
-    view: resolve.DomainView
+    placement: resolve.Placement
+    record: Record
 
-    @property
-    def xml(self) -> str:
-        """The domain XML that would be defined."""
-        return render.domain(self.view)
+    def xml(self, nics: tuple[Nic, ...], record: Record) -> str:
+        """The domain XML with these cards and this record."""
+        vm = replace(self.vm, nics=nics)
+        accel = self.decision.chosen
+        return render.domain(
+            resolve.resolve(vm, vm_uuid=self.uuid, accel=accel, placement=self.placement, record=record)
+        )
 
 
 def _lock_name(host: Host, name: str) -> str:
@@ -106,8 +110,26 @@ def plan(host: Host, vm: VM) -> Plan:
         network=host.settings.network,
         forward_port=port,
     )
-    view = resolve.resolve(vm, vm_uuid=vm_uuid, accel=decision.chosen, placement=placement, record=record)
-    return Plan(vm, vm_uuid, decision, image, view)
+    return Plan(vm, vm_uuid, decision, image, placement, record)
+
+
+def addressed(host: Host, planned: Plan) -> tuple[Nic, ...]:
+    """The cards of the VM, those on vmctl's network with a MAC that has an address there and that nobody uses."""
+    net, nics = host.settings.network, []
+    taken = {mac for mac, users in networks.macs_in_use(host).items() if users - {planned.uuid}}
+    for nic in planned.vm.nics:
+        mac = nic.mac
+        if mac is None and (nic.network or net) == net and planned.placement.forward_port is None:
+            mac = networks.pick_mac(networks.macs(host.conn.host, net), planned.uuid, taken)
+            taken.add(mac)
+        nics.append(replace(nic, mac=mac))
+    return tuple(nics)
+
+
+def preview(host: Host, vm: VM) -> str:
+    """The domain XML that creating ``vm`` now would define; changes nothing."""
+    planned = plan(host, vm)
+    return planned.xml(addressed(host, planned), planned.record)
 
 
 def _nvram(host: Host, prefix: str) -> str:
@@ -168,22 +190,15 @@ def create(host: Host, vm: VM, report: Reporter, *, exist_ok: bool = False, star
 
 
 def _make(host: Host, planned: Plan, report: Reporter, *, start_it: bool) -> Domain:
-    vm, view = planned.vm, planned.view
+    vm = planned.vm
     tell_accel(planned.decision, report)
     host_key = seed.new_host_key(vm.name)
-    record = replace(
-        view.record,
-        ssh=replace(view.record.ssh, host_key=host_key.public) if view.record.ssh else None,
-    )
-    view = replace(view, record=record)
+    ssh = planned.record.ssh
+    record = replace(planned.record, ssh=replace(ssh, host_key=host_key.public) if ssh else None)
     with ExitStack() as undo:
         _make_volumes(host, planned, host_key, undo)
         report(Step(f"disks of {vm.name} are made from image {planned.image.manifest.stem}"))
-        for nic in view.nics:
-            if nic.network == host.settings.network:
-                undo.callback(_quietly, partial(networks.give_up_addresses, host, {nic.mac}))
-                networks.keep_address(host, nic.mac, name=vm.name, vm_uuid=planned.uuid, report=report)
-        domain.define(host.conn, render.domain(view), name=vm.name)
+        _define(host, planned, record, report)
         undo.callback(_quietly, lambda: domain.undefine(host.conn, vm.name))
         if vm.autostart:
             domain.set_autostart(host.conn, vm.name, on=True)
@@ -194,6 +209,15 @@ def _make(host: Host, planned: Plan, report: Reporter, *, start_it: bool) -> Dom
         undo.pop_all()
     report(Step(f"{vm.name} is {'running' if start_it else 'defined'}"))
     return domain.find(host.conn, vm.name)
+
+
+def _define(host: Host, planned: Plan, record: Record, report: Reporter) -> None:
+    """Define the domain, its MACs chosen and taken in one breath, so that two creations cannot choose the same."""
+    net = host.settings.network
+    if planned.placement.forward_port is None and any((nic.network or net) == net for nic in planned.vm.nics):
+        networks.ensure(host, report)
+    with held(host.folders.runtime, f"MACs on {host.lock_scope}", timeout_s=_MACS_TIMEOUT_S):
+        domain.define(host.conn, planned.xml(addressed(host, planned), record), name=planned.vm.name)
 
 
 def _quietly(act: Callable[[], object]) -> None:
@@ -261,7 +285,7 @@ def start(host: Host, name: str, report: Reporter) -> Started:
         return Started.ALREADY
     for nic in vm.facts.nics:
         if nic.source == host.settings.network:
-            networks.keep_address(host, nic.mac, name=name, vm_uuid=vm.uuid, report=report)
+            networks.ensure(host, report)
     _renew_forward(host, vm, report)
     try:
         domain.start(host.conn, name)
@@ -460,9 +484,6 @@ def rename(host: Host, name: str, new: str) -> None:
         if domain.find_or_none(host.conn, new) is not None:
             raise Conflict(f"cannot rename VM {name} to {new}: that name is taken")
         domain.rename(host.conn, name, new)
-        # The reservation's name is what DNS answers to: it is made anew.
-        macs = {nic.mac for nic in vm.facts.nics if nic.source == host.settings.network}
-        networks.rename_reservations(host, macs, new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -548,8 +569,6 @@ def delete(host: Host, name: str, report: Reporter) -> None:
             return
         for owned in what.volumes:
             storage.delete_volume(host.conn, owned.pool, owned.volume)
-        vm_uuid = resolve.identity(host.conn.host, name, {other.uuid for other in host_domains(host)})
-        networks.give_up_addresses(host, {resolve.mac_address(vm_uuid, position) for position in range(8)})
 
 
 def _remove(host: Host, vm: Domain, report: Reporter) -> None:
@@ -558,7 +577,6 @@ def _remove(host: Host, vm: Domain, report: Reporter) -> None:
     kept = [o for o in vm.facts.record.owned if o not in volumes] if vm.facts.record else []
     if vm.active:
         _power_off(host, vm.name)
-    networks.give_up_addresses(host, {nic.mac for nic in vm.facts.nics})
     for owned in volumes:
         storage.delete_volume(host.conn, owned.pool, owned.volume)
     for owned in kept:

@@ -1,29 +1,37 @@
-"""vmctl's own NAT network, and the address each VM keeps in it."""
+"""vmctl's own NAT network, and the address each VM keeps in it.
+
+The network's definition pairs its addresses with MACs from the start. A VM that is created picks a
+free MAC and so has its address for life, with nothing to be written into the network: each such change would make
+libvirt take the network's firewall rules down and set them up again (0.45 s, and a gap for every other guest).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import re
 import uuid
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from vmctl import render
 from vmctl.errors import Conflict, HypervisorError, NotFound, VmctlError
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
-from vmctl.hypervisor import network
-from vmctl.hypervisor.network import NetworkFacts, Reservation
+from vmctl.hypervisor import inventory, network
+from vmctl.hypervisor.network import NetworkFacts
+from vmctl.resolve import Reservation
 
 Subnet = ipaddress.IPv4Network
 _START_TRIES = 4
-_RESERVE_TRIES = 16
+ADDRESSES = 490
+_FOR_PEOPLE = 10  # the first addresses stay free for the gateway and for what is configured by hand
 
 
 def candidate_subnets() -> Iterator[Subnet]:
-    """Subnets to try, in order: /22 of 10/8, whose low second octets clash with other tools' defaults."""
+    """Subnets to try, in order: /23 of 10/8, from second octets that other tools' defaults leave alone."""
     for second in range(77, 255):
-        yield ipaddress.IPv4Network(f"10.{second}.0.0/22")
+        yield ipaddress.IPv4Network(f"10.{second}.0.0/23")
 
 
 def pick_subnet(used: Collection[Subnet]) -> Subnet:
@@ -55,19 +63,40 @@ def parse_routes(table: str) -> tuple[Subnet, ...]:
     return tuple(found)
 
 
-def pick_address(subnet: Subnet, vm_uuid: str, taken: Collection[str]) -> str:
-    """The address of a VM: found from its UUID, so mostly the same again; the next free one when taken.
+def macs(host: str, net: str) -> tuple[str, ...]:
+    """The MACs that network ``net`` of ``host`` keeps addresses for.
 
-    The first ten addresses stay free for the gateway and for people.
+    They do not depend on the subnet, so a network that has to move to another one keeps its VMs' addresses apart.
     """
-    first = int(subnet.network_address) + 10
-    count = subnet.num_addresses - 11
-    start = uuid.UUID(vm_uuid).int % count
-    for step in range(count):
-        address = str(ipaddress.IPv4Address(first + (start + step) % count))
-        if address not in taken:
-            return address
-    raise Conflict(f"cannot give VM an address: all {count} of {subnet} are taken")
+    prefix = hashlib.sha256(f"{host}/{net}".encode()).digest()
+    return tuple(f"52:54:{prefix[0]:02x}:{prefix[1]:02x}:{n >> 8:02x}:{n & 255:02x}" for n in range(ADDRESSES))
+
+
+def reservations(subnet: Subnet, host: str, net: str) -> tuple[Reservation, ...]:
+    """Each of those MACs with its address in ``subnet``."""
+    addresses = list(subnet.hosts())[_FOR_PEOPLE:]
+    return tuple(Reservation(mac, str(ip)) for mac, ip in zip(macs(host, net), addresses, strict=False))
+
+
+def pick_mac(known: Sequence[str], vm_uuid: str, taken: Collection[str]) -> str:
+    """One of the ``known`` MACs that is not in ``taken``: found from the VM's UUID, so mostly the same again.
+
+    Raises Conflict when all are taken.
+    """
+    for step in range(len(known)):
+        mac = known[(uuid.UUID(vm_uuid).int + step) % len(known)]
+        if mac not in taken:
+            return mac
+    raise Conflict(f"cannot give the VM an address: all {len(known)} of the network are taken")
+
+
+def macs_in_use(host: Host) -> dict[str, set[str]]:
+    """Every MAC of every domain, with the UUIDs of those that have it."""
+    found: dict[str, set[str]] = {}
+    for entry in inventory.list_domains(host.conn):
+        for mac, _ in entry.facts.nics if entry.facts else ():
+            found.setdefault(mac.lower(), set()).add(entry.uuid)
+    return found
 
 
 def _host_routes(host: Host) -> tuple[Subnet, ...]:
@@ -84,10 +113,9 @@ def _host_links(host: Host) -> set[str]:
     return {link.name for link in folder.iterdir()} if host.conn.local and folder.is_dir() else set()
 
 
-def _define(host: Host, name: str, others: Iterable[NetworkFacts]) -> None:
-    others = tuple(others)
-    used = {*_host_routes(host), *(other.subnet for other in others if other.subnet)}
-    subnet = pick_subnet(used)
+def _define(host: Host, name: str) -> None:
+    others = [other for other in network.all_networks(host.conn) if other.name != name]
+    subnet = pick_subnet({*_host_routes(host), *(other.subnet for other in others if other.subnet)})
     bridge = pick_bridge(name, {*_host_links(host), *(other.bridge for other in others)})
     view = render.NetworkView(
         name=name,
@@ -95,11 +123,11 @@ def _define(host: Host, name: str, others: Iterable[NetworkFacts]) -> None:
         domain=name.lower().replace("_", "-"),
         gateway=str(subnet[1]),
         prefix=subnet.prefixlen,
-        first=str(subnet[10]),
+        first=str(subnet[_FOR_PEOPLE]),
         last=str(subnet[-2]),
+        reservations=reservations(subnet, host.conn.host, name),
     )
-    text = render.network(view)
-    network.define(host.conn, text, name=name)
+    network.define(host.conn, render.network(view), name=name)
 
 
 def ensure(host: Host, report: Reporter) -> NetworkFacts:
@@ -116,62 +144,21 @@ def ensure(host: Host, report: Reporter) -> NetworkFacts:
         if facts is None or attempt:
             if facts is not None:
                 network.remove(host.conn, name)
-            others = [other for other in network.all_networks(host.conn) if other.name != name]
             try:
-                _define(host, name, others)
+                _define(host, name)
             except VmctlError:
-                if (facts := network.find(host.conn, name)) is None:  # not another vmctl's doing: ours to report
+                if network.find(host.conn, name) is None:  # not another vmctl's doing: ours to report
                     raise
         try:
             network.start(host.conn, name)
         except HypervisorError as error:
-            facts = network.find(host.conn, name)
             if attempt == _START_TRIES - 1:
                 raise
             report(Step(f"network {name} cannot start ({error.message}); moving it to a free bridge and subnet"))
+            facts = network.find(host.conn, name)
             continue
         facts = network.find(host.conn, name)
         if facts is not None and facts.active:
             report(Step(f"network {name}: {facts.subnet} on {facts.bridge}"))
             return facts
     raise NotFound(f"cannot use network {name}: it was removed while being made")
-
-
-def keep_address(host: Host, mac: str, *, name: str, vm_uuid: str, report: Reporter) -> str:
-    """Make sure vmctl's network runs and keeps an address for ``mac``; returns that address."""
-    net = host.settings.network
-    facts = ensure(host, report)
-    for _ in range(_RESERVE_TRIES):
-        for entry in facts.reservations:
-            if entry.mac == mac:
-                return entry.address
-        if facts.subnet is None:
-            raise Conflict(f"cannot give {name} an address: network {net} has no IPv4 subnet")
-        address = pick_address(facts.subnet, vm_uuid, {entry.address for entry in facts.reservations})
-        names = {entry.name for entry in facts.reservations}
-        label = name if name not in names else f"{name}-{vm_uuid[:8]}"
-        if network.reserve(host.conn, net, Reservation(mac, address, label)):
-            return address
-        facts = ensure(host, report)  # another vmctl took that address meanwhile
-    raise Conflict(f"cannot give {name} an address in network {net}: others keep taking it")
-
-
-def give_up_addresses(host: Host, macs: Collection[str]) -> None:
-    """Release the reservations of these MACs in vmctl's network."""
-    facts = network.find(host.conn, host.settings.network)
-    if facts is None:
-        return
-    for entry in facts.reservations:
-        if entry.mac in macs:
-            network.release(host.conn, facts.name, entry)
-
-
-def rename_reservations(host: Host, macs: Collection[str], new: str) -> None:
-    """Let the addresses kept for these MACs go by another name."""
-    facts = network.find(host.conn, host.settings.network)
-    if facts is None:
-        return
-    for entry in facts.reservations:
-        if entry.mac in macs:
-            network.release(host.conn, facts.name, entry)
-            network.reserve(host.conn, facts.name, Reservation(entry.mac, entry.address, new))

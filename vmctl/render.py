@@ -11,13 +11,13 @@ from markupsafe import Markup
 
 from vmctl import record
 from vmctl.record import Record
-from vmctl.resolve import DomainView
+from vmctl.resolve import DomainView, Reservation
 from vmctl.resources import templates_dir
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkView:
-    """Everything network.xml.j2 prints: a NAT network with DHCP from ``first`` to ``last``."""
+    """Everything network.xml.j2 prints: a NAT network with DHCP from ``first`` to ``last``, and addresses kept for MACs."""
 
     name: str
     bridge: str
@@ -26,6 +26,7 @@ class NetworkView:
     prefix: int
     first: str
     last: str
+    reservations: tuple[Reservation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +75,14 @@ def _xml(template: str, /, **values: object) -> str:
 
 
 def metadata(value: Record) -> str:
-    """The <vmctl:vm> element of a record."""
-    return _xml("metadata", record=value, namespace=record.NAMESPACE)
+    """A record as libvirt takes it when it is set on its own: libvirt puts it into the namespace."""
+    return _xml("metadata", record=value, namespace="", prefix="")
 
 
 def domain(view: DomainView) -> str:
     """The XML of a domain."""
-    return _xml("domain", vm=view, metadata=Markup(metadata(view.record)))
+    element = _xml("metadata", record=view.record, namespace=record.NAMESPACE, prefix=f"{record.PREFIX}:")
+    return _xml("domain", vm=view, metadata=Markup(element))
 
 
 def network(view: NetworkView) -> str:

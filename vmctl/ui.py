@@ -116,10 +116,10 @@ class _Lines:
 
     def _progress(self, name: str, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
-        began, last = self._bars.get(name, (now, 0.0))
+        began, last = self._bars.get(name, (now, 0.0 if self._tty else now))
         finished = bool(total) and done >= total
         if not finished and now - last < (_BAR_EVERY_S if self._tty else _PLAIN_EVERY_S):
-            self._bars.setdefault(name, (began, now if not self._tty else 0.0))
+            self._bars.setdefault(name, (began, last))
             return
         self._bars[name] = (began, now)
         text = _bar_text(visible(name), done, total, unit, now - began)

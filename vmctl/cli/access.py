@@ -33,6 +33,11 @@ def console(
             ui.note(f"\r\nleft the console of {name}")
 
 
+def _command(words: list[str] | None) -> list[str]:
+    """The words of a command for the guest, without the ``--`` that sets them apart from ours."""
+    return words[1:] if words and words[0] == "--" else words or []
+
+
 def ssh(
     name: Name,
     words: Annotated[
@@ -45,7 +50,7 @@ def ssh(
     from vmctl import guest
 
     with opened(connect) as host:
-        argv = guest.openssh_argv(host, name, words or [], user=user)
+        argv = guest.openssh_argv(host, name, _command(words), user=user)
     try:
         os.execvp(argv[0], argv)
     except FileNotFoundError as error:
@@ -67,11 +72,14 @@ def exec_(
     from vmctl import guest, terminal
     from vmctl.ssh import Terminal
 
+    argv = _command(command)
+    if not argv:
+        raise SpecError("cannot run a command: none was given", hint="vmctl exec NAME -- COMMAND")
     with opened(connect) as host, terminal.raw_if(tty):
         code = guest.execute(
             host,
             name,
-            command,
+            argv,
             stdin=None if no_stdin else terminal.stdin_or_none(),
             out=terminal.writer(1),
             err=terminal.writer(2),

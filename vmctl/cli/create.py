@@ -143,7 +143,7 @@ def create(
     report = reporter()
     with opened(connect) as host:
         if print_xml:
-            ui.write(lifecycle.plan(host, vm).xml)
+            ui.write(lifecycle.preview(host, vm))
             return
         made = lifecycle.create(host, vm, report, exist_ok=exist_ok, start_it=not no_start)
         if made.existed:

@@ -11,15 +11,7 @@ import libvirt
 
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """An address kept for a MAC."""
-
-    mac: str
-    address: str
-    name: str
+from vmctl.resolve import Reservation
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +57,7 @@ def _facts(network: Any) -> NetworkFacts:
         subnet=subnet if isinstance(subnet, ipaddress.IPv4Network) else None,
         stp=bridge is not None and bridge.get("stp", "on") == "on",
         reservations=tuple(
-            Reservation(host.get("mac", "").lower(), host.get("ip", ""), host.get("name", ""))
-            for host in root.iterfind("ip/dhcp/host")
+            Reservation(host.get("mac", "").lower(), host.get("ip", "")) for host in root.iterfind("ip/dhcp/host")
         ),
     )
 
@@ -112,37 +103,6 @@ def remove(conn: Connection, name: str) -> None:
         if network.isActive():
             network.destroy()
         network.undefine()
-
-
-def _update(conn: Connection, network: str, command: int, entry: Reservation) -> None:
-    host = ET.Element("host", {"mac": entry.mac, "name": entry.name, "ip": entry.address})
-    handle = conn.handle.networkLookupByName(network)
-    flags = libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG
-    if handle.isActive():
-        flags |= libvirt.VIR_NETWORK_UPDATE_AFFECT_LIVE
-    handle.update(command, libvirt.VIR_NETWORK_SECTION_IP_DHCP_HOST, -1, ET.tostring(host, encoding="unicode"), flags)
-
-
-def reserve(conn: Connection, network: str, entry: Reservation) -> bool:
-    """Keep an address for a MAC; False when libvirt says that MAC, address or name has an entry already."""
-    with calling(f"reserve {entry.address} in network {network}"):
-        try:
-            _update(conn, network, libvirt.VIR_NETWORK_UPDATE_COMMAND_ADD_LAST, entry)
-        except libvirt.libvirtError as error:
-            if error.get_error_code() == libvirt.VIR_ERR_OPERATION_INVALID:
-                return False
-            raise
-    return True
-
-
-def release(conn: Connection, network: str, entry: Reservation) -> None:
-    """Give a reservation up; one that is gone already is no error."""
-    with calling(f"release {entry.address} in network {network}"):
-        try:
-            _update(conn, network, libvirt.VIR_NETWORK_UPDATE_COMMAND_DELETE, entry)
-        except libvirt.libvirtError as error:
-            if error.get_error_code() not in {libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_NETWORK}:
-                raise
 
 
 def leases(conn: Connection, network: str) -> tuple[Lease, ...]:
