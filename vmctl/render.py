@@ -54,8 +54,9 @@ class SeedView:
 
 
 def _tojson(value: object) -> Markup:
-    """A double-quoted YAML scalar, which every JSON string is; non-ASCII stays as \\u escapes."""
-    return Markup(json.dumps(value))
+    """A double-quoted YAML scalar. JSON's strings are that, but for letters beyond 16 bits: YAML pairs no surrogates."""
+    text = json.dumps(value, ensure_ascii=False)
+    return Markup("".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text))
 
 
 @cache

@@ -18,7 +18,7 @@ from vmctl.hypervisor import domain, network, storage
 
 CHANGES = {
     storage: ("ensure_pool", "create_volume", "upload", "delete_volume"),
-    network: ("define", "start", "reserve", "release"),
+    network: ("define", "start"),
     domain: ("define", "start", "set_record", "set_autostart", "power_off", "undefine"),
 }
 

@@ -85,7 +85,7 @@ def test_exec_without_a_reader_does_not_hang(shell: Shell, vm: str) -> None:
 
 
 def test_exec_with_a_terminal(vm: str) -> None:
-    assert "tty" in Shell().run("exec", "-t", vm, "--", "sh", "-c", "test -t 0 && tty", stdin=subprocess.DEVNULL).stdout
+    assert "/dev/pts/" in Shell().run("exec", "-t", vm, "--", "sh", "-c", "test -t 0 && tty", stdin=subprocess.DEVNULL).stdout
 
 
 def test_cp_both_ways(shell: Shell, vm: str, tmp_path: Path) -> None:
@@ -247,7 +247,6 @@ def test_rename(shell: Shell, name: str, names: Callable[[], str]) -> None:
     ident = shell.virsh("domuuid", name)
     shell.run("rename", name, new)
     assert shell.virsh("domuuid", new) == ident
-    assert f"name='{new}'" in reservations(shell) and f"name='{name}'" not in reservations(shell)
     # The old name is free, and the new VM of that name shares nothing with the renamed one.
     shell.run("create", name, "--image", "micro", "--no-start")
     assert shell.virsh("domuuid", name) != ident
@@ -271,14 +270,12 @@ def test_delete_takes_its_own_and_nothing_else(shell: Shell, name: str, tmp_path
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(foreign), "10M"], check=True)
     shell.run("create", name, "--image", "micro", "--disk", "64M", "--disk", str(foreign), "--no-start")
     assert len(volumes(shell) - before) == 4  # root, seed, console log, new disk
-    assert name in reservations(shell)
     told = shell.run("delete", name, "--dry-run").stdout
     assert f"VM {name}" in told and "foreign" not in told
     shell.run("delete", name, check=2, stdin=subprocess.DEVNULL)
     assert shell.virsh("domstate", name) == "shut off"
     shell.run("delete", name, "--yes")
     assert volumes(shell) == before and volumes(shell, "vmctl-images") == images and foreign.exists()
-    assert name not in reservations(shell)
     shell.run("delete", name, "--yes", check=4)
     foreign.unlink()
 
@@ -342,7 +339,7 @@ def test_other_bad_input(shell: Shell, name: str) -> None:
     shell.run("create", name, check=2)
     shell.run("create", name, "--image", "micro", "--disk", "/no/such/file.qcow2", check=None)
     assert name not in shell.virsh("list", "--all", "--name").split()
-    assert not [v for v in volumes(shell) if v.startswith(name)] and name not in reservations(shell)
+    assert not [v for v in volumes(shell) if v.startswith(name)]
     shell.run("-c", "qemu+tcp://127.0.0.1:1/system", "list", check=3)
     shell.run("frobnicate", check=2)
     shell.run("start", "no-such-vm", check=4)
@@ -352,7 +349,7 @@ def test_a_start_that_fails_is_undone(shell: Shell, name: str) -> None:
     before = volumes(shell)
     shell.run("create", name, "--image", "micro", "--cpu", "NoSuchModel", check=None)
     assert name not in shell.virsh("list", "--all", "--name").split()
-    assert volumes(shell) == before and name not in reservations(shell)
+    assert volumes(shell) == before
 
 
 def test_wait_timeout_tells_stage_and_evidence(shell: Shell, name: str) -> None:

@@ -123,24 +123,36 @@ def test_subnet_avoids_routes() -> None:
     )
     routes = networks.parse_routes(table)
     assert routes == (ipaddress.IPv4Network("10.77.0.0/16"),)
-    assert networks.pick_subnet(routes) == ipaddress.IPv4Network("10.78.0.0/22")
+    assert networks.pick_subnet(routes) == ipaddress.IPv4Network("10.78.0.0/23")
     with pytest.raises(Conflict):
         networks.pick_subnet([ipaddress.IPv4Network("10.0.0.0/8")])
 
 
-@given(st.uuids(), st.sets(st.integers(10, 1022), max_size=30))
-def test_addresses_are_in_the_subnet_and_free(ident: uuid.UUID, taken: set[int]) -> None:
-    subnet = ipaddress.IPv4Network("10.77.0.0/22")
-    used = {str(subnet[n]) for n in taken}
-    address = networks.pick_address(subnet, str(ident), used)
-    assert ipaddress.IPv4Address(address) in subnet
-    assert address not in used and address not in {str(subnet[n]) for n in range(10)} | {str(subnet[-1])}
+@given(st.uuids(), st.sets(st.integers(0, networks.ADDRESSES - 1), max_size=30))
+def test_macs_are_free_and_have_an_address(ident: uuid.UUID, taken: set[int]) -> None:
+    known = networks.macs("host", "net")
+    used = {known[n] for n in taken}
+    mac = networks.pick_mac(known, str(ident), used)
+    assert mac in known and mac not in used
 
 
-def test_a_full_subnet_is_a_conflict() -> None:
-    subnet = ipaddress.IPv4Network("10.77.0.0/28")
+def test_every_mac_has_its_own_address_outside_the_first_ten() -> None:
+    subnet = ipaddress.IPv4Network("10.77.0.0/23")
+    kept = networks.reservations(subnet, "host", "net")
+    assert len(kept) == networks.ADDRESSES == len({e.mac for e in kept}) == len({e.address for e in kept})
+    assert all(ipaddress.IPv4Address(e.address) in list(subnet)[11:-1] for e in kept)
+    # Unicast, locally administered, and not libvirt's own range.
+    assert all(int(e.mac[:2], 16) & 3 == 2 and not e.mac.startswith("52:54:00:") for e in kept)
+    # Another subnet, after a move, keeps them; another host or network has others.
+    moved = networks.reservations(ipaddress.IPv4Network("10.80.0.0/23"), "host", "net")
+    assert [e.mac for e in moved] == [e.mac for e in kept]
+    assert not set(networks.macs("host", "other")) & set(networks.macs("host", "net"))
+
+
+def test_a_full_network_is_a_conflict() -> None:
+    known = networks.macs("host", "net")
     with pytest.raises(Conflict):
-        networks.pick_address(subnet, str(uuid.uuid4()), {str(a) for a in subnet})
+        networks.pick_mac(known, str(uuid.uuid4()), set(known))
 
 
 @pytest.mark.parametrize("name", ["vmctl", "a-very-long-network-name", "x_y.z", "---"])
