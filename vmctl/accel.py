@@ -162,7 +162,8 @@ def _probe_check(probe: ProbeRun) -> tuple[Verdict, Check]:
     name = "guest-probe"
     cycles = probe.nops_cycles
     if cycles is not None and cycles > NATIVE_NOPS_CYCLES:
-        detail = f"1000 NOPs took {cycles:,} cycles, native is below {NATIVE_NOPS_CYCLES:,}: the kernel interprets its guests"
+        numbers = f"1000 NOPs took {cycles:,} cycles, native is below {NATIVE_NOPS_CYCLES:,}"
+        detail = f"{numbers}: the kernel interprets its guests"
         return Verdict.INTERPRETED, Check(
             name, "failed", detail, "nothing inside this machine helps; the host below must offer nested virtualization"
         )
@@ -224,7 +225,7 @@ _WHY = {
 
 
 def choose(requested: AccelChoice, findings: KvmFindings) -> Decision:
-    """The accelerator to use. Raises Unsupported when KVM was required and is not proven, or asked for and not there."""
+    """The accelerator to use. Raises Unsupported when KVM is required but not proven, or asked for and not there."""
     why, verdict = _WHY[findings.verdict], findings.verdict
     if requested is AccelChoice.TCG:
         return Decision(Accel.TCG, requested, "asked for", "", findings)

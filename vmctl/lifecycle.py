@@ -198,8 +198,9 @@ def _make(host: Host, planned: Plan, report: Reporter, *, start_it: bool) -> Dom
     with ExitStack() as undo:
         _make_volumes(host, planned, host_key, undo)
         report(Step(f"disks of {vm.name} are made from image {planned.image.manifest.stem}"))
+        # Registered before, for a signal may come between the call's end and the next line; takes back only our own.
+        undo.callback(_quietly, lambda: _undefine_unfinished(host, planned))
         _define(host, planned, record, report)
-        undo.callback(_quietly, lambda: domain.undefine(host.conn, vm.name))
         if vm.autostart:
             domain.set_autostart(host.conn, vm.name, on=True)
         if start_it:
@@ -209,6 +210,13 @@ def _make(host: Host, planned: Plan, report: Reporter, *, start_it: bool) -> Dom
         undo.pop_all()
     report(Step(f"{vm.name} is {'running' if start_it else 'defined'}"))
     return domain.find(host.conn, vm.name)
+
+
+def _undefine_unfinished(host: Host, planned: Plan) -> None:
+    """Undefine the VM of a creation that did not come to its end; nobody else's of that name."""
+    vm = domain.find_or_none(host.conn, planned.vm.name)
+    if vm is not None and vm.uuid == planned.uuid and vm.facts.record is not None and vm.facts.record.creating:
+        domain.undefine(host.conn, vm.name)
 
 
 def _define(host: Host, planned: Plan, record: Record, report: Reporter) -> None:

@@ -1,4 +1,4 @@
-"""Templates to text: domain, network, pool and volume XML, and cloud-init files. The only jinja2 import; decides nothing."""
+"""Templates to text: XML of domains, networks, pools, volumes; cloud-init files. The only jinja2; decides nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmctl.resources import templates_dir
 
 @dataclass(frozen=True, slots=True)
 class NetworkView:
-    """Everything network.xml.j2 prints: a NAT network with DHCP from ``first`` to ``last``, and addresses kept for MACs."""
+    """Everything network.xml.j2 prints: a NAT network with DHCP from ``first`` to ``last`` and addresses for MACs."""
 
     name: str
     bridge: str
@@ -54,7 +54,7 @@ class SeedView:
 
 
 def _tojson(value: object) -> Markup:
-    """A double-quoted YAML scalar. JSON's strings are that, but for letters beyond 16 bits: YAML pairs no surrogates."""
+    """A double-quoted YAML scalar: JSON's string, but for letters beyond 16 bits, as YAML pairs no surrogates."""
     text = json.dumps(value, ensure_ascii=False)
     return Markup("".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text))
 

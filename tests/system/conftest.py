@@ -62,6 +62,10 @@ def micro_image() -> None:
         [*VMCTL, "image", "build", "micro"], capture_output=True, text=True, timeout=600, check=False, cwd=REPO
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    # The network is made on first use and stays: made now, so that tests can compare before and after.
+    shell = Shell()
+    shell.run("create", "first", "--image", "micro", "--no-start")
+    shell.run("delete", "first", "--yes")
 
 
 @pytest.fixture

@@ -23,8 +23,6 @@ def interrupted(tmp_path: Path, which: str, at: int, *words: str) -> tuple[int, 
     done = subprocess.run(
         [
             sys.executable,
-            "-c",
-            "import runpy, sys; sys.path.insert(0, '.'); sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
             str(SCRIPT),
             which,
             str(at),
@@ -111,9 +109,7 @@ def test_delete_killed_after_every_change(shell: Shell, name: str, tmp_path: Pat
             break
         shell.run("delete", name, "--yes", check=None)
         assert state_of_host(shell) == before, f"left after {changes}"
-    assert at >= 6 and {"domain.power_off", "storage.delete_volume", "domain.undefine"} <= set(
-        changes
-    )
+    assert at >= 6 and {"domain.power_off", "storage.delete_volume", "domain.undefine"} <= set(changes)
 
 
 def test_two_creates_of_one_name(shell: Shell, name: str) -> None:

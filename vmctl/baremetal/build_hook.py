@@ -22,7 +22,7 @@ _TIMEOUT_S = 120
 
 
 def compile_guests(folder: Path) -> None:
-    """Compile each guest to NAME.elf in ``folder``, where its sources are. Raises RuntimeError with the compiler's words."""
+    """Compile each guest to NAME.elf beside its sources in ``folder``. Raises RuntimeError in gcc's words."""
     for name, sources in GUESTS.items():
         # Into a temporary name first: a build that is cut off must not leave half a guest to be run.
         with tempfile.TemporaryDirectory(dir=folder) as temporary:

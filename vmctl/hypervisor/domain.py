@@ -115,7 +115,7 @@ def xml(conn: Connection, name: str, *, inactive: bool = False) -> str:
 
 
 def define(conn: Connection, text: str, *, name: str) -> None:
-    """Define a persistent domain from XML, checked against libvirt's schema. Raises Conflict when the name is taken."""
+    """Define a persistent domain from XML, checked against libvirt's schema. Raises Conflict for a taken name."""
     try:
         with calling(f"define VM {name}"):
             conn.handle.defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
@@ -203,7 +203,7 @@ def job_progress(conn: Connection, name: str) -> JobProgress | None:
 
 
 def undefine(conn: Connection, name: str) -> None:
-    """Remove the definition and what libvirt keeps for it: saved state, NVRAM, metadata of snapshots and checkpoints."""
+    """Remove the definition and what libvirt keeps for it: saved state, NVRAM, snapshot and checkpoint metadata."""
     flags = (
         libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
         | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA

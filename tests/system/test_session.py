@@ -1,0 +1,97 @@
+"""The whole way as an ordinary user, without root: qemu:///session."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.system.conftest import REPO
+
+pytestmark = pytest.mark.system
+
+USER = "vmctl-user"
+
+
+class Person:
+    """Runs commands as that user, as after a login."""
+
+    def __init__(self) -> None:
+        self.entry = pwd.getpwnam(USER)
+
+    def run(self, *argv: str, check: int | None = 0, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+        """Run a command; ``check`` is the exit code it must end with."""
+        runtime = f"/run/user/{self.entry.pw_uid}"
+        env = {"HOME": self.entry.pw_dir, "USER": USER, "XDG_RUNTIME_DIR": runtime, "PATH": os.environ["PATH"]}
+        become = ["setpriv", f"--reuid={USER}", f"--regid={self.entry.pw_gid}", "--init-groups"]
+        done = subprocess.run([*become, *argv], env=env, capture_output=True, text=True, timeout=timeout, cwd=REPO)
+        assert check is None or done.returncode == check, done.stdout + done.stderr
+        return done
+
+    def vmctl(self, *words: str, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+        """Run vmctl."""
+        return self.run(sys.executable, "-m", "vmctl", *words, check=check)
+
+    def json(self, *words: str) -> Any:
+        """Run vmctl with -o json and read its answer."""
+        return json.loads(self.vmctl(*words, "-o", "json").stdout)
+
+
+@pytest.fixture(scope="module")
+def person() -> Iterator[Person]:
+    """The user, with the micro image built by that user."""
+    one = Person()
+    one.vmctl("image", "build", "micro")
+    yield one
+    one.vmctl("delete", "*", "--yes", check=None)
+
+
+def test_the_default_is_the_session_when_the_system_does_not_answer(person: Person) -> None:
+    assert person.json("host", "info")["uri"] == "qemu:///session"
+
+
+def test_a_guest_from_create_to_delete(person: Person) -> None:
+    made = person.json("create", "mine", "--image", "micro", "--wait", "ssh")
+    assert made["address"] == "127.0.0.1"
+    assert person.vmctl("exec", "mine", "--", "hostname").stdout == "mine\n"
+    (row,) = person.json("list")
+    assert row["address"].startswith("127.0.0.1:") and row["state"] == "running"
+    assert person.run("virsh", "-q", "-c", "qemu:///session", "domstate", "mine").stdout.strip() == "running"
+    person.vmctl("save", "mine")
+    assert "saved memory" in person.vmctl("start", "mine").stdout
+    assert person.vmctl("exec", "mine", "--", "echo", "back").stdout == "back\n"
+    assert "vmctl-micro" in person.vmctl("logs", "mine").stdout
+    assert "(ACPI)" in person.vmctl("stop", "mine").stdout
+    person.vmctl("delete", "mine", "--yes")
+    assert person.json("list") == []
+    pool = person.run("virsh", "-q", "-c", "qemu:///session", "vol-list", "vmctl").stdout
+    assert "mine" not in pool
+
+
+def test_a_taken_port_is_replaced_at_start(person: Person) -> None:
+    import socket
+
+    person.vmctl("create", "ported", "--image", "micro", "--no-start")
+    (row,) = [r for r in person.json("list") if r["name"] == "ported"]
+    port = int(row["address"].partition(":")[2])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        assert "is taken" in person.vmctl("start", "ported").stderr
+    person.vmctl("wait", "ported", "--for", "ssh")
+    (row,) = [r for r in person.json("list") if r["name"] == "ported"]
+    assert int(row["address"].partition(":")[2]) != port
+    person.vmctl("delete", "ported", "--yes")
+
+
+def test_kvm_is_judged_for_this_user(person: Person) -> None:
+    evidence = {c["name"]: c for c in person.json("host", "info")["accel"]["kvm"]["evidence"]}
+    if "open-qemu-user" not in evidence:
+        pytest.skip("this machine has no /dev/kvm")
+    assert evidence["open-qemu-user"]["result"] == "skipped"
