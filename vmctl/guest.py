@@ -106,12 +106,17 @@ def execute(
     return ssh.run(where, shlex.join(argv), stdin=stdin, out=out, err=err, terminal=terminal)
 
 
+def known_hosts(host: Host, name: str) -> Path:
+    """The file that tells OpenSSH's client the one key to trust; written for each login, from the VM's record."""
+    return host.folders.runtime / f"known_hosts.{name}"
+
+
 def openssh_argv(host: Host, name: str, words: list[str], *, user: str | None = None) -> list[str]:
     """The OpenSSH command line for an interactive login, which trusts the planted host key and no other."""
     where = target(host, domain.find(host.conn, name), user=user)
-    host.folders.cache.mkdir(parents=True, exist_ok=True)
+    host.folders.runtime.mkdir(parents=True, exist_ok=True, mode=0o700)
     alias = f"vmctl-{name}"
-    known = host.folders.cache / f"known_hosts.{alias}"
+    known = known_hosts(host, name)
     known.write_text(f"{alias} {where.host_key}\n")
     options = {
         "HostKeyAlias": alias,

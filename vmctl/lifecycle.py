@@ -16,7 +16,7 @@ from vmctl.accel import Decision, timeout_scale
 from vmctl.config import Settings
 from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, VmctlError, WaitTimeout, WrongState
 from vmctl.events import Progress, Reporter, Step, Warned
-from vmctl.guest import private_key
+from vmctl.guest import known_hosts, private_key
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 from vmctl.hypervisor.domain import ACTIVE, Domain, State
@@ -199,7 +199,7 @@ def _make(host: Host, planned: Plan, report: Reporter, *, start_it: bool) -> Dom
         _make_volumes(host, planned, host_key, undo)
         report(Step(f"disks of {vm.name} are made from image {planned.image.manifest.stem}"))
         # Registered before, for a signal may come between the call's end and the next line; takes back only our own.
-        undo.callback(_quietly, lambda: _undefine_unfinished(host, planned))
+        undo.callback(_quietly, lambda: _undefine_own(host, planned, host_key.public))
         _define(host, planned, record, report)
         if vm.autostart:
             domain.set_autostart(host.conn, vm.name, on=True)
@@ -212,11 +212,12 @@ def _make(host: Host, planned: Plan, report: Reporter, *, start_it: bool) -> Dom
     return domain.find(host.conn, vm.name)
 
 
-def _undefine_unfinished(host: Host, planned: Plan) -> None:
-    """Undefine the VM of a creation that did not come to its end; nobody else's of that name."""
+def _undefine_own(host: Host, planned: Plan, host_key: str) -> None:
+    """Undefine the VM that this creation defined, known by its host key; nobody else's of that name."""
     vm = domain.find_or_none(host.conn, planned.vm.name)
-    if vm is not None and vm.uuid == planned.uuid and vm.facts.record is not None and vm.facts.record.creating:
-        domain.undefine(host.conn, vm.name)
+    record = vm.facts.record if vm is not None and vm.uuid == planned.uuid else None
+    if record is not None and record.ssh is not None and record.ssh.host_key == host_key:
+        domain.undefine(host.conn, planned.vm.name)
 
 
 def _define(host: Host, planned: Plan, record: Record, report: Reporter) -> None:
@@ -585,6 +586,7 @@ def _remove(host: Host, vm: Domain, report: Reporter) -> None:
     kept = [o for o in vm.facts.record.owned if o not in volumes] if vm.facts.record else []
     if vm.active:
         _power_off(host, vm.name)
+    known_hosts(host, vm.name).unlink(missing_ok=True)
     for owned in volumes:
         storage.delete_volume(host.conn, owned.pool, owned.volume)
     for owned in kept:

@@ -173,7 +173,7 @@ def test_a_bridge_left_by_a_crash_is_avoided_and_removed(shell: Shell, name: str
         )
         # A create does not wait for the doctor: it moves aside, and the VM is reachable.
         shell.run("create", name, "--image", "micro", "--wait", "ssh")
-        assert bridge not in shell.virsh("net-dumpxml", "vmctl")
+        assert f"name='{bridge}'" not in shell.virsh("net-dumpxml", "vmctl")
         shell.run("delete", name, "--yes")
         # With the old definition back, the doctor takes the stale bridge away, and its dnsmasq with it.
         text = shell.virsh("net-dumpxml", "vmctl", "--inactive")
@@ -183,6 +183,7 @@ def test_a_bridge_left_by_a_crash_is_avoided_and_removed(shell: Shell, name: str
         path = Path("/tmp/net.xml")
         path.write_text(text.replace(f"'{now}'", f"'{bridge}'"))
         shell.virsh("net-define", str(path))
+        stale.write_text(conf)  # libvirt takes it away with a network's definition, a crash does not
         shell.run("doctor", "--fix")
         assert not Path(f"/sys/class/net/{bridge}").exists()
         dnsmasq.wait(10)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +49,12 @@ class Person:
 def person() -> Iterator[Person]:
     """The user, with the micro image built by that user."""
     one = Person()
+    # The test host has no network: the user starts with the packages that were fetched before it was entered.
+    cache = Path(one.entry.pw_dir) / ".cache/vmctl"
+    for part in ("apt", "debs"):
+        shutil.copytree(Path.home() / ".cache/vmctl" / part, cache / part)
+    for path in (cache.parent, cache, *cache.rglob("*")):
+        os.chown(path, one.entry.pw_uid, one.entry.pw_gid)
     one.vmctl("image", "build", "micro")
     yield one
     one.vmctl("delete", "*", "--yes", check=None)
