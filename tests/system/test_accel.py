@@ -112,8 +112,8 @@ def test_permission_for_real(tmp_path: Path) -> None:
 def in_private_dev(mode: str, command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a command with a /dev/kvm of its own, root's, of this mode: the machine's stays as it is."""
     script = (
-        f"mknod /tmp/kvm-$$ c 10 232 && chmod {mode} /tmp/kvm-$$ && mount --bind /tmp/kvm-$$ /dev/kvm && rm /tmp/kvm-$$ && "
-        'exec "$@"'
+        f"node=/tmp/kvm-$$; mknod $node c 10 232 && chmod {mode} $node && mount --bind $node /dev/kvm && "
+        'rm $node && exec "$@"'
     )
     return subprocess.run(
         ["unshare", "-m", "sh", "-c", script, "sh", *command], capture_output=True, text=True, cwd=REPO, timeout=120

@@ -62,7 +62,10 @@ def make(tree: Tree, image: Path, *, label: str, size_mib: int, epoch: int) -> N
     identity = uuid.uuid5(_NAMESPACE, label)
     fake = {"E2FSPROGS_FAKE_TIME": str(epoch), "MKE2FS_CONFIG": "/dev/null", "TZ": "UTC", "DEBUGFS_PAGER": "cat"}
     options = f"hash_seed={identity},lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0,nodiscard"
-    features = "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,dir_nlink,extra_isize,metadata_csum"
+    features = (
+        "none,has_journal,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,"
+        "huge_file,dir_nlink,extra_isize,metadata_csum"
+    )
     with image.open("wb") as file:
         file.truncate(size_mib << 20)
     run(

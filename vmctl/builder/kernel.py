@@ -88,10 +88,8 @@ class Modules:
         """modules.dep and modules.alias for modprobe, with paths relative to ``root``."""
         dep, alias = [], []
         for name in names:
-            needed = self.closure([name])[:-1][::-1]
-            dep.append(
-                f"{self.paths[name].removeprefix(root)}: {' '.join(self.paths[one].removeprefix(root) for one in needed)}".strip()
-            )
+            needed = [self.paths[one].removeprefix(root) for one in self.closure([name])[:-1][::-1]]
+            dep.append(f"{self.paths[name].removeprefix(root)}: {' '.join(needed)}".strip())
             alias += [f"alias {pattern} {name}" for pattern in _info(self.data[name], b"alias")]
         return {"modules.dep": ("\n".join(dep) + "\n").encode(), "modules.alias": ("\n".join(alias) + "\n").encode()}
 
@@ -109,7 +107,8 @@ def compile_init(sources: Path, epoch: int) -> bytes:
         out = Path(folder) / "init"
         names = sorted(path.name for path in sources.glob("*.c"))
         run(
-            ["gcc", "-std=gnu11", "-O2", "-static", "-s", "-fno-ident", "-ffile-prefix-map=/=", "-Wl,--build-id=none", "-o", out, *names],
+            ["gcc", "-std=gnu11", "-O2", "-static", "-s", "-fno-ident", "-ffile-prefix-map=/=", "-Wl,--build-id=none",
+             "-o", out, *names],
             what="compile the guest's init", timeout_s=_TIMEOUT_S, cwd=sources, env={"SOURCE_DATE_EPOCH": str(epoch)},
         )  # fmt: skip
         return out.read_bytes()

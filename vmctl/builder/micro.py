@@ -161,14 +161,15 @@ def _add_system(recipe: Recipe, sources: Path, init: bytes, root: Tree) -> None:
     root.link("var/run", "../run")
     root.file("etc/os-release", _os_release(recipe).encode())
     for applet in _applets(root["usr/bin/busybox"].data):
-        path = debs.merged(applet)
-        if path not in root and PurePosixPath(path).name not in _UNWANTED_APPLETS:
-            root.link(path, "/usr/bin/busybox")
+        link = debs.merged(applet)
+        if link not in root and PurePosixPath(link).name not in _UNWANTED_APPLETS:
+            root.link(link, "/usr/bin/busybox")
 
 
 def _os_release(recipe: Recipe) -> str:
     return (
-        f'PRETTY_NAME="{recipe.os_name} {recipe.release} (vmctl)"\nNAME="{recipe.os_name}"\nID=debian-micro\nID_LIKE=debian\n'
+        f'PRETTY_NAME="{recipe.os_name} {recipe.release} (vmctl)"\nNAME="{recipe.os_name}"\n'
+        "ID=debian-micro\nID_LIKE=debian\n"
         f'VERSION_ID="{recipe.release}"\nVARIANT_ID=vmctl-micro\n'
     )
 
