@@ -7,7 +7,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
 from vmctl import record
-from vmctl.spec import Accel
+from vmctl.choices import Accel
 
 
 @dataclass(frozen=True, slots=True)

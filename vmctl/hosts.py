@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmctl import config
+from vmctl.choices import AccelChoice
 from vmctl.config import Folders, Settings
 from vmctl.hypervisor import connection
 from vmctl.hypervisor.connection import Connection
-from vmctl.spec import AccelChoice
 
 if TYPE_CHECKING:
     from vmctl.accel import Decision, KvmFindings

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vmctl.errors import NotFound
-from vmctl.hypervisor import inventory, network
+from vmctl.hypervisor import inventory
 from vmctl.hypervisor.inventory import Entry
 from vmctl.hypervisor.states import State
 
@@ -73,6 +73,8 @@ def _addresses(host: Host, entries: Iterable[Entry]) -> Callable[[Brief | None],
     used = {source for entry in entries if entry.facts for _, source in entry.facts.nics}
     known: dict[str, str] = {}
     if used and host.conn.qemu and not host.conn.session:
+        from vmctl.hypervisor import network  # late: without a card there is nothing to look up
+
         for net in network.all_networks(host.conn):
             if net.name in used:
                 leases = () if net.name == host.settings.network else network.leases(host.conn, net.name)

@@ -20,7 +20,7 @@ from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import inventory, network
 from vmctl.hypervisor.network import NetworkFacts
-from vmctl.resolve import Reservation
+from vmctl.reservation import Reservation
 
 Subnet = ipaddress.IPv4Network
 _START_TRIES = 4

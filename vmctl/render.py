@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from vmctl import record
 from vmctl.record import Record
-from vmctl.resolve import DomainView, Reservation
+from vmctl.reservation import Reservation
+from vmctl.resolve import DomainView
 from vmctl.resources import templates_dir
 
 

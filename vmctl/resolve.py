@@ -20,14 +20,6 @@ _PORTS_FOR_HOTPLUG = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Reservation:
-    """An address kept for a MAC."""
-
-    mac: str
-    address: str
-
-
-@dataclass(frozen=True, slots=True)
 class DiskView:
     """A disk as rendered. ``serial`` names it to the guest."""
 

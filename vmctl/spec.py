@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from types import MappingProxyType
 
+from vmctl.choices import Accel, AccelChoice, Bus, DiskFormat, Firmware, Graphics, Machine, NicModel
 from vmctl.errors import SpecError
+
+__all__ = ["Accel", "AccelChoice", "Bus", "DiskFormat", "Firmware", "Graphics", "Machine", "NicModel"]
 
 NAME_MAX = 63  # a VM's name is also its host name: one DNS label, RFC 1123
 TEXT_MAX = 4096
@@ -16,67 +18,6 @@ LABEL_VALUE_MAX = 255
 MEMORY_MIN_MIB = 32
 VCPUS_MAX = 512
 _MIB_PER = {"": 1, "M": 1, "G": 1024, "T": 1024 * 1024}
-
-
-class Accel(StrEnum):
-    """What runs a guest's instructions."""
-
-    KVM = "kvm"
-    TCG = "tcg"
-
-
-class AccelChoice(StrEnum):
-    """What a user may ask for with --accel."""
-
-    AUTO = "auto"
-    KVM = "kvm"
-    TCG = "tcg"
-    REQUIRE_KVM = "require-kvm"
-
-
-class Firmware(StrEnum):
-    """What initialises the machine. An image with a kernel of its own is started directly from either."""
-
-    BIOS = "bios"
-    UEFI = "uefi"
-
-
-class Machine(StrEnum):
-    """QEMU machine families vmctl offers."""
-
-    Q35 = "q35"
-    PC = "pc"
-
-
-class Bus(StrEnum):
-    """How a disk is attached."""
-
-    VIRTIO = "virtio"
-    SCSI = "scsi"
-    SATA = "sata"
-
-
-class NicModel(StrEnum):
-    """Network card models with a driver in common guests."""
-
-    VIRTIO = "virtio"
-    E1000E = "e1000e"
-    E1000 = "e1000"
-    RTL8139 = "rtl8139"
-
-
-class Graphics(StrEnum):
-    """Graphical console. None unless asked: a server needs none and each is an open port."""
-
-    NONE = "none"
-    VNC = "vnc"
-
-
-class DiskFormat(StrEnum):
-    """Formats a disk may be attached in; never guessed, a guess can be steered by the guest."""
-
-    QCOW2 = "qcow2"
-    RAW = "raw"
 
 
 @dataclass(frozen=True, slots=True)

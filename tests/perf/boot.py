@@ -56,7 +56,8 @@ def raw(host: Host, decision: Decision, folder: Path, number: int) -> float:
         "-nodefaults", "-display", "none", "-serial", "null",
         "-kernel", image.kernel, "-initrd", image.initrd, "-append", image.manifest.cmdline,
         "-drive", f"file={disk},if=virtio,format=qcow2", "-drive", f"file={iso},if=virtio,format=raw,readonly=on",
-        "-netdev", f"tap,id=n,ifname={tap},script=no,downscript=no", "-device", f"virtio-net-pci,netdev=n,mac={entry.mac}",
+        "-netdev", f"tap,id=n,ifname={tap},script=no,downscript=no", "-device",
+        f"virtio-net-pci,netdev=n,mac={entry.mac}",
     ]  # fmt: skip
     began = time.monotonic()
     process = subprocess.Popen(command)

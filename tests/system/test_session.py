@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.system.conftest import REPO
+from tests.system.conftest import REPO, Shell
 
 pytestmark = pytest.mark.system
 
@@ -103,3 +103,21 @@ def test_kvm_is_judged_for_this_user(person: Person) -> None:
     if "open-qemu-user" not in evidence:
         pytest.skip("this machine has no /dev/kvm")
     assert evidence["open-qemu-user"]["result"] == "skipped"
+
+
+def test_any_user_builds_the_same_bytes_as_root(person: Person) -> None:
+    """Another user, another folder, another time: the same digests."""
+    (theirs,) = person.json("image", "list")
+    (roots,) = Shell().json("image", "list")
+    same = ("digest", "disk_sha256", "kernel_sha256", "initrd_sha256", "cmdline", "software", "size")
+    assert {key: theirs[key] for key in same} == {key: roots[key] for key in same}
+
+
+def test_an_image_nobody_needs_is_deleted_whole(person: Person) -> None:
+    person.vmctl("delete", "*", "--yes", check=None)
+    person.vmctl("image", "delete", "micro", check=2)
+    person.vmctl("image", "delete", "micro", "--yes")
+    assert person.json("image", "list") == []
+    assert person.run("virsh", "-q", "-c", "qemu:///session", "vol-list", "vmctl-images").stdout.strip() == ""
+    person.vmctl("image", "delete", "micro", "--yes", check=4)
+    assert "vmctl image build micro" in person.vmctl("create", "x", "--image", "micro", check=4).stderr

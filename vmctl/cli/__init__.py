@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -16,6 +17,8 @@ def _terminated(_signum: int, _frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point: run the command line and exit with its code."""
+    # Importing makes thousands of objects that stay: to look for garbage among them costs a tenth of a short command.
+    gc.set_threshold(100_000)
     # Undoing half-made work must not be cut short by a second signal from an impatient supervisor.
     signal.signal(signal.SIGTERM, _terminated)
     code = run(sys.argv[1:])
@@ -25,7 +28,9 @@ def main() -> None:
         # The reader (head, say) went away: nobody is left to tell, not even at interpreter shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or 141
-    sys.exit(code)
+    sys.stderr.flush()
+    # Everything is closed and flushed. Taking the interpreter apart, object by object, would cost 20 ms more.
+    os._exit(code)
 
 
 def run(args: list[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
@@ -117,6 +116,8 @@ def each(names: Sequence[str], work: Callable[[str], T], done: Callable[[str, T]
     if len(names) == 1:
         done(names[0], work(names[0]))
         return
+    from concurrent.futures import ThreadPoolExecutor  # late: it brings logging with it
+
     failures: dict[str, VmctlError] = {}
     with ThreadPoolExecutor(max_workers=_PARALLEL) as pool:
         futures = {name: pool.submit(work, name) for name in names}

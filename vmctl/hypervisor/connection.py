@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -51,7 +50,7 @@ class Connection:
         netloc = urlsplit(self.uri).hostname
         if netloc:
             return netloc
-        return socket.gethostname() if self.qemu else str(self.handle.getHostname())
+        return os.uname().nodename if self.qemu else str(self.handle.getHostname())
 
     def close(self) -> None:
         """Close it; closing twice, or after the daemon went away, is no error."""

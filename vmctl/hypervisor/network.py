@@ -11,7 +11,7 @@ import libvirt
 
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
-from vmctl.resolve import Reservation
+from vmctl.reservation import Reservation
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,103 @@
+"""The micro image: its promises inside the guest, and a build that fails leaves nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import REPO, Shell
+from vmctl.pytest_qemu import GuestVM
+
+pytestmark = pytest.mark.system
+
+
+def test_what_is_in_it(shared_vm: GuestVM) -> None:
+    assert b"ID=debian-micro" in shared_vm.run("cat", "/etc/os-release").stdout
+    for tool in ("resize2fs", "mke2fs", "qemu-ga", "dropbear", "busybox"):
+        assert shared_vm.run("which", tool).stdout.strip(), tool
+    assert shared_vm.run("sh", "-c", "mount | grep ' / '").stdout.startswith(b"/dev/vda on / type ext4")
+    assert shared_vm.run("hostname").stdout.decode().strip() == shared_vm.name
+    assert shared_vm.run("cat", "/etc/machine-id").stdout.strip()
+
+
+def test_binary_data_survives_the_way_in_and_out(shared_vm: GuestVM) -> None:
+    data = bytes(range(256)) * 4096
+    assert shared_vm.run("cat", data=data).stdout == data
+
+
+def test_the_root_file_system_grows_to_its_disk(make_vm: Callable[..., GuestVM]) -> None:
+    guest = make_vm(root_size_mib=600)
+    script = (
+        "for i in $(seq 50); do test $(df -m / | awk 'NR==2 {print $2}') -gt 400 && exit 0; sleep 0.2; done; exit 1"
+    )
+    guest.run("sh", "-c", script)
+
+
+def test_two_guests_reach_each_other(make_vm: Callable[..., GuestVM]) -> None:
+    one, two = make_vm(vcpus=2), make_vm(memory_mib=128)
+    address = one.run("sh", "-c", "ip -4 -o addr show eth0 | awk '{print $4}' | cut -d/ -f1").stdout.decode().strip()
+    two.run("ping", "-c", "1", "-W", "5", address)
+
+
+def test_identity_is_kept_over_a_reboot_and_runcmd_runs_once(make_vm: Callable[..., GuestVM]) -> None:
+    guest = make_vm(runcmd=("echo ran >>/root/ran",))
+    script = "for i in $(seq 50); do test -s /root/ran && break; sleep 0.2; done; cat /etc/machine-id; sync"
+    before = guest.run("sh", "-c", script).stdout
+    shell = Shell()
+    shell.run("stop", guest.name)
+    shell.run("start", guest.name)
+    shell.run("wait", guest.name, "--for", "agent")
+    assert guest.run("cat", "/etc/machine-id").stdout == before
+    assert guest.run("cat", "/root/ran").stdout == b"ran\n"
+
+
+def test_a_build_that_runs_out_of_disk_leaves_nothing(shell: Shell) -> None:
+    images = shell.json("image", "list")
+    script = (
+        "mkdir -p /tmp/small && mount -t tmpfs -o size=20m tmpfs /tmp/small && mkdir -p /tmp/small/vmctl/debs /tmp/small/vmctl/apt"
+        " && mount --bind $HOME/.cache/vmctl/debs /tmp/small/vmctl/debs"
+        " && mount --bind $HOME/.cache/vmctl/apt /tmp/small/vmctl/apt"
+        ' && export XDG_CACHE_HOME=/tmp/small && { "$@"; code=$?; ls -A /tmp/small/vmctl; exit $code; }'
+    )
+    build = [sys.executable, "-m", "vmctl", "image", "build", "micro"]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", *build], capture_output=True, text=True, cwd=REPO, timeout=120
+    )
+    assert done.returncode == 10, done.stderr
+    assert "cannot " in done.stderr and "Traceback" not in done.stderr
+    assert not [line for line in done.stdout.split() if line.startswith("build-")]
+    assert shell.json("image", "list") == images
+
+
+def test_building_again_changes_nothing(shell: Shell) -> None:
+    before = shell.json("image", "list")
+    assert "already, unchanged" in shell.run("image", "build", "micro").stderr
+    assert shell.json("image", "list") == before
+
+
+def test_a_missing_tool_is_named_with_its_package() -> None:
+    from vmctl.builder import tools
+    from vmctl.errors import ImageError
+
+    tools.PACKAGE_OF["no-such-tool"] = "its-package"
+    try:
+        with pytest.raises(ImageError) as caught:
+            tools.require(["no-such-tool"], "build image micro")
+    finally:
+        del tools.PACKAGE_OF["no-such-tool"]
+    assert "no-such-tool missing" in caught.value.message and "its-package" in caught.value.hint
+
+
+def test_the_archive_is_what_cpio_reads(tmp_path: Path) -> None:
+    from vmctl.builder import cpio
+    from vmctl.builder.tree import Tree
+
+    tree = Tree()
+    tree.file("a/b", b"content", 0o755)
+    tree.link("l", "a/b")
+    data = cpio.archive(tree, 1)
+    assert data == cpio.archive(tree, 1) and data[:6] == b"070701" and b"TRAILER!!!" in data and b"content" in data
