@@ -58,7 +58,8 @@ def test_identity_is_kept_over_a_reboot_and_runcmd_runs_once(make_vm: Callable[.
 def test_a_build_that_runs_out_of_disk_leaves_nothing(shell: Shell) -> None:
     images = shell.json("image", "list")
     script = (
-        "mkdir -p /tmp/small && mount -t tmpfs -o size=20m tmpfs /tmp/small && mkdir -p /tmp/small/vmctl/debs /tmp/small/vmctl/apt"
+        "mkdir -p /tmp/small && mount -t tmpfs -o size=20m tmpfs /tmp/small"
+        " && mkdir -p /tmp/small/vmctl/debs /tmp/small/vmctl/apt"
         " && mount --bind $HOME/.cache/vmctl/debs /tmp/small/vmctl/debs"
         " && mount --bind $HOME/.cache/vmctl/apt /tmp/small/vmctl/apt"
         ' && export XDG_CACHE_HOME=/tmp/small && { "$@"; code=$?; ls -A /tmp/small/vmctl; exit $code; }'
