@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
+from functools import cache
 
 from vmctl import record
 from vmctl.choices import Accel
@@ -154,6 +155,20 @@ class Brief:
     record: record.Record | None
 
 
+@cache
+def _brief_patterns() -> dict[str, re.Pattern[str]]:
+    tag = f"{record.PREFIX}:vm"
+    texts = {
+        "type": r"<domain type='(\w+)'",
+        "uuid": r"<uuid>([^<]*)<",
+        "kib": r"<memory unit='KiB'>(\d+)<",
+        "vcpus": r"<vcpu[^>]*>(\d+)<",
+        "nic": r"<mac address='([^']*)'/>\s*<source (?:network|bridge|dev)='([^']*)'",
+        "record": rf"(?s)<{tag} [^>]*(?:/>|[^/]>.*?</{tag}>)",
+    }
+    return {name: re.compile(pattern) for name, pattern in texts.items()}
+
+
 def brief(text: str) -> Brief:
     """The brief of XML that libvirt printed: a definition, or the status of a running domain around one.
 
@@ -161,18 +176,18 @@ def brief(text: str) -> Brief:
     a line, with apostrophes around attributes, and no text of a user's in it without escapes.
     """
 
-    def first(pattern: str) -> str:
-        found = re.search(pattern, text)
+    patterns = _brief_patterns()
+
+    def first(name: str) -> str:
+        found = patterns[name].search(text)
         return found[1] if found else ""
 
-    tag = f"{record.PREFIX}:vm"
-    metadata = re.search(rf"<{tag} [^>]*(?:/>|[^/]>.*?</{tag}>)", text, re.DOTALL)
-    kib = int(first(r"<memory unit='KiB'>(\d+)<") or 0)
+    metadata = patterns["record"].search(text)
     return Brief(
-        uuid=first(r"<uuid>([^<]*)<"),
-        accel=_ACCEL.get(first(r"<domain type='(\w+)'")),
-        vcpus=int(first(r"<vcpu[^>]*>(\d+)<") or 1),
-        memory_mib=kib // 1024,
-        nics=tuple(re.findall(r"<mac address='([^']*)'/>\s*<source (?:network|bridge|dev)='([^']*)'", text)),
+        uuid=first("uuid"),
+        accel=_ACCEL.get(first("type")),
+        vcpus=int(first("vcpus") or 1),
+        memory_mib=int(first("kib") or 0) // 1024,
+        nics=tuple(patterns["nic"].findall(text)),
         record=record.read(ET.fromstring(metadata[0])) if metadata else None,
     )

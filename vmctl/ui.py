@@ -1,19 +1,16 @@
-"""Everything that is printed: results to stdout, progress and errors to stderr."""
+"""What is printed at the end: results to stdout, errors to stderr. Progress on the way is told by progress.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import PurePath
 from typing import IO, Any
 
 from vmctl.errors import PartialFailure, VmctlError, WaitTimeout
-from vmctl.events import Event, Progress, Reporter, StageBegan, StageDone, Step, Warned
 
 
 class Output(StrEnum):
@@ -31,10 +28,6 @@ class Verbosity(StrEnum):
     QUIET = "quiet"
     NORMAL = "normal"
     VERBOSE = "verbose"
-
-
-_BAR_EVERY_S = 0.1
-_PLAIN_EVERY_S = 5.0
 
 
 def _colored(stream: IO[str]) -> bool:
@@ -77,88 +70,6 @@ def duration(seconds: float | None) -> str:
 def memory(mib: int) -> str:
     """MiB for people."""
     return f"{mib // 1024}G" if mib >= 1024 and mib % 1024 == 0 else f"{mib}M"
-
-
-class _Lines:
-    """A Reporter that writes lines, and on a terminal a bar that rewrites its own."""
-
-    def __init__(self, stream: IO[str], *, verbosity: Verbosity) -> None:
-        self._stream = stream
-        self._verbosity = verbosity
-        self._tty = stream.isatty()
-        self._bars: dict[str, tuple[float, float]] = {}
-        self._open_line = False
-        self._lock = threading.Lock()
-
-    def __call__(self, event: Event) -> None:
-        with self._lock:
-            self._tell(event)
-
-    def _tell(self, event: Event) -> None:
-        match event:
-            case Warned(text, hint):
-                self._line(paint("note: ", "33", self._stream) + visible(text))
-                if hint:
-                    self._line(f"  mend: {visible(hint)}")
-            case _ if self._verbosity is Verbosity.QUIET:
-                return
-            case Step(text):
-                self._line(visible(text))
-            case StageBegan(name, elapsed_s):
-                if self._tty:
-                    self._rewrite(f"  {name:<8} … {elapsed_s:5.1f} s so far")
-                elif self._verbosity is Verbosity.VERBOSE:
-                    self._line(f"  {name:<8} begins at {elapsed_s:.2f} s")
-            case StageDone(name, took_s, elapsed_s, detail):
-                self._line(f"  {name:<8} {took_s:6.2f} s   at {elapsed_s:6.2f} s   {visible(detail)}".rstrip())
-            case Progress(name, done, total, unit):
-                self._progress(name, done, total, unit)
-
-    def _progress(self, name: str, done: int, total: int, unit: str) -> None:
-        now = time.monotonic()
-        began, last = self._bars.get(name, (now, 0.0 if self._tty else now))
-        finished = bool(total) and done >= total
-        if not finished and now - last < (_BAR_EVERY_S if self._tty else _PLAIN_EVERY_S):
-            self._bars.setdefault(name, (began, last))
-            return
-        self._bars[name] = (began, now)
-        text = _bar_text(visible(name), done, total, unit, now - began)
-        if finished:
-            self._bars.pop(name)
-            if self._tty or now - began > _PLAIN_EVERY_S or self._verbosity is Verbosity.VERBOSE:
-                self._line(text)
-        elif self._tty:
-            self._rewrite(text)
-        else:
-            self._line(text)
-
-    def _rewrite(self, text: str) -> None:
-        self._stream.write(f"\r\x1b[K{text}")
-        self._stream.flush()
-        self._open_line = True
-
-    def _line(self, text: str) -> None:
-        self._stream.write(("\r\x1b[K" if self._open_line else "") + text + "\n")
-        self._stream.flush()
-        self._open_line = False
-
-
-def _bar_text(name: str, done: int, total: int, unit: str, spent_s: float) -> str:
-    amount: Callable[[float], str] = size if unit == "B" else lambda n: f"{n:.0f} {unit}"
-    rate = done / spent_s if spent_s > 0 else 0.0
-    text = f"{name}: {amount(done)}"
-    if total:
-        text += f" of {amount(total)} ({100 * done // total} %)"
-    if rate and spent_s > 0.5:
-        text += f", {amount(rate)}/s"
-        if total > done:
-            text += f", {duration((total - done) / rate)} to go"
-    return text
-
-
-def reporter(verbosity: Verbosity = Verbosity.NORMAL) -> Reporter:
-    """The Reporter for this run's stderr."""
-    return _Lines(sys.stderr, verbosity=verbosity)
 
 
 def jsonable(value: Any) -> Any:

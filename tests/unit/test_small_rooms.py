@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmctl import config, guest, locks, networks, render, ui
+from vmctl import config, guest, locks, networks, progress, render, ui
 from vmctl.errors import Conflict, SpecError, WaitTimeout
 from vmctl.events import Progress, StageDone, Step, Warned
 from vmctl.wait import wait_until
@@ -226,7 +226,7 @@ def test_durations(seconds: float | None, text: str) -> None:
 
 
 def test_plain_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    tell = ui.reporter()
+    tell = progress.reporter()
     for event in (Step("did it"), StageDone("ssh", 1.0, 2.0, "10.0.0.1"), Progress("x", 1, 10), Progress("x", 10, 10)):
         tell(event)
     err = capsys.readouterr().err
@@ -234,7 +234,7 @@ def test_plain_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_quiet_still_warns(capsys: pytest.CaptureFixture[str]) -> None:
-    tell = ui.reporter(ui.Verbosity.QUIET)
+    tell = progress.reporter(ui.Verbosity.QUIET)
     tell(Step("chatter"))
     tell(Warned("running on TCG: reasons", "mend it"))
     err = capsys.readouterr().err

@@ -11,12 +11,12 @@ import typer
 
 from vmctl import ui
 from vmctl.errors import PartialFailure, SpecError, VmctlError
-from vmctl.events import Reporter
 from vmctl.ui import Output, Verbosity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vmctl.events import Reporter
     from vmctl.hosts import Host
 
 T = TypeVar("T")
@@ -80,7 +80,9 @@ UserOption = Annotated[
 
 def reporter() -> Reporter:
     """The Reporter this run asked for."""
-    return ui.reporter(GLOBALS.verbosity)
+    from vmctl import progress  # late: a command that is done at once reports none
+
+    return progress.reporter(GLOBALS.verbosity)
 
 
 @contextmanager

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import ipaddress
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import libvirt
 
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
 from vmctl.reservation import Reservation
+
+if TYPE_CHECKING:
+    import ipaddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,27 +28,33 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class NetworkFacts:
-    """One network. ``subnet`` None when libvirt gives it no IPv4 address."""
+    """One network. ``gateway`` and ``mask`` (dotted, or a prefix length) are "" when libvirt gives it no address."""
 
     name: str
     uuid: str
     active: bool
     bridge: str
     gateway: str
-    subnet: ipaddress.IPv4Network | None
+    mask: str
     stp: bool
     reservations: tuple[Reservation, ...]
+
+    @property
+    def subnet(self) -> ipaddress.IPv4Network | None:
+        """Its IPv4 subnet; None without an address."""
+        import ipaddress  # late: a list reads networks and asks for no subnet
+
+        return ipaddress.IPv4Network(f"{self.gateway}/{self.mask}", strict=False) if self.gateway else None
 
 
 def _facts(network: Any) -> NetworkFacts:
     root = ET.fromstring(network.XMLDesc())
     bridge = root.find("bridge")
-    subnet, gateway = None, ""
+    mask, gateway = "", ""
     for element in root.iterfind("ip"):
         if element.get("family", "ipv4") == "ipv4" and element.get("address"):
             gateway = element.get("address", "")
             mask = element.get("netmask") or element.get("prefix") or "24"
-            subnet = ipaddress.ip_network(f"{gateway}/{mask}", strict=False)
             break
     return NetworkFacts(
         name=network.name(),
@@ -54,7 +62,7 @@ def _facts(network: Any) -> NetworkFacts:
         active=bool(network.isActive()),
         bridge="" if bridge is None else bridge.get("name", ""),
         gateway=gateway,
-        subnet=subnet if isinstance(subnet, ipaddress.IPv4Network) else None,
+        mask=mask,
         stp=bridge is not None and bridge.get("stp", "on") == "on",
         reservations=tuple(
             Reservation(host.get("mac", "").lower(), host.get("ip", "")) for host in root.iterfind("ip/dhcp/host")
