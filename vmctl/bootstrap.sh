@@ -240,6 +240,16 @@ start_by_systemd() {
     logged libvirt "systemctl status virtlogd.socket $sockets" as_root systemctl enable --now virtlogd.socket $sockets
 }
 
+# libvirt gives each guest a /dev of its own and furnishes it by setns, which in a chroot leads out of the
+# chroot: the guest's /dev stays empty, and the nodes go into that of the system around. So not in a chroot.
+keep_out_of_namespaces() {
+    [ "$(nsenter --mount=/proc/self/ns/mnt stat -c %d:%i / 2>/dev/null)" != "$(stat -c %d:%i /)" ] || return 0
+    conf=/etc/libvirt/qemu.conf
+    ! grep -q '^ *namespaces *=' $conf || return 0
+    printf '\n# A chroot: see vmctl/bootstrap.sh.\nnamespaces = []\n' >>$conf
+    say "this is a chroot: wrote 'namespaces = []' into $conf, or no guest would start"
+}
+
 # lost_race NAME: whether it failed only because another set-up started it first.
 lost_race() {
     sleep 0.5 # between taking its pid file and writing it
@@ -263,6 +273,7 @@ ensure_libvirt() {
     if [ "$(id -u)" = 0 ] && [ ! -d /run/systemd/system ]; then
         # virtlogd is asked for even if libvirt answers: without it the first guest fails to start.
         if answers qemu:///system; then start_by_hand virtlogd; return 0; fi
+        keep_out_of_namespaces
         start_by_hand virtlogd libvirtd
     elif answers qemu:///system; then
         return 0

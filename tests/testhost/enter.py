@@ -12,7 +12,6 @@ same, through the parent-death signal.
 from __future__ import annotations
 
 import ctypes
-import errno
 import os
 import signal
 import sys
@@ -22,7 +21,7 @@ from typing import NoReturn
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
-MS_REC, MS_PRIVATE = 0x4000, 0x40000
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 PR_SET_PDEATHSIG = 1
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -32,29 +31,29 @@ def fail(reason: str, hint: str) -> NoReturn:
     sys.exit(f"cannot enter namespaces: {reason}\nhint: {hint}")
 
 
-def make_mounts_private() -> None:
-    """Keep every mount made from here on out of the namespace this one was copied from."""
-    if libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None) == 0:
-        return
-    if ctypes.get_errno() != errno.EINVAL:
-        fail(f"making the mounts private: {os.strerror(ctypes.get_errno())}", "run this as real root")
-    # The root is a chroot's, a folder and no mount. The mounts below it are listed and can be made private;
-    # the one it lies on is not listed, and only the caller can have made that one private.
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        target = line.split()[4].encode().decode("unicode_escape")
-        libc.mount(b"none", os.fsencode(target), None, MS_PRIVATE, None)
-    refuse_shared_root()
+def call(what: str, result: int) -> None:
+    if result:
+        fail(f"{what}: {os.strerror(ctypes.get_errno())}", "run this as real root; in a container, --privileged")
 
 
-def refuse_shared_root() -> None:
-    """A mount made on a shared mount becomes shared itself: one harmless mount, taken away again, tells."""
-    if libc.mount(b"probe", b"/mnt", b"tmpfs", 0, None):
-        fail(f"mounting: {os.strerror(ctypes.get_errno())}", "run this as real root")
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    shared = any(line.split()[4] == "/mnt" and " shared:" in line for line in lines)
-    libc.umount(b"/mnt")
-    if shared:
-        fail("this chroot shares its mounts with the system around it", "enter it by: unshare --mount chroot DIR")
+def own_the_mounts() -> None:
+    """Keep every mount made from here on out of the namespace this one was copied from.
+
+    Only the mount tree's own root can be made private with all below it, and only from there does libvirt find
+    the guests' /dev again (it enters their namespaces by setns, which leads to that root). In a chroot it is out
+    of sight. So leave the chroot by the same door, and put what it showed on top of that root.
+    """
+    folder = Path.cwd()
+    root, namespace = os.open("/", os.O_RDONLY), os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    call("entering the own mount namespace", libc.setns(namespace, CLONE_NEWNS))
+    call("making the mounts private", libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
+    if not os.path.samestat(os.fstat(root), os.stat("/")):  # noqa: PTH116
+        os.fchdir(root)
+        call("binding the chroot over the root", libc.mount(b".", b"/", None, MS_BIND | MS_REC, None))
+        call("entering the own mount namespace", libc.setns(namespace, CLONE_NEWNS))
+    os.close(root)
+    os.close(namespace)
+    os.chdir(folder)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -67,9 +66,8 @@ def main(arguments: Sequence[str]) -> int:
         fail("no command given", "enter.py [--share-network] COMMAND [ARGUMENT...]")
     if os.geteuid() != 0:
         fail("only root can make them", f"sudo {' '.join(command)}")
-    if libc.unshare(flags):
-        fail(os.strerror(ctypes.get_errno()), "in a container this needs --privileged")
-    make_mounts_private()
+    call("unshare", libc.unshare(flags))
+    own_the_mounts()
 
     alive, parents_end = os.pipe()
     child = os.fork()
