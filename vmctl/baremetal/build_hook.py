@@ -50,7 +50,7 @@ except ImportError:  # run by hand, where hatchling need not be
     pass
 else:
 
-    class GuestsHook(BuildHookInterface):  # type: ignore[type-arg]
+    class GuestsHook(BuildHookInterface):  # type: ignore[type-arg, misc]
         """What hatch calls before it packs."""
 
         def initialize(self, version: str, build_data: dict[str, Any]) -> None:
