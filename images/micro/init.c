@@ -428,9 +428,10 @@ int main(int count, char **words)
         for (;;)
             pause();
     mount_rest();
-    seed_apply();
+    seed_apply_keys();
     services[SSHD].wanted = true;
     start(&services[SSHD]);
+    seed_apply_identity();
     eventfd_write(seed_ready, 1);
 
     pid_t late = fork();

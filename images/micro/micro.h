@@ -54,7 +54,8 @@ size_t hostkey_from_openssh(const char *armored, uint8_t *out, size_t room);
 bool seed_find_disks(char *root, size_t room);
 void seed_read(void);
 void seed_set_hostname(void);
-void seed_apply(void);
+void seed_apply_keys(void);
+void seed_apply_identity(void);
 void seed_run_commands(int network_up);
 
 /* net.c */

@@ -238,7 +238,7 @@ static void announce(const struct lease *lease)
     } __attribute__((packed)) arp = {
         .head = {htons(ARPHRD_ETHER), htons(ETH_P_IP), 6, 4, htons(ARPOP_REQUEST)}, .from = lease->address};
     memcpy(arp.from_mac, mac, 6);
-    int raw = socket(AF_PACKET, SOCK_DGRAM | SOCK_CLOEXEC, htons(ETH_P_ARP));
+    int raw = socket(AF_PACKET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     uint32_t targets[] = {lease->address, lease->router ? lease->router : lease->server};
     struct sockaddr_ll to = link_address(ETH_P_ARP);
     for (int i = 0; i < 2; i++) {
@@ -425,7 +425,8 @@ static bool renew(int raw, struct lease *lease)
 
 static int listen_raw(void)
 {
-    int raw = socket(AF_PACKET, SOCK_DGRAM | SOCK_CLOEXEC, htons(ETH_P_IP));
+    /* Protocol 0: a socket that receives from birth is first detached by bind(), which waits for an RCU period. */
+    int raw = socket(AF_PACKET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     struct sockaddr_ll here = link_address(ETH_P_IP);
     bind(raw, (struct sockaddr *)&here, sizeof here);
     return raw;

@@ -286,14 +286,19 @@ static void name_ignored_keys(void)
     }
 }
 
-/* With the root mounted read-write and before sshd starts. */
-void seed_apply(void)
+/* What sshd must find when it starts. */
+void seed_apply_keys(void)
+{
+    write_host_key();
+    write_authorized_keys();
+}
+
+/* The rest, which goes on beside sshd's start. */
+void seed_apply_identity(void)
 {
     const char *instance = yaml_text(meta_data, "instance-id");
     char *last = read_file(INSTANCE_FILE, NULL);
     first_boot = !last || (instance && strcmp(last, instance) != 0);
-    write_host_key();
-    write_authorized_keys();
     write_hostname();
     write_machine_id(instance);
     name_ignored_keys();

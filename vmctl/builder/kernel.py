@@ -12,6 +12,7 @@ from vmctl.builder.tools import run
 from vmctl.errors import ImageError
 
 _LZ4_LEGACY = b"\x02\x21\x4c\x18"
+_SIGNATURE_MARK = b"~Module signature appended~\n"
 _TIMEOUT_S = 60
 
 
@@ -35,12 +36,19 @@ def unpack(bzimage: bytes) -> bytes:
     kernel = run(["lz4", "-d", "-c"], what="unpack the kernel", timeout_s=_TIMEOUT_S, stdin=payload[:-4])
     if len(kernel) != size or kernel[:4] != b"\x7fELF":
         raise ImageError(f"cannot unpack the kernel: got {len(kernel)} bytes that should be an ELF file of {size}")
-    return trimmed(kernel)
-
-
-def trimmed(kernel: bytes) -> bytes:
-    """The ELF file without section headers, which only debuggers read."""
     return kernel
+
+
+def unsigned(module: bytes) -> bytes:
+    """The module without its appended signature (struct module_signature in Linux), to be loaded without checking it.
+
+    Hashing and an RSA operation for each of ten modules is a twentieth of an emulated boot, and what it would prove
+    is nothing here: kernel and initramfs come from the same unsigned image. The kernel notes taint flag E.
+    """
+    if not module.endswith(_SIGNATURE_MARK):
+        return module
+    (length,) = struct.unpack_from(">I", module, len(module) - len(_SIGNATURE_MARK) - 4)
+    return module[: len(module) - len(_SIGNATURE_MARK) - 12 - length]
 
 
 def _info(module: bytes, field: bytes) -> list[str]:

@@ -133,7 +133,7 @@ def _add_modules(recipe: Recipe, modules: kernel.Modules, release: str, root: Tr
         # What both the disk's and the network's driver need is loaded by the moment that comes first.
         loaded += order
         for name in order:
-            tree.file(modules.paths[name], modules.data[name])
+            tree.file(modules.paths[name], kernel.unsigned(modules.data[name]))
         tree.file(f"usr/lib/modules/load/{moment}", "".join(f"/{modules.paths[name]}\n" for name in order).encode())
     everything = sorted({*loaded, *modules.closure(lists.extra)})
     for name in everything:
