@@ -113,7 +113,19 @@ def volume_names(conn: Connection, pool: str) -> tuple[str, ...]:
 def volumes(conn: Connection, pool: str) -> tuple[VolumeFacts, ...]:
     """All volumes of the pool with their facts."""
     with calling(f"list storage pool {pool}"):
-        return tuple(_facts(volume) for volume in _pool(conn, pool).listAllVolumes())
+        return _all_facts(_pool(conn, pool))
+
+
+def _all_facts(pool: Any) -> tuple[VolumeFacts, ...]:
+    """Facts of a pool's volumes, but for those deleted since they were listed."""
+    found = []
+    for volume in pool.listAllVolumes():
+        try:
+            found.append(_facts(volume))
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
+                raise
+    return tuple(found)
 
 
 def _facts(volume: Any) -> VolumeFacts:
@@ -223,5 +235,5 @@ def disk_users(conn: Connection, path: str) -> tuple[str, ...]:
     found = []
     with calling("look for users of a volume"):
         for pool in conn.handle.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
-            found += [facts.name for vol in pool.listAllVolumes() if (facts := _facts(vol)).backing == path]
+            found += [facts.name for facts in _all_facts(pool) if facts.backing == path]
     return tuple(found)
