@@ -13,10 +13,11 @@ from typing import Any
 
 GUESTS = {"probe": ("start.S", "machine.c", "probe.c")}
 _FLAGS = (
-    # No red zone, for traps come on the same stack; no SSE, for nothing has switched it on.
+    # No red zone, for traps come on the same stack; no SSE, for nothing has switched it on. No symbols (-s): among
+    # them are gcc's temporary names, which differ from build to build.
     "-std=gnu11 -O2 -Wall -Wextra -Werror -ffreestanding -nostdlib -static -fno-pic -fno-pie -no-pie -mno-red-zone "
     "-mno-sse -mgeneral-regs-only -fno-stack-protector -fcf-protection=none -fno-asynchronous-unwind-tables "
-    "-Wl,-n -Wl,-T,link.ld -Wl,--build-id=none -Wl,--no-warn-rwx-segments"
+    "-Wl,-n -Wl,-T,link.ld -Wl,--build-id=none -Wl,-s -Wl,--no-warn-rwx-segments"
 ).split()
 _TIMEOUT_S = 120
 
@@ -40,6 +41,8 @@ def compile_guests(folder: Path) -> None:
                 raise RuntimeError("cannot compile vmctl's guests: gcc is missing; install gcc") from error
             except subprocess.CalledProcessError as error:
                 raise RuntimeError(f"cannot compile vmctl's guest {name}: {error.stderr.strip()}") from error
+            except subprocess.TimeoutExpired as error:
+                raise RuntimeError(f"cannot compile vmctl's guest {name}: gcc took over {_TIMEOUT_S} s") from error
             out.chmod(0o644)
             out.replace(folder / f"{name}.elf")
 
@@ -58,7 +61,10 @@ else:
             root = Path(self.root)
             if self.target_name != "wheel":
                 return
-            compile_guests(root / "vmctl/baremetal")
+            try:
+                compile_guests(root / "vmctl/baremetal")
+            except RuntimeError as error:
+                self.app.abort(str(error))  # one line, where a traceback would bury it
             if version == "standard":
                 for name in ("templates", "images"):
                     build_data["force_include"][str(root / name)] = f"vmctl/_data/{name}"
