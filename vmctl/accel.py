@@ -7,33 +7,27 @@ containers, in clouds whose kernels interpret their guests. So the last word is 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import pwd
-import stat
 import tempfile
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from vmctl import kvm_device
 from vmctl.accel_probe import End, ProbeRun
 from vmctl.accel_probe import run as run_probe
 from vmctl.errors import Unsupported, VmctlError
+from vmctl.kvm_device import DEVICE, GROUP
 from vmctl.resources import baremetal_guest
 from vmctl.spec import Accel, AccelChoice
 
-DEVICE = Path("/dev/kvm")
 # 1000 NOPs: some 250 to 1000 cycles on any CPU of the last twenty years, 1.4 million and more where the kernel
 # interprets. The middle of that wide gap, so that neither frequency nor a busy neighbour can cross it.
 NATIVE_NOPS_CYCLES = 20_000
-_KVM_GET_API_VERSION = 0xAE00
-_KVM_CREATE_VM = 0xAE01
-_API_VERSION = 12  # the only one since Linux 2.6.22
 _TCG_PATIENCE = 3.0  # a translated guest takes two to three times as long to boot, by NixOS's and our own figures
-_GROUP = "kvm"
 
 
 class Verdict(StrEnum):
@@ -149,9 +143,9 @@ def _open_checks(seen: Observations) -> list[Check]:
         elif result == 0:
             checks.append(Check(name, "ok", f"{who} can open {DEVICE} ({seen.device_text})"))
         else:
-            mend = f"chgrp {_GROUP} {DEVICE} && chmod 660 {DEVICE} (vmctl doctor --fix does it)"
+            mend = f"chgrp {GROUP} {DEVICE} && chmod 660 {DEVICE} (vmctl doctor --fix does it)"
             if name == "open-self":
-                mend = f"usermod -aG {_GROUP} $USER, then log in again; if the device is not of group {_GROUP}: {mend}"
+                mend = f"usermod -aG {GROUP} $USER, then log in again; if the device is not of group {GROUP}: {mend}"
             checks.append(
                 Check(name, "failed", f"{who} cannot open it ({seen.device_text}): {_error(result or 0)}", mend)
             )
@@ -172,7 +166,7 @@ def _probe_check(probe: ProbeRun) -> tuple[Verdict, Check]:
             name, "ok", f"a guest ran: 1000 NOPs in {cycles:,} cycles, #UD, #PF and CPL 3 as they should be"
         )
     said = probe.lines[-1] if probe.lines else "nothing"
-    if probe.end is End.TIMEOUT:
+    if probe.end is End.TIMEOUT and not probe.stopped:
         return Verdict.HANGS, Check(
             name,
             "failed",
@@ -180,7 +174,8 @@ def _probe_check(probe: ProbeRun) -> tuple[Verdict, Check]:
             "see the kernel log of this host: dmesg",
         )
     missing = ", ".join(probe.missing) or "none"
-    detail = f"QEMU ended with {probe.status}; proofs missing: {missing}; last words: {said}"
+    how = "KVM gave the guest up" if probe.stopped else f"QEMU ended with {probe.status}"
+    detail = f"{how}; proofs missing: {missing}; last words: {said}"
     if probe.complaint:
         detail += f"; QEMU: {probe.complaint}"
     return Verdict.FAILS, Check(name, "failed", detail, "see the kernel log of this host: dmesg")
@@ -243,98 +238,14 @@ def choose(requested: AccelChoice, findings: KvmFindings) -> Decision:
 # Effects below: look at the machine, remember what was found.
 
 
-def _cpu_flag() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
-    return next((flag for flag in ("vmx", "svm") if flag in flags), "")
-
-
-def _device_text(device: Path) -> tuple[bool, str]:
-    try:
-        info = device.stat()
-    except OSError as error:
-        return False, f"{device}: {error.strerror}"
-    if not stat.S_ISCHR(info.st_mode):
-        return False, f"{device} is no character device"
-    return True, f"{device}: owner {info.st_uid}:{info.st_gid}, mode {stat.S_IMODE(info.st_mode):04o}"
-
-
-def _open_errno(device: Path) -> int:
-    try:
-        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        return error.errno or errno.EIO
-    return 0
-
-
-def _open_as(user: str, device: Path) -> int:
-    """The errno of opening ``device`` as ``user`` with all of the user's groups, by a child that becomes that user."""
-    try:
-        entry = pwd.getpwnam(user)
-    except KeyError:
-        return errno.ENOENT
-    child = os.fork()
-    if child == 0:
-        code = errno.EPERM
-        try:
-            os.initgroups(user, entry.pw_gid)
-            os.setgid(entry.pw_gid)
-            os.setuid(entry.pw_uid)
-            code = _open_errno(device)
-        finally:
-            os._exit(min(code, 255))
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def _allowed_by_mode(user: str, device: Path) -> int:
-    """The same from owner, group and mode, where we may not become that user."""
-    info = device.stat()
-    try:
-        entry = pwd.getpwnam(user)
-        groups = os.getgrouplist(user, entry.pw_gid)
-    except KeyError:
-        return errno.ENOENT
-    if entry.pw_uid == info.st_uid:
-        wanted = stat.S_IRUSR | stat.S_IWUSR
-    elif info.st_gid in groups:
-        wanted = stat.S_IRGRP | stat.S_IWGRP
-    else:
-        wanted = stat.S_IROTH | stat.S_IWOTH
-    return 0 if info.st_mode & wanted == wanted else errno.EACCES
-
-
-def open_as_qemu(user: str, device: Path) -> int:
-    """The errno that ``user`` meets on opening ``device``; 0 for none."""
-    return _open_as(user, device) if os.geteuid() == 0 else _allowed_by_mode(user, device)
-
-
-def _create_vm(device: Path) -> int:
-    try:
-        handle = os.open(device, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        return error.errno or errno.EIO
-    try:
-        if fcntl.ioctl(handle, _KVM_GET_API_VERSION, 0) != _API_VERSION:
-            return errno.EPROTO
-        os.close(fcntl.ioctl(handle, _KVM_CREATE_VM, 0))
-    except OSError as error:
-        return error.errno or errno.EIO
-    finally:
-        os.close(handle)
-    return 0
-
-
 def observe(*, qemu_user: str | None, qemu_binary: Path, device: Path = DEVICE) -> Observations:
     """Look, each step only where the one before went well."""
-    there, text = _device_text(device)
-    by_qemu = open_as_qemu(qemu_user, device) if there and qemu_user is not None else None
-    by_us = _open_errno(device) if there else None
-    create = _create_vm(device) if by_us == 0 and not by_qemu else None
+    there, text = kvm_device.device_text(device)
+    by_qemu = kvm_device.open_as_qemu(qemu_user, device) if there and qemu_user is not None else None
+    by_us = kvm_device.open_errno(device) if there else None
+    create = kvm_device.create_vm(device) if by_us == 0 and not by_qemu else None
     probe = run_probe(qemu_binary, Accel.KVM) if create == 0 else None
-    return Observations(_cpu_flag(), there, text, qemu_user, by_qemu, by_us, create, probe)
+    return Observations(kvm_device.cpu_flag(), there, text, qemu_user, by_qemu, by_us, create, probe)
 
 
 def _read(path: Path) -> str:
@@ -418,35 +329,17 @@ def capability_trap(*, qemu_user: str | None, device: Path = DEVICE) -> Check:
     capability cache invalid, and probes again, at every start: 55 to 68 s measured against 0.4 s.
     """
     name = "capability-cache"
-    there, text = _device_text(device)
+    there, text = kvm_device.device_text(device)
     if not there:
         return Check(name, "ok", f"{text}: libvirt does not probe QEMU with KVM")
     if qemu_user is None:
         return Check(name, "ok", "QEMU runs as we do: libvirt's cache stays valid")
-    if qemu_user == "root" or open_as_qemu(qemu_user, device) == 0:
+    if qemu_user == "root" or kvm_device.open_as_qemu(qemu_user, device) == 0:
         return Check(name, "ok", f"{qemu_user} can open {device}: libvirt's cache of QEMU's capabilities stays valid")
     return Check(
         name,
         "failed",
         f"root can open {device} and QEMU's user {qemu_user} cannot ({text}): libvirt takes its cache of QEMU's "
         "capabilities for invalid and probes QEMU again at each start, about a minute each time",
-        f"vmctl doctor --fix, or as root: chgrp {_GROUP} {device} && chmod 660 {device}",
+        f"vmctl doctor --fix, or as root: chgrp {GROUP} {device} && chmod 660 {device}",
     )
-
-
-def mend_device(device: Path = DEVICE) -> str:
-    """Give the device to group kvm, as udev does where it runs; returns what was done. Raises VmctlError."""
-    import grp
-
-    try:
-        group = grp.getgrnam(_GROUP)
-    except KeyError as error:
-        raise VmctlError(f"cannot mend {device}: there is no group {_GROUP}", hint="install qemu-system-x86") from error
-    try:
-        os.chown(device, -1, group.gr_gid)
-        device.chmod(0o660)
-    except OSError as error:
-        raise VmctlError(
-            f"cannot mend {device}: {error.strerror}", hint="vmctl doctor --fix needs root for this"
-        ) from error
-    return f"{device} belongs to group {_GROUP} now, with mode 0660"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import accel, hosts, images, lifecycle
+from vmctl import accel, deletion, hosts, images, kvm_device
 from vmctl.accel import Check
 from vmctl.errors import VmctlError
 from vmctl.events import Reporter, Step
@@ -65,7 +65,7 @@ def _capability_cache(host: Host, *, fix: bool, report: Reporter) -> list[Findin
     check = accel.capability_trap(qemu_user=user, device=_DEVICE)
     if check.result != "failed" or not fix:
         return [_from_check(check)]
-    report(Step(accel.mend_device(_DEVICE)))
+    report(Step(kvm_device.mend(_DEVICE)))
     after = accel.capability_trap(qemu_user=user, device=_DEVICE)
     return [Finding(after.name, "mended" if after.result == "ok" else after.result, after.detail, after.mend)]
 
@@ -143,7 +143,7 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     findings = []
     for name in halves:
         if fix:
-            lifecycle.delete(host, name, report)
+            deletion.delete(host, name, report)
         findings.append(
             Finding(
                 "creations",

@@ -6,7 +6,7 @@ class, so that scripts can tell causes apart without reading text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 
 class VmctlError(Exception):
@@ -111,3 +111,11 @@ class Interrupted(VmctlError):
     """The user or a supervisor asked vmctl to stop (SIGINT, SIGTERM)."""
 
     exit_code = 130
+
+
+def quietly(act: Callable[[], object]) -> None:
+    """Undo one step. What undoing meets must not hide why there was something to undo."""
+    try:
+        act()
+    except VmctlError:
+        return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from vmctl.choices import AccelChoice
 from vmctl.config import Folders, Settings
 from vmctl.hypervisor import connection
 from vmctl.hypervisor.connection import Connection
+from vmctl.locks import held
 
 if TYPE_CHECKING:
     from vmctl.accel import Decision, KvmFindings
@@ -46,6 +48,11 @@ class Host:
 
     def __exit__(self, *_: object) -> None:
         self.conn.close()
+
+
+def holding(host: Host, name: str, *, timeout_s: float = 0.0) -> AbstractContextManager[None]:
+    """Hold the name of a VM against other vmctl processes. Raises Conflict when one still has it after that time."""
+    return held(host.folders.runtime, f"VM {name} on {host.lock_scope}", timeout_s=timeout_s)
 
 
 def open_host(connect: str | None = None, env: Mapping[str, str] = os.environ) -> Host:

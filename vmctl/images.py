@@ -11,7 +11,7 @@ import io
 import json
 import re
 import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -176,8 +176,18 @@ def build(host: Host, name: str, report: Reporter) -> Manifest:
         present = next((known for known in list_images(host) if known.digest == manifest.digest), None)
         if present is not None:
             report(Step(f"image {present.stem} is in the store already, unchanged"))
+            if find(host, name).manifest != present:
+                return _made_newest(host, replace(present, built=manifest.built))
             return present
         _store(host, manifest, built, report)
+    return manifest
+
+
+def _made_newest(host: Host, manifest: Manifest) -> Manifest:
+    """Let the plain name mean this image again, of which a build has just proved that it is what the recipe says."""
+    text = json.dumps(asdict(manifest), indent=1).encode()
+    # In place: the time has one length, and for no moment is the image without its manifest.
+    storage.upload_bytes(host.conn, host.settings.image_pool, f"{manifest.stem}.json", text)
     return manifest
 
 

@@ -56,24 +56,24 @@ class GuestVM:
 
 
 def _create(host: Host, config: pytest.Config, name: str, **fields: Any) -> GuestVM:
-    from vmctl import lifecycle, readiness
+    from vmctl import creation, readiness
     from vmctl.events import silent
     from vmctl.spec import VM, AccelChoice
 
     goal = readiness.Goal(fields.pop("wait", "ssh"))
     values = {"image": config.getoption("--vm-image"), "accel": AccelChoice(config.getoption("--vm-accel"))}
-    made = lifecycle.create(host, VM(name, **values | fields), silent)
+    made = creation.create(host, VM(name, **values | fields), silent)
     readiness.wait_for(host, made.vm, goal, timeout_s=config.getoption("--vm-timeout"), report=silent)
     return GuestVM(host, name)
 
 
 def _delete(host: Host, name: str) -> None:
-    from vmctl import lifecycle
+    from vmctl import deletion
     from vmctl.errors import NotFound
     from vmctl.events import silent
 
     try:
-        lifecycle.delete(host, name, silent)
+        deletion.delete(host, name, silent)
     except NotFound:
         return  # the test deleted it, or its creation undid itself
 

@@ -64,12 +64,28 @@ def test_a_qemu_that_is_not_there() -> None:
     assert accel_probe.run(Path("/nope"), Accel.TCG).end is End.NOT_STARTED
 
 
+def test_a_qemu_without_microvm_runs_the_probe_on_q35(tmp_path: Path) -> None:
+    qemu = tmp_path / "qemu"
+    qemu.write_text(f'#!/bin/sh\n[ "$2" = microvm ] && exec {QEMU} -M vmctl-no-such-machine\nexec {QEMU} "$@"\n')
+    qemu.chmod(0o755)
+    run = accel_probe.run(qemu, Accel.TCG)
+    assert run.complete and run.missing == ()
+
+
 def test_absent_for_real(tmp_path: Path) -> None:
     found = accel.examine(qemu_user=None, qemu_binary=QEMU, cache_dir=tmp_path, device=tmp_path / "kvm")
     assert found.verdict is Verdict.ABSENT and found.mend
 
 
 needs_kvm = pytest.mark.skipif(not Path("/dev/kvm").exists(), reason="this machine has no /dev/kvm")
+
+
+@needs_kvm
+def test_a_guest_that_kvm_gives_up_is_no_hang(tmp_path: Path) -> None:
+    """int3 with no IDT: a native KVM sees a triple fault, one that interprets stops the guest and keeps QEMU alive."""
+    run = accel_probe.run(QEMU, Accel.KVM, guest=guest(tmp_path, "int3"), timeout_s=1.0)
+    seen = accel.Observations("", True, "/dev/kvm", None, None, 0, 0, run)
+    assert accel.judge(seen).verdict is Verdict.FAILS
 
 
 @needs_kvm
@@ -136,9 +152,7 @@ def test_the_capability_cache_trap_is_found_explained_and_mended() -> None:
 
 @needs_kvm
 def test_the_open_check_really_becomes_qemus_user() -> None:
-    script = (
-        "import pathlib\nfrom vmctl import accel\nprint(accel.open_as_qemu('libvirt-qemu', pathlib.Path('/dev/kvm')))"
-    )
+    script = "from vmctl import kvm_device as kvm\nprint(kvm.open_as_qemu('libvirt-qemu', kvm.DEVICE))"
     run = [sys.executable, "-c", script]
     assert in_private_dev("600", run).stdout.strip() != "0"
     assert in_private_dev("666", run).stdout.strip() == "0"

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from tests.system.conftest import REPO, Shell
+from vmctl import images, render
+from vmctl.hosts import open_host
+from vmctl.hypervisor import storage
 from vmctl.pytest_qemu import GuestVM
+from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
 
@@ -78,6 +85,25 @@ def test_building_again_changes_nothing(shell: Shell) -> None:
     before = shell.json("image", "list")
     assert "already, unchanged" in shell.run("image", "build", "micro").stderr
     assert shell.json("image", "list") == before
+
+
+def test_what_was_built_last_is_what_the_name_means(shell: Shell) -> None:
+    """A recipe taken back to an earlier state: its image is there already, behind a newer one."""
+    with open_host() as host:
+        micro = images.find(host, "micro").manifest
+        newer = replace(micro, digest="f" * 64, built=datetime.now(UTC).isoformat(timespec="seconds"))
+        pool, text = host.settings.image_pool, json.dumps(asdict(newer)).encode()
+        volume = f"{newer.stem}.json"
+        storage.create_volume(host.conn, pool, render.volume(render.VolumeView(volume, len(text), "raw")), name=volume)
+        try:
+            storage.upload_bytes(host.conn, pool, volume, text)
+            assert images.find(host, "micro").manifest == newer
+            later = lambda: datetime.now(UTC).isoformat(timespec="seconds") > newer.built  # noqa: E731
+            wait_until(later, what="the next second", timeout_s=3)
+            shell.run("image", "build", "micro")
+            assert images.find(host, "micro").manifest.digest == micro.digest
+        finally:
+            storage.delete_volume(host.conn, pool, volume)
 
 
 def test_a_missing_tool_is_named_with_its_package() -> None:

@@ -408,23 +408,23 @@ def test_events(shell: Shell, name: str) -> None:
 
 
 def test_list_watch_shows_changes(shell: Shell, name: str) -> None:
-    shell.run("create", name, "--image", "micro", "--no-start")
+    shell.run("create", name, "--image", "micro", "--no-start", "--label", f"watched={name}")
     watcher = subprocess.Popen(
-        [*VMCTL, "list", "-w", "-o", "name", "-s", "running"], stdout=subprocess.PIPE, text=True, cwd=REPO
+        [*VMCTL, "list", "-w", "-o", "json", "-l", f"watched={name}"], stdout=subprocess.PIPE, cwd=REPO
     )
     try:
         assert watcher.stdout is not None
         os.set_blocking(watcher.stdout.fileno(), False)
-        seen = ""
+        seen = b""
 
-        def found() -> bool:
+        def shows(state: str) -> bool:
             nonlocal seen
-            seen += watcher.stdout.read() or "" if watcher.stdout else ""
-            return name in seen
+            seen += watcher.stdout.read() or b"" if watcher.stdout else b""
+            return f'"state": "{state}"'.encode() in seen
 
-        time.sleep(1.5)
+        wait_until(lambda: shows("stopped"), what="the VM in the watched list", timeout_s=10)
         shell.run("start", name)
-        wait_until(found, what="the VM in the watched list", timeout_s=10)
+        wait_until(lambda: shows("running"), what="the change in the watched list", timeout_s=10)
     finally:
         watcher.send_signal(signal.SIGINT)
         assert watcher.wait(10) == 130
@@ -448,8 +448,8 @@ def test_console_on_a_terminal(shell: Shell, vm: str) -> None:
 
     read_until(b"Ctrl-] leaves")
     os.write(fd, b"\r")
-    time.sleep(1)
-    os.write(fd, b"\recho con$((20+3))sole\r")
+    read_until(f"{vm}:".encode())  # the prompt
+    os.write(fd, b"echo con$((20+3))sole\r")
     read_until(b"con23sole")
     os.write(fd, b"\x1d")
     read_until(b"left the console")
@@ -484,9 +484,8 @@ def test_console_through_tmux(shell: Shell, vm: str, tmp_path: Path) -> None:
         wait_until(
             lambda: "Ctrl-] leaves" in screen(), what="console in tmux", timeout_s=20, evidence=lambda: [screen()]
         )
-        time.sleep(0.5)
         subprocess.run([*tmux, "send-keys", "-t", "c", "Enter"], check=True)
-        time.sleep(1)
+        wait_until(lambda: f"{vm}:" in screen(), what="a prompt", timeout_s=20, evidence=lambda: [screen()])
         subprocess.run([*tmux, "send-keys", "-t", "c", "echo tm$((40+2))ux", "Enter"], check=True)
         wait_until(lambda: "tm42ux" in screen(), what="an answer in tmux", timeout_s=20, evidence=lambda: [screen()])
         subprocess.run([*tmux, "send-keys", "-t", "c", "C-]"], check=True)

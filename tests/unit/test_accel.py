@@ -37,6 +37,7 @@ CASES = [
     (run_of("vmctl-probe 1", "nops_1000_cycles 1434134", end=End.TIMEOUT), Verdict.INTERPRETED),
     (run_of(end=End.TIMEOUT), Verdict.HANGS),
     (run_of(*WELL[:3], end=End.TIMEOUT), Verdict.HANGS),
+    (run_of(end=End.TIMEOUT, status=-9, complaint="KVM internal error. Suberror: 1"), Verdict.FAILS),
     (run_of(*WELL[:2], end=End.EXIT, status=0), Verdict.FAILS),
     (run_of(*WELL, end=End.EXIT, status=0), Verdict.FAILS),
     (run_of(*WELL[:4], "cpl3 failed", "done"), Verdict.FAILS),

@@ -90,7 +90,17 @@ def test_exit_codes_in_the_readme() -> None:
         ([], {"libvirt", "paramiko", "jinja2", "rich", "yaml", "pycdlib"}),
         (
             ["list"],
-            {"paramiko", "jinja2", "rich", "yaml", "pycdlib", "vmctl.accel", "vmctl.lifecycle", "vmctl.builder"},
+            {
+                "paramiko",
+                "jinja2",
+                "rich",
+                "yaml",
+                "pycdlib",
+                "vmctl.accel",
+                "vmctl.lifecycle",
+                "vmctl.creation",
+                "vmctl.builder",
+            },
         ),
         (["pause", "nope"], {"paramiko", "rich", "yaml", "pycdlib", "vmctl.builder.micro"}),
     ],

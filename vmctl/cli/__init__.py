@@ -36,9 +36,10 @@ def main() -> None:
 def run(args: list[str]) -> int:
     """Run one command line and return its exit code. An unexpected exception is a bug and passes through."""
     from vmctl import ui
-    from vmctl.cli.app import command
 
     try:
+        from vmctl.cli.app import command
+
         result = command().main(args=args, prog_name="vmctl", standalone_mode=False)
     except VmctlError as error:
         ui.tell_error(error)

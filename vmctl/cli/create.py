@@ -138,14 +138,14 @@ def create(
         problems.append("--wait and --no-start exclude each other")
     if problems:
         raise SpecError("cannot create VM", problems=problems)
-    from vmctl import lifecycle, readiness
+    from vmctl import creation, readiness
 
     report = reporter()
     with opened(connect) as host:
         if print_xml:
-            ui.write(lifecycle.preview(host, vm))
+            ui.write(creation.preview(host, vm))
             return
-        made = lifecycle.create(host, vm, report, exist_ok=exist_ok, start_it=not no_start)
+        made = creation.create(host, vm, report, exist_ok=exist_ok, start_it=not no_start)
         if made.existed:
             ui.note(f"{name} exists already, {made.vm.state}")
         where = None
@@ -193,7 +193,7 @@ def delete(
     connect: ConnectOption = None,
 ) -> None:
     """Delete VMs with their own disks, seed, NVRAM and saved state. Base images and others' disks stay."""
-    from vmctl import lifecycle
+    from vmctl import deletion
     from vmctl.errors import NotFound
     from vmctl.listing import matching
 
@@ -203,7 +203,7 @@ def delete(
         lines: list[str] = []
         for name in matching(host, names):
             try:
-                lines += lifecycle.doomed(host, name).lines
+                lines += deletion.doomed(host, name).lines
             except NotFound:
                 if not missing_ok and len(names) == 1:
                     raise
@@ -217,4 +217,4 @@ def delete(
         if not wanted:
             return
         refuse_unless_yes(lines, yes=yes)
-        each(wanted, lambda name: lifecycle.delete(host, name, report), lambda name, _: ui.say(name), "delete")
+        each(wanted, lambda name: deletion.delete(host, name, report), lambda name, _: ui.say(name), "delete")

@@ -69,11 +69,12 @@ def list_(
             rows = listing.rows(host, states=states, labels=labels)
             ui.emit(rows, output, lambda: _table(rows), lambda: [row.name for row in rows])
 
-        show()
-        if watch:
+        if not watch:
+            show()
+        else:
             from vmctl.hypervisor import events
 
-            for _ in events.watch(host.conn):
+            for _ in events.watch(host.conn, ready=show):  # shown once nothing that comes after can be missed
                 ui.clear_or_blank()
                 show()
 

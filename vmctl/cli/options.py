@@ -132,3 +132,22 @@ def each(names: Sequence[str], work: Callable[[str], T], done: Callable[[str, T]
                 done(name, result)
     if failures:
         raise PartialFailure(f"cannot {doing} {len(failures)} of {len(names)} VMs", failures=failures)
+
+
+def on_vms(
+    connect: str | None,
+    names: Sequence[str],
+    doing: str,
+    work: Callable[[Host, str], T],
+    said: Callable[[T], object],
+) -> None:
+    """Do ``work`` on each VM that ``names`` matches on the host, and print ``NAME: what was said of it``."""
+    from vmctl.listing import matching
+
+    with opened(connect) as host:
+        each(
+            matching(host, names),
+            lambda name: work(host, name),
+            lambda name, result: ui.say(f"{name}: {said(result)}"),
+            doing,
+        )

@@ -7,22 +7,15 @@ from typing import Annotated
 import typer
 
 from vmctl import ui
-from vmctl.cli.options import ConnectOption, Name, Names, TimeoutOption, each, opened, reporter
+from vmctl.cli.options import ConnectOption, Name, Names, TimeoutOption, on_vms, opened, reporter
 
 
 def start(names: Names, connect: ConnectOption = None) -> None:
     """Start VMs; one with saved memory goes on where it was. A running one is left alone."""
     from vmctl import lifecycle
-    from vmctl.listing import matching
 
     report = reporter()
-    with opened(connect) as host:
-        each(
-            matching(host, names),
-            lambda name: lifecycle.start(host, name, report),
-            lambda name, how: ui.say(f"{name}: {how}"),
-            "start",
-        )
+    on_vms(connect, names, "start", lambda host, name: lifecycle.start(host, name, report), lambda how: how)
 
 
 def stop(
@@ -35,87 +28,69 @@ def stop(
 ) -> None:
     """Stop VMs: by the power button (ACPI), then the guest agent, then, with --force, by pulling the plug."""
     from vmctl import lifecycle
-    from vmctl.listing import matching
 
     report = reporter()
-    with opened(connect) as host:
-        each(
-            matching(host, names),
-            lambda name: lifecycle.stop(host, name, report, timeout_s=timeout, force=force),
-            lambda name, how: ui.say(f"{name}: {how}"),
-            "stop",
-        )
+    on_vms(
+        connect,
+        names,
+        "stop",
+        lambda host, name: lifecycle.stop(host, name, report, timeout_s=timeout, force=force),
+        lambda how: how,
+    )
 
 
 def reboot(names: Names, connect: ConnectOption = None) -> None:
     """Ask the guests to restart."""
     from vmctl import lifecycle
-    from vmctl.listing import matching
 
-    with opened(connect) as host:
-        each(
-            matching(host, names),
-            lambda name: lifecycle.reboot(host, name),
-            lambda name, _: ui.say(f"{name}: rebooting"),
-            "reboot",
-        )
+    on_vms(connect, names, "reboot", lambda host, name: lifecycle.reboot(host, name), lambda _: "rebooting")
 
 
 def reset(names: Names, connect: ConnectOption = None) -> None:
     """Restart VMs at once, without asking the guests."""
     from vmctl import lifecycle
-    from vmctl.listing import matching
 
-    with opened(connect) as host:
-        each(
-            matching(host, names),
-            lambda name: lifecycle.reset(host, name),
-            lambda name, _: ui.say(f"{name}: reset"),
-            "reset",
-        )
+    on_vms(connect, names, "reset", lambda host, name: lifecycle.reset(host, name), lambda _: "reset")
 
 
 def pause(names: Names, connect: ConnectOption = None) -> None:
     """Stop the virtual CPUs; memory stays as it is."""
     from vmctl import lifecycle
-    from vmctl.listing import matching
 
-    with opened(connect) as host:
-        each(
-            matching(host, names),
-            lambda name: lifecycle.pause(host, name),
-            lambda name, changed: ui.say(f"{name}: {'paused' if changed else 'paused already'}"),
-            "pause",
-        )
+    on_vms(
+        connect,
+        names,
+        "pause",
+        lambda host, name: lifecycle.pause(host, name),
+        lambda changed: "paused" if changed else "paused already",
+    )
 
 
 def resume(names: Names, connect: ConnectOption = None) -> None:
     """Let paused VMs run on."""
     from vmctl import lifecycle
-    from vmctl.listing import matching
 
-    with opened(connect) as host:
-        each(
-            matching(host, names),
-            lambda name: lifecycle.resume(host, name),
-            lambda name, changed: ui.say(f"{name}: {'running' if changed else 'running already'}"),
-            "resume",
-        )
+    on_vms(
+        connect,
+        names,
+        "resume",
+        lambda host, name: lifecycle.resume(host, name),
+        lambda changed: "running" if changed else "running already",
+    )
 
 
 def save(names: Names, connect: ConnectOption = None) -> None:
     """Save memory to disk and stop; `start` goes on from there."""
     from vmctl import lifecycle
-    from vmctl.listing import matching
 
     report = reporter()
-    with opened(connect) as host:
-        each(
-            matching(host, names),
-            lambda name: lifecycle.save(host, name, report),
-            lambda name, changed: ui.say(f"{name}: {'saved' if changed else 'saved already'}"),
-            "save",
-        )
+    on_vms(
+        connect,
+        names,
+        "save",
+        lambda host, name: lifecycle.save(host, name, report),
+        lambda changed: "saved" if changed else "saved already",
+    )
 
 
 def rename(
@@ -138,12 +113,11 @@ def autostart(
 ) -> None:
     """Start VMs with their host, or with --off no longer."""
     from vmctl.hypervisor import domain
-    from vmctl.listing import matching
 
-    with opened(connect) as host:
-        each(
-            matching(host, names),
-            lambda name: domain.set_autostart(host.conn, name, on=not off),
-            lambda name, _: ui.say(f"{name}: autostart {'off' if off else 'on'}"),
-            "set autostart of",
-        )
+    on_vms(
+        connect,
+        names,
+        "set autostart of",
+        lambda host, name: domain.set_autostart(host.conn, name, on=not off),
+        lambda _: f"autostart {'off' if off else 'on'}",
+    )

@@ -1,0 +1,115 @@
+"""Deleting a VM with all that is its own, and what a killed create or delete left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmctl import resolve, spec
+from vmctl.errors import NotFound
+from vmctl.events import Reporter, Warned
+from vmctl.guest import known_hosts
+from vmctl.hosts import Host, holding
+from vmctl.hypervisor import domain, storage
+from vmctl.hypervisor.domain import Domain
+from vmctl.lifecycle import power_off
+from vmctl.record import Owned
+
+
+@dataclass(frozen=True, slots=True)
+class Doomed:
+    """What a delete destroys: the VM, and the volumes that are its own. ``vm`` None: only left-overs are there."""
+
+    name: str
+    vm: Domain | None
+    volumes: tuple[Owned, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        """What to show before asking."""
+        what = [f"VM {self.name} ({self.vm.state})"] if self.vm else [f"left-overs of VM {self.name}"]
+        return [*what, *(f"volume {owned.volume}" for owned in self.volumes)]
+
+
+def doomed(host: Host, name: str) -> Doomed:
+    """What deleting ``name`` would destroy. Raises NotFound when there is nothing."""
+    vm = domain.find_or_none(host.conn, name)
+    if vm is not None:
+        return Doomed(vm.name, vm, _deletable(host, vm))
+    volumes = _leftovers(host, name)
+    if not volumes:
+        raise NotFound(f"cannot find VM {name}: {host.conn.uri} has none of that name", hint="see `vmctl list`")
+    return Doomed(name, None, volumes)
+
+
+def _leftovers(host: Host, name: str) -> tuple[Owned, ...]:
+    """Volumes that a killed creation of ``name`` left: named by its identity, with no VM of that identity there."""
+    pool = host.settings.pool
+    if not storage.pool_exists(host.conn, pool) or spec.name_problems(name):
+        return ()
+    present = {uuid for _, uuid in domain.identities(host.conn)}
+    vm_uuid = resolve.identity(host.conn.host, name, present)
+    return _with_prefix(host, resolve.volume_prefix(name, vm_uuid))
+
+
+def _with_prefix(host: Host, prefix: str) -> tuple[Owned, ...]:
+    pool = host.settings.pool
+    return tuple(
+        Owned(pool, volume)
+        for volume in storage.volume_names(host.conn, pool)
+        if volume == f"{prefix}.qcow2" or volume.startswith(f"{prefix}-")
+    )
+
+
+def _deletable(host: Host, vm: Domain) -> tuple[Owned, ...]:
+    """The VM's own volumes that nobody else uses."""
+    record = vm.facts.record
+    if record is None or not record.owned:
+        return ()
+    storage.refresh(host.conn, host.settings.pool)  # the log daemon rotates the console log by itself
+    log = record.console_log
+    owned = list(record.owned)
+    if log is not None:
+        owned += [o for o in _with_prefix(host, log.volume) if o not in owned]
+        rotated = {o.volume for o in owned}
+        owned += [
+            Owned(log.pool, v)
+            for v in storage.volume_names(host.conn, log.pool)
+            if v.startswith(f"{log.volume}.") and v not in rotated
+        ]
+    used = {disk.source for other in domain.all_facts(host.conn) if other.uuid != vm.uuid for disk in other.disks}
+    free = []
+    for one in owned:
+        path = f"{storage.pool_path(host.conn, one.pool)}/{one.volume}"
+        if path in used or f"{one.pool}/{one.volume}" in used or set(storage.disk_users(host.conn, path)):
+            continue
+        free.append(one)
+    return tuple(free)
+
+
+def delete(host: Host, name: str, report: Reporter) -> None:
+    """Delete a VM with its own disks, seed, NVRAM, saved state and snapshot metadata; nobody else's, no base image.
+
+    Works on what a killed create or delete left, too. Raises Conflict while another vmctl works on that name.
+    """
+    with holding(host, name):
+        what = doomed(host, name)
+        if what.vm is not None:
+            remove(host, what.vm, report)
+            return
+        for owned in what.volumes:
+            storage.delete_volume(host.conn, owned.pool, owned.volume)
+
+
+def remove(host: Host, vm: Domain, report: Reporter) -> None:
+    """Take a VM apart, its definition last: whatever interrupts this, a second delete finds the rest."""
+    volumes = _deletable(host, vm)
+    kept = [o for o in vm.facts.record.owned if o not in volumes] if vm.facts.record else []
+    if vm.active:
+        power_off(host, vm.name)
+    known_hosts(host, vm.name).unlink(missing_ok=True)
+    for owned in volumes:
+        storage.delete_volume(host.conn, owned.pool, owned.volume)
+    for owned in kept:
+        report(Warned(f"kept volume {owned.volume}: another VM uses it"))
+    if vm.persistent:
+        domain.undefine(host.conn, vm.name)
