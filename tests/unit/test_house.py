@@ -75,6 +75,28 @@ def test_the_overview_says_what_the_commands_say() -> None:
         assert command().commands[name].help
 
 
+def test_usage_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    from vmctl.cli.app import command
+
+    for words in commands():
+        assert command().main(args=[*words.split(), "-q", "--help"], prog_name="vmctl", standalone_mode=False) in {
+            0,
+            None,
+        }
+        usage = capsys.readouterr().out.splitlines()[0]
+        assert usage.startswith(f"Usage: vmctl {words} [OPTIONS]") and "{" not in usage, usage
+
+
+def test_quiet_and_verbose_after_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    from vmctl.cli import run
+    from vmctl.cli.options import GLOBALS
+    from vmctl.ui import Verbosity
+
+    for flag, verbosity in (("-q", Verbosity.QUIET), ("-v", Verbosity.VERBOSE), ("--quiet", Verbosity.QUIET)):
+        assert run(["-c", "test:///default", "list", flag]) == 0 and GLOBALS.verbosity is verbosity
+        assert run(["-c", "test:///default", "list"]) == 0 and GLOBALS.verbosity is Verbosity.NORMAL
+
+
 def test_exit_codes_in_the_readme() -> None:
     from vmctl import errors
 

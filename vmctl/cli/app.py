@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from vmctl import __version__
+from vmctl.cli.command import Command
 from vmctl.cli.options import GLOBALS, ConnectOption
 from vmctl.ui import Verbosity
 
@@ -78,7 +79,7 @@ def _build(name: str, entry: Entry) -> Any:
     found = getattr(import_module(f"vmctl.cli.{entry.module}"), entry.attribute)
     if not isinstance(found, typer.Typer):
         alone = _typer()
-        alone.command(name, context_settings=dict(entry.context_settings))(found)
+        alone.command(name, cls=Command, context_settings=dict(entry.context_settings))(found)
         found = alone
     built = get_command(found)
     built.name = name

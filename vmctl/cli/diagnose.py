@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vmctl import ui
+from vmctl.cli.command import Command
 from vmctl.cli.options import ConnectOption, OutputOption, opened, reporter
 from vmctl.ui import Output
 
@@ -48,7 +49,7 @@ def _info_text(info: HostInfo) -> str:
     )
 
 
-@host_app.command("info")
+@host_app.command("info", cls=Command)
 def info(
     refresh: Annotated[bool, typer.Option("--refresh", help="Probe the accelerator again.")] = False,
     connect: ConnectOption = None,

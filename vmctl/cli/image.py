@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vmctl import ui
+from vmctl.cli.command import Command
 from vmctl.cli.options import ConnectOption, ImageName, OutputOption, YesOption, opened, refuse_unless_yes, reporter
 from vmctl.ui import Output
 
@@ -35,7 +36,7 @@ def _details(m: Manifest) -> str:
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def build(
     name: ImageName,
     connect: ConnectOption = None,
@@ -49,7 +50,7 @@ def build(
         ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
 
 
-@app.command("list")
+@app.command("list", cls=Command)
 def list_(connect: ConnectOption = None, output: OutputOption = Output.TABLE) -> None:
     """List the images in the store."""
     from vmctl import images
@@ -67,7 +68,7 @@ def list_(connect: ConnectOption = None, output: OutputOption = Output.TABLE) ->
         )
 
 
-@app.command()
+@app.command(cls=Command)
 def show(name: ImageName, connect: ConnectOption = None, output: OutputOption = Output.TABLE) -> None:
     """Show an image's manifest."""
     from vmctl import images
@@ -77,7 +78,7 @@ def show(name: ImageName, connect: ConnectOption = None, output: OutputOption = 
         ui.emit(manifest, output, lambda: _details(manifest), lambda: [manifest.stem])
 
 
-@app.command()
+@app.command(cls=Command)
 def delete(name: ImageName, yes: YesOption = False, connect: ConnectOption = None) -> None:
     """Delete an image that no VM needs."""
     from vmctl import images
