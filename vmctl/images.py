@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
-import re
 import tempfile
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from vmctl import render
 from vmctl.errors import Conflict, ImageError, NotFound, VmctlError
@@ -23,47 +23,11 @@ from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 from vmctl.locks import held
+from vmctl.manifest import Manifest, NewImage, is_manifest, parse
+from vmctl.resources import image_recipes_dir
 
-if TYPE_CHECKING:
-    from vmctl.builder.micro import BuiltImage
-
-RECIPES = ("micro",)
-_MANIFEST = re.compile(r"(?P<name>[a-z0-9][a-z0-9.-]*)-(?P<digest>[0-9a-f]{12})\.json")
-_BUILD_LOCK_TIMEOUT_S = 900
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What an image is. Sizes in bytes; ``digest`` covers disk, kernel, initrd and command line."""
-
-    name: str
-    digest: str
-    format: str
-    os: str
-    os_version: str
-    architecture: str
-    default_user: str
-    virtual_size: int
-    size: int
-    disk_sha256: str
-    kernel_sha256: str
-    initrd_sha256: str
-    cmdline: str
-    software: dict[str, str]
-    source: str
-    built: str
-
-    @property
-    def stem(self) -> str:
-        """What the names of its volumes begin with."""
-        return f"{self.name}-{self.digest[:12]}"
-
-    def volumes(self) -> tuple[str, ...]:
-        """Names of its volumes, the manifest first: deleting it first makes the image gone at once."""
-        files = [f"{self.stem}.json", f"{self.stem}.qcow2"]
-        if self.kernel_sha256:
-            files += [f"{self.stem}.kernel", f"{self.stem}.initrd"]
-        return tuple(files)
+_LOCK_TIMEOUT_S = 900
+_ROOM_FOR_TAGS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +57,13 @@ def _pool_xml(host: Host, name: str) -> str:
     return render.pool(name, pool_path(host, name))
 
 
-def parse_manifest(data: bytes) -> Manifest | None:
-    """A manifest from its JSON; None for one cut short or of another shape, which makes the image not exist."""
-    try:
-        values = json.loads(data)
-        return Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
 def list_images(host: Host) -> tuple[Manifest, ...]:
     """All images, by name and then newest first."""
     pool = host.settings.image_pool
     if not storage.pool_exists(host.conn, pool):
         return ()
-    names = [volume for volume in storage.volume_names(host.conn, pool) if _MANIFEST.fullmatch(volume)]
-    read = [parse_manifest(storage.download(host.conn, pool, name)) for name in names]
+    names = [volume for volume in storage.volume_names(host.conn, pool) if is_manifest(volume)]
+    read = [parse(storage.download(host.conn, pool, name)) for name in names]
     found = [manifest for manifest in read if manifest is not None]
     found.sort(key=lambda manifest: manifest.built, reverse=True)
     return tuple(sorted(found, key=lambda manifest: manifest.name))
@@ -118,13 +73,18 @@ def find(host: Host, name: str) -> Image:
     """The image ``name`` (newest of that name) or ``name-DIGEST``. Raises NotFound."""
     pool = host.settings.image_pool
     for manifest in list_images(host):
-        if name in {manifest.name, manifest.stem} or name == manifest.digest[:12]:
+        if name in {manifest.name, manifest.stem} or name == manifest.short:
             folder = storage.pool_path(host.conn, pool)
             kernel = f"{folder}/{manifest.stem}.kernel" if manifest.kernel_sha256 else ""
             initrd = f"{folder}/{manifest.stem}.initrd" if manifest.initrd_sha256 else ""
             return Image(manifest, f"{folder}/{manifest.stem}.qcow2", kernel, initrd)
-    hint = f"make it: vmctl image build {name}" if name in RECIPES else "see `vmctl image list`"
+    hint = f"make it: vmctl image build {name}" if has_recipe(name) else "see `vmctl image list`"
     raise NotFound(f"cannot find image {name}: the store on {host.conn.host} has none of that name", hint=hint)
+
+
+def has_recipe(name: str) -> bool:
+    """Whether an image of that name can be built from a recipe that comes with vmctl."""
+    return "/" not in name and (image_recipes_dir() / name / "recipe.toml").is_file()
 
 
 def _sha256(path: Path) -> str:
@@ -132,77 +92,79 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest(name: str, built: BuiltImage) -> Manifest:
-    parts = [_sha256(built.disk), _sha256(built.kernel), _sha256(built.initrd)]
-    digest = hashlib.sha256("\n".join([*parts, built.cmdline]).encode()).hexdigest()
+def _manifest(new: NewImage) -> Manifest:
+    sums = {suffix: _sha256(path) for suffix, path in new.files().items()}
+    parts = [sums["qcow2"], sums.get("kernel", ""), sums.get("initrd", "")]
     return Manifest(
-        name=name,
-        digest=digest,
-        format=built.format,
-        os=built.os_name,
-        os_version=built.os_version,
-        architecture=built.architecture,
-        default_user=built.default_user,
-        virtual_size=built.virtual_size,
-        size=sum(path.stat().st_size for path in (built.disk, built.kernel, built.initrd)),
+        name=new.name,
+        digest=hashlib.sha256("\n".join([*parts, new.cmdline]).encode()).hexdigest(),
+        format=new.format,
+        os=new.os_name,
+        os_version=new.os_version,
+        architecture=new.architecture,
+        default_user=new.default_user,
+        virtual_size=new.virtual_size,
+        size=sum(path.stat().st_size for path in new.files().values()),
         disk_sha256=parts[0],
         kernel_sha256=parts[1],
         initrd_sha256=parts[2],
-        cmdline=built.cmdline,
-        software=dict(built.packages),
-        source=f"recipe {name}",
+        cmdline=new.cmdline,
+        software=dict(new.software),
+        source=new.source,
         built=datetime.now(UTC).isoformat(timespec="seconds"),
+        boots=new.boots,
+        osinfo=new.osinfo,
+        checksum=new.checksum,
+        verified=new.verified,
     )
 
 
-def build(host: Host, name: str, report: Reporter) -> Manifest:
-    """Build image ``name`` by its recipe and put it into the store. Raises NotFound, ImageError."""
-    if name not in RECIPES:
-        known = ", ".join(RECIPES)
-        raise NotFound(f"cannot build image {name}: there is no recipe of that name", hint=f"recipes: {known}")
-    from vmctl.builder import micro  # late: most commands only look images up
-
+@contextmanager
+def making(host: Host, name: str) -> Iterator[Path]:
+    """Hold the right to put an image called ``name`` into the store, with an empty folder to make it in."""
     ensure_pools(host)
     host.folders.cache.mkdir(parents=True, exist_ok=True)
     with (
-        held(host.folders.runtime, f"image {name}", timeout_s=_BUILD_LOCK_TIMEOUT_S),
+        held(host.folders.runtime, f"image {name}", timeout_s=_LOCK_TIMEOUT_S),
         tempfile.TemporaryDirectory(prefix=f"build-{name}-", dir=host.folders.cache) as folder,
     ):
-        try:
-            built = micro.build(Path(folder), report)
-            manifest = _manifest(name, built)
-        except OSError as error:
-            raise ImageError(f"cannot build image {name}: {error}") from error
-        present = next((known for known in list_images(host) if known.digest == manifest.digest), None)
-        if present is not None:
-            report(Step(f"image {present.stem} is in the store already, unchanged"))
-            if find(host, name).manifest != present:
-                return _made_newest(host, replace(present, built=manifest.built))
-            return present
-        _store(host, manifest, built, report)
-    return manifest
+        yield Path(folder)
 
 
-def _made_newest(host: Host, manifest: Manifest) -> Manifest:
-    """Let the plain name mean this image again, of which a build has just proved that it is what the recipe says."""
-    text = json.dumps(asdict(manifest), indent=1).encode()
-    # In place: the time has one length, and for no moment is the image without its manifest.
-    storage.upload_bytes(host.conn, host.settings.image_pool, f"{manifest.stem}.json", text)
-    return manifest
+def add(host: Host, new: NewImage, report: Reporter) -> Manifest:
+    """Put an image into the store, under the lock of ``making``. One of the same content is there already: it stays."""
+    manifest = _manifest(new)
+    present = next((m for m in list_images(host) if (m.name, m.digest) == (manifest.name, manifest.digest)), None)
+    if present is None:
+        _store(host, manifest, new, report)
+        return manifest
+    report(Step(f"image {present.stem} is in the store already, unchanged"))
+    if find(host, new.name).manifest != present:
+        present = replace(present, built=manifest.built)  # the plain name means this one again
+        rewrite(host, present)
+    return present
 
 
-def _store(host: Host, manifest: Manifest, built: BuiltImage, report: Reporter) -> None:
-    sources = {f"{manifest.stem}.qcow2": built.disk}
-    if manifest.kernel_sha256:
-        sources |= {f"{manifest.stem}.kernel": built.kernel, f"{manifest.stem}.initrd": built.initrd}
+def rewrite(host: Host, manifest: Manifest) -> None:
+    """Replace what is kept of an image, in place. Raises ImageError when it no longer fits there."""
+    volume = f"{manifest.stem}.json"
+    text = manifest.to_bytes()
+    size = storage.volume(host.conn, host.settings.image_pool, volume).capacity
+    if len(text) > size:
+        raise ImageError(f"cannot change the manifest of image {manifest.stem}: it has grown too long")
+    storage.upload_bytes(host.conn, host.settings.image_pool, volume, text.ljust(size))
+
+
+def _store(host: Host, manifest: Manifest, new: NewImage, report: Reporter) -> None:
     try:
-        for volume, path in sources.items():
+        for suffix, path in new.files().items():
             with path.open("rb") as file:
-                _put(host, volume, file, path.stat().st_size, report)
-        text = json.dumps(asdict(manifest), indent=1).encode()
+                _put(host, f"{manifest.stem}.{suffix}", file, path.stat().st_size, report)
+        text = manifest.to_bytes()
+        text = text.ljust(len(text) + _ROOM_FOR_TAGS)
         _put(host, f"{manifest.stem}.json", io.BytesIO(text), len(text), report)
     except BaseException:
-        # Under the build lock, and without a manifest, these can only be this run's own.
+        # Under the image's lock, and without a manifest, these can only be this run's own.
         for volume in manifest.volumes():
             storage.delete_volume(host.conn, host.settings.image_pool, volume)
         raise

@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vmctl import images, networks, render, seed
+from vmctl import image_build, images, networks, render, seed
 from vmctl.accel import Decision
 from vmctl.events import silent
 from vmctl.hosts import Host, decide_accel, open_host
@@ -92,7 +92,7 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 7
     with open_host() as host, tempfile.TemporaryDirectory(prefix="vmctl-bench-", dir="/var/tmp") as folder:
         Path(folder).chmod(0o755)
-        images.build(host, "micro", silent)
+        image_build.build(host, "micro", silent)
         decision = decide_accel(host, AccelChoice.AUTO)
         samples: dict[str, list[float]] = {"raw": [], "vmctl": []}
         for number in range(rounds):

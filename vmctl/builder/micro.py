@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vmctl import qemu_img
@@ -14,6 +13,7 @@ from vmctl.builder.tools import require, run
 from vmctl.builder.tree import Tree
 from vmctl.errors import ImageError
 from vmctl.events import Reporter, Step
+from vmctl.manifest import NewImage
 from vmctl.resources import image_recipes_dir
 
 ROOT_LABEL = "vmctl-micro"
@@ -24,24 +24,7 @@ _ALIASES = ("bin", "lib", "lib64", "sbin")
 _UNWANTED_APPLETS = frozenset({"init", "linuxrc", "shutdown"})
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltImage:
-    """A built image: files in the folder it was built into, and what they are. Sizes in bytes."""
-
-    disk: Path
-    kernel: Path
-    initrd: Path
-    cmdline: str
-    format: str
-    virtual_size: int
-    os_name: str
-    os_version: str
-    architecture: str
-    default_user: str
-    packages: tuple[tuple[str, str], ...]
-
-
-def build(out_dir: Path, report: Reporter) -> BuiltImage:
+def build(out_dir: Path, report: Reporter) -> NewImage:
     """Build the micro image into the empty folder ``out_dir``. Raises ImageError."""
     require(_TOOLS, "build image micro")
     sources = image_recipes_dir() / "micro"
@@ -53,7 +36,7 @@ def build(out_dir: Path, report: Reporter) -> BuiltImage:
         raise ImageError(f"cannot build image micro: {error}", hint=hint) from error
 
 
-def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> BuiltImage:
+def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> NewImage:
     packages, found, paths = _packages(recipe, report)
     report(Step("unpacking packages"))
     root, boot, modules = Tree(), Tree(), {}
@@ -84,18 +67,21 @@ def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> Bu
         qemu_img.convert(raw, "raw", disk, "qcow2")
     for path in (vmlinux, initrd, disk):
         path.chmod(0o644)
-    return BuiltImage(
+    return NewImage(
+        name="micro",
         disk=disk,
         kernel=vmlinux,
         initrd=initrd,
         cmdline=recipe.cmdline,
-        format="qcow2",
         virtual_size=recipe.size_mib << 20,
         os_name=recipe.os_name,
         os_version=recipe.release,
         architecture=recipe.architecture,
         default_user=recipe.default_user,
-        packages=tuple((deb.name, deb.version) for deb in found),
+        source="recipe micro",
+        boots=("direct",),
+        osinfo="debian12",
+        software={deb.name: deb.version for deb in found},
     )
 
 

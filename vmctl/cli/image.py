@@ -12,7 +12,7 @@ from vmctl.cli.options import ConnectOption, ImageName, OutputOption, YesOption,
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
-    from vmctl.images import Manifest
+    from vmctl.manifest import Manifest
 
 app = typer.Typer(help="Images that VMs start from.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -43,10 +43,10 @@ def build(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Build an image by its recipe and put it into the store."""
-    from vmctl import images
+    from vmctl import image_build
 
     with opened(connect) as host:
-        manifest = images.build(host, name, reporter())
+        manifest = image_build.build(host, name, reporter())
         ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
 
 

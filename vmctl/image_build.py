@@ -1,0 +1,29 @@
+"""Building images by recipe."""
+
+from __future__ import annotations
+
+from vmctl import images
+from vmctl.errors import ImageError, NotFound
+from vmctl.events import Reporter
+from vmctl.hosts import Host
+from vmctl.manifest import Manifest
+from vmctl.resources import image_recipes_dir
+
+
+def recipes() -> tuple[str, ...]:
+    """Names of the recipes that come with vmctl."""
+    return tuple(sorted(path.parent.name for path in image_recipes_dir().glob("*/recipe.toml")))
+
+
+def build(host: Host, name: str, report: Reporter) -> Manifest:
+    """Build image ``name`` by its recipe and put it into the store. Raises NotFound, ImageError."""
+    if name not in recipes():
+        known = ", ".join(recipes())
+        raise NotFound(f"cannot build image {name}: there is no recipe of that name", hint=f"recipes: {known}")
+    from vmctl.builder import micro
+
+    with images.making(host, name) as folder:
+        try:
+            return images.add(host, micro.build(folder, report), report)
+        except OSError as error:
+            raise ImageError(f"cannot build image {name}: {error}") from error

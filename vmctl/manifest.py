@@ -1,0 +1,120 @@
+"""What an image is: its manifest, as kept beside its files, and a new one on its way into the store. Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+NAME = r"[a-z0-9](?:[a-z0-9.-]{0,46}[a-z0-9])?"
+_FILE = re.compile(rf"(?P<name>{NAME})-(?P<digest>[0-9a-f]{{12}})\.json")
+_SHORT = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an image is. Sizes in bytes; ``digest`` covers disk, kernel, initrd and command line.
+
+    ``checksum`` is what its source was checked against, "sha256:…" or "sha512:…"; "" for one made here.
+    ``verified`` is False for one that was taken without a checksum, and stays so. ``boots`` names the ways it can
+    start: direct, bios, uefi.
+    """
+
+    name: str
+    digest: str
+    format: str
+    os: str
+    os_version: str
+    architecture: str
+    default_user: str
+    virtual_size: int
+    size: int
+    disk_sha256: str
+    kernel_sha256: str
+    initrd_sha256: str
+    cmdline: str
+    software: dict[str, str]
+    source: str
+    built: str
+    boots: tuple[str, ...] = ("direct",)
+    osinfo: str = ""
+    checksum: str = ""
+    verified: bool = True
+    tags: tuple[str, ...] = ()
+
+    @property
+    def short(self) -> str:
+        """The digest as people type it."""
+        return self.digest[:_SHORT]
+
+    @property
+    def stem(self) -> str:
+        """What the names of its volumes begin with."""
+        return f"{self.name}-{self.short}"
+
+    def volumes(self) -> tuple[str, ...]:
+        """Names of its volumes, the manifest first: deleting it first makes the image gone at once."""
+        files = [f"{self.stem}.json", f"{self.stem}.qcow2"]
+        if self.kernel_sha256:
+            files.append(f"{self.stem}.kernel")
+        if self.initrd_sha256:
+            files.append(f"{self.stem}.initrd")
+        return tuple(files)
+
+    def to_bytes(self) -> bytes:
+        """The text that is kept."""
+        return json.dumps(asdict(self), indent=1).encode()
+
+
+def is_manifest(volume: str) -> bool:
+    """Whether a volume of that name is a manifest."""
+    return _FILE.fullmatch(volume) is not None
+
+
+def parse(data: bytes) -> Manifest | None:
+    """A manifest from its JSON; None for one cut short or of another shape, which makes the image not exist."""
+    try:
+        values = json.loads(data)
+        kept: dict[str, Any] = {}
+        for one in fields(Manifest):
+            if one.name in values or (one.default is MISSING and one.default_factory is MISSING):
+                kept[one.name] = values[one.name]
+        for name in ("boots", "tags"):
+            if name in kept:
+                kept[name] = tuple(kept[name])
+        return Manifest(**kept)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class NewImage:
+    """An image on its way into the store: its files, which stay the caller's, and what they are.
+
+    ``disk`` is qcow2 without a backing file. Sizes in bytes.
+    """
+
+    name: str
+    disk: Path
+    virtual_size: int
+    os_name: str
+    os_version: str
+    architecture: str
+    default_user: str
+    source: str
+    kernel: Path | None = None
+    initrd: Path | None = None
+    cmdline: str = ""
+    boots: tuple[str, ...] = ("bios",)
+    osinfo: str = ""
+    checksum: str = ""
+    verified: bool = True
+    software: dict[str, str] = field(default_factory=dict)
+    format: str = "qcow2"
+
+    def files(self) -> dict[str, Path]:
+        """Its files by the suffix they get in the store."""
+        found = {"qcow2": self.disk, "kernel": self.kernel, "initrd": self.initrd}
+        return {suffix: path for suffix, path in found.items() if path is not None}
