@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmctl import config
@@ -96,42 +95,3 @@ def decide_accel(host: Host, requested: AccelChoice, *, refresh: bool = False) -
     from vmctl import accel
 
     return accel.choose(requested, kvm_findings(host, refresh=refresh))
-
-
-@dataclass(frozen=True, slots=True)
-class HostInfo:
-    """Everything `vmctl host info` tells."""
-
-    name: str
-    uri: str
-    arch: str
-    cpu_model: str
-    cpus: int
-    memory_mib: int
-    libvirt: str
-    qemu: str
-    emulator: Path
-    network: str
-    pool: str
-    image_pool: str
-    accel: Decision
-
-
-def info(host: Host, *, refresh: bool = False) -> HostInfo:
-    """Gather what the host is."""
-    facts, versions = host.facts, connection.versions(host.conn)
-    return HostInfo(
-        name=host.conn.host,
-        uri=host.conn.uri,
-        arch=facts.arch,
-        cpu_model=facts.cpu_model,
-        cpus=facts.cpus,
-        memory_mib=facts.memory_mib,
-        libvirt=versions.libvirt,
-        qemu=versions.hypervisor,
-        emulator=facts.emulator,
-        network=host.settings.network,
-        pool=host.settings.pool,
-        image_pool=host.settings.image_pool,
-        accel=decide_accel(host, AccelChoice.AUTO, refresh=refresh),
-    )

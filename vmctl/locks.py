@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from vmctl.wait import wait_until
 @contextmanager
 def held(folder: Path, what: str, *, timeout_s: float = 0.0) -> Iterator[None]:
     """Hold the lock called ``what``. Raises Conflict when another process still has it after ``timeout_s``."""
+    import hashlib  # late: it loads all of OpenSSL, and a command that only reads takes no lock
+
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = folder / (hashlib.sha256(what.encode()).hexdigest()[:24] + ".lock")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vmctl.doctor import Finding
-    from vmctl.hosts import HostInfo
+    from vmctl.host_info import HostInfo
 
 host_app = typer.Typer(help="Hosts that VMs run on.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -56,10 +56,10 @@ def info(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Show the host and which accelerator works there, with the evidence."""
-    from vmctl import hosts
+    from vmctl import host_info
 
     with opened(connect) as host:
-        found = hosts.info(host, refresh=refresh)
+        found = host_info.info(host, refresh=refresh)
         ui.emit(found, output, lambda: _info_text(found), lambda: [found.name])
 
 

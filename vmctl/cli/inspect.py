@@ -14,7 +14,8 @@ from vmctl.ui import Output
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vmctl.listing import Detail, Row
+    from vmctl.detail import Detail
+    from vmctl.listing import Row
 
 _HEADER = ("NAME", "STATE", "ACCEL", "VCPUS", "MEMORY", "ADDRESS", "HOST", "IMAGE", "UPTIME")
 
@@ -116,12 +117,11 @@ def _details(d: Detail) -> str:
 
 def show(names: Names, connect: ConnectOption = None, output: OutputOption = Output.TABLE) -> None:
     """Show everything about VMs. With -o json, one VM is an object and several are a list."""
-    from vmctl import hosts, listing
-    from vmctl.spec import AccelChoice
+    from vmctl.detail import detail
+    from vmctl.listing import matching
 
     with opened(connect) as host:
-        wanted = listing.matching(host, names)
-        found = [listing.detail(host, name, lambda: hosts.decide_accel(host, AccelChoice.AUTO)) for name in wanted]
+        found = [detail(host, name) for name in matching(host, names)]
         value = found[0] if len(names) == 1 and len(found) == 1 else found
         ui.emit(value, output, lambda: "\n\n".join(map(_details, found)), lambda: [d.name for d in found])
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import libvirt
 
-from vmctl import domain_xml
-from vmctl.domain_xml import Brief
+from vmctl.domain_brief import Brief, brief
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
 from vmctl.hypervisor.states import State, state_of
@@ -76,7 +75,7 @@ def _entry(dom: Any, values: dict[str, Any], saved: frozenset[str], local: _Loca
 
 def _asked(dom: Any) -> Brief | None:
     try:
-        return domain_xml.brief(dom.XMLDesc())
+        return brief(dom.XMLDesc())
     except libvirt.libvirtError as error:
         if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:  # deleted since the bulk answer
             return None
@@ -95,7 +94,7 @@ class _Local:
             try:
                 # Unbuffered bytes: the other layers take longer than the read.
                 with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-                    found = domain_xml.brief(file.read().decode())
+                    found = brief(file.read().decode())
             except (OSError, ValueError):
                 continue
             if found.uuid == uuid:

@@ -1,0 +1,94 @@
+"""Everything about one VM, for `show`; its JSON is this same object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vmctl.choices import AccelChoice
+from vmctl.domain_brief import Brief
+from vmctl.domain_xml import DiskFacts, NicFacts
+from vmctl.hosts import Host, decide_accel
+from vmctl.hypervisor import domain, inventory
+from vmctl.hypervisor.inventory import Entry
+from vmctl.hypervisor.states import State
+from vmctl.listing import addresses_of
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """Everything about one VM."""
+
+    name: str
+    uuid: str
+    state: State
+    why: str
+    uptime_s: float | None
+    description: str
+    labels: Mapping[str, str]
+    accel: Mapping[str, object]
+    vcpus: int
+    memory_mib: int
+    cpu: str
+    machine: str
+    firmware: str
+    image: str
+    image_digest: str
+    address: str
+    ssh_user: str
+    ssh_host_key: str
+    disks: tuple[DiskFacts, ...]
+    nics: tuple[NicFacts, ...]
+    graphics: str
+    agent: bool
+    console_log: str
+    autostart: bool
+    persistent: bool
+    spec_digest: str
+    host: str
+
+
+def detail(host: Host, name: str) -> Detail:
+    """One VM in full, the host's accelerator decision beside what the VM uses."""
+    vm = domain.find(host.conn, name)
+    facts, record = vm.facts, vm.facts.record
+    pairs = tuple((nic.mac, nic.source) for nic in facts.nics)
+    short = Brief(vm.uuid, facts.accel, facts.vcpus, facts.memory_mib, pairs, record)
+    entry = Entry(vm.name, vm.uuid, vm.state, facts.vcpus, facts.memory_mib, None, short)
+    here = decide_accel(host, AccelChoice.AUTO)
+    accel: dict[str, object] = {
+        "chosen": facts.accel or "",
+        "requested": record.accel_requested if record else "",
+        "reason": record.accel_reason if record else "defined outside vmctl",
+        "host": here.to_json(),
+    }
+    ssh = record.ssh if record else None
+    return Detail(
+        name=vm.name,
+        uuid=vm.uuid,
+        state=vm.state,
+        why=vm.why,
+        uptime_s=inventory.uptime_s(host.conn, vm.name) if vm.active else None,
+        description=facts.description,
+        labels=dict(record.labels) if record else {},
+        accel=accel,
+        vcpus=facts.vcpus,
+        memory_mib=facts.memory_mib,
+        cpu=facts.cpu,
+        machine=facts.machine,
+        firmware=facts.firmware,
+        image=record.image if record else "",
+        image_digest=record.image_digest if record else "",
+        address=addresses_of(host, [entry])(short),
+        ssh_user=ssh.user if ssh else "",
+        ssh_host_key=ssh.host_key if ssh else "",
+        disks=facts.disks,
+        nics=facts.nics,
+        graphics=facts.graphics,
+        agent=facts.agent,
+        console_log=facts.serial_log,
+        autostart=vm.autostart,
+        persistent=vm.persistent,
+        spec_digest=record.spec_digest if record else "",
+        host=host.conn.host,
+    )
