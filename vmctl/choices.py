@@ -26,6 +26,7 @@ class Firmware(StrEnum):
 
     BIOS = "bios"
     UEFI = "uefi"
+    UEFI_SECURE = "uefi-secure"
 
 
 class Machine(StrEnum):

@@ -6,11 +6,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import hosts, images, networks, render, resolve, seed, spec
+from vmctl import first_boot, hosts, images, networks, render, resolve, seed, spec
 from vmctl.accel import Decision
 from vmctl.config import Settings
 from vmctl.deletion import remove
-from vmctl.errors import Conflict, quietly
+from vmctl.errors import Conflict, SpecError, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.guest import private_key
 from vmctl.hosts import Host, holding
@@ -50,7 +50,7 @@ def _own_volumes(vm: VM, prefix: str, settings: Settings) -> tuple[tuple[Owned, 
     """What the VM will own, its console log among it, and the names of its new disks."""
     disks = tuple(f"{prefix}-disk{number}.qcow2" for number, d in enumerate(vm.disks, 1) if d.size_mib is not None)
     log = Owned(settings.pool, f"{prefix}-console.log") if vm.console else None
-    names = (f"{prefix}.qcow2", f"{prefix}-seed.iso", *disks)
+    names = (f"{prefix}.qcow2", f"{prefix}-seed.iso", *((f"{prefix}-ignition.json",) if vm.ignition else ()), *disks)
     owned = tuple(Owned(settings.pool, name) for name in names)
     return (*owned, log) if log else owned, log, disks
 
@@ -62,6 +62,8 @@ def plan(host: Host, vm: VM) -> Plan:
     """
     spec.validate(vm)
     image = images.find(host, vm.image)
+    if found := first_boot.image_problems(vm, image.manifest):
+        raise SpecError(f"cannot create VM {vm.name} from image {image.manifest.stem}", problems=found)
     decision = hosts.decide_accel(host, vm.accel)
     taken = {uuid for name, uuid in domain.identities(host.conn) if name != vm.name}
     vm_uuid = resolve.identity(host.conn.host, vm.name, taken)
@@ -78,20 +80,22 @@ def plan(host: Host, vm: VM) -> Plan:
         labels=dict(vm.labels),
         owned=owned,
         console_log=log,
-        ssh=SshAccess(image.manifest.default_user, "", port),
+        ssh=SshAccess(vm.user or image.manifest.default_user, "", port, first_boot.static_address(vm)),
         creating=True,
     )
+    direct = first_boot.starts_directly(vm, image.manifest)
     placement = resolve.Placement(
         root=f"{folder}/{prefix}.qcow2",
         seed=f"{folder}/{prefix}-seed.iso",
         new_disks=tuple(f"{folder}/{name}" for name in disks),
         console_log=f"{folder}/{log.volume}" if log else "",
         nvram=_nvram(host, prefix),
-        kernel=image.kernel,
-        initrd=image.initrd,
-        cmdline=image.manifest.cmdline,
+        kernel=image.kernel if direct else "",
+        initrd=image.initrd if direct else "",
+        cmdline=image.manifest.cmdline if direct else "",
         network=host.settings.network,
         forward_port=port,
+        ignition=f"{folder}/{prefix}-ignition.json",
     )
     return Plan(vm, vm_uuid, decision, image, placement, record)
 
@@ -166,11 +170,12 @@ def _make(host: Host, planned: Plan, report: Reporter, *, start_it: bool) -> Dom
     ssh = planned.record.ssh
     record = replace(planned.record, ssh=replace(ssh, host_key=host_key.public) if ssh else None)
     with ExitStack() as undo:
-        _make_volumes(host, planned, host_key, undo)
+        _make_volumes(host, planned, undo)
         report(Step(f"disks of {vm.name} are made from image {planned.image.manifest.stem}"))
         # Registered before, for a signal may come between the call's end and the next line; takes back only our own.
         undo.callback(quietly, lambda: _undefine_own(host, planned, host_key.public))
-        _define(host, planned, record, report)
+        nics = _define(host, planned, record, report)
+        _make_seed(host, planned, host_key, nics, undo)
         if vm.autostart:
             domain.set_autostart(host.conn, vm.name, on=True)
         if start_it:
@@ -190,33 +195,40 @@ def _undefine_own(host: Host, planned: Plan, host_key: str) -> None:
         domain.undefine(host.conn, planned.vm.name)
 
 
-def _define(host: Host, planned: Plan, record: Record, report: Reporter) -> None:
-    """Define the domain, its MACs chosen and taken in one breath, so that two creations cannot choose the same."""
+def _define(host: Host, planned: Plan, record: Record, report: Reporter) -> tuple[Nic, ...]:
+    """Define the domain, its MACs chosen and taken in one breath, so that two creations cannot choose the same.
+
+    Returns the cards with their MACs.
+    """
     net = host.settings.network
     if planned.placement.forward_port is None and any((nic.network or net) == net for nic in planned.vm.nics):
         networks.ensure(host, report)
     with held(host.folders.runtime, f"MACs on {host.lock_scope}", timeout_s=_MACS_TIMEOUT_S):
-        domain.define(host.conn, planned.xml(addressed(host, planned), record), name=planned.vm.name)
+        nics = addressed(host, planned)
+        domain.define(host.conn, planned.xml(nics, record), name=planned.vm.name)
+    return nics
 
 
-def _make_volumes(host: Host, planned: Plan, host_key: seed.KeyPair, undo: ExitStack) -> None:
+def _make_seed(host: Host, planned: Plan, host_key: seed.KeyPair, nics: tuple[Nic, ...], undo: ExitStack) -> None:
+    """Write what the guest is told at its first boot; after the definition, for it names the cards by their MACs."""
+    vm, prefix = planned.vm, resolve.volume_prefix(planned.vm.name, planned.uuid)
+    keys = (*seed.authorized_keys(private_key(host), Path.home()), *vm.ssh_keys)
+    files = first_boot.seed_files(vm, planned.uuid, nics, host_key, keys, planned.image.manifest)
+    contents = {f"{prefix}-seed.iso": seed.build_iso(files)}
+    if vm.ignition:
+        contents[f"{prefix}-ignition.json"] = vm.ignition.encode()
+    for name, data in contents.items():
+        # QEMU reads the Ignition config itself, under its own user; the seed is a disk, which libvirt hands over.
+        owner = host.facts.qemu_user or "" if name.endswith(".json") else ""
+        _make_volume(host, host.settings.pool, render.VolumeView(name, len(data), "raw", owner=owner), undo)
+        storage.upload_bytes(host.conn, host.settings.pool, name, data)
+
+
+def _make_volumes(host: Host, planned: Plan, undo: ExitStack) -> None:
     vm, pool = planned.vm, host.settings.pool
     prefix = resolve.volume_prefix(vm.name, planned.uuid)
     size = max(planned.image.manifest.virtual_size, (vm.root_size_mib or 0) * _MIB)
-    iso = seed.build_iso(
-        render.SeedView(
-            instance_id=planned.uuid,
-            hostname=vm.name,
-            ssh_keys=tuple(dict.fromkeys((*seed.authorized_keys(private_key(host), Path.home()), *vm.ssh_keys))),
-            host_key_private=host_key.private,
-            host_key_public=host_key.public,
-            runcmd=vm.runcmd,
-        )
-    )
-    views = [
-        render.VolumeView(f"{prefix}.qcow2", size, "qcow2", backing=planned.image.disk),
-        render.VolumeView(f"{prefix}-seed.iso", len(iso), "raw"),
-    ]
+    views = [render.VolumeView(f"{prefix}.qcow2", size, "qcow2", backing=planned.image.disk)]
     if vm.console:
         # libvirt's log daemon appends to it; made here so that it is a volume and can be read from anywhere.
         views.append(render.VolumeView(f"{prefix}-console.log", 0, "raw"))
@@ -225,7 +237,6 @@ def _make_volumes(host: Host, planned: Plan, host_key: seed.KeyPair, undo: ExitS
             views.append(render.VolumeView(f"{prefix}-disk{number}.qcow2", disk.size_mib * _MIB, disk.format))
     for view in views:
         _make_volume(host, pool, view, undo)
-    storage.upload_bytes(host.conn, pool, f"{prefix}-seed.iso", iso)
 
 
 def _make_volume(host: Host, pool: str, view: render.VolumeView, undo: ExitStack) -> None:

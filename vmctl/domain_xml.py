@@ -111,6 +111,7 @@ def read(root: ET.Element) -> DomainFacts:
     kib = 0.0 if memory is None else int(memory.text or 0) * _KIB_PER.get(memory.get("unit", "KiB"), 1)
     loader = root.find("os/loader")
     uefi = _attribute(root, "os", "firmware") == "efi" or (loader is not None and loader.get("type") == "pflash")
+    secure = loader is not None and loader.get("secure") == "yes"
     return DomainFacts(
         name=_text(root, "name"),
         uuid=_text(root, "uuid"),
@@ -118,7 +119,7 @@ def read(root: ET.Element) -> DomainFacts:
         vcpus=int(_text(root, "vcpu") or 1),
         memory_mib=int(kib / 1024),
         machine=_attribute(root, "os/type", "machine"),
-        firmware="uefi" if uefi else "bios",
+        firmware=("uefi-secure" if secure else "uefi") if uefi else "bios",
         cpu=_cpu(root),
         description=root.findtext("description") or "",
         disks=tuple(_disk(disk) for disk in root.iterfind("devices/disk")),

@@ -75,9 +75,13 @@ class Unsupported(VmctlError):
 
 
 class GuestCommandFailed(VmctlError):
-    """A command vmctl itself ran in the guest failed."""
+    """A command vmctl itself ran in the guest failed. ``evidence`` is what the guest said, line by line."""
 
     exit_code = 9
+
+    def __init__(self, message: str, *, evidence: Sequence[str] = (), hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.evidence = tuple(evidence)
 
 
 class ImageError(VmctlError):

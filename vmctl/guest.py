@@ -49,6 +49,8 @@ def address(host: Host, vm: Domain) -> Address | None:
     record = vm.facts.record
     if record is not None and record.ssh is not None and record.ssh.forward_port is not None:
         return Address("127.0.0.1", record.ssh.forward_port, "", None)
+    if record is not None and record.ssh is not None and record.ssh.address:
+        return Address(record.ssh.address, 22, "", "")
     for nic in vm.facts.nics:
         facts = network.find(host.conn, nic.source)
         if facts is None:

@@ -116,6 +116,7 @@ def _manifest(new: NewImage) -> Manifest:
         osinfo=new.osinfo,
         checksum=new.checksum,
         verified=new.verified,
+        first_boot=new.first_boot,
     )
 
 
@@ -139,10 +140,12 @@ def add(host: Host, new: NewImage, report: Reporter) -> Manifest:
         _store(host, manifest, new, report)
         return manifest
     report(Step(f"image {present.stem} is in the store already, unchanged"))
-    if find(host, new.name).manifest != present:
-        present = replace(present, built=manifest.built)  # the plain name means this one again
-        rewrite(host, present)
-    return present
+    shadowed = find(host, new.name).manifest != present
+    # The plain name means this one again; and what an older vmctl did not yet write down is added.
+    kept = replace(manifest, tags=present.tags, built=manifest.built if shadowed else present.built)
+    if kept != present:
+        rewrite(host, kept)
+    return kept
 
 
 def rewrite(host: Host, manifest: Manifest) -> None:

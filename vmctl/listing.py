@@ -85,6 +85,8 @@ def addresses_of(host: Host, entries: Iterable[Entry]) -> Callable[[Brief | None
             return ""
         if facts.record and facts.record.ssh and facts.record.ssh.forward_port:
             return f"127.0.0.1:{facts.record.ssh.forward_port}"
+        if facts.record and facts.record.ssh and facts.record.ssh.address:
+            return facts.record.ssh.address
         return next((known[mac] for mac, _ in facts.nics if mac in known), "")
 
     return look_up

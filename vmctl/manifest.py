@@ -19,7 +19,7 @@ class Manifest:
 
     ``checksum`` is what its source was checked against, "sha256:…" or "sha512:…"; "" for one made here.
     ``verified`` is False for one that was taken without a checksum, and stays so. ``boots`` names the ways it can
-    start: direct, bios, uefi.
+    start: direct, bios, uefi. ``first_boot`` names what reads the seed inside: cloud-init, ignition, or micro's init.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Manifest:
     checksum: str = ""
     verified: bool = True
     tags: tuple[str, ...] = ()
+    first_boot: str = "cloud-init"
 
     @property
     def short(self) -> str:
@@ -113,6 +114,7 @@ class NewImage:
     verified: bool = True
     software: dict[str, str] = field(default_factory=dict)
     format: str = "qcow2"
+    first_boot: str = "cloud-init"
 
     def files(self) -> dict[str, Path]:
         """Its files by the suffix they get in the store."""

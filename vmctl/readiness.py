@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from vmctl import cloud_init
 from vmctl.accel import timeout_scale
-from vmctl.errors import VmctlError, WaitTimeout, WrongState
-from vmctl.events import Reporter, StageBegan, StageDone
-from vmctl.guest import Address, address, console_tail
+from vmctl.cloud_init import Outcome, Status
+from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, WrongState
+from vmctl.events import Reporter, StageBegan, StageDone, Warned
+from vmctl.guest import Address, address, console_tail, execute
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, inventory, network
 from vmctl.hypervisor.domain import Domain, State
@@ -30,12 +32,13 @@ _LOG_LINES = 15
 
 
 class Goal(StrEnum):
-    """What can be waited for. Each but ``stopped`` includes those above it."""
+    """What can be waited for."""
 
     RUNNING = "running"
     IP = "ip"
     SSH = "ssh"
     AGENT = "agent"
+    CLOUD_INIT = "cloud-init"
     STOPPED = "stopped"
 
 
@@ -44,13 +47,14 @@ _STAGES = {
     Goal.IP: (Goal.RUNNING, Goal.IP),
     Goal.SSH: (Goal.RUNNING, Goal.IP, Goal.SSH),
     Goal.AGENT: (Goal.RUNNING, Goal.AGENT),
+    Goal.CLOUD_INIT: (Goal.RUNNING, Goal.IP, Goal.SSH, Goal.CLOUD_INIT),
     Goal.STOPPED: (Goal.STOPPED,),
 }
 
 
-def default_timeout_s(vm: Domain) -> float:
-    """How long a wait lasts unless told otherwise; longer where a translator runs the guest."""
-    return 60.0 * timeout_scale(vm.facts.accel or Accel.KVM)
+def default_timeout_s(vm: Domain, goal: Goal = Goal.SSH) -> float:
+    """How long a wait lasts unless told otherwise; longer under TCG, and for a whole set-up."""
+    return (300.0 if goal is Goal.CLOUD_INIT else 60.0) * timeout_scale(vm.facts.accel or Accel.KVM)
 
 
 @dataclass(slots=True)
@@ -67,6 +71,7 @@ class _Watch:
     last_error: str = ""
     answered: bool = False
     patience_s: float = _FORWARD_BANNER_S
+    set_up: Outcome | None = None
 
     def look(self) -> State:
         """The state, asked for at most every half second: the guest's own answers are what is waited for."""
@@ -111,7 +116,7 @@ class _Watch:
         return self.answered
 
     def _leased(self, where: Address) -> bool:
-        if where.network is None:
+        if not where.network:
             return False
         up = inventory.uptime_s(self.host.conn, self.vm.name)
         since = time.time() - up - 1.0 if up is not None else 0.0
@@ -123,6 +128,27 @@ class _Watch:
     def ssh(self) -> bool:
         self.look()
         return self.where is not None and self._banner(self.where)
+
+    def cloud_init(self) -> bool:
+        """Whether cloud-init is through, asked inside the guest; how it went is in ``set_up``."""
+        self.look()
+        said = bytearray()
+        try:
+            code = execute(
+                self.host, self.vm.name, ["sh", "-c", cloud_init.SCRIPT], stdin=None, out=said.extend, err=said.extend
+            )
+        except (VmctlError, OSError) as error:
+            self.last_error = str(error)  # the user or the key may not be there yet
+            return False
+        if code == cloud_init.ABSENT:
+            raise Unsupported(f"cannot wait for cloud-init in VM {self.vm.name}: its image has none")
+        if code == cloud_init.DISABLED:
+            raise Unsupported(
+                f"cannot wait for cloud-init in VM {self.vm.name}: it is disabled there, or found no seed"
+            )
+        if code == 0:
+            self.set_up = cloud_init.read(said.decode(errors="replace"))
+        return code == 0
 
     def _banner(self, where: Address) -> bool:
         """Whether an SSH server greets. Short tries, for a lost SYN is repeated only after a second.
@@ -151,7 +177,7 @@ class _Watch:
         lines += [f"stage {name}: {took:.1f} s" for name, took in self.took]
         if self.where is not None:
             lines.append(f"address: {self.where.host} port {self.where.port} (MAC {self.where.mac})")
-            if self.where.network is not None:
+            if self.where.network:
                 held = [
                     lease for lease in network.leases(self.host.conn, self.where.network) if lease.mac == self.where.mac
                 ]
@@ -179,7 +205,7 @@ def wait_for(
     """Wait until ``vm`` reaches ``goal``; returns its address where a stage found one.
 
     Raises WaitTimeout, naming the stage, with evidence; WrongState when the VM stops meanwhile, for then no
-    waiting helps.
+    waiting helps; GuestCommandFailed when cloud-init failed, Unsupported when the guest has none.
     """
     began = clock()
     watch = _Watch(host, vm, clock)
@@ -188,7 +214,7 @@ def wait_for(
         report(StageBegan(stage, stage_began - began))
         try:
             wait_until(
-                getattr(watch, stage.value),
+                getattr(watch, stage.name.lower()),
                 what=f"VM {vm.name} to reach {goal}, in stage {stage}",
                 timeout_s=max(0.0, began + timeout_s - clock()),
                 interval_s=_POLL_S,
@@ -205,5 +231,21 @@ def wait_for(
         took = clock() - stage_began
         watch.took.append((stage, took))
         detail = watch.where.host if stage in {Goal.IP, Goal.SSH} and watch.where else ""
+        if watch.set_up is not None:
+            detail = watch.set_up.status
         report(StageDone(stage, took, clock() - began, detail))
+    if watch.set_up is not None:
+        _judge(vm.name, watch.set_up, report)
     return watch.where
+
+
+def _judge(name: str, set_up: Outcome, report: Reporter) -> None:
+    """Tell of a degraded set-up; raise GuestCommandFailed for a failed one."""
+    if set_up.status is Status.DEGRADED:
+        report(Warned("\n".join(["cloud-init is done, but degraded:", *(f"  {line}" for line in set_up.lines)])))
+    elif set_up.status is Status.FAILED:
+        raise GuestCommandFailed(
+            f"cannot use VM {name} as asked: cloud-init failed in it",
+            evidence=set_up.lines,
+            hint=f"the VM runs; vmctl exec {name} -- sudo cat /var/log/cloud-init-output.log",
+        )

@@ -24,11 +24,15 @@ class Owned:
 
 @dataclass(frozen=True, slots=True)
 class SshAccess:
-    """How to reach the guest by SSH. ``forward_port`` is on the host's loopback; None: at its own address."""
+    """How to reach the guest by SSH. ``forward_port`` is on the host's loopback; None: at its own address.
+
+    ``address`` is a static one, known from the start; "" where the network gives one.
+    """
 
     user: str
     host_key: str
     forward_port: int | None = None
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,9 @@ def read(element: ET.Element) -> Record | None:
         owned=tuple(Owned(v.get("pool", ""), v.get("name", "")) for v in element.iter(_tag("volume"))),
         ssh=None
         if ssh is None
-        else SshAccess(ssh.get("user", ""), ssh.get("host-key", ""), int(port) if port else None),
+        else SshAccess(
+            ssh.get("user", ""), ssh.get("host-key", ""), int(port) if port else None, ssh.get("address", "")
+        ),
         console_log=None if log is None else Owned(log.get("pool", ""), log.get("name", "")),
         creating=element.get("creating") == "yes",
         schema=int(element.get("schema", "0")),

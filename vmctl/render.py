@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,6 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from vmctl import record
+from vmctl.errors import SpecError
 from vmctl.record import Record
 from vmctl.reservation import Reservation
 from vmctl.resolve import DomainView
@@ -32,7 +34,7 @@ class NetworkView:
 
 @dataclass(frozen=True, slots=True)
 class VolumeView:
-    """Everything volume.xml.j2 prints. ``capacity`` in bytes; ``mode`` in octal digits."""
+    """Everything volume.xml.j2 prints. ``capacity`` in bytes; ``mode`` in octal digits; ``owner`` a user's number."""
 
     name: str
     capacity: int
@@ -40,6 +42,7 @@ class VolumeView:
     mode: str = "0600"
     backing: str = ""
     backing_format: str = "qcow2"
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,23 @@ class SeedView:
     host_key_private: str = ""
     host_key_public: str = ""
     runcmd: tuple[str, ...] = ()
+    user: str = ""
+    password_hash: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CardView:
+    """One card in the network-config; without addresses it asks DHCP."""
+
+    mac: str
+    addresses: tuple[str, ...] = ()
+    gateway: str = ""
+    nameservers: tuple[str, ...] = ()
+
+    @property
+    def everywhere(self) -> str:
+        """The destination of its default route."""
+        return "::/0" if ":" in self.gateway else "0.0.0.0/0"
 
 
 def _tojson(value: object) -> Markup:
@@ -105,6 +125,26 @@ def volume(view: VolumeView) -> str:
 def user_data(view: SeedView) -> str:
     """NoCloud's user-data."""
     return _environment(xml=False).get_template("cloud-init/user-data.j2").render(seed=view)
+
+
+def network_config(cards: Sequence[CardView]) -> str:
+    """NoCloud's network-config, version 2."""
+    return _environment(xml=False).get_template("cloud-init/network-config.j2").render(cards=cards)
+
+
+def user_template(text: str, variables: Mapping[str, str]) -> str:
+    """A user's own template with their variables. Raises SpecError for a variable that is not given and bad syntax."""
+    from jinja2.sandbox import SandboxedEnvironment  # late: few VMs are made with one
+
+    environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    try:
+        return environment.from_string(text).render(variables)
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        where = f", line {line}" if line else ""
+        raise SpecError(
+            f"cannot fill in the template{where}: {error}", hint="variables are given with --var NAME=VALUE"
+        ) from error
 
 
 def meta_data(view: SeedView) -> str:

@@ -83,6 +83,9 @@ class DomainView:
     graphics: str
     slots: Mapping[str, int] = field(default_factory=dict)
     hotplug_ports: int = 0
+    secure_boot: bool = False
+    tpm: bool = False
+    ignition: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ class Placement:
     cmdline: str
     network: str
     forward_port: int | None
+    ignition: str = ""
 
 
 def identity(host: str, name: str, taken: Collection[str]) -> str:
@@ -201,8 +205,8 @@ def resolve(vm: VM, *, vm_uuid: str, accel: Accel, placement: Placement, record:
         memory_mib=vm.memory_mib,
         vcpus=vm.vcpus,
         machine=vm.machine,
-        firmware="efi" if vm.firmware is Firmware.UEFI else "",
-        nvram=placement.nvram if vm.firmware is Firmware.UEFI else "",
+        firmware="" if vm.firmware is Firmware.BIOS else "efi",
+        nvram="" if vm.firmware is Firmware.BIOS else placement.nvram,
         kernel=placement.kernel,
         initrd=placement.initrd,
         cmdline=placement.cmdline,
@@ -218,5 +222,8 @@ def resolve(vm: VM, *, vm_uuid: str, accel: Accel, placement: Placement, record:
         balloon=vm.balloon,
         agent=vm.agent,
         graphics=vm.graphics,
+        secure_boot=vm.firmware is Firmware.UEFI_SECURE,
+        tpm=vm.tpm,
+        ignition=placement.ignition if vm.ignition else "",
     )
     return _slotted(vm, view)

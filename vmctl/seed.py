@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import render
 from vmctl.errors import VmctlError
 from vmctl.locks import held
 
@@ -51,6 +51,23 @@ def new_host_key(comment: str) -> KeyPair:
         return KeyPair(path.read_text(), public)
 
 
+def password_hash(password: str) -> str:
+    """The password as crypt(5)'s SHA-512, which every Linux guest knows. It never stands in a command line."""
+    try:
+        done = subprocess.run(
+            ["openssl", "passwd", "-6", "-stdin"],
+            input=password.encode(),
+            check=True,
+            capture_output=True,
+            timeout=_KEYGEN_TIMEOUT_S,
+        )
+    except FileNotFoundError as error:
+        raise VmctlError("cannot hash the password: openssl is missing", hint="install openssl") from error
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise VmctlError(f"cannot hash the password: {error}") from error
+    return done.stdout.decode().strip()
+
+
 def client_key(folder: Path, lock_folder: Path) -> Path:
     """vmctl's own client key of this user, made on first use; the public part is beside it with .pub."""
     path = folder / "id_ed25519"
@@ -77,13 +94,13 @@ def authorized_keys(client: Path, home: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def build_iso(view: render.SeedView) -> bytes:
-    """The seed as an ISO 9660 image with volume id ``cidata`` (cloud-init's NoCloud data source)."""
+def build_iso(files: Mapping[str, str]) -> bytes:
+    """The seed, files by name, as an ISO 9660 image with volume id ``cidata`` (cloud-init's NoCloud data source)."""
     import pycdlib  # late: only a create needs it
 
     iso = pycdlib.PyCdlib()
     iso.new(interchange_level=4, vol_ident="cidata", joliet=3, rock_ridge="1.09")
-    for name, text in (("user-data", render.user_data(view)), ("meta-data", render.meta_data(view))):
+    for name, text in files.items():
         data = text.encode()
         iso.add_fp(io.BytesIO(data), len(data), f"/{name.upper()};1", rr_name=name, joliet_path=f"/{name}")
     out = io.BytesIO()

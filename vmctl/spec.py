@@ -32,11 +32,17 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Nic:
-    """A network card. ``network`` None is vmctl's own network (user networking where that cannot be)."""
+    """A network card. ``network`` None is vmctl's own network (user networking where that cannot be).
+
+    ``addresses`` are static ones with their prefix, "10.0.0.5/24"; none means DHCP.
+    """
 
     network: str | None = None
     model: NicModel = NicModel.VIRTIO
     mac: str | None = None
+    addresses: tuple[str, ...] = ()
+    gateway: str | None = None
+    nameservers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +70,13 @@ class VM:
     autostart: bool = False
     ssh_keys: tuple[str, ...] = ()
     runcmd: tuple[str, ...] = ()
+    user: str | None = None
+    password_hash: str = field(default="", repr=False)
+    user_data: tuple[str, ...] = field(default=(), repr=False)
+    vendor_data: str = ""
+    network_config: str = ""
+    ignition: str = field(default="", repr=False)
+    tpm: bool = False
 
 
 # Patterns are kept as text: re compiles each on its first use, which most commands never make.
@@ -76,6 +89,8 @@ _MAC = r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}"
 _CPU = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,62}"
 _NET = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}"
 _SIZE = r"(?i)([0-9]{1,9})(?:([MGT])(?:iB|B)?)?"
+_USER = r"[a-z_][a-z0-9_-]{0,31}"
+_HASH = r"\$[0-9a-z]{1,8}\$[!-9;-~]{4,250}"  # crypt(5)
 _SSH_KEY = r"(?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/=]+(?: [^\n\r]*)?"
 
 
@@ -115,6 +130,32 @@ def parse_disk(text: str) -> Disk:
     if head.startswith("/"):
         return Disk(path=head, bus=bus, format=form)
     return Disk(size_mib=parse_size_mib(head), bus=bus, format=form)
+
+
+_NIC_OPTIONS = ("mac", "address", "gateway", "dns")
+
+
+def parse_nic(text: str, model: NicModel = NicModel.VIRTIO) -> Nic:
+    """``NETWORK`` (empty: vmctl's own), with ``,mac=… ,address=IP/PREFIX ,gateway=IP ,dns=IP``. Raises SpecError."""
+    network, *options = text.split(",")
+    values: dict[str, list[str]] = {}
+    for option in options:
+        key, sep, value = option.partition("=")
+        if key not in _NIC_OPTIONS or not sep:
+            raise SpecError(
+                f"cannot read network {text!r}: unknown option {option!r}", hint="known are mac, address, gateway, dns"
+            )
+        values.setdefault(key, []).append(value)
+    if twice := [key for key in ("mac", "gateway") if len(values.get(key, ())) > 1]:
+        raise SpecError(f"cannot read network {text!r}: {twice[0]} is given twice")
+    return Nic(
+        network=network or None,
+        model=model,
+        mac=values["mac"][0].lower() if "mac" in values else None,
+        addresses=tuple(values.get("address", ())),
+        gateway=values["gateway"][0] if "gateway" in values else None,
+        nameservers=tuple(values.get("dns", ())),
+    )
 
 
 def name_problems(name: str) -> list[str]:
@@ -166,6 +207,59 @@ def _nic_problems(position: int, nic: Nic) -> list[str]:
             found.append(f"NIC {position}: {nic.mac!r} is not a MAC address like 52:54:00:12:34:56")
         elif int(nic.mac[:2], 16) & 1:
             found.append(f"NIC {position}: {nic.mac!r} is a multicast address")
+    return found + _address_problems(f"NIC {position}", nic)
+
+
+def _address_problems(what: str, nic: Nic) -> list[str]:
+    if not (nic.addresses or nic.gateway or nic.nameservers):
+        return []
+    import ipaddress  # late: most cards take what DHCP gives
+
+    found, networks = [], []
+    for text in nic.addresses:
+        try:
+            address = ipaddress.ip_interface(text)
+        except ValueError:
+            found.append(f"{what}: {text!r} is not an address like 10.0.0.5/24")
+            continue
+        networks.append(address.network)
+        if "/" not in text:
+            found.append(f"{what}: {text!r} has no prefix length, as in {text}/24")
+        elif address.network.num_addresses > 2 and address.ip == address.network.network_address:
+            found.append(f"{what}: {text!r} is the address of its network")
+    for text in (*((nic.gateway,) if nic.gateway else ()), *nic.nameservers):
+        try:
+            one = ipaddress.ip_address(text)
+        except ValueError:
+            found.append(f"{what}: {text!r} is not an IP address")
+            continue
+        if text == nic.gateway and networks and not any(one in network for network in networks):
+            found.append(f"{what}: the gateway {text} is in none of its networks")
+    if nic.gateway and not nic.addresses:
+        found.append(f"{what}: a gateway needs an address beside it")
+    return found
+
+
+def _first_boot_problems(vm: VM) -> list[str]:
+    found = []
+    if vm.user is not None and re.fullmatch(_USER, vm.user) is None:
+        found.append(f"{vm.user!r} is not a user name of lower-case letters, digits, _ and -")
+    if vm.password_hash and re.fullmatch(_HASH, vm.password_hash) is None:
+        found.append("the password hash is not one of crypt(5), such as $6$…")
+    if vm.network_config and any(nic.addresses for nic in vm.nics):
+        found.append("a network-config and addresses of cards exclude each other")
+    if not (vm.user_data or vm.vendor_data or vm.network_config or vm.ignition):
+        return found
+    from vmctl import user_data  # late: most VMs are made without
+
+    for number, part in enumerate(vm.user_data, 1):
+        found += user_data.user_data_problems(f"user-data {number}", part)
+    if vm.vendor_data:
+        found += user_data.user_data_problems("the vendor-data", vm.vendor_data)
+    if vm.network_config:
+        found += user_data.network_config_problems(vm.network_config)
+    if vm.ignition:
+        found += user_data.ignition_problems(vm.ignition)
     return found
 
 
@@ -182,7 +276,7 @@ def problems(vm: VM) -> tuple[str, ...]:
         found += _disk_problems(position, disk)
     for position, nic in enumerate(vm.nics, 1):
         found += _nic_problems(position, nic)
-    if vm.firmware is Firmware.UEFI and vm.machine is Machine.PC:
+    if vm.firmware is not Firmware.BIOS and vm.machine is Machine.PC:
         found.append("UEFI firmware needs machine q35, not pc")
     if vm.machine is Machine.PC and any(disk.bus is Bus.SATA for disk in vm.disks):
         found.append("bus sata needs machine q35, not pc")
@@ -199,7 +293,7 @@ def problems(vm: VM) -> tuple[str, ...]:
     for command in vm.runcmd:
         if re.search(_NOT_XML, command) or not command.strip():
             found.append(f"the first-boot command {command[:40]!r} is empty or has control characters")
-    return tuple(found)
+    return (*found, *_first_boot_problems(vm))
 
 
 def validate(vm: VM) -> None:

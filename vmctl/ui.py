@@ -10,7 +10,7 @@ from enum import StrEnum
 from pathlib import PurePath
 from typing import IO, Any
 
-from vmctl.errors import PartialFailure, VmctlError, WaitTimeout
+from vmctl.errors import GuestCommandFailed, PartialFailure, VmctlError, WaitTimeout
 
 
 class Output(StrEnum):
@@ -156,7 +156,7 @@ def fields(pairs: Iterable[tuple[str, str]]) -> str:
 def tell_error(error: VmctlError) -> None:
     """The error and its hint on stderr, with the evidence of a wait and the parts of a partial failure."""
     print(paint(visible(error.message), "31", sys.stderr), file=sys.stderr)
-    if isinstance(error, WaitTimeout):
+    if isinstance(error, WaitTimeout | GuestCommandFailed):
         for line in error.evidence:
             print(f"  {visible(line)}", file=sys.stderr)
     if isinstance(error, PartialFailure):

@@ -45,7 +45,7 @@ def raw(host: Host, decision: Decision, folder: Path, number: int) -> float:
     tap, disk, iso = f"vbench{os.getpid() % 10000}", folder / "disk.qcow2", folder / "seed.iso"
     key = seed.new_host_key("raw")
     view = render.SeedView(f"raw-{number}", "raw", ("ssh-ed25519 AAAA",), key.private, key.public)
-    iso.write_bytes(seed.build_iso(view))
+    iso.write_bytes(seed.build_iso({"user-data": render.user_data(view), "meta-data": render.meta_data(view)}))
     backing = ["-f", "qcow2", "-b", image.disk, "-F", "qcow2"]
     subprocess.run(["qemu-img", "create", "-q", *backing, str(disk)], check=True)
     for words in (["tuntap", "add", tap, "mode", "tap"], ["link", "set", tap, "master", net.bridge, "up"]):

@@ -553,15 +553,38 @@ def test_graphics_only_on_loopback(shell: Shell, name: str) -> None:
     assert re.match(r"127\.0\.0\.1:\d", shell.virsh("vncdisplay", name))
 
 
-def test_uefi(shell: Shell, name: str) -> None:
-    shell.run("create", name, "--image", "micro", "--firmware", "uefi", "--no-start")
-    shown = shell.json("show", name)
-    assert shown["firmware"] == "uefi"
-    shell.run("start", name)
-    nvram = ET.fromstring(shell.virsh("dumpxml", name)).findtext("os/nvram")
-    assert nvram and Path(nvram).exists()
-    shell.run("delete", name, "--yes")
-    assert not Path(nvram).exists()
+def test_what_an_image_cannot_do_is_refused_before_anything_is_made(shell: Shell, name: str) -> None:
+    """micro has a kernel to be started directly, no boot loader, no signatures, and no cloud-init."""
+    wrong = ["--firmware", "uefi-secure", "--user", "bob", "--network", ",address=10.1.2.3/24"]
+    done = shell.run("create", name, "--image", "micro", *wrong, check=2)
+    for word in ("does not boot by uefi-secure", "a user needs cloud-init", "static addresses"):
+        assert word in done.stderr
+    assert "beside a TPM" in shell.run("create", name, "--image", "micro", "--tpm", check=2).stderr
+    shell.run("show", name, check=4)
+
+
+def test_user_data_is_merged_and_filled_in(shell: Shell, name: str, tmp_path: Path) -> None:
+    plain, template, ignition = tmp_path / "a.yaml", tmp_path / "b.yaml.j2", tmp_path / "c.ign"
+    plain.write_text("#cloud-config\nruncmd:\n  - echo one >> /root/ran\n")
+    template.write_text('#cloud-config\nruncmd:\n  - [sh, -c, "echo {{ who }} on {{ name }} >> /root/ran"]\n')
+    ignition.write_text('{"ignition": {"version": "3.3.0"}, "text": "<&>"}')
+    given = [
+        "--user-data",
+        str(plain),
+        "--user-data",
+        str(template),
+        "--var",
+        "who=you",
+        "--runcmd",
+        "echo zero > /root/ran",
+    ]
+    shell.run("create", name, "--image", "micro", *given, "--ignition", str(ignition), "--wait", "ssh")
+    done = "while [ ! -e /run/vmctl/seed-done ]; do sleep 0.1; done; cat /root/ran"
+    assert shell.run("exec", name, "--", "sh", "-c", done).stdout == f"zero\none\nyou on {name}\n"
+    config = "modprobe qemu_fw_cfg; cat /sys/firmware/qemu_fw_cfg/by_name/opt/com.coreos/config/raw"
+    assert shell.run("exec", name, "--", "sh", "-c", config).stdout == ignition.read_text()
+    missing = shell.run("create", f"{name}x", "--image", "micro", "--user-data", str(template), check=2)
+    assert "'who' is undefined" in missing.stderr
 
 
 def test_image_store(shell: Shell, name: str) -> None:

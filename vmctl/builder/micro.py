@@ -81,6 +81,7 @@ def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> Ne
         source="recipe micro",
         boots=("direct",),
         osinfo="debian12",
+        first_boot="micro",
         software={deb.name: deb.version for deb in found},
     )
 

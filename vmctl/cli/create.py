@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
 
 import typer
 
 from vmctl import spec, ui
+from vmctl.cli import first_boot
 from vmctl.cli.options import (
     ConnectOption,
     Names,
@@ -30,16 +32,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def _read_keys(paths: list[Path]) -> tuple[str, ...]:
-    found: list[str] = []
-    for path in paths:
-        try:
-            found += [line.strip() for line in path.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(f"cannot read SSH public key {path}: {error}") from error
-    return tuple(found)
-
-
 def create(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new VM, also its host name.")],
     image: Annotated[str, typer.Option("--image", "-i", help="Image to start from; see `vmctl image list`.")],
@@ -57,7 +49,10 @@ def create(
     ] = None,
     network: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="NETWORK", help="Network of a card; the first is vmctl's own by default. Repeatable."),
+        typer.Option(
+            metavar="NETWORK",
+            help="Network of a card, empty for vmctl's own; ,mac= ,address=IP/PREFIX ,gateway= ,dns=. Repeatable.",
+        ),
     ] = None,
     nic_model: Annotated[NicModel, typer.Option(help="Model of the network cards.")] = NicModel.VIRTIO,
     accel: Annotated[
@@ -82,9 +77,30 @@ def create(
     runcmd: Annotated[
         list[str] | None, typer.Option(metavar="COMMAND", help="Command for the first boot. Repeatable.")
     ] = None,
+    user: Annotated[str | None, typer.Option(metavar="NAME", help="User to make; default: the image's.")] = None,
+    password: Annotated[
+        bool, typer.Option("--password", help="Give the user a password: asked for, or read from stdin.")
+    ] = False,
+    user_data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="cloud-init user-data; cloud-configs are merged, .j2 filled in. Repeatable."),
+    ] = None,
+    var: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Variable for Jinja in user-data. Repeatable.")
+    ] = None,
+    vendor_data: Annotated[Path | None, typer.Option(metavar="FILE", help="cloud-init vendor-data.")] = None,
+    network_config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="cloud-init network-config, version 2 or 1.")
+    ] = None,
+    ignition: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Ignition config, handed over by fw_cfg.")
+    ] = None,
+    tpm: Annotated[bool, typer.Option("--tpm", help="A TPM 2.0 of its own (swtpm).")] = False,
     autostart: Annotated[bool, typer.Option("--autostart", help="Start it with its host.")] = False,
     no_start: Annotated[bool, typer.Option("--no-start", help="Define it only.")] = False,
-    wait: Annotated[Optional[str], typer.Option(metavar="GOAL", help="Wait until running, ip, ssh or agent.")] = None,  # noqa: UP045
+    wait: Annotated[
+        str | None, typer.Option(metavar="GOAL", help="Wait until running, ip, ssh, agent or cloud-init.")
+    ] = None,
     timeout: TimeoutOption = None,
     exist_ok: Annotated[
         bool, typer.Option("--exist-ok", help="A VM of that name is no error; it is left as it is.")
@@ -104,17 +120,23 @@ def create(
     size = _collected(problems, lambda: spec.parse_size_mib(memory), 512)
     root_mib = _collected(problems, lambda: spec.parse_size_mib(root_size) if root_size else None, None)
     no_disks: tuple[spec.Disk, ...] = ()
+    no_nics: tuple[spec.Nic, ...] = (spec.Nic(),)
     no_labels: dict[str, str] = {}
     no_keys: tuple[str, ...] = ()
     disks = _collected(problems, lambda: tuple(spec.parse_disk(text) for text in disk or []), no_disks)
     labels = _collected(problems, lambda: dict(spec.parse_label(text) for text in label or []), no_labels)
-    keys = _collected(problems, lambda: _read_keys(ssh_key or []), no_keys)
+    keys = _collected(problems, lambda: first_boot.read_keys(ssh_key or []), no_keys)
+    nics = _collected(problems, lambda: tuple(spec.parse_nic(text, nic_model) for text in nets), no_nics)
+    parts = _collected(problems, lambda: first_boot.read_user_data(user_data or [], var or [], name), no_keys)
+    vendor = _collected(problems, lambda: first_boot.read_text(vendor_data, "vendor-data"), "")
+    networks = _collected(problems, lambda: first_boot.read_text(network_config, "network-config"), "")
+    ignited = _collected(problems, lambda: first_boot.read_text(ignition, "Ignition config"), "")
     vm = spec.VM(
         name=name,
         image=image,
         description=description,
         vcpus=vcpus,
-        nics=tuple(spec.Nic(network=net or None, model=nic_model) for net in nets),
+        nics=nics,
         accel=accel,
         cpu=cpu,
         machine=machine,
@@ -131,6 +153,12 @@ def create(
         disks=disks,
         labels=labels,
         ssh_keys=keys,
+        user=user,
+        user_data=parts,
+        vendor_data=vendor,
+        network_config=networks,
+        ignition=ignited,
+        tpm=tpm,
     )
     problems += spec.problems(vm)
     goal = _goal(wait, problems)
@@ -138,6 +166,8 @@ def create(
         problems.append("--wait and --no-start exclude each other")
     if problems:
         raise SpecError("cannot create VM", problems=problems)
+    if password:  # asked for only when the rest is in order
+        vm = replace(vm, password_hash=first_boot.read_password())
     from vmctl import creation, readiness
 
     report = reporter()
@@ -150,7 +180,7 @@ def create(
             ui.note(f"{name} exists already, {made.vm.state}")
         where = None
         if goal is not None:
-            budget = readiness.default_timeout_s(made.vm) if timeout is None else timeout
+            budget = readiness.default_timeout_s(made.vm, goal) if timeout is None else timeout
             where = readiness.wait_for(host, made.vm, goal, timeout_s=budget, report=report)
         result = {
             "name": made.vm.name,
@@ -178,7 +208,7 @@ def _goal(wait: str | None, problems: list[str]) -> Goal | None:
     try:
         goal = Goal(wait)
     except ValueError:
-        problems.append(f"--wait {wait!r} is none of running, ip, ssh, agent")
+        problems.append(f"--wait {wait!r} is none of running, ip, ssh, agent, cloud-init")
         return None
     if goal is Goal.STOPPED:
         problems.append("--wait stopped makes no sense for a VM that is being created")

@@ -128,11 +128,13 @@ def show(names: Names, connect: ConnectOption = None, output: OutputOption = Out
 
 def wait(
     names: Names,
-    goal: Annotated[str, typer.Option("--for", metavar="GOAL", help="running, ip, ssh, agent or stopped.")] = "ssh",
+    goal: Annotated[
+        str, typer.Option("--for", metavar="GOAL", help="running, ip, ssh, agent, cloud-init or stopped.")
+    ] = "ssh",
     timeout: TimeoutOption = None,
     connect: ConnectOption = None,
 ) -> None:
-    """Wait until VMs are running, have an address, answer SSH, answer by agent, or have stopped."""
+    """Wait until VMs run, have an address, answer SSH or by agent, are set up by cloud-init, or have stopped."""
     from vmctl import readiness
     from vmctl.hypervisor import domain
     from vmctl.listing import matching
@@ -145,7 +147,7 @@ def wait(
 
         def work(name: str) -> str:
             vm = domain.find(host.conn, name)
-            budget = readiness.default_timeout_s(vm) if timeout is None else timeout
+            budget = readiness.default_timeout_s(vm, Goal(goal)) if timeout is None else timeout
             where = readiness.wait_for(host, vm, Goal(goal), timeout_s=budget, report=report)
             return where.host if where else ""
 

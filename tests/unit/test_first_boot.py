@@ -1,0 +1,116 @@
+"""User-data parts, network-config, what cloud-init's own files say, and what is refused."""
+
+from __future__ import annotations
+
+import email
+
+import pytest
+import yaml
+
+from vmctl import cloud_init, render, spec, user_data
+from vmctl.cloud_init import Status
+from vmctl.errors import SpecError
+from vmctl.spec import VM, Nic
+
+OURS = "#cloud-config\nhostname: web1\nruncmd:\n  - ours\nssh_keys:\n  ed25519_private: |\n    A\n    B\n"
+
+
+def test_cloud_configs_are_merged_into_one() -> None:
+    text = user_data.combined(
+        OURS, ["#cloud-config\nruncmd: [a]\nx: {b: 1}\n", "#cloud-config\nx: {c: 2}\nhostname: w\n"]
+    )
+    assert text.startswith("#cloud-config\n")
+    found = yaml.safe_load(text)
+    assert found["runcmd"] == ["ours", "a"] and found["x"] == {"b": 1, "c": 2} and found["hostname"] == "w"
+    assert found["ssh_keys"]["ed25519_private"] == "A\nB\n" and "|" in text
+    assert user_data.combined(OURS, []) == OURS
+
+
+def test_other_parts_make_it_multipart() -> None:
+    text = user_data.combined(OURS, ["#!/bin/sh\necho é\n", "#cloud-config\nruncmd: [a]\n"])
+    message = email.message_from_string(text)
+    kinds = [part.get_content_type() for part in message.walk() if not part.is_multipart()]
+    assert kinds == ["text/cloud-config", "text/x-shellscript"]
+    parts = [part.get_payload(decode=True).decode() for part in message.walk() if not part.is_multipart()]  # type: ignore[union-attr]
+    assert yaml.safe_load(parts[0])["runcmd"] == ["ours", "a"] and parts[1] == "#!/bin/sh\necho é\n"
+    assert user_data.needs_cloud_init(["#!/bin/sh\n"]) and not user_data.needs_cloud_init(["#cloud-config\n{}\n"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"user_data": ("hello",)}, "begins with none of"),
+        ({"user_data": ("#cloud-config\na: [",)}, "is no YAML in line"),
+        ({"user_data": ("#cloud-config\n- a\n",)}, "is no mapping"),
+        ({"user_data": ("#cloud-config\nssh_keys: {}\n",)}, "sets 'ssh_keys'"),
+        ({"user_data": ("#cloud-config\n" + "x" * (1 << 20),)}, "more than 1 MiB"),
+        ({"vendor_data": "hello"}, "the vendor-data begins"),
+        ({"network_config": "ethernets: {}"}, "no `version: 2`"),
+        ({"network_config": "version: 2"}, "has no ethernets"),
+        ({"network_config": "version: 1", "nics": (Nic(addresses=("10.0.0.2/24",)),)}, "exclude each other"),
+        ({"ignition": "{"}, "is no JSON"),
+        ({"ignition": "{}"}, "no ignition.version"),
+        ({"user": "Bob B"}, "not a user name"),
+        ({"password_hash": "secret"}, "not one of crypt(5)"),
+        ({"nics": (Nic(addresses=("10.0.0.2",)),)}, "no prefix length"),
+        ({"nics": (Nic(addresses=("10.0.0.0/24",)),)}, "address of its network"),
+        ({"nics": (Nic(addresses=("10.0.0.2/24",), gateway="10.1.0.1"),)}, "in none of its networks"),
+        ({"nics": (Nic(gateway="10.1.0.1"),)}, "needs an address"),
+        ({"nics": (Nic(nameservers=("x",)),)}, "'x' is not an IP address"),
+    ],
+)
+def test_what_is_wrong_with_a_first_boot(fields: dict[str, object], said: str) -> None:
+    found = spec.problems(VM("web1", "micro", **fields))  # type: ignore[arg-type]
+    assert any(said in problem for problem in found), found
+    assert "secret" not in "".join(found)
+
+
+def test_good_ones_pass() -> None:
+    nic = spec.parse_nic(
+        "lab,mac=52:54:00:AA:bb:cc,address=10.0.0.2/24,address=fd00::2/64,gateway=10.0.0.1,dns=9.9.9.9"
+    )
+    vm = VM("web1", "debian-12", nics=(nic,), user="bob", password_hash="$6$abc$" + "x" * 86)
+    assert spec.problems(vm) == () and nic.mac == "52:54:00:aa:bb:cc" and "xxx" not in repr(vm)
+    for bad in ("lab,foo=1", "lab,mac", "lab,gateway=10.0.0.1,gateway=10.0.0.2"):
+        with pytest.raises(SpecError):
+            spec.parse_nic(bad)
+
+
+def test_network_config_says_what_was_asked() -> None:
+    cards = [
+        render.CardView("52:54:00:00:00:01"),
+        render.CardView("52:54:00:00:00:02", ("10.0.0.2/24",), "10.0.0.1", ("9.9.9.9",)),
+    ]
+    text = render.network_config(cards)
+    assert user_data.network_config_problems(text) == []
+    first, second = yaml.safe_load(text)["ethernets"].values()
+    assert first == {"match": {"macaddress": "52:54:00:00:00:01"}, "dhcp4": True}
+    assert second["routes"] == [{"to": "0.0.0.0/0", "via": "10.0.0.1"}] and "dhcp4" not in second
+
+
+@pytest.mark.parametrize(
+    ("result", "status", "log", "expected", "line"),
+    [
+        ('{"v1": {"errors": []}}', '{"v1": {}}', "", Status.DONE, ""),
+        ('{"v1": {"errors": ["boom"]}}', '{"v1": {}}', "", Status.FAILED, "boom"),
+        ('{"v1": {"errors": []}}', '{"v1": {"init": {"errors": ["e1"]}}}', "", Status.FAILED, "e1"),
+        (
+            '{"v1": {"errors": []}}',
+            '{"v1": {"init": {"errors": [], "recoverable_errors": {"WARNING": ["w1"]}}}}',
+            "",
+            Status.DEGRADED,
+            "w1",
+        ),
+        (
+            '{"v1": {"errors": []}}',
+            '{"v1": {}}',
+            "x - cc.py[WARNING]: old\n",
+            Status.DEGRADED,
+            "x - cc.py[WARNING]: old",
+        ),
+        ("", "", "", Status.FAILED, "unreadable"),
+    ],
+)
+def test_how_cloud_init_went(result: str, status: str, log: str, expected: Status, line: str) -> None:
+    found = cloud_init.read(f"{result}\n--vmctl--\n{status}\n--vmctl--\n{log}")
+    assert found.status is expected and (not line or any(line in one for one in found.lines))

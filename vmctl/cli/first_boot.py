@@ -1,0 +1,66 @@
+"""Reading what create's first-boot options name: files, templates with their variables, a password."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmctl import ui
+from vmctl.errors import SpecError
+
+
+def read_keys(paths: Sequence[Path]) -> tuple[str, ...]:
+    """The public keys in these files, a line each."""
+    found: list[str] = []
+    for path in paths:
+        found += [line.strip() for line in _text(path, "SSH public key").splitlines() if line.strip()]
+    return tuple(found)
+
+
+def read_text(path: Path | None, what: str) -> str:
+    """The content of an optional file, "" without one."""
+    return "" if path is None else _text(path, what)
+
+
+def read_user_data(paths: Sequence[Path], variables: Sequence[str], name: str) -> tuple[str, ...]:
+    """The parts of user-data. With variables, or when its name ends in .j2, a part is a template; it knows ``name``."""
+    values = {"name": name}
+    for text in variables:
+        key, sep, value = text.partition("=")
+        if not sep or not key.isidentifier():
+            raise SpecError(f"cannot read variable {text!r}: write it as NAME=VALUE")
+        values[key] = value
+    parts = []
+    for path in paths:
+        part = _text(path, "user-data")
+        if variables or path.suffix == ".j2":
+            from vmctl.render import user_template
+
+            part = user_template(part, values)
+        parts.append(part)
+    return tuple(parts)
+
+
+def _text(path: Path, what: str) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read {what} {path}: {error}") from error
+
+
+def read_password() -> str:
+    """A password from the terminal, asked twice and unseen, or the first line of stdin; as a crypt(5) hash."""
+    from vmctl import seed
+
+    if ui.interactive():
+        import getpass
+
+        password = getpass.getpass("Password: ")
+        if password != getpass.getpass("Again: "):
+            raise SpecError("cannot take the password: the two differ")
+    else:
+        password = sys.stdin.readline().rstrip("\n")
+    if not password:
+        raise SpecError("cannot take an empty password", hint="type it at the prompt, or give it on stdin")
+    return seed.password_hash(password)

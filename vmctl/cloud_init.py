@@ -1,0 +1,82 @@
+"""How cloud-init's first boot went, from the files it leaves in the guest. Pure.
+
+/run/cloud-init/result.json appears when all stages are over; its errors are those that made cloud-init fail. What
+went wrong without that, "degraded" in cloud-init's own words since 23.4, is in status.json's recoverable_errors;
+older releases only log it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+_MARK = "--vmctl--"
+_PATIENCE_S = 20
+NOT_YET, ABSENT, DISABLED = 75, 76, 77  # exit codes of the script
+# One log-in for many looks: each costs a guest under TCG half a second.
+SCRIPT = f"""
+d=/run/cloud-init
+n=0
+while [ ! -e $d/result.json ]; do
+  command -v cloud-init >/dev/null || exit {ABSENT}
+  [ ! -e $d/disabled ] || exit {DISABLED}
+  n=$((n + 1)); [ $n -le {_PATIENCE_S * 2} ] || exit {NOT_YET}
+  sleep 0.5
+done
+cat $d/result.json; echo; echo {_MARK}; cat $d/status.json; echo; echo {_MARK}
+for log in /var/log/cloud-init.log; do
+  [ -r $log ] && cat $log || sudo -n cat $log
+done 2>/dev/null | grep -E '\\[?(WARNING|ERROR|CRITICAL)\\]?:' | tail -n 20
+exit 0
+"""
+
+
+class Status(StrEnum):
+    """How it went, in cloud-init's words."""
+
+    DONE = "done"
+    DEGRADED = "degraded"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The status, and cloud-init's own lines about what went wrong."""
+
+    status: Status
+    lines: tuple[str, ...]
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _listed(value: Any) -> list[str]:
+    """Error lines out of a list, or out of lists by level."""
+    if isinstance(value, dict):
+        return [line for lines in value.values() for line in _listed(lines)]
+    return [str(line) for line in value] if isinstance(value, list) else []
+
+
+def read(text: str) -> Outcome:
+    """The outcome from what SCRIPT printed."""
+    parts = [part.strip() for part in text.split(_MARK)]
+    result, status, log = [*parts, "", "", ""][:3]
+    errors = _listed(_json(result).get("v1", {}).get("errors"))
+    stages = _json(status).get("v1", {})
+    recoverable = []
+    for stage in stages.values():
+        if isinstance(stage, dict):
+            errors += [line for line in _listed(stage.get("errors")) if line not in errors]
+            recoverable += _listed(stage.get("recoverable_errors"))
+    logged = [line for line in log.splitlines() if line.strip()]
+    lines = tuple(dict.fromkeys([*errors, *recoverable, *logged]))
+    if errors or not _json(result):
+        return Outcome(Status.FAILED, lines or ("result.json is unreadable",))
+    return Outcome(Status.DEGRADED if recoverable or logged else Status.DONE, lines)
