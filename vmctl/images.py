@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import tempfile
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,11 +24,14 @@ from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 from vmctl.locks import held
-from vmctl.manifest import Manifest, NewImage, is_manifest, parse
+from vmctl.manifest import NAME, Manifest, NewImage, is_manifest, parse
 from vmctl.resources import image_recipes_dir
+from vmctl.workspace import clear_leftovers, workspace
 
 _LOCK_TIMEOUT_S = 900
 _ROOM_FOR_TAGS = 4096
+_MAKING = ".making-"
+_FILE_OF_IMAGE = re.compile(rf"(?P<stem>(?P<name>{NAME})-[0-9a-f]{{12}})\.(?:qcow2|kernel|initrd)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +125,40 @@ def _manifest(new: NewImage) -> Manifest:
 
 @contextmanager
 def making(host: Host, name: str) -> Iterator[Path]:
-    """Hold the right to put an image called ``name`` into the store, with an empty folder to make it in."""
+    """Hold the right to put an image called ``name`` into the store, with an empty folder to make it in.
+
+    The folder is in the store's own where that is ours to write, so that a finished file needs no second copy.
+    """
     ensure_pools(host)
     host.folders.cache.mkdir(parents=True, exist_ok=True)
+    parent = _own_folder(host) or host.folders.cache
     with (
         held(host.folders.runtime, f"image {name}", timeout_s=_LOCK_TIMEOUT_S),
-        tempfile.TemporaryDirectory(prefix=f"build-{name}-", dir=host.folders.cache) as folder,
+        workspace(parent, _MAKING) as folder,
     ):
-        yield Path(folder)
+        clear_leftovers(host.folders.cache, _MAKING)
+        _clear_half_stored(host, name)
+        yield folder
+
+
+def _own_folder(host: Host) -> Path | None:
+    """The store's folder, where it is on this machine and ours to write."""
+    if not (host.conn.local and host.conn.qemu):
+        return None
+    folder = Path(storage.pool_path(host.conn, host.settings.image_pool))
+    return folder if folder.is_dir() and os.access(folder, os.R_OK | os.W_OK | os.X_OK) else None
+
+
+def _clear_half_stored(host: Host, name: str) -> None:
+    """Delete what a killed process left of an image of that name: its files, with no manifest yet. Under its lock."""
+    pool = host.settings.image_pool
+    if _own_folder(host):
+        storage.refresh(host.conn, pool)  # files that were put there by renaming
+    present = set(storage.volume_names(host.conn, pool))
+    for volume in present:
+        match = _FILE_OF_IMAGE.fullmatch(volume)
+        if match and match["name"] == name and f"{match['stem']}.json" not in present:
+            storage.delete_volume(host.conn, pool, volume)
 
 
 def add(host: Host, new: NewImage, report: Reporter) -> Manifest:
@@ -158,17 +188,31 @@ def rewrite(host: Host, manifest: Manifest) -> None:
 def _store(host: Host, manifest: Manifest, new: NewImage, report: Reporter) -> None:
     try:
         for suffix, path in new.files().items():
-            with path.open("rb") as file:
-                _put(host, f"{manifest.stem}.{suffix}", file, path.stat().st_size, report)
+            _bring(host, f"{manifest.stem}.{suffix}", path, report)
+        if _own_folder(host):
+            storage.refresh(host.conn, host.settings.image_pool)
         text = manifest.to_bytes()
         text = text.ljust(len(text) + _ROOM_FOR_TAGS)
         _put(host, f"{manifest.stem}.json", io.BytesIO(text), len(text), report)
     except BaseException:
         # Under the image's lock, and without a manifest, these can only be this run's own.
+        if _own_folder(host):
+            storage.refresh(host.conn, host.settings.image_pool)
         for volume in manifest.volumes():
             storage.delete_volume(host.conn, host.settings.image_pool, volume)
         raise
     report(Step(f"image {manifest.stem} is in the store"))
+
+
+def _bring(host: Host, name: str, path: Path, report: Reporter) -> None:
+    """Bring a finished file into the store: by renaming it where it was made there already, else through libvirt."""
+    folder = _own_folder(host)
+    if folder is not None and folder in path.parents:
+        path.chmod(0o644)
+        path.rename(folder / name)
+        return
+    with path.open("rb") as file:
+        _put(host, name, file, path.stat().st_size, report)
 
 
 def _put(host: Host, name: str, source: IO[bytes], size: int, report: Reporter) -> None:

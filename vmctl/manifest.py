@@ -91,7 +91,7 @@ def parse(data: bytes) -> Manifest | None:
 
 @dataclass(frozen=True, slots=True)
 class NewImage:
-    """An image on its way into the store: its files, which stay the caller's, and what they are.
+    """An image on its way into the store: its files, which the store may take for its own, and what they are.
 
     ``disk`` is qcow2 without a backing file. Sizes in bytes.
     """

@@ -1,4 +1,4 @@
-"""vmctl image build, list, show, delete."""
+"""vmctl image: the group, with build, list, show and delete; the others are in files of their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vmctl import ui
+from vmctl.cli import image_files
 from vmctl.cli.command import Command
 from vmctl.cli.options import ConnectOption, ImageName, OutputOption, YesOption, opened, refuse_unless_yes, reporter
 from vmctl.ui import Output
@@ -30,6 +31,7 @@ def _details(m: Manifest) -> str:
             ("kernel", f"direct boot, sha256 {m.kernel_sha256}" if m.kernel_sha256 else ""),
             ("command line", m.cmdline),
             ("source", m.source),
+            ("checksum", m.checksum if m.verified else "none was checked"),
             ("built", m.built),
             ("software", "\n".join(f"{name} {version}" for name, version in m.software.items())),
         ]
@@ -88,3 +90,7 @@ def delete(name: ImageName, yes: YesOption = False, connect: ConnectOption = Non
         refuse_unless_yes([f"image {manifest.stem}, {ui.size(manifest.size)}"], yes=yes)
         images.delete(host, manifest.stem, reporter())
         ui.say(manifest.stem)
+
+
+app.command("import", cls=Command)(image_files.import_)
+app.command(cls=Command)(image_files.export)

@@ -82,7 +82,7 @@ def _backing(window: Window, offset: int, length: int) -> str:
 
 def _extension_problems(window: Window, offset: int, end: int, limit: int) -> list[str]:
     """What the header extensions between ``offset`` and ``end`` say."""
-    problems = []
+    problems: list[str] = []
     for _ in range(_MOST_EXTENSIONS):
         if offset + 8 > min(end, limit):
             return problems
@@ -111,4 +111,4 @@ def _l1_problems(window: Window, size: int, cluster: int, entries: int, l1_size:
 
 
 def _inside(window: Window, offset: int, length: int, alignment: int) -> bool:
-    return offset % alignment == 0 and 0 < offset and offset + length <= -(-window.size // alignment) * alignment
+    return offset % alignment == 0 and offset > 0 and offset + length <= -(-window.size // alignment) * alignment

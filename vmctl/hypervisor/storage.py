@@ -205,15 +205,29 @@ def upload_bytes(conn: Connection, pool: str, name: str, data: bytes) -> None:
     upload(conn, pool, name, io.BytesIO(data), len(data))
 
 
-def download(conn: Connection, pool: str, name: str) -> bytes:
-    """The whole content of a (small) volume. Raises NotFound."""
-    parts = []
+def read(
+    conn: Connection,
+    pool: str,
+    name: str,
+    sink: Callable[[bytes], object],
+    moved: Callable[[int], None] = lambda _n: None,
+) -> None:
+    """Hand the content of a volume to ``sink``, piece by piece; ``moved`` hears how much has come. Raises NotFound."""
+    done = 0
     with calling(f"read volume {name}"):
         volume = _volume(conn, pool, name)
         with _stream(conn) as stream:
             volume.download(stream, 0, 0, 0)
             while chunk := stream.recv(256 * 1024):
-                parts.append(chunk)
+                sink(chunk)
+                done += len(chunk)
+                moved(done)
+
+
+def download(conn: Connection, pool: str, name: str) -> bytes:
+    """The whole content of a (small) volume. Raises NotFound."""
+    parts: list[bytes] = []
+    read(conn, pool, name, parts.append)
     return b"".join(parts)
 
 
