@@ -18,11 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from vmctl import render
+from vmctl import image_users, render
 from vmctl.errors import Conflict, ImageError, NotFound, VmctlError
 from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
-from vmctl.hypervisor import domain, storage
+from vmctl.hypervisor import storage
 from vmctl.locks import held
 from vmctl.manifest import NAME, Manifest, NewImage, is_manifest, parse
 from vmctl.resources import image_recipes_dir
@@ -74,16 +74,29 @@ def list_images(host: Host) -> tuple[Manifest, ...]:
 
 
 def find(host: Host, name: str) -> Image:
-    """The image ``name`` (newest of that name) or ``name-DIGEST``. Raises NotFound."""
-    pool = host.settings.image_pool
-    for manifest in list_images(host):
-        if name in {manifest.name, manifest.stem} or name == manifest.short:
-            folder = storage.pool_path(host.conn, pool)
-            kernel = f"{folder}/{manifest.stem}.kernel" if manifest.kernel_sha256 else ""
-            initrd = f"{folder}/{manifest.stem}.initrd" if manifest.initrd_sha256 else ""
-            return Image(manifest, f"{folder}/{manifest.stem}.qcow2", kernel, initrd)
+    """The image ``name`` (newest of that name), ``name-DIGEST``, ``DIGEST``, or the one so tagged. Raises NotFound."""
+    known = list_images(host)
+    own = (manifest for manifest in known if name in {manifest.name, manifest.stem, manifest.short})
+    tagged = (manifest for manifest in known if name in manifest.tags)
+    for manifest in (*own, *tagged):
+        return with_paths(host, manifest)
     hint = f"make it: vmctl image build {name}" if has_recipe(name) else "see `vmctl image list`"
     raise NotFound(f"cannot find image {name}: the store on {host.conn.host} has none of that name", hint=hint)
+
+
+def with_paths(host: Host, manifest: Manifest) -> Image:
+    """An image with the paths of its files."""
+    stem = f"{storage.pool_path(host.conn, host.settings.image_pool)}/{manifest.stem}"
+    kernel = f"{stem}.kernel" if manifest.kernel_sha256 else ""
+    initrd = f"{stem}.initrd" if manifest.initrd_sha256 else ""
+    return Image(manifest, f"{stem}.qcow2", kernel, initrd)
+
+
+def half_stored(host: Host) -> tuple[tuple[str, str], ...]:
+    """Volumes that are files of an image without a manifest, each with that image's name."""
+    present = set(storage.volume_names(host.conn, host.settings.image_pool))
+    matches = [match for volume in sorted(present) if (match := _FILE_OF_IMAGE.fullmatch(volume))]
+    return tuple((match[0], match["name"]) for match in matches if f"{match['stem']}.json" not in present)
 
 
 def has_recipe(name: str) -> bool:
@@ -154,10 +167,8 @@ def _clear_half_stored(host: Host, name: str) -> None:
     pool = host.settings.image_pool
     if _own_folder(host):
         storage.refresh(host.conn, pool)  # files that were put there by renaming
-    present = set(storage.volume_names(host.conn, pool))
-    for volume in present:
-        match = _FILE_OF_IMAGE.fullmatch(volume)
-        if match and match["name"] == name and f"{match['stem']}.json" not in present:
+    for volume, image in half_stored(host):
+        if image == name:
             storage.delete_volume(host.conn, pool, volume)
 
 
@@ -224,17 +235,19 @@ def _put(host: Host, name: str, source: IO[bytes], size: int, report: Reporter) 
     storage.upload(host.conn, pool, name, source, size, lambda sent: report(Progress(name, sent, size)))
 
 
+@contextmanager
+def changing(host: Host, name: str, *, timeout_s: float = 0.0) -> Iterator[None]:
+    """Hold the right to change images called ``name``. Raises Conflict when another vmctl has it."""
+    with held(host.folders.runtime, f"image {name}", timeout_s=timeout_s):
+        yield
+
+
 def delete(host: Host, name: str, report: Reporter) -> Manifest:
     """Delete an image. Raises Conflict, naming who, when a disk is based on it or a VM starts from it."""
     image = find(host, name)
-    with held(host.folders.runtime, f"image {image.manifest.name}"):
-        storage.refresh(host.conn, host.settings.image_pool)
-        files = {image.disk, image.kernel, image.initrd} - {""}
-        volumes = storage.disk_users(host.conn, image.disk)
-        machines = [
-            f.name for f in domain.all_facts(host.conn) if files & ({d.source for d in f.disks} | {f.kernel, f.initrd})
-        ]
-        if users := sorted({*volumes, *machines}):
+    with changing(host, image.manifest.name):
+        needed = image_users.needed(host.conn)
+        if users := needed.by(image.disk, image.kernel, image.initrd):
             raise Conflict(
                 f"cannot delete image {image.manifest.stem}: {', '.join(users)} need it",
                 hint="delete those VMs first",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vmctl import ui
-from vmctl.cli import image_files
+from vmctl.cli import image_care, image_files
 from vmctl.cli.command import Command
 from vmctl.cli.options import ConnectOption, ImageName, OutputOption, YesOption, opened, refuse_unless_yes, reporter
 from vmctl.ui import Output
@@ -27,7 +27,9 @@ def _details(m: Manifest) -> str:
             ("format", m.format),
             ("virtual size", ui.size(m.virtual_size)),
             ("size", ui.size(m.size)),
+            ("tags", ", ".join(m.tags)),
             ("default user", m.default_user),
+            ("starts by", ", ".join(m.boots)),
             ("kernel", f"direct boot, sha256 {m.kernel_sha256}" if m.kernel_sha256 else ""),
             ("command line", m.cmdline),
             ("source", m.source),
@@ -94,3 +96,6 @@ def delete(name: ImageName, yes: YesOption = False, connect: ConnectOption = Non
 
 app.command("import", cls=Command)(image_files.import_)
 app.command(cls=Command)(image_files.export)
+app.command(cls=Command)(image_care.tag)
+app.command(cls=Command)(image_care.verify)
+app.command(cls=Command)(image_care.prune)
