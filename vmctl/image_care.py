@@ -115,7 +115,7 @@ class Prunable:
 
 
 def outdated(known: Sequence[Manifest], kept_each: int) -> tuple[Manifest, ...]:
-    """Those behind the newest ``kept_each`` of their names and not tagged; ``known`` in the order of ``list_images``."""
+    """Those behind the newest ``kept_each`` of their names, untagged; ``known`` is in ``list_images``' order."""
     seen: dict[str, int] = {}
     found = []
     for manifest in known:
