@@ -128,7 +128,7 @@ def _manifest(new: NewImage) -> Manifest:
         cmdline=new.cmdline,
         software=dict(new.software),
         source=new.source,
-        built=datetime.now(UTC).isoformat(timespec="seconds"),
+        built=datetime.now(UTC).isoformat(timespec="microseconds"),
         boots=new.boots,
         osinfo=new.osinfo,
         checksum=new.checksum,

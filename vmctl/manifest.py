@@ -45,6 +45,11 @@ class Manifest:
     tags: tuple[str, ...] = ()
 
     @property
+    def built_at(self) -> str:
+        """When it was made, to the second; ``built`` tells two of one second apart."""
+        return f"{self.built[:19]}Z"
+
+    @property
     def short(self) -> str:
         """The digest as people type it."""
         return self.digest[:_SHORT]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -196,11 +197,11 @@ def _listen(
 
 
 def _reason(code: int, limits: Limits, errors: bytes) -> str:
-    if code == -signal.SIGXFSZ:
+    tail = errors.decode(errors="replace").strip()[-_STDERR_TAIL:]
+    if code == -signal.SIGXFSZ or os.strerror(errno.EFBIG) in tail:
         return f"the result would take more than the {limits.file_size >> 20} MiB that are free"
     if code in {-signal.SIGXCPU, -signal.SIGKILL}:
         return f"qemu-img used more than {limits.cpu_s} s of CPU time, or was killed"
-    tail = errors.decode(errors="replace").strip()[-_STDERR_TAIL:]
     return tail or f"qemu-img exit status {code}"
 
 

@@ -34,7 +34,7 @@ def _details(m: Manifest) -> str:
             ("command line", m.cmdline),
             ("source", m.source),
             ("checksum", m.checksum if m.verified else "none was checked"),
-            ("built", m.built),
+            ("built", m.built_at),
             ("software", "\n".join(f"{name} {version}" for name, version in m.software.items())),
         ]
     )
@@ -66,7 +66,10 @@ def list_(connect: ConnectOption = None, output: OutputOption = Output.TABLE) ->
             output,
             lambda: ui.columns(
                 ("NAME", "DIGEST", "OS", "FORMAT", "SIZE", "BUILT"),
-                [(m.name, m.digest[:12], f"{m.os} {m.os_version}", m.format, ui.size(m.size), m.built) for m in found],
+                [
+                    (m.name, m.digest[:12], f"{m.os} {m.os_version}", m.format, ui.size(m.size), m.built_at)
+                    for m in found
+                ],
             ),
             lambda: [m.stem for m in found],
         )
