@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -163,6 +164,8 @@ def _converted(
         what=f"export image {manifest.stem}",
         options=options,
         compress=compress,
+        # A full disk would otherwise end it with whatever word qemu-img then finds.
+        limits=qemu_img.Limits(file_size=max(1, shutil.disk_usage(folder).free)),
         moved=lambda share: report(Progress(f"writing {format}", int(share * size), size)),
     )
     return target
