@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from vmctl import image_users, render
+from vmctl.durable import written_out
 from vmctl.errors import Conflict, ImageError, NotFound, VmctlError
 from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
@@ -174,7 +175,8 @@ def _clear_half_stored(host: Host, name: str) -> None:
 
 def add(host: Host, new: NewImage, report: Reporter) -> Manifest:
     """Put an image into the store, under the lock of ``making``. One of the same content is there already: it stays."""
-    manifest = _manifest(new)
+    with written_out(new.files().values()):
+        manifest = _manifest(new)
     present = next((m for m in list_images(host) if (m.name, m.digest) == (manifest.name, manifest.digest)), None)
     if present is None:
         _store(host, manifest, new, report)
@@ -221,7 +223,8 @@ def _bring(host: Host, name: str, path: Path, report: Reporter) -> None:
     if folder is not None and folder in path.parents:
         path.chmod(0o644)
         path.rename(folder / name)
-        return
+        with written_out([folder]):
+            return
     with path.open("rb") as file:
         _put(host, name, file, path.stat().st_size, report)
 

@@ -1,7 +1,8 @@
 """How fast `vmctl image import` and `export` are beside bare `qemu-img convert` of the same file on the same disk.
 
-In turns, in one run. Both sides read the same source from the page cache and write to the store's own disk. Where
-vmctl does more than qemu-img (the sha256 of what it stored; the sum in an .ova), that is in its time.
+In turns, in one run, from the page cache to the store's own disk, and each side's time ends when its result is on the
+disk: an import is not done while a power cut can undo it. What vmctl does beside (starting, its own look at the
+header, the sha256 of what it stores) is in its time.
 
 Usage, as root: python tests/perf/images.py [ROUNDS [MIB]]
 """
@@ -26,9 +27,10 @@ OPTIONS = {"qcow2": [], "raw": [], "vmdk": [], "vdi": [], "qcow2 -c": ["-c"]}
 
 
 def timed(command: list[str]) -> float:
-    """Seconds that a command takes."""
+    """Seconds until a command has ended and what it wrote is on the disk."""
     began = time.monotonic()
     subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S)
+    os.sync()
     return time.monotonic() - began
 
 
@@ -37,9 +39,7 @@ def measure(rounds: int, qemu: Callable[[], float], ours: Callable[[], float], n
     bare, own = [], []
     for _ in range(rounds):
         bare.append(qemu())
-        os.sync()
         own.append(ours())
-        os.sync()
     one, two = statistics.median(bare), statistics.median(own)
     print(f"{name:<18} qemu-img {one:6.2f} s   vmctl {two:6.2f} s   speed of qemu-img's {one / two:.2f}", flush=True)
 
