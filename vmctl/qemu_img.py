@@ -106,8 +106,7 @@ class Limits:
         """The command in front of qemu-img. It also dies with us, which a plain child would not."""
         return [
             *("setpriv", "--pdeathsig", "KILL", "prlimit", "--core=0", f"--as={self.memory}", f"--cpu={self.cpu_s}"),
-            # Whole MiB: of a write cut off in mid-sector, qemu-img only says "Invalid argument".
-            f"--fsize={self.file_size >> 20 << 20}",
+            f"--fsize={self.file_size}",
         ]
 
 
@@ -199,7 +198,9 @@ def _listen(
 
 def _reason(code: int, limits: Limits, errors: bytes) -> str:
     tail = errors.decode(errors="replace").strip()[-_STDERR_TAIL:]
-    if code == -signal.SIGXFSZ or os.strerror(errno.EFBIG) in tail:
+    # A write that the limit cut off in its middle goes on unaligned, which is an "Invalid argument".
+    full = "error while writing" in tail and any(os.strerror(e) in tail for e in (errno.EFBIG, errno.EINVAL))
+    if code == -signal.SIGXFSZ or full:
         return f"the result would take more than the {limits.file_size >> 20} MiB that are free"
     if code in {-signal.SIGXCPU, -signal.SIGKILL}:
         return f"qemu-img used more than {limits.cpu_s} s of CPU time, or was killed"
