@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +29,6 @@ _SUFFIXES = {"img": "raw", **{name: name for name in FORMATS}}
 _STREAMED = "subformat=streamOptimized"
 _CHUNK = 1 << 20
 _GIB = 1 << 30
-_KEPT_FREE = 1 << 20
 # A qcow2 disk hardly shrinks further; higher levels cost several times the time.
 _GZIP_LEVEL = 3
 _VAGRANTFILE = """\
@@ -165,8 +163,6 @@ def _converted(
         what=f"export image {manifest.stem}",
         options=options,
         compress=compress,
-        # A full disk would otherwise end it with whatever word qemu-img then finds.
-        limits=qemu_img.Limits(file_size=max(0, shutil.disk_usage(folder).free - _KEPT_FREE)),
         moved=lambda share: report(Progress(f"writing {format}", int(share * size), size)),
     )
     return target

@@ -21,6 +21,8 @@ _QUICK_TIMEOUT_S = 60
 _COPY_TIMEOUT_S = 3600
 _STDERR_TAIL = 300
 _MOST_SAID = 1 << 20
+_UNLIMITED = 1 << 62
+_FULL = "No space left on device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ class Limits:
 
     memory: int = 2 << 30
     cpu_s: int = 3600
-    file_size: int = 1 << 62
+    file_size: int = _UNLIMITED
     wall_s: float = 3600.0
 
     def words(self) -> list[str]:
@@ -198,10 +200,11 @@ def _listen(
 
 def _reason(code: int, limits: Limits, errors: bytes) -> str:
     tail = errors.decode(errors="replace").strip()[-_STDERR_TAIL:]
-    # A write that the limit cut off in its middle goes on unaligned, which is an "Invalid argument".
-    full = "error while writing" in tail and any(os.strerror(e) in tail for e in (errno.EFBIG, errno.EINVAL))
-    if code == -signal.SIGXFSZ or full:
-        return f"the result would take more than the {limits.file_size >> 20} MiB that are free"
+    # A write cut off in its middle, by the limit or the disk's end, goes on unaligned: an "Invalid argument".
+    told = (errno.EFBIG, errno.EINVAL, errno.ENOSPC)
+    if code == -signal.SIGXFSZ or ("error while" in tail and any(os.strerror(number) in tail for number in told)):
+        limited = limits.file_size < _UNLIMITED
+        return f"the result takes more than the {limits.file_size >> 20} MiB that are free" if limited else _FULL
     if code in {-signal.SIGXCPU, -signal.SIGKILL}:
         return f"qemu-img used more than {limits.cpu_s} s of CPU time, or was killed"
     return tail or f"qemu-img exit status {code}"
