@@ -202,7 +202,8 @@ def _reason(code: int, limits: Limits, errors: bytes) -> str:
     tail = errors.decode(errors="replace").strip()[-_STDERR_TAIL:]
     # A write cut off in its middle, by the limit or the disk's end, goes on unaligned: an "Invalid argument".
     told = (errno.EFBIG, errno.EINVAL, errno.ENOSPC)
-    if code == -signal.SIGXFSZ or ("error while" in tail and any(os.strerror(number) in tail for number in told)):
+    writing = "error while" in tail and "error while reading" not in tail
+    if code == -signal.SIGXFSZ or (writing and any(os.strerror(number) in tail for number in told)):
         limited = limits.file_size < _UNLIMITED
         return f"the result takes more than the {limits.file_size >> 20} MiB that are free" if limited else _FULL
     if code in {-signal.SIGXCPU, -signal.SIGKILL}:
