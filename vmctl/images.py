@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import tempfile
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,17 +18,21 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from vmctl import render
+from vmctl import image_users, render
+from vmctl.durable import written_out
 from vmctl.errors import Conflict, ImageError, NotFound, VmctlError
 from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
-from vmctl.hypervisor import domain, storage
+from vmctl.hypervisor import storage
 from vmctl.locks import held
-from vmctl.manifest import Manifest, NewImage, is_manifest, parse
+from vmctl.manifest import NAME, Manifest, NewImage, is_manifest, parse
 from vmctl.resources import image_recipes_dir
+from vmctl.workspace import clear_leftovers, workspace
 
 _LOCK_TIMEOUT_S = 900
 _ROOM_FOR_TAGS = 4096
+_MAKING = ".making-"
+_FILE_OF_IMAGE = re.compile(rf"(?P<stem>(?P<name>{NAME})-[0-9a-f]{{12}})\.(?:qcow2|kernel|initrd)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +75,29 @@ def list_images(host: Host) -> tuple[Manifest, ...]:
 
 
 def find(host: Host, name: str) -> Image:
-    """The image ``name`` (newest of that name) or ``name-DIGEST``. Raises NotFound."""
-    pool = host.settings.image_pool
-    for manifest in list_images(host):
-        if name in {manifest.name, manifest.stem} or name == manifest.short:
-            folder = storage.pool_path(host.conn, pool)
-            kernel = f"{folder}/{manifest.stem}.kernel" if manifest.kernel_sha256 else ""
-            initrd = f"{folder}/{manifest.stem}.initrd" if manifest.initrd_sha256 else ""
-            return Image(manifest, f"{folder}/{manifest.stem}.qcow2", kernel, initrd)
+    """The image ``name`` (newest of that name), ``name-DIGEST``, ``DIGEST``, or the one so tagged. Raises NotFound."""
+    known = list_images(host)
+    own = (manifest for manifest in known if name in {manifest.name, manifest.stem, manifest.short})
+    tagged = (manifest for manifest in known if name in manifest.tags)
+    for manifest in (*own, *tagged):
+        return with_paths(host, manifest)
     hint = f"make it: vmctl image build {name}" if has_recipe(name) else "see `vmctl image list`"
     raise NotFound(f"cannot find image {name}: the store on {host.conn.host} has none of that name", hint=hint)
+
+
+def with_paths(host: Host, manifest: Manifest) -> Image:
+    """An image with the paths of its files."""
+    stem = f"{storage.pool_path(host.conn, host.settings.image_pool)}/{manifest.stem}"
+    kernel = f"{stem}.kernel" if manifest.kernel_sha256 else ""
+    initrd = f"{stem}.initrd" if manifest.initrd_sha256 else ""
+    return Image(manifest, f"{stem}.qcow2", kernel, initrd)
+
+
+def half_stored(host: Host) -> tuple[tuple[str, str], ...]:
+    """Volumes that are files of an image without a manifest, each with that image's name."""
+    present = set(storage.volume_names(host.conn, host.settings.image_pool))
+    matches = [match for volume in sorted(present) if (match := _FILE_OF_IMAGE.fullmatch(volume))]
+    return tuple((match[0], match["name"]) for match in matches if f"{match['stem']}.json" not in present)
 
 
 def has_recipe(name: str) -> bool:
@@ -111,7 +129,7 @@ def _manifest(new: NewImage) -> Manifest:
         cmdline=new.cmdline,
         software=dict(new.software),
         source=new.source,
-        built=datetime.now(UTC).isoformat(timespec="seconds"),
+        built=datetime.now(UTC).isoformat(timespec="microseconds"),
         boots=new.boots,
         osinfo=new.osinfo,
         checksum=new.checksum,
@@ -122,19 +140,44 @@ def _manifest(new: NewImage) -> Manifest:
 
 @contextmanager
 def making(host: Host, name: str) -> Iterator[Path]:
-    """Hold the right to put an image called ``name`` into the store, with an empty folder to make it in."""
+    """Hold the right to put an image called ``name`` into the store, with an empty folder to make it in.
+
+    The folder is in the store's own where that is ours to write, so that a finished file needs no second copy.
+    """
     ensure_pools(host)
     host.folders.cache.mkdir(parents=True, exist_ok=True)
+    parent = _own_folder(host) or host.folders.cache
     with (
         held(host.folders.runtime, f"image {name}", timeout_s=_LOCK_TIMEOUT_S),
-        tempfile.TemporaryDirectory(prefix=f"build-{name}-", dir=host.folders.cache) as folder,
+        workspace(parent, _MAKING) as folder,
     ):
-        yield Path(folder)
+        clear_leftovers(host.folders.cache, _MAKING)
+        _clear_half_stored(host, name)
+        yield folder
+
+
+def _own_folder(host: Host) -> Path | None:
+    """The store's folder, where it is on this machine and ours to write."""
+    if not (host.conn.local and host.conn.qemu):
+        return None
+    folder = Path(storage.pool_path(host.conn, host.settings.image_pool))
+    return folder if folder.is_dir() and os.access(folder, os.R_OK | os.W_OK | os.X_OK) else None
+
+
+def _clear_half_stored(host: Host, name: str) -> None:
+    """Delete what a killed process left of an image of that name: its files, with no manifest yet. Under its lock."""
+    pool = host.settings.image_pool
+    if _own_folder(host):
+        storage.refresh(host.conn, pool)  # files that were put there by renaming
+    for volume, image in half_stored(host):
+        if image == name:
+            storage.delete_volume(host.conn, pool, volume)
 
 
 def add(host: Host, new: NewImage, report: Reporter) -> Manifest:
     """Put an image into the store, under the lock of ``making``. One of the same content is there already: it stays."""
-    manifest = _manifest(new)
+    with written_out(new.files().values()):
+        manifest = _manifest(new)
     present = next((m for m in list_images(host) if (m.name, m.digest) == (manifest.name, manifest.digest)), None)
     if present is None:
         _store(host, manifest, new, report)
@@ -161,17 +204,32 @@ def rewrite(host: Host, manifest: Manifest) -> None:
 def _store(host: Host, manifest: Manifest, new: NewImage, report: Reporter) -> None:
     try:
         for suffix, path in new.files().items():
-            with path.open("rb") as file:
-                _put(host, f"{manifest.stem}.{suffix}", file, path.stat().st_size, report)
+            _bring(host, f"{manifest.stem}.{suffix}", path, report)
+        if _own_folder(host):
+            storage.refresh(host.conn, host.settings.image_pool)
         text = manifest.to_bytes()
         text = text.ljust(len(text) + _ROOM_FOR_TAGS)
         _put(host, f"{manifest.stem}.json", io.BytesIO(text), len(text), report)
     except BaseException:
         # Under the image's lock, and without a manifest, these can only be this run's own.
+        if _own_folder(host):
+            storage.refresh(host.conn, host.settings.image_pool)
         for volume in manifest.volumes():
             storage.delete_volume(host.conn, host.settings.image_pool, volume)
         raise
     report(Step(f"image {manifest.stem} is in the store"))
+
+
+def _bring(host: Host, name: str, path: Path, report: Reporter) -> None:
+    """Bring a finished file into the store: by renaming it where it was made there already, else through libvirt."""
+    folder = _own_folder(host)
+    if folder is not None and folder in path.parents:
+        path.chmod(0o644)
+        path.rename(folder / name)
+        with written_out([folder]):
+            return
+    with path.open("rb") as file:
+        _put(host, name, file, path.stat().st_size, report)
 
 
 def _put(host: Host, name: str, source: IO[bytes], size: int, report: Reporter) -> None:
@@ -183,17 +241,19 @@ def _put(host: Host, name: str, source: IO[bytes], size: int, report: Reporter) 
     storage.upload(host.conn, pool, name, source, size, lambda sent: report(Progress(name, sent, size)))
 
 
+@contextmanager
+def changing(host: Host, name: str, *, timeout_s: float = 0.0) -> Iterator[None]:
+    """Hold the right to change images called ``name``. Raises Conflict when another vmctl has it."""
+    with held(host.folders.runtime, f"image {name}", timeout_s=timeout_s):
+        yield
+
+
 def delete(host: Host, name: str, report: Reporter) -> Manifest:
     """Delete an image. Raises Conflict, naming who, when a disk is based on it or a VM starts from it."""
     image = find(host, name)
-    with held(host.folders.runtime, f"image {image.manifest.name}"):
-        storage.refresh(host.conn, host.settings.image_pool)
-        files = {image.disk, image.kernel, image.initrd} - {""}
-        volumes = storage.disk_users(host.conn, image.disk)
-        machines = [
-            f.name for f in domain.all_facts(host.conn) if files & ({d.source for d in f.disks} | {f.kernel, f.initrd})
-        ]
-        if users := sorted({*volumes, *machines}):
+    with changing(host, image.manifest.name):
+        needed = image_users.needed(host.conn)
+        if users := needed.by(image.disk, image.kernel, image.initrd):
             raise Conflict(
                 f"cannot delete image {image.manifest.stem}: {', '.join(users)} need it",
                 hint="delete those VMs first",

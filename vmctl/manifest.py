@@ -46,6 +46,11 @@ class Manifest:
     first_boot: str = "cloud-init"
 
     @property
+    def built_at(self) -> str:
+        """When it was made, to the second; ``built`` tells two of one second apart."""
+        return f"{self.built[:19]}Z"
+
+    @property
     def short(self) -> str:
         """The digest as people type it."""
         return self.digest[:_SHORT]
@@ -92,7 +97,7 @@ def parse(data: bytes) -> Manifest | None:
 
 @dataclass(frozen=True, slots=True)
 class NewImage:
-    """An image on its way into the store: its files, which stay the caller's, and what they are.
+    """An image on its way into the store: its files, which the store may take for its own, and what they are.
 
     ``disk`` is qcow2 without a backing file. Sizes in bytes.
     """

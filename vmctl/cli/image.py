@@ -1,4 +1,4 @@
-"""vmctl image build, list, show, delete."""
+"""vmctl image: the group, with build, list, show and delete; the others are in files of their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from vmctl import ui
+from vmctl.cli import image_care, image_files
 from vmctl.cli.command import Command
 from vmctl.cli.options import ConnectOption, ImageName, OutputOption, YesOption, opened, refuse_unless_yes, reporter
 from vmctl.ui import Output
@@ -26,11 +27,14 @@ def _details(m: Manifest) -> str:
             ("format", m.format),
             ("virtual size", ui.size(m.virtual_size)),
             ("size", ui.size(m.size)),
+            ("tags", ", ".join(m.tags)),
             ("default user", m.default_user),
+            ("starts by", ", ".join(m.boots)),
             ("kernel", f"direct boot, sha256 {m.kernel_sha256}" if m.kernel_sha256 else ""),
             ("command line", m.cmdline),
             ("source", m.source),
-            ("built", m.built),
+            ("checksum", m.checksum if m.verified else "none was checked"),
+            ("built", m.built_at),
             ("software", "\n".join(f"{name} {version}" for name, version in m.software.items())),
         ]
     )
@@ -62,7 +66,10 @@ def list_(connect: ConnectOption = None, output: OutputOption = Output.TABLE) ->
             output,
             lambda: ui.columns(
                 ("NAME", "DIGEST", "OS", "FORMAT", "SIZE", "BUILT"),
-                [(m.name, m.digest[:12], f"{m.os} {m.os_version}", m.format, ui.size(m.size), m.built) for m in found],
+                [
+                    (m.name, m.digest[:12], f"{m.os} {m.os_version}", m.format, ui.size(m.size), m.built_at)
+                    for m in found
+                ],
             ),
             lambda: [m.stem for m in found],
         )
@@ -88,3 +95,10 @@ def delete(name: ImageName, yes: YesOption = False, connect: ConnectOption = Non
         refuse_unless_yes([f"image {manifest.stem}, {ui.size(manifest.size)}"], yes=yes)
         images.delete(host, manifest.stem, reporter())
         ui.say(manifest.stem)
+
+
+app.command("import", cls=Command)(image_files.import_)
+app.command(cls=Command)(image_files.export)
+app.command(cls=Command)(image_care.tag)
+app.command(cls=Command)(image_care.verify)
+app.command(cls=Command)(image_care.prune)

@@ -281,3 +281,23 @@ def require_persistent(domain: Domain, doing: str) -> None:
     """Raise Unsupported for a transient domain, which ends with its process."""
     if not domain.persistent:
         raise Unsupported(f"cannot {doing} VM {domain.name}: it is transient and ends when it stops")
+
+
+def all_texts(conn: Connection) -> tuple[tuple[str, str], ...]:
+    """Name and XML of every domain, as it runs, as it is defined, as it is saved, and of each of its snapshots."""
+    found = []
+    with calling("read all VMs"):
+        for dom in conn.handle.listAllDomains():
+            try:
+                found += [(dom.name(), text) for text in _texts(dom)]
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # deleted since the list was made
+                    raise
+    return tuple(found)
+
+
+def _texts(dom: Any) -> list[str]:
+    texts = [dom.XMLDesc(), dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)]
+    if dom.hasManagedSaveImage():
+        texts.append(dom.managedSaveGetXMLDesc())
+    return texts + [snapshot.getXMLDesc() for snapshot in dom.listAllSnapshots()]

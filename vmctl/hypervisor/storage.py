@@ -23,8 +23,9 @@ _REFRESH_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class VolumeFacts:
-    """A volume: its path on the host, format, sizes in bytes, and its backing file's path ("" if none)."""
+    """A volume: its pool, its path on the host, format, sizes in bytes, and its backing file's path ("" if none)."""
 
+    pool: str
     name: str
     path: str
     format: str
@@ -121,17 +122,18 @@ def _all_facts(pool: Any) -> tuple[VolumeFacts, ...]:
     found = []
     for volume in pool.listAllVolumes():
         try:
-            found.append(_facts(volume))
+            found.append(_facts(pool.name(), volume))
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
                 raise
     return tuple(found)
 
 
-def _facts(volume: Any) -> VolumeFacts:
+def _facts(pool: str, volume: Any) -> VolumeFacts:
     root = ET.fromstring(volume.XMLDesc())
     form = root.find("target/format")
     return VolumeFacts(
+        pool=pool,
         name=volume.name(),
         path=volume.path(),
         format="raw" if form is None else form.get("type", "raw"),
@@ -144,7 +146,7 @@ def _facts(volume: Any) -> VolumeFacts:
 def volume(conn: Connection, pool: str, name: str) -> VolumeFacts:
     """Facts of one volume. Raises NotFound."""
     with calling(f"look up volume {name}"):
-        return _facts(_volume(conn, pool, name))
+        return _facts(pool, _volume(conn, pool, name))
 
 
 def create_volume(conn: Connection, pool: str, xml: str, *, name: str) -> str:
@@ -205,15 +207,29 @@ def upload_bytes(conn: Connection, pool: str, name: str, data: bytes) -> None:
     upload(conn, pool, name, io.BytesIO(data), len(data))
 
 
-def download(conn: Connection, pool: str, name: str) -> bytes:
-    """The whole content of a (small) volume. Raises NotFound."""
-    parts = []
+def read(
+    conn: Connection,
+    pool: str,
+    name: str,
+    sink: Callable[[bytes], object],
+    moved: Callable[[int], None] = lambda _n: None,
+) -> None:
+    """Hand the content of a volume to ``sink``, piece by piece; ``moved`` hears how much has come. Raises NotFound."""
+    done = 0
     with calling(f"read volume {name}"):
         volume = _volume(conn, pool, name)
         with _stream(conn) as stream:
             volume.download(stream, 0, 0, 0)
             while chunk := stream.recv(256 * 1024):
-                parts.append(chunk)
+                sink(chunk)
+                done += len(chunk)
+                moved(done)
+
+
+def download(conn: Connection, pool: str, name: str) -> bytes:
+    """The whole content of a (small) volume. Raises NotFound."""
+    parts: list[bytes] = []
+    read(conn, pool, name, parts.append)
     return b"".join(parts)
 
 
@@ -228,6 +244,29 @@ def tail(conn: Connection, pool: str, name: str, *, limit: int) -> bytes:
     except OSError:
         pass  # not ours to read: libvirt can
     return download(conn, pool, name)[-limit:]
+
+
+def all_volumes(conn: Connection) -> tuple[VolumeFacts, ...]:
+    """The volumes of all pools that run, after a fresh look."""
+    found: list[VolumeFacts] = []
+    for name in _pool_names(conn, libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
+        try:
+            refresh(conn, name)
+            found += volumes(conn, name)
+        except NotFound:
+            continue  # undefined since the list was made
+    return tuple(found)
+
+
+def sleeping_folders(conn: Connection) -> tuple[str, ...]:
+    """The folders of pools that do not run, in which libvirt does not look."""
+    names = _pool_names(conn, libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_INACTIVE)
+    return tuple(path for path in (pool_path(conn, name) for name in names) if path)
+
+
+def _pool_names(conn: Connection, flags: int) -> tuple[str, ...]:
+    with calling("list storage pools"):
+        return tuple(pool.name() for pool in conn.handle.listAllStoragePools(flags))
 
 
 def disk_users(conn: Connection, path: str) -> tuple[str, ...]:

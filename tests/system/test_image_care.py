@@ -1,0 +1,156 @@
+"""Care of the store: tags, damage that is found, and a prune that takes nothing anybody needs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import Shell, volumes
+
+pytestmark = pytest.mark.system
+
+STORE = Path("/var/lib/libvirt/vmctl/vmctl-images")
+DISKS = Path("/var/lib/libvirt/vmctl/vmctl")
+
+
+@pytest.fixture
+def stored(shell: Shell, tmp_path: Path) -> Iterator[Callable[[], str]]:
+    """A function that imports one more image called ``kept``; all of them are gone afterwards."""
+
+    def new() -> str:
+        raw = tmp_path / "kept.raw"
+        raw.write_bytes(os.urandom(510) + b"\x55\xaa" + os.urandom(1 << 20))
+        return shell.run("image", "import", str(raw)).stdout.strip()
+
+    yield new
+    for manifest in shell.json("image", "list"):
+        if manifest["name"] == "kept":
+            shell.run("image", "delete", f"kept-{manifest['digest'][:12]}", "--yes")
+
+
+def overlay(path: Path, base: Path) -> Path:
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(base), "-F", "qcow2", str(path)], check=True, timeout=60
+    )
+    return path
+
+
+def kept(shell: Shell) -> set[str]:
+    """Which images of that name a prune would leave."""
+    would = set(shell.json("image", "prune", "--dry-run")["images"])
+    return {f"kept-{m['digest'][:12]}" for m in shell.json("image", "list") if m["name"] == "kept"} - would
+
+
+def test_a_tag_is_one_more_name_and_moves(shell: Shell, stored: Callable[[], str], name: str) -> None:
+    one, two = stored(), stored()
+    assert shell.run("image", "tag", one, "stable").stdout.strip() == one
+    assert shell.run("image", "show", "stable", "-o", "name").stdout.strip() == one
+    shell.run("create", name, "--image", "stable", "--no-start")
+    shell.run("delete", name, "--yes")
+    shell.run("image", "tag", two, "stable")
+    assert shell.run("image", "show", "stable", "-o", "name").stdout.strip() == two
+    assert [m["tags"] for m in shell.json("image", "list") if m["name"] == "kept"].count(["stable"]) == 1
+    assert shell.run("image", "verify", "stable").stdout.strip() == two
+    shell.run("image", "tag", one, "stable", "--remove", check=4)
+    shell.run("image", "tag", two, "stable", "--remove")
+    shell.run("image", "show", "stable", check=4)
+    shell.run("image", "tag", one, "micro", check=5)
+    shell.run("image", "tag", one, "Bad Tag", check=2)
+    shell.run("image", "tag", one, "like-0123456789ab", check=2)
+
+
+def test_a_single_bit_is_found(shell: Shell, stored: Callable[[], str]) -> None:
+    stem = stored()
+    shell.run("image", "verify", stem, "micro")
+    assert {m["name"] for m in shell.json("image", "verify")} >= {"kept", "micro"}
+    file = STORE / f"{stem}.qcow2"
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) * 2 // 3] ^= 4
+    file.write_bytes(damaged)
+    done = shell.run("image", "verify", stem, "micro", check=10)
+    assert f"{stem}.qcow2 is not what it was" in done.stderr and "micro-" not in done.stderr.splitlines()[-2]
+    file.write_bytes(whole)
+    shell.run("image", "verify", stem)
+    text = (STORE / f"{stem}.json").read_bytes()
+    (STORE / f"{stem}.json").write_bytes(text.replace(b'"cmdline": ""', b'"cmdline": "init=/bin/sh"'))
+    assert f"{stem}.json is not what it was" in shell.run("image", "verify", stem, check=10).stderr
+    (STORE / f"{stem}.json").write_bytes(text)
+    file.unlink()
+    shell.virsh("pool-refresh", "vmctl-images")
+    assert f"{stem}.qcow2 is missing" in shell.run("image", "verify", stem, check=10).stderr
+    shell.run("image", "verify", "none", check=4)
+
+
+def test_prune_takes_the_old_ones_and_says_what(shell: Shell, stored: Callable[[], str]) -> None:
+    one, two, three = stored(), stored(), stored()
+    before = volumes(shell, "vmctl-images")
+    assert shell.json("image", "prune", "--dry-run", "--keep", "2")["images"] == [one]
+    shell.run("image", "prune", check=2)
+    shell.run("image", "tag", one, "first")
+    assert volumes(shell, "vmctl-images") == before
+    done = shell.run("image", "prune", "--yes")
+    assert two in done.stdout and one not in done.stdout and "freed 1." in done.stdout
+    assert before - volumes(shell, "vmctl-images") == {f"{two}.qcow2", f"{two}.json"}
+    shell.run("image", "tag", one, "first", "--remove")
+    assert kept(shell) == {three}
+
+
+def test_prune_leaves_what_a_stopped_and_a_saved_vm_need(shell: Shell, stored: Callable[[], str], name: str) -> None:
+    one = stored()
+    shell.run("create", name, "--image", one, "--no-start", "--memory", "64M")
+    two = stored()
+    assert kept(shell) == {one, two}
+    shell.run("start", name)
+    shell.run("save", name)
+    assert kept(shell) == {one, two}
+    assert name in shell.run("image", "delete", one, "--yes", check=5).stderr
+    shell.run("delete", name, "--yes")
+    assert kept(shell) == {two}
+
+
+def test_prune_follows_overlays_on_overlays(shell: Shell, stored: Callable[[], str], tmp_path: Path) -> None:
+    one, two = stored(), stored()
+    middle = overlay(tmp_path / "middle.qcow2", STORE / f"{one}.qcow2")
+    top = overlay(DISKS / "prune-top.qcow2", middle)
+    try:
+        assert kept(shell) == {one, two}
+        assert "prune-top.qcow2" in shell.run("image", "delete", one, "--yes", check=5).stderr
+        shell.run("image", "prune", "--yes")
+        assert (STORE / f"{one}.qcow2").exists()
+    finally:
+        top.unlink()
+        shell.virsh("pool-refresh", "vmctl")
+    assert kept(shell) == {two}
+
+
+def test_prune_looks_at_disks_outside_pools_and_pools_that_do_not_run(
+    shell: Shell, stored: Callable[[], str], name: str, tmp_path: Path
+) -> None:
+    one, two = stored(), stored()
+    (tmp_path / "pool").mkdir()
+    loose = overlay(tmp_path / "loose.qcow2", overlay(tmp_path / "middle.qcow2", STORE / f"{one}.qcow2"))
+    assert kept(shell) == {two}, "nobody uses the overlay"
+    shell.run("create", name, "--image", "micro", "--disk", str(loose), "--no-start")
+    assert kept(shell) == {one, two}
+    shell.run("delete", name, "--yes")
+    assert kept(shell) == {two}
+    overlay(tmp_path / "pool/asleep.qcow2", STORE / f"{one}.qcow2")
+    shell.virsh("pool-define-as", "asleep", "dir", "--target", str(tmp_path / "pool"))
+    try:
+        assert kept(shell) == {one, two}
+    finally:
+        shell.virsh("pool-undefine", "asleep")
+
+
+def test_prune_takes_left_over_files_too(shell: Shell, stored: Callable[[], str]) -> None:
+    stored()
+    left = STORE / "killed-0123456789ab.qcow2"
+    left.write_bytes(bytes(4096))
+    assert left.stem + ".qcow2" in shell.json("image", "prune", "--dry-run")["leftovers"] and left.exists()
+    shell.run("image", "prune", "--yes")
+    assert not left.exists()

@@ -1,0 +1,76 @@
+"""vmctl image import, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vmctl import ui
+from vmctl.cli.options import ConnectOption, ImageName, OutputOption, opened, reporter
+from vmctl.ui import Output
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Disk image, .ova or Vagrant .box.")],
+    name: Annotated[str, typer.Option("--name", metavar="NAME", help="Name in the store; default: the file's.")] = "",
+    format: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="qcow2, raw, vmdk, vdi or vhdx; default: told by itself.")
+    ] = "",
+    checksum: Annotated[
+        str, typer.Option("--checksum", metavar="SUM", help="What it must match: sha256:HEX or sha512:HEX.")
+    ] = "",
+    os: Annotated[str, typer.Option("--os", metavar="NAME", help="Operating system in it.")] = "unknown",
+    os_version: Annotated[str, typer.Option("--os-version", metavar="VERSION", help="And its version.")] = "",
+    user: Annotated[
+        str, typer.Option("--user", metavar="USER", help="User to log in as; default: root, or vagrant for a box.")
+    ] = "",
+    boots: Annotated[
+        str, typer.Option("--boots", metavar="LIST", help="How it can start: bios, uefi or both.")
+    ] = "bios",
+    max_size: Annotated[
+        str, typer.Option("--max-size", metavar="SIZE", help="Largest disk taken, such as 100G.")
+    ] = "2T",
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Import a disk image, an .ova or a Vagrant .box, trusting nothing in it."""
+    from vmctl import image_import, spec
+
+    wish = image_import.Wish(
+        file=file,
+        name=name,
+        format=format,
+        checksum=checksum,
+        os_name=os,
+        os_version=os_version,
+        user=user,
+        boots=tuple(boots.split(",")),
+        most_bytes=spec.parse_size_mib(max_size) << 20,
+    )
+    with opened(connect) as host:
+        manifest = image_import.import_image(host, wish, reporter())
+        ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
+
+
+def export(
+    name: ImageName,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="FORMAT", help="qcow2, raw, vmdk, vdi, vhdx, ova or box; default: by the ending."
+        ),
+    ] = "",
+    compress: Annotated[bool, typer.Option("--compress", help="Smaller and slower (qcow2, vmdk).")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Write over a file that is there.")] = False,
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Write an image to a file: a disk image, an .ova or a Vagrant box for libvirt."""
+    from vmctl import image_export
+
+    with opened(connect) as host:
+        done = image_export.export(host, name, file, reporter(), format=format, compress=compress, force=force)
+        ui.emit(done, output, lambda: done.file, lambda: [done.file])

@@ -1,0 +1,59 @@
+"""A bounded look at a file: every read is counted, so that no header makes us read much or for long."""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+SECTOR = 512
+_MOST_BYTES = 2 << 20
+
+
+class Unreadable(Exception):
+    """The header cannot be read on; the text says why."""
+
+
+@dataclass(slots=True)
+class Window:
+    """``size`` bytes of the open file ``handle`` from ``start`` on. Reads beyond them, and too many, are refused."""
+
+    handle: int
+    size: int
+    start: int = 0
+    _spent: int = field(default=0, init=False)
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Exactly ``count`` bytes. Raises Unreadable."""
+        if offset < 0 or offset + count > self.size:
+            raise Unreadable("it is cut short")
+        self._spent += count
+        if self._spent > _MOST_BYTES:
+            raise Unreadable("its header is absurdly long")
+        data = os.pread(self.handle, count, self.start + offset)
+        if len(data) != count:
+            raise Unreadable("it is cut short")
+        return data
+
+    def up_to(self, offset: int, count: int) -> bytes:
+        """At most ``count`` bytes, fewer at the end."""
+        return self.read(offset, max(0, min(count, self.size - offset)))
+
+    def unpack(self, form: str, offset: int) -> tuple[Any, ...]:
+        """Numbers at an offset, as ``struct`` reads them."""
+        return struct.unpack(form, self.read(offset, struct.calcsize(form)))
+
+
+@dataclass(frozen=True, slots=True)
+class DiskHeader:
+    """What a disk image's header says. ``virtual_size`` in bytes; ``problems`` says why it is not to be used.
+
+    ``backing`` is the name of the file it is based on, "" for none; ``variant`` tells kinds of one format apart.
+    """
+
+    format: str
+    virtual_size: int
+    problems: tuple[str, ...] = ()
+    variant: str = ""
+    backing: str = ""

@@ -1,0 +1,175 @@
+"""Care of the store: further names for images, a look for damage, and taking away what nobody needs."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from vmctl import image_users, images
+from vmctl.errors import Conflict, ImageError, NotFound, SpecError
+from vmctl.events import Progress, Reporter, Step, Warned
+from vmctl.hosts import Host
+from vmctl.hypervisor import storage
+from vmctl.image_users import Needed
+from vmctl.manifest import NAME, Manifest
+
+_LOCK_TIMEOUT_S = 30.0
+_LIKE_DIGEST = re.compile(r"(?:.*-)?[0-9a-f]{12}")
+
+
+def tag(host: Host, name: str, new: str, report: Reporter) -> Manifest:
+    """Give an image a further name; another image that has it loses it. Raises NotFound, SpecError, Conflict."""
+    if not re.fullmatch(NAME, new) or _LIKE_DIGEST.fullmatch(new):
+        raise SpecError(
+            f"cannot tag image {name}: {new!r} is no tag",
+            hint="lower-case letters, digits, inner dots and hyphens, and not like a digest",
+        )
+    with images.changing(host, "tags", timeout_s=_LOCK_TIMEOUT_S):
+        known = images.list_images(host)
+        if any(m.name == new for m in known):
+            raise Conflict(f"cannot tag image {name}: {new} is an image's own name")
+        chosen = images.find(host, name).manifest
+        # The new one first: cut off between the two, the tag still means an image.
+        for m in (chosen, *(m for m in known if m != chosen)):
+            tags = {*m.tags, new} if m == chosen else {*m.tags} - {new}
+            if tags != {*m.tags}:
+                _retag(host, m, tags)
+                report(Step(f"image {m.stem} is {'' if m == chosen else 'no longer '}{new}"))
+    return replace(chosen, tags=tuple(sorted({*chosen.tags, new})))
+
+
+def untag(host: Host, name: str, old: str, report: Reporter) -> Manifest:
+    """Take a further name from an image. Raises NotFound."""
+    with images.changing(host, "tags", timeout_s=_LOCK_TIMEOUT_S):
+        chosen = images.find(host, name).manifest
+        if old not in chosen.tags:
+            known = ", ".join(chosen.tags) or "it has none"
+            raise NotFound(f"cannot find tag {old} of image {chosen.stem}", hint=f"its tags: {known}")
+        kept = {*chosen.tags} - {old}
+        _retag(host, chosen, kept)
+    report(Step(f"image {chosen.stem} is no longer {old}"))
+    return replace(chosen, tags=tuple(sorted(kept)))
+
+
+def _retag(host: Host, manifest: Manifest, tags: Collection[str]) -> None:
+    with images.changing(host, manifest.name, timeout_s=_LOCK_TIMEOUT_S):
+        images.rewrite(host, replace(manifest, tags=tuple(sorted(tags))))
+
+
+def verify(host: Host, names: Sequence[str], report: Reporter) -> tuple[Manifest, ...]:
+    """Read every file of the images again and compare it with the manifest; no name: all images.
+
+    Raises NotFound, and ImageError that names all that differs.
+    """
+    known = [images.find(host, name).manifest for name in names] if names else images.list_images(host)
+    chosen = tuple({m.stem: m for m in known}.values())
+    different: list[str] = []
+    for manifest in chosen:
+        found = _differences(host, manifest, report)
+        different += found
+        report(Step(f"image {manifest.stem} is {'damaged' if found else 'what it was when it was stored'}"))
+    if different:
+        raise ImageError(
+            f"cannot trust the store: {'; '.join(different)}",
+            hint="build, pull or import it again, after deleting it or the VMs on it",
+        )
+    return chosen
+
+
+def _differences(host: Host, manifest: Manifest, report: Reporter) -> list[str]:
+    told = {
+        f"{manifest.stem}.qcow2": manifest.disk_sha256,
+        f"{manifest.stem}.kernel": manifest.kernel_sha256,
+        f"{manifest.stem}.initrd": manifest.initrd_sha256,
+    }
+    different = []
+    for volume, digits in told.items():
+        if digits:
+            try:
+                if _sum(host, volume, report) != digits:
+                    different.append(f"{volume} is not what it was")
+            except NotFound:
+                different.append(f"{volume} is missing")
+    parts = [*told.values(), manifest.cmdline]
+    if hashlib.sha256("\n".join(parts).encode()).hexdigest() != manifest.digest:
+        different.append(f"{manifest.stem}.json is not what it was")
+    return different
+
+
+def _sum(host: Host, volume: str, report: Reporter) -> str:
+    pool, summed = host.settings.image_pool, hashlib.sha256()
+    size = storage.volume(host.conn, pool, volume).allocation
+    storage.read(host.conn, pool, volume, summed.update, lambda done: report(Progress(volume, done, max(size, done))))
+    return summed.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Prunable:
+    """What a prune takes away: images, and files that killed imports and builds left. ``freed`` in bytes."""
+
+    images: tuple[str, ...]
+    leftovers: tuple[str, ...]
+    freed: int
+
+
+def outdated(known: Sequence[Manifest], kept_each: int) -> tuple[Manifest, ...]:
+    """Those behind the newest ``kept_each`` of their names, untagged; ``known`` is in ``list_images``' order."""
+    seen: dict[str, int] = {}
+    found = []
+    for manifest in known:
+        seen[manifest.name] = seen.get(manifest.name, 0) + 1
+        if seen[manifest.name] > kept_each and not manifest.tags:
+            found.append(manifest)
+    return tuple(found)
+
+
+def prunable(host: Host, report: Reporter, *, kept_each: int = 1) -> Prunable:
+    """What nobody needs: older images of a name on which no disk of any VM or pool is based, even indirectly.
+
+    While a disk is there whose chain cannot be followed, no image is.
+    """
+    pool = host.settings.image_pool
+    if not storage.pool_exists(host.conn, pool):
+        return Prunable((), (), 0)
+    storage.refresh(host.conn, pool)
+    old = outdated(images.list_images(host), kept_each)
+    needed = image_users.needed(host.conn) if old else Needed({})
+    if needed.unknown:
+        text = f"no image is pruned: what {', '.join(needed.unknown[:4])} is based on cannot be read from here"
+        report(Warned(text, hint="run it on the host itself, as root"))
+        old = ()
+    free = []
+    for manifest in old:
+        image = images.with_paths(host, manifest)
+        if users := needed.by(image.disk, image.kernel, image.initrd):
+            report(Step(f"image {manifest.stem} stays: {', '.join(users)} need it"))
+        else:
+            free.append(manifest)
+    left = tuple(volume for volume, _ in images.half_stored(host))
+    volumes = (*(volume for manifest in free for volume in manifest.volumes()), *left)
+    freed = sum(facts.allocation for facts in storage.volumes(host.conn, pool) if facts.name in volumes)
+    return Prunable(tuple(m.stem for m in free), left, freed)
+
+
+def prune(host: Host, what: Prunable, report: Reporter) -> None:
+    """Take it away. An image that somebody has come to need meanwhile stays, and so does what is being made."""
+    for stem in what.images:
+        try:
+            images.delete(host, stem, report)
+        except (Conflict, NotFound) as error:
+            report(Warned(error.message))
+    for volume in what.leftovers:
+        try:
+            _remove_leftover(host, volume)
+        except Conflict as error:
+            report(Warned(error.message))
+
+
+def _remove_leftover(host: Host, volume: str) -> None:
+    names = dict(images.half_stored(host))
+    if volume in names:
+        with images.changing(host, names[volume]):
+            if volume in dict(images.half_stored(host)):
+                storage.delete_volume(host.conn, host.settings.image_pool, volume)

@@ -1,0 +1,218 @@
+"""Taking a disk image of unknown origin into the store.
+
+In this order: its checksum, if one is given; its header, by our own parser; qemu-img's word on it, which must agree;
+the copy; the copy's header. Every step before the last has bounds, and what fails leaves nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmctl import archives, disk_header, images, qemu_img
+from vmctl.archives import Enclosed
+from vmctl.disk_header import DiskHeader, Window
+from vmctl.errors import ImageError, SpecError
+from vmctl.events import Progress, Reporter, Step
+from vmctl.hosts import Host
+from vmctl.manifest import NAME, Manifest, NewImage
+
+BOOTS = ("bios", "uefi")
+_CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+_USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+_CHUNK = 1 << 20
+_KEPT_FREE = 64 << 20  # of the disk the store is on
+_LONGEST_NAME = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A file to import, and what the user says of it. ``name``, ``format`` and ``user`` may be "": found out."""
+
+    file: Path
+    name: str = ""
+    format: str = ""
+    checksum: str = ""
+    os_name: str = "unknown"
+    os_version: str = ""
+    user: str = ""
+    boots: tuple[str, ...] = ("bios",)
+    most_bytes: int = disk_header.DEFAULT_MOST_BYTES
+
+
+def name_for(file: Path) -> str:
+    """An image name made from a file's; "" when nothing is left of it."""
+    stem = file.name.lower()
+    for suffix in (".gz", ".tar", *(f".{kind}" for kind in (*disk_header.FORMATS, "img", "ova", "box", "iso"))):
+        stem = stem.removesuffix(suffix)
+    return re.sub(r"[^a-z0-9.-]+", "-", stem)[:_LONGEST_NAME].strip(".-")
+
+
+def problems(wish: Wish) -> list[str]:
+    """What is wrong with the wish itself, all of it."""
+    found = []
+    name = wish.name or name_for(wish.file)
+    if not re.fullmatch(NAME, name):
+        found.append(f"{name!r} is no image name (lower-case letters, digits, inner dots and hyphens; see --name)")
+    if wish.format and wish.format not in disk_header.FORMATS:
+        found.append(f"format {wish.format!r} is none of {', '.join(disk_header.FORMATS)}")
+    if wish.checksum and not _CHECKSUM.fullmatch(wish.checksum.lower()):
+        found.append("the checksum is not sha256: with 64 hex digits or sha512: with 128")
+    if not wish.boots or set(wish.boots) - set(BOOTS):
+        found.append(f"--boots takes {' and '.join(BOOTS)}, not {','.join(wish.boots)!r}")
+    if wish.user and not _USER.fullmatch(wish.user):
+        found.append(f"{wish.user!r} is no user name")
+    if wish.most_bytes <= 0:
+        found.append("--max-size must be above 0")
+    return found
+
+
+def import_image(host: Host, wish: Wish, report: Reporter) -> Manifest:
+    """Import a disk image, an .ova or a Vagrant .box. Raises SpecError, ImageError."""
+    if found := problems(wish):
+        raise SpecError(f"cannot import {wish.file}", problems=found)
+    name = wish.name or name_for(wish.file)
+    try:
+        with _opened(wish.file) as handle, images.making(host, name) as folder:
+            before = os.fstat(handle)
+            _check_sum(handle, wish, before.st_size, report)
+            disk = _disk(handle, folder, wish, report)
+            with _part(disk, wish.file, handle) as source:
+                header, copied = _copy(source, disk, folder, wish, report)
+            after = os.fstat(handle)
+            if (before.st_size, before.st_mtime_ns, before.st_ctime_ns) != (
+                after.st_size,
+                after.st_mtime_ns,
+                after.st_ctime_ns,
+            ):
+                raise ImageError(f"cannot import {wish.file}: it was changed while it was read")
+            return images.add(host, _new_image(name, wish, disk, header, copied), report)
+    except OSError as error:
+        full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+        reason = error.strerror or str(error)
+        raise ImageError(f"cannot import {wish.file}: {reason}", hint="make room" if full else "") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    # Non-blocking: a named pipe would wait for a writer before it could be told from a file.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ImageError(f"cannot import {path}: it is not a regular file")
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _check_sum(handle: int, wish: Wish, size: int, report: Reporter) -> None:
+    if not wish.checksum:
+        return
+    kind, _, digits = wish.checksum.lower().partition(":")
+    summed, done = hashlib.new(kind), 0
+    with os.fdopen(os.dup(handle), "rb", buffering=0) as file:
+        while data := file.read(_CHUNK):
+            summed.update(data)
+            done += len(data)
+            report(Progress(f"{kind} of {wish.file.name}", done, size))
+    if summed.hexdigest() != digits:
+        raise ImageError(
+            f"cannot import {wish.file}: its {kind} is {summed.hexdigest()}, not the one given",
+            hint="get it again; it is cut short, or not what was published",
+        )
+
+
+def _room(folder: Path) -> int:
+    free = shutil.disk_usage(folder).free - _KEPT_FREE
+    if free <= 0:
+        raise ImageError(f"cannot import into {folder}: its disk is full", hint="make room")
+    return free
+
+
+def _disk(handle: int, folder: Path, wish: Wish, report: Reporter) -> Enclosed:
+    """Where the disk is: the file itself, or inside the archive that the file is."""
+    size = os.fstat(handle).st_size
+    with os.fdopen(os.dup(handle), "rb") as file:
+        if wish.format == "raw" or not archives.is_archive(file):
+            return Enclosed("", wish.file, 0, size, wish.format)
+        report(Step(f"looking through {wish.file.name}"))
+        found = archives.open_disk(
+            file,
+            wish.file,
+            folder,
+            most_bytes=min(wish.most_bytes, max(_room(folder), size)),
+            moved=lambda done: report(Progress(f"unpacking {wish.file.name}", done, 0)),
+        )
+    if wish.format and found.format and wish.format != found.format:
+        raise ImageError(f"cannot import {wish.file}: its disk is {found.format}, not {wish.format}")
+    return found
+
+
+@contextmanager
+def _part(disk: Enclosed, file: Path, handle: int) -> Iterator[int]:
+    """A descriptor of the file that the disk is in."""
+    if disk.path == file:
+        yield handle
+        return
+    with _opened(disk.path) as own:
+        yield own
+
+
+def _copy(handle: int, disk: Enclosed, folder: Path, wish: Wish, report: Reporter) -> tuple[DiskHeader, Path]:
+    """The disk's header, and a copy as qcow2. Nothing but a sound header lets qemu-img see it."""
+    what = f"import {wish.file}"
+    asked = wish.format or disk.format
+    header = disk_header.check(
+        Window(handle, disk.size, disk.start), what=what, asked=asked, most_bytes=wish.most_bytes
+    )
+    whole = not disk.start and disk.size == os.fstat(handle).st_size
+    source = qemu_img.Source(handle, header.format, disk.start, 0 if whole else disk.size)
+    seen = qemu_img.inspect(source, what=what)
+    if (seen.format, seen.virtual_size, seen.backing_file) != (header.format, header.virtual_size, ""):
+        raise ImageError(
+            f"cannot {what}: qemu-img sees {seen.format} of {seen.virtual_size} bytes where its header says"
+            f" {header.format} of {header.virtual_size}"
+        )
+    report(Step(f"{wish.file.name} is {header.format}, {header.virtual_size >> 20} MiB"))
+    target = folder / "disk.qcow2"
+    qemu_img.copy(
+        source,
+        target,
+        "qcow2",
+        what=what,
+        limits=qemu_img.Limits(file_size=_room(folder)),
+        moved=lambda share: report(
+            Progress(f"copying {wish.file.name}", int(share * header.virtual_size), header.virtual_size)
+        ),
+    )
+    with _opened(target) as written:
+        window = Window(written, os.fstat(written).st_size)
+        result = disk_header.check(window, what=what, asked="qcow2", most_bytes=wish.most_bytes)
+    if result.virtual_size != header.virtual_size:
+        raise ImageError(f"cannot {what}: its copy came out {result.virtual_size} bytes large")
+    return header, target
+
+
+def _new_image(name: str, wish: Wish, disk: Enclosed, header: DiskHeader, copied: Path) -> NewImage:
+    inside = f" ({header.format} disk inside the {disk.kind})" if disk.kind else f" ({header.format})"
+    return NewImage(
+        name=name,
+        disk=copied,
+        virtual_size=header.virtual_size,
+        os_name=wish.os_name,
+        os_version=wish.os_version,
+        architecture=os.uname().machine,
+        default_user=wish.user or ("vagrant" if disk.kind == "box" else "root"),
+        source=f"{wish.file.resolve()}{inside}",
+        boots=wish.boots,
+        checksum=wish.checksum.lower(),
+        verified=bool(wish.checksum),
+    )

@@ -1,0 +1,125 @@
+"""Who needs a file of the store: by naming it, or through overlays on overlays, in a pool or outside of any."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmctl import disk_header, domain_files
+from vmctl.disk_header import Window
+from vmctl.disk_header.window import Unreadable
+from vmctl.hypervisor import domain, storage
+from vmctl.hypervisor.connection import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """Which files are needed: ``users`` of each by path, and ``unknown``, disks whose chain could not be followed."""
+
+    users: Mapping[str, frozenset[str]]
+    unknown: tuple[str, ...] = ()
+
+    def by(self, *paths: str) -> tuple[str, ...]:
+        """Names of the VMs and volumes that need any of the files."""
+        return tuple(sorted({user for path in paths if path for user in self.users.get(path, ())}))
+
+
+def chains(named: Mapping[str, Iterable[str]], bases: Mapping[str, str]) -> dict[str, frozenset[str]]:
+    """The users of every file: those that name it, and those of the files that are based on it. Pure."""
+    found: dict[str, set[str]] = {}
+    for path, users in named.items():
+        at, seen = path, set[str]()
+        while at and at not in seen:
+            seen.add(at)
+            found.setdefault(at, set()).update(users)
+            at = bases.get(at, "")
+    return {path: frozenset(users) for path, users in found.items()}
+
+
+def needed(conn: Connection) -> Needed:
+    """Who needs which file on the host."""
+    volumes = storage.all_volumes(conn)
+    bases = {_real(conn, v.path): _real(conn, v.backing) for v in volumes if v.backing}
+    in_pools = {_real(conn, v.path) for v in volumes}
+    paths = {f"{v.pool}/{v.name}": v.path for v in volumes}
+    named: dict[str, set[str]] = {}
+    for volume in volumes:
+        if volume.backing:
+            named.setdefault(_real(conn, volume.backing), set()).add(volume.name)
+    unknown, raw = set(), set[str]()
+    for name, text in domain.all_texts(conn):
+        raw |= domain_files.raw(text)
+        for source in domain_files.named(text):
+            named.setdefault(_real(conn, paths.get(source, source)), set()).add(name)
+    open_ends = [path for path in named if path.startswith("/") and path not in in_pools and path not in raw]
+    for folder in storage.sleeping_folders(conn):
+        found = _files(folder) if conn.local else None
+        if found is None:
+            unknown.add(folder)
+        for path in found or ():
+            named.setdefault(path, set()).add(Path(path).name)
+            open_ends.append(path)
+    _follow(conn, open_ends, bases, unknown)
+    return Needed(chains(named, bases), tuple(sorted(unknown)))
+
+
+def _real(conn: Connection, path: str) -> str:
+    return os.path.realpath(path) if conn.local and path.startswith("/") else path
+
+
+def _files(folder: str) -> list[str] | None:
+    try:
+        return [str(path) for path in Path(folder).iterdir() if path.is_file()]
+    except FileNotFoundError:
+        return []
+    except OSError:
+        return None
+
+
+def _follow(conn: Connection, ends: list[str], bases: dict[str, str], unknown: set[str]) -> None:
+    """Add what the files that libvirt does not look into are based on, as far as it can be read here."""
+    seen: set[str] = set()
+    while ends:
+        path = ends.pop()
+        if path in seen or path in bases:
+            continue
+        seen.add(path)
+        try:
+            base = _base(path) if conn.local else None
+        except OSError:
+            base = None
+        if base is None:
+            unknown.add(path)
+        elif base:
+            bases[path] = os.path.realpath(Path(path).parent / base)
+            ends.append(bases[path])
+
+
+def _base(path: str) -> str | None:
+    """The file that a disk is based on, "" for none, None when its name cannot be told. Raises OSError."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
+    try:
+        name = disk_header.examine(Window(handle, os.lseek(handle, 0, os.SEEK_END))).backing
+    except Unreadable:
+        return ""
+    finally:
+        os.close(handle)
+    if name.startswith("json:"):
+        return _filename(name.removeprefix("json:"))
+    return name.removeprefix("file:")
+
+
+def _filename(text: str) -> str | None:
+    try:
+        tree = json.loads(text)
+        while isinstance(tree.get("file"), dict):
+            tree = tree["file"]
+        return str(tree.get("filename") or tree["file.filename"])
+    except (ValueError, AttributeError, KeyError, RecursionError):
+        return None
