@@ -98,10 +98,8 @@ def check(values: Mapping[str, Any]) -> list[str]:
 
 def _told(values: Mapping[str, Any], error: Any) -> str:
     path = list(error.absolute_path)
-    if error.validator == "oneOf":
-        what = "give either checksum, or checksum_url with checksum_kind"
-    else:
-        what = error.message
+    either = "give either checksum, or checksum_url with checksum_kind"
+    what = either if error.validator == "oneOf" else error.message
     if len(path) < 2:
         return f"{path[0]}: {what}" if path else what
     one = values["image"][path[1]]

@@ -46,40 +46,35 @@ def file_name(url: str) -> str:
     return unquote(urlsplit(url).path).rpartition("/")[2]
 
 
-def kind_of(url: str) -> str:
-    """The kind a checksum file's name tells, "" when it tells none."""
-    name = file_name(url).lower()
-    return next((kind for kind in _LENGTHS if kind in name), "")
-
-
-def _lines(text: str, kind: str) -> list[tuple[str, str]]:
-    """Every (name, hash) of that kind in the file; "" for a hash alone."""
+def _lines(text: str) -> list[tuple[str, Checksum]]:
+    """Every file name in the text, "" for a hash alone, with its checksum, whose length tells its kind."""
+    kinds = {length: kind for kind, length in _LENGTHS.items()}
     found = []
     for line in text.splitlines():
-        if match := _BSD.fullmatch(line.strip()):
-            if match["kind"].lower() == kind and len(match["hex"]) == _LENGTHS[kind]:
-                found.append((match["name"], match["hex"].lower()))
-        elif (match := _GNU.fullmatch(line.strip())) and len(match["hex"]) == _LENGTHS[kind]:
-            found.append(((match["name"] or "").strip(), match["hex"].lower()))
+        match = _BSD.fullmatch(line.strip()) or _GNU.fullmatch(line.strip())
+        if match and (kind := kinds.get(len(match["hex"]))):
+            found.append(((match["name"] or "").strip(), Checksum(kind, match["hex"].lower())))
     return found
 
 
 def from_file(text: str, kind: str, *, image_url: str, url: str) -> Checksum:
-    """The checksum of the image at ``image_url`` in the checksum file that came from ``url``.
+    """The checksum of the image at ``image_url`` in the checksum file that came from ``url``; of any kind for "".
 
     A file that belongs to this image alone (IMAGE.sha256, or a lone hash) counts whatever name stands in it: those of
     "latest" images name the dated one. Raises ImageError when the image is not in there, or is there with two values.
     """
     wanted = file_name(image_url)
-    lines = _lines(text, kind)
-    hits = {digits for name, digits in lines if name.rpartition("/")[2] == wanted}
-    everything = {digits for _, digits in lines}
+    lines = [(name.rpartition("/")[2], found) for name, found in _lines(text) if kind in {"", found.kind}]
+    kind = kind or ("sha512" if any(found.kind == "sha512" for _, found in lines) else "sha256")
+    lines = [(name, found) for name, found in lines if found.kind == kind]
+    hits = {found for name, found in lines if name == wanted}
+    everything = {found for _, found in lines}
     if not hits and len(everything) == 1 and (file_name(url).startswith(wanted) or not any(n for n, _ in lines)):
         hits = everything
     if len(hits) != 1:
         why = f"it has {len(hits)} different ones for" if hits else f"it has no {kind} for"
         raise ImageError(f"cannot find the checksum in {url}: {why} {wanted}", hint="give it: --checksum sha256:HEX")
-    return Checksum(kind, hits.pop())
+    return hits.pop()
 
 
 def of_file(path: Path, kind: str, progress: Callable[[int], None]) -> Checksum:

@@ -108,9 +108,7 @@ def text(url: str, report: Reporter, patience: Patience) -> str:
     return _persist(url, once, lambda: 0, report, patience)
 
 
-def _persist(
-    url: str, once: Callable[[], T], have: Callable[[], int], report: Reporter, patience: Patience
-) -> T:
+def _persist(url: str, once: Callable[[], T], have: Callable[[], int], report: Reporter, patience: Patience) -> T:
     best, fruitless = have(), 0
     while True:
         try:
@@ -146,7 +144,9 @@ def _once(url: str, partial: Path, name: str, report: Reporter, stall_s: float) 
         else:
             if kept is not None:
                 changed = kept.validator != _validator(answer)
-                reason = "the file on the server is another one now" if changed else "the server cannot go on in the middle"
+                reason = (
+                    "the file on the server is another one now" if changed else "the server cannot go on in the middle"
+                )
                 report(Step(f"{name}: from the beginning, {reason}"))
             length = answer.headers.get("Content-Length", "")
             state, start = _State(url, _validator(answer), int(length) if length.isdecimal() else None), 0
@@ -174,10 +174,11 @@ def _past_the_end(url: str, partial: Path, answer: Answer, kept: _State | None, 
     if kept is not None and kept.size is None and total == start:
         _keep(partial, _State(url, kept.validator, total))
         return
-    promised = kept.size if kept is not None else None
     discard(partial)
+    if kept is None or kept.size is None or total is None:
+        raise ImageError(f"cannot download {url}: the server says 416 and not why", hint="try again later")
     raise ImageError(
-        f"cannot download {url}: the server promised {promised} bytes and says now there are {total}",
+        f"cannot download {url}: the server promised {kept.size} bytes and has {total}",
         hint="its file is damaged or changing: try again later",
     )
 

@@ -92,6 +92,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def _manifest(new: NewImage) -> Manifest:
     sums = {suffix: _sha256(path) for suffix, path in new.files().items()}
     parts = [sums["qcow2"], sums.get("kernel", ""), sums.get("initrd", "")]
@@ -111,7 +115,7 @@ def _manifest(new: NewImage) -> Manifest:
         cmdline=new.cmdline,
         software=dict(new.software),
         source=new.source,
-        built=datetime.now(UTC).isoformat(timespec="seconds"),
+        built=_now(),
         boots=new.boots,
         osinfo=new.osinfo,
         checksum=new.checksum,
@@ -138,9 +142,14 @@ def add(host: Host, new: NewImage, report: Reporter) -> Manifest:
     if present is None:
         _store(host, manifest, new, report)
         return manifest
+    return renew(host, present, report)
+
+
+def renew(host: Host, present: Manifest, report: Reporter) -> Manifest:
+    """Make the plain name mean this image again, under the lock of ``making``, where a newer one has taken it."""
     report(Step(f"image {present.stem} is in the store already, unchanged"))
-    if find(host, new.name).manifest != present:
-        present = replace(present, built=manifest.built)  # the plain name means this one again
+    if find(host, present.name).manifest != present:
+        present = replace(present, built=_now())
         rewrite(host, present)
     return present
 

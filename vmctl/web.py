@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TEMPORARY = frozenset({408, 425, 429})
 _MOST_REDIRECTS = 10
-_CONNECT_TIMEOUT_S = 20.0
 _CHUNK = 256 << 10
 
 
@@ -68,7 +67,7 @@ def get(url: str, headers: Mapping[str, str], *, stall_s: float) -> Iterator[Ans
                 "GET",
                 seen[-1],
                 headers={"Accept-Encoding": "identity", "User-Agent": "vmctl", **headers},
-                timeout=urllib3.Timeout(connect=min(_CONNECT_TIMEOUT_S, stall_s), read=stall_s),
+                timeout=urllib3.Timeout(connect=stall_s, read=stall_s),
                 retries=False,
                 redirect=False,
                 preload_content=False,
@@ -139,7 +138,9 @@ def _manager(url: str) -> PoolManager:
         return urllib3.ProxyManager(proxy, proxy_headers=headers, ssl_context=context)
     except (urllib3.exceptions.HTTPError, ValueError) as error:
         shown = proxy.rpartition("@")[2]
-        raise SpecError(f"cannot use proxy {shown}: it is no http or https URL", hint="see http_proxy, https_proxy") from error
+        raise SpecError(
+            f"cannot use proxy {shown}: it is no http or https URL", hint="see http_proxy, https_proxy"
+        ) from error
 
 
 def _chunks(url: str, response: BaseHTTPResponse, stall_s: float) -> Iterator[bytes]:
@@ -172,6 +173,6 @@ def _refused(url: str, error: Exception, stall_s: float) -> VmctlError:
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, urllib3.exceptions.TimeoutError):
         return Temporary(url, f"no byte came for {stall_s:g} s")
-    if isinstance(error, urllib3.exceptions.IncompleteRead):
+    if isinstance(error, urllib3.exceptions.ProtocolError):
         return Temporary(url, "the connection ended too early")
     return Temporary(url, f"{error}" or type(error).__name__)
