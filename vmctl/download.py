@@ -119,7 +119,7 @@ def _persist(url: str, once: Callable[[], T], have: Callable[[], int], report: R
             fruitless += 1
             if fruitless >= patience.tries:
                 tries = f"; {fruitless} tries brought nothing more" if fruitless > 1 else ""
-                hint = "try again later" + ("; it goes on from what is there" if best else "")
+                hint = "try again later" + ("; what came is kept" if best else "")
                 raise ImageError(f"cannot download {url}: {error.reason}{tries}", hint=hint) from error
             delay_s = min(2.0 ** (fruitless - 1), _LONGEST_WAIT_S)
             report(Warned(f"{error.reason}: trying again in {delay_s:.0f} s"))
@@ -144,9 +144,7 @@ def _once(url: str, partial: Path, name: str, report: Reporter, stall_s: float) 
         else:
             if kept is not None:
                 changed = kept.validator != _validator(answer)
-                reason = (
-                    "the file on the server is another one now" if changed else "the server cannot go on in the middle"
-                )
+                reason = "the file on the server is another one now" if changed else "the server does not send parts"
                 report(Step(f"{name}: from the beginning, {reason}"))
             length = answer.headers.get("Content-Length", "")
             state, start = _State(url, _validator(answer), int(length) if length.isdecimal() else None), 0

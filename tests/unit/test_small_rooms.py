@@ -225,6 +225,22 @@ def test_durations(seconds: float | None, text: str) -> None:
     assert ui.duration(seconds) == text
 
 
+def test_the_rate_counts_only_what_came_since(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A download that goes on at 900 MiB did not fetch those in its first seconds, and one begun again none yet."""
+    now = 0.0
+    monkeypatch.setattr("vmctl.progress.time.monotonic", lambda: now)
+    tell, mib = progress.reporter(), 1 << 20
+    for now, done in ((0.0, 900), (10.0, 910), (20.0, 0), (30.0, 100)):
+        tell(Progress("x", done * mib, 1000 * mib))
+    assert capsys.readouterr().err.splitlines() == [
+        "x: 910.0 MiB of 1000.0 MiB (91 %), 1.0 MiB/s, 1m30s to go",
+        "x: 0 B of 1000.0 MiB (0 %)",
+        "x: 100.0 MiB of 1000.0 MiB (10 %), 10.0 MiB/s, 1m30s to go",
+    ]
+
+
 def test_plain_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
     tell = progress.reporter()
     for event in (Step("did it"), StageDone("ssh", 1.0, 2.0, "10.0.0.1"), Progress("x", 1, 10), Progress("x", 10, 10)):
