@@ -10,12 +10,12 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from vmctl import web
-from vmctl.errors import ImageError
+from vmctl.errors import ImageError, NotFound
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.wait import pause
 from vmctl.web import Answer, Temporary
@@ -23,8 +23,11 @@ from vmctl.web import Answer, Temporary
 T = TypeVar("T")
 _RANGE = re.compile(r"bytes (?P<first>\d+)-\d+/(?P<total>\d+|\*)")
 _UNSATISFIED = re.compile(r"bytes \*/(?P<total>\d+)")
+# So many tries in a row that bring nothing go to the same mirror; then the site may choose another one.
+_SAME_PLACE = 2
 _LONGEST_WAIT_S = 30.0
 _LARGEST_TEXT = 4 << 20
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +41,13 @@ class Patience:
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """Where the bytes of a partial file came from. ``validator`` is what If-Range takes, ``size`` None: not told."""
+    """Where the bytes of a partial file came from: ``url``, redirected to ``place``.
+
+    ``validator`` is what If-Range takes, ``size`` None: not told.
+    """
 
     url: str
+    place: str
     validator: str
     size: int | None
 
@@ -49,11 +56,16 @@ def _state_path(partial: Path) -> Path:
     return partial.with_name(partial.name + ".json")
 
 
+def _new_state_path(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".json.new")
+
+
 def discard(partial: Path) -> None:
     """Remove a partial file and what is known of it."""
     # The bytes first: bytes without a state are never used, a state without bytes would say too much.
     partial.unlink(missing_ok=True)
     _state_path(partial).unlink(missing_ok=True)
+    _new_state_path(partial).unlink(missing_ok=True)
 
 
 def _size(partial: Path) -> int:
@@ -72,7 +84,7 @@ def _kept(url: str, partial: Path) -> _State | None:
 
 
 def _keep(partial: Path, state: _State) -> None:
-    new = partial.with_name(partial.name + ".json.new")
+    new = _new_state_path(partial)
     new.write_text(json.dumps(asdict(state)))
     new.replace(_state_path(partial))
 
@@ -82,10 +94,12 @@ def fetch(url: str, partial: Path, name: str, report: Reporter, patience: Patien
 
     Raises NotFound and ImageError; then what came stays for the next try, unless it is known to be wrong.
     """
+
+    def once(fruitless: int) -> None:
+        _once(url, partial, name, report, patience.stall_s, same_place=fruitless < _SAME_PLACE)
+
     try:
-        _persist(
-            url, lambda: _once(url, partial, name, report, patience.stall_s), lambda: _size(partial), report, patience
-        )
+        _persist(url, once, lambda: _size(partial), report, patience)
     except OSError as error:
         raise ImageError(
             f"cannot download {url} to {partial}: {error.strerror}",
@@ -96,7 +110,7 @@ def fetch(url: str, partial: Path, name: str, report: Reporter, patience: Patien
 def text(url: str, report: Reporter, patience: Patience) -> str:
     """A small text file, such as one of checksums."""
 
-    def once() -> str:
+    def once(_fruitless: int) -> str:
         data = b""
         with web.get(url, {}, stall_s=patience.stall_s) as answer:
             for chunk in answer.chunks:
@@ -108,11 +122,11 @@ def text(url: str, report: Reporter, patience: Patience) -> str:
     return _persist(url, once, lambda: 0, report, patience)
 
 
-def _persist(url: str, once: Callable[[], T], have: Callable[[], int], report: Reporter, patience: Patience) -> T:
+def _persist(url: str, once: Callable[[int], T], have: Callable[[], int], report: Reporter, patience: Patience) -> T:
     best, fruitless = have(), 0
     while True:
         try:
-            return once()
+            return once(fruitless)
         except Temporary as error:
             if have() > best:
                 best, fruitless = have(), 0
@@ -126,28 +140,45 @@ def _persist(url: str, once: Callable[[], T], have: Callable[[], int], report: R
             patience.pause(delay_s)
 
 
-def _once(url: str, partial: Path, name: str, report: Reporter, stall_s: float) -> None:
-    """One request. Returns when the file is complete; raises Temporary when another request may bring more."""
-    kept, start = _kept(url, partial), _size(partial)
-    if kept is not None and kept.size == start:
+def _once(url: str, partial: Path, name: str, report: Reporter, stall_s: float, *, same_place: bool) -> None:
+    """One try. Returns when the file is complete; raises Temporary when another try may bring more.
+
+    It goes on at the mirror that sent what is there: another one's validator is another, and all would begin again.
+    """
+    kept = _kept(url, partial)
+    if kept is not None and kept.size == _size(partial):
         return
+    if kept is not None and kept.place != url and same_place:
+        try:
+            _ask(kept.place, url, partial, name, report, stall_s)
+            return
+        except Temporary:
+            raise
+        except (ImageError, NotFound):
+            report(Step(f"{name}: {kept.place} has it no longer"))
+    _ask(url, url, partial, name, report, stall_s)
+
+
+def _ask(place: str, url: str, partial: Path, name: str, report: Reporter, stall_s: float) -> None:
+    """One request, at ``place``, for what is at ``url``."""
+    kept, start = _kept(url, partial), _size(partial)
     headers = {}
     if kept is not None:
         headers = {"Range": f"bytes={start}-", "If-Range": kept.validator}
-    with web.get(url, headers, stall_s=stall_s) as answer:
+    with web.get(place, headers, stall_s=stall_s) as answer:
         if answer.status == 416:
             _past_the_end(url, partial, answer, kept, start)
             return
         if answer.status == 206:
             state = _continued(url, partial, answer, kept, start)
-            report(Step(f"{name}: going on at {start} of {state.size or 'unknown'} bytes"))
+            report(Step(f"{name}: going on after the {start / _MIB:.1f} MiB that are there"))
         else:
             if kept is not None:
                 changed = kept.validator != _validator(answer)
                 reason = "the file on the server is another one now" if changed else "the server does not send parts"
                 report(Step(f"{name}: from the beginning, {reason}"))
             length = answer.headers.get("Content-Length", "")
-            state, start = _State(url, _validator(answer), int(length) if length.isdecimal() else None), 0
+            state, start = _State(url, answer.url, _validator(answer), int(length) if length.isdecimal() else None), 0
             discard(partial)
         _enough_room(url, partial, state, start)
         _keep(partial, state)
@@ -157,7 +188,7 @@ def _once(url: str, partial: Path, name: str, report: Reporter, stall_s: float) 
         discard(partial)
     if state.size is not None and got != state.size:
         raise Temporary(url, f"{got} bytes came of {state.size} promised")
-    _keep(partial, _State(url, state.validator, got))
+    _keep(partial, replace(state, size=got))
 
 
 def _validator(answer: Answer) -> str:
@@ -170,7 +201,7 @@ def _past_the_end(url: str, partial: Path, answer: Answer, kept: _State | None, 
     told = _UNSATISFIED.fullmatch(answer.headers.get("Content-Range", ""))
     total = int(told["total"]) if told else None
     if kept is not None and kept.size is None and total == start:
-        _keep(partial, _State(url, kept.validator, total))
+        _keep(partial, replace(kept, size=total))
         return
     discard(partial)
     if kept is None or kept.size is None or total is None:
@@ -194,7 +225,7 @@ def _continued(url: str, partial: Path, answer: Answer, kept: _State | None, sta
     if kept is None or not same:
         discard(partial)
         raise Temporary(url, "the file changed on the server between two parts of it")
-    return _State(url, kept.validator, kept.size if kept.size is not None else total)
+    return replace(kept, place=answer.url, size=kept.size if kept.size is not None else total)
 
 
 def _enough_room(url: str, partial: Path, state: _State, start: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,7 +66,8 @@ def pull(
     with _alone(host, entry.name, report) as waited:
         if waited and (present := _present(host, entry, expected, before)):
             return _again(host, present, report)
-        partial = _pulls(host) / f"{entry.name}.partial"
+        partial = _partial(host, entry.name)
+        _make(partial.parent)
         download.fetch(entry.url, partial, entry.name, report, patience)
         if expected is None:
             report(Warned(f"image {entry.name} is taken without having been checked against anything"))
@@ -131,17 +132,22 @@ def _present(host: Host, entry: Entry, expected: Checksum | None, before: set[st
 
 
 def _again(host: Host, present: Manifest, report: Reporter) -> Manifest:
+    # A pull that was killed at its very end leaves its download.
+    with suppress(Conflict, OSError), held(host.folders.runtime, f"pull {present.name}"):
+        download.discard(_partial(host, present.name))
     with images.making(host, present.name):
         return images.renew(host, present, report)
 
 
-def _pulls(host: Host) -> Path:
-    folder = host.folders.cache / "pulls"
+def _partial(host: Host, name: str) -> Path:
+    return host.folders.cache / "pulls" / f"{name}.partial"
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ImageError(f"cannot keep downloads in {folder}: {error.strerror}", hint="set XDG_CACHE_HOME") from error
-    return folder
 
 
 @contextmanager

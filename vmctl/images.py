@@ -78,8 +78,18 @@ def find(host: Host, name: str) -> Image:
             kernel = f"{folder}/{manifest.stem}.kernel" if manifest.kernel_sha256 else ""
             initrd = f"{folder}/{manifest.stem}.initrd" if manifest.initrd_sha256 else ""
             return Image(manifest, f"{folder}/{manifest.stem}.qcow2", kernel, initrd)
-    hint = f"make it: vmctl image build {name}" if has_recipe(name) else "see `vmctl image list`"
+    hint = f"make it: vmctl image build {name}" if has_recipe(name) else _where_from(host, name)
     raise NotFound(f"cannot find image {name}: the store on {host.conn.host} has none of that name", hint=hint)
+
+
+def _where_from(host: Host, name: str) -> str:
+    from vmctl import catalog  # late: only who lacks an image asks
+
+    try:
+        catalog.find(catalog.load(host.folders.config / "catalog.d"), name)
+    except VmctlError:
+        return "see `vmctl image list`, and `vmctl image search` for what can be pulled"
+    return f"get it: vmctl image pull {name}"
 
 
 def has_recipe(name: str) -> bool:

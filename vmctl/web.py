@@ -33,8 +33,12 @@ class Temporary(ImageError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a server answered: 200, 206 or 416. ``chunks`` raises Temporary when the body ends early or stalls."""
+    """What a server answered: 200, 206 or 416. ``url`` is where, after redirects.
 
+    ``chunks`` raises Temporary when the body ends early or stalls.
+    """
+
+    url: str
     status: int
     headers: Mapping[str, str]
     chunks: Iterator[bytes]
@@ -78,7 +82,7 @@ def get(url: str, headers: Mapping[str, str], *, stall_s: float) -> Iterator[Ans
         try:
             if response.status not in _REDIRECTS or "location" not in response.headers:
                 _accept(url, response.status)
-                yield Answer(response.status, response.headers, _chunks(url, response, stall_s))
+                yield Answer(seen[-1], response.status, response.headers, _chunks(url, response, stall_s))
                 return
             seen.append(_next(url, seen, response.headers["location"]))
         finally:

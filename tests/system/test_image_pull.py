@@ -230,6 +230,35 @@ def test_a_killed_pull_goes_on_where_it_ended(puller: Puller, which: signal.Sign
     assert puller.pulls() == {} and len(puller.stored()) == 2
 
 
+def test_a_pull_killed_after_any_change_to_the_store_is_made_good_by_the_next(puller: Puller) -> None:
+    script = str(REPO / "tests/system/interrupting.py")
+    for at in range(1, 99):
+        words = ["SIGKILL", str(at), "image", "pull", puller.name]
+        env = puller.env | {"CHANGES": str(puller.home / "changes")}
+        code = subprocess.run(
+            [sys.executable, script, *words], env=env, cwd=REPO, capture_output=True, timeout=120, check=False
+        ).returncode
+        listed = puller.name in {one["name"] for one in puller.shell.json("image", "list")}
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        done = (puller.home / "changes").read_text().count("storage.upload") == 2
+        assert listed == done, "an image is there when its manifest is, which is written last"
+        if done:
+            puller.shell.run("image", "delete", puller.name, "--yes")
+            listed = False
+        (puller.home / "changes").unlink()
+    assert at > 4 and listed and len(puller.web.of("/img.qcow2")) == 1
+    assert puller.pulls() == {}
+
+
+def test_the_download_of_a_pull_killed_at_its_very_end_goes_with_the_next(puller: Puller) -> None:
+    puller.run("pull", puller.name)
+    puller.partial.write_bytes(puller.data)
+    puller.run("pull", puller.name)
+    assert puller.pulls() == {}
+
+
 def test_a_file_that_changed_between_two_parts_is_pulled_anew(puller: Puller) -> None:
     puller.web.pages["/img.qcow2"].stop_after = [100_000]
     puller.refused(10, puller.name, "--tries", "1")

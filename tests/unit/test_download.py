@@ -150,6 +150,27 @@ def test_redirects_are_followed(web: Web, fetch: Fetching) -> None:
     assert fetch(web.url + "/a") == DATA
 
 
+def test_it_goes_on_at_the_mirror_that_sent_the_first_part(web: Web, fetch: Fetching) -> None:
+    """A site that redirects to another mirror each time: their validators are not each other's."""
+    mirrors = [Page(DATA, etag=f'"{i}"') for i in range(2)]
+    web.pages |= {"/img": Page(redirect="/0"), "/0": mirrors[0], "/1": mirrors[1]}
+    mirrors[0].stop_after = [HALF]
+    refused(fetch, web.url + "/img", tries=1)
+    web.pages["/img"].redirect = "/1"
+    assert fetch(web.url + "/img") == DATA
+    assert [(one.path, one.sent) for one in web.requests] == [("/img", 0), ("/0", HALF), ("/0", len(DATA) - HALF)]
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_a_mirror_that_is_gone_is_left(web: Web, fetch: Fetching, status: int) -> None:
+    web.pages |= {"/img": Page(redirect="/0"), "/0": Page(DATA, stop_after=[HALF]), "/1": Page(DATA, etag='"1b"')}
+    refused(fetch, web.url + "/img", tries=1)
+    web.pages["/img"].redirect = "/1"
+    web.pages["/0"].statuses = [status] * 9
+    assert fetch(web.url + "/img") == DATA
+    assert [one.sent for one in web.of("/1")] == [len(DATA)]
+
+
 def test_a_redirect_loop_is_one_clear_error(web: Web, fetch: Fetching) -> None:
     web.pages |= {"/a": Page(redirect="/b"), "/b": Page(redirect="/a")}
     assert "redirects go in a circle" in refused(fetch, web.url + "/a")
