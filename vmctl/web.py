@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 from vmctl.errors import ImageError, NotFound, SpecError, VmctlError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TEMPORARY = frozenset({408, 425, 429})
 _MOST_REDIRECTS = 10
+_IN_URLS = "%:/?#[]@!$&'()*+,;="
 _CHUNK = 256 << 10
 
 
@@ -91,11 +92,11 @@ def get(url: str, headers: Mapping[str, str], *, stall_s: float) -> Iterator[Ans
 
 
 def _next(url: str, seen: list[str], location: str) -> str:
-    target = urljoin(seen[-1], location)
     try:
+        target = quote(urljoin(seen[-1], location), safe=_IN_URLS)
         check_url(target)
-    except SpecError as error:
-        raise ImageError(f"cannot download {url}: it redirects to {target!r}, no http or https URL") from error
+    except (SpecError, ValueError) as error:
+        raise ImageError(f"cannot download {url}: it redirects to {location!r}, no http or https URL") from error
     if urlsplit(seen[-1]).scheme == "https" and urlsplit(target).scheme == "http":
         raise ImageError(
             f"cannot download {url}: it redirects from https to {target}, which anybody on the way could change"
@@ -160,9 +161,12 @@ def _chunks(url: str, response: BaseHTTPResponse, stall_s: float) -> Iterator[by
 
 def _refused(url: str, error: Exception, stall_s: float) -> VmctlError:
     import socket
+    from http.client import HTTPException, IncompleteRead, RemoteDisconnected
 
     import urllib3
 
+    if isinstance(error, urllib3.exceptions.LocationValueError):
+        return ImageError(f"cannot download {url}: {error}")
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
@@ -174,6 +178,8 @@ def _refused(url: str, error: Exception, stall_s: float) -> VmctlError:
             return ImageError(f"cannot download {url}: there is no host {urlsplit(url).hostname}")
         if isinstance(cause, OSError) and cause.strerror:
             return Temporary(url, cause.strerror.lower())
+        if isinstance(cause, HTTPException) and not isinstance(cause, IncompleteRead | RemoteDisconnected):
+            return Temporary(url, f"the server's answer is no HTTP ({type(cause).__name__})")
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, urllib3.exceptions.TimeoutError):
         return Temporary(url, f"no byte came for {stall_s:g} s")

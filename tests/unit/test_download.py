@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import socketserver
 import ssl
 import subprocess
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -303,3 +306,63 @@ def test_a_redirect_from_https_down_to_http_is_refused(
     assert "redirects from https to http://" in refused(fetch, secure.url + "/img") and not web.requests
     secure.pages["/real"] = Page(DATA)
     assert fetch(web.url + "/up") == DATA
+
+
+@contextmanager
+def replying(raw: bytes) -> Iterator[str]:
+    """A server that answers everything with these bytes."""
+
+    class Reply(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            self.request.sendall(raw)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Reply) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}/img"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"SSH-2.0-dropbear\r\n",
+        b"HTTP/1.1 99999 what\r\n\r\n",
+        OK + b"no colon\r\n" * 200,
+        OK + b"X: " + b"x" * 100_000 + b"\r\n\r\n",
+        OK + b"Content-Length: 1, 2\r\n\r\nabc",
+        OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nabc",
+        OK + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nabc",
+        b"HTTP/1.1 206 Partial\r\nContent-Range: bytes 0-2/3\r\nContent-Length: 3\r\n\r\nabc",
+        b"HTTP/1.1 416 No\r\nContent-Range: bytes */3\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: http://[::1/\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: http://h:99999/\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: \xff\xfe:\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: http://a..b/\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n",
+        b'HTTP/1.1 200 OK\r\nETag: "a\xff\r\n b"\r\nContent-Length: 9\r\n\r\nabc',
+    ],
+)
+def test_nonsense_for_an_answer_is_one_clear_error(fetch: Fetching, raw: bytes) -> None:
+    with replying(raw) as url:
+        said = refused(fetch, url, tries=2, stall_s=5)
+    assert said.startswith(f"cannot download {url}: ") and "\n" not in said and len(said) < 400, said
+
+
+def test_an_answer_that_is_no_http_is_told_from_one_cut_short(fetch: Fetching) -> None:
+    with replying(b"SSH-2.0-dropbear\r\n") as url:
+        assert "the server's answer is no HTTP (BadStatusLine)" in refused(fetch, url, tries=1)
+    assert "label empty or too long" in refused(fetch, "http://a..b/x") and fetch.waits == []
+
+
+def test_a_redirect_with_a_space_in_it_is_followed(web: Web, fetch: Fetching) -> None:
+    web.pages |= {"/img": Page(redirect="/an image"), "/an%20image": Page(DATA)}
+    assert fetch(web.url + "/img") == DATA

@@ -34,7 +34,7 @@ def _details(m: Manifest) -> str:
         [
             ("name", m.name),
             ("digest", m.digest),
-            ("os", f"{m.os} {m.os_version} ({m.architecture})"),
+            ("os", f"{m.os} {m.os_version} ({m.architecture})".strip()),
             ("format", m.format),
             ("virtual size", ui.size(m.virtual_size)),
             ("size", ui.size(m.size)),
