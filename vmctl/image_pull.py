@@ -75,13 +75,8 @@ def pull(
             _check(entry, partial, expected, report)
         manifest = _take(host, partial, entry, expected, report)
         download.discard(partial)
-    if expected is not None and not manifest.verified:
-        report(
-            Warned(
-                f"the same content is in the store as {manifest.stem}, once taken unchecked, and stays marked so",
-                f"vmctl image delete {manifest.stem}, and pull again",
-            )
-        )
+    if expected is not None:
+        _remind(manifest, report)
     return manifest
 
 
@@ -129,6 +124,16 @@ def _present(host: Host, entry: Entry, expected: Checksum | None, before: set[st
         if expected is None and manifest.source == entry.url and manifest.stem not in before:
             return manifest
     return None
+
+
+def _remind(manifest: Manifest, report: Reporter) -> None:
+    if not manifest.verified:
+        report(
+            Warned(
+                f"the same content is in the store as {manifest.stem}, once taken unchecked, and stays marked so",
+                f"vmctl image delete {manifest.stem}, and pull again",
+            )
+        )
 
 
 def _again(host: Host, present: Manifest, report: Reporter) -> Manifest:
