@@ -35,7 +35,10 @@ _LONGEST_NAME = 48
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A file to import, and what the user says of it. ``name``, ``format`` and ``user`` may be "": found out."""
+    """A file to import, and what the user says of it. ``name``, ``format`` and ``user`` may be "": found out.
+
+    ``checked`` is what the file was checked against already; ``source`` where it came from, if from elsewhere.
+    """
 
     file: Path
     name: str = ""
@@ -45,6 +48,9 @@ class Wish:
     os_version: str = ""
     user: str = ""
     boots: tuple[str, ...] = ("bios",)
+    osinfo: str = ""
+    source: str = ""
+    checked: str = ""
     most_bytes: int = disk_header.DEFAULT_MOST_BYTES
 
 
@@ -211,8 +217,9 @@ def _new_image(name: str, wish: Wish, disk: Enclosed, header: DiskHeader, copied
         os_version=wish.os_version,
         architecture=os.uname().machine,
         default_user=wish.user or ("vagrant" if disk.kind == "box" else "root"),
-        source=f"{wish.file.resolve()}{inside}",
+        source=wish.source or f"{wish.file.resolve()}{inside}",
         boots=wish.boots,
-        checksum=wish.checksum.lower(),
-        verified=bool(wish.checksum),
+        osinfo=wish.osinfo,
+        checksum=wish.checked or wish.checksum.lower(),
+        verified=bool(wish.checked or wish.checksum),
     )

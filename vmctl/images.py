@@ -81,8 +81,18 @@ def find(host: Host, name: str) -> Image:
     tagged = (manifest for manifest in known if name in manifest.tags)
     for manifest in (*own, *tagged):
         return with_paths(host, manifest)
-    hint = f"make it: vmctl image build {name}" if has_recipe(name) else "see `vmctl image list`"
+    hint = f"make it: vmctl image build {name}" if has_recipe(name) else _where_from(host, name)
     raise NotFound(f"cannot find image {name}: the store on {host.conn.host} has none of that name", hint=hint)
+
+
+def _where_from(host: Host, name: str) -> str:
+    from vmctl import catalog  # late: only who lacks an image asks
+
+    try:
+        catalog.find(catalog.load(host.folders.config / "catalog.d"), name)
+    except VmctlError:
+        return "see `vmctl image list`, and `vmctl image search` for what can be pulled"
+    return f"get it: vmctl image pull {name}"
 
 
 def with_paths(host: Host, manifest: Manifest) -> Image:
@@ -110,6 +120,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
 def _manifest(new: NewImage) -> Manifest:
     sums = {suffix: _sha256(path) for suffix, path in new.files().items()}
     parts = [sums["qcow2"], sums.get("kernel", ""), sums.get("initrd", "")]
@@ -129,7 +143,7 @@ def _manifest(new: NewImage) -> Manifest:
         cmdline=new.cmdline,
         software=dict(new.software),
         source=new.source,
-        built=datetime.now(UTC).isoformat(timespec="microseconds"),
+        built=_now(),
         boots=new.boots,
         osinfo=new.osinfo,
         checksum=new.checksum,
@@ -182,10 +196,23 @@ def add(host: Host, new: NewImage, report: Reporter) -> Manifest:
     if present is None:
         _store(host, manifest, new, report)
         return manifest
+    return renew(host, present, report, manifest)
+
+
+def renew(host: Host, present: Manifest, report: Reporter, again: Manifest | None = None) -> Manifest:
+    """Make the plain name mean this image again, under the lock of ``making``, where a newer one has taken it."""
     report(Step(f"image {present.stem} is in the store already, unchanged"))
-    shadowed = find(host, new.name).manifest != present
-    # The plain name means this one again; and what an older vmctl did not yet write down is added.
-    kept = replace(manifest, tags=present.tags, built=manifest.built if shadowed else present.built)
+    shadowed = find(host, present.name).manifest != present
+    # The plain name means this one again; and what an older vmctl did not yet write down is added. But for where it
+    # came from: one that was taken unchecked stays so, whatever was checked since.
+    kept = replace(
+        again or present,
+        tags=present.tags,
+        built=_now() if shadowed else present.built,
+        source=present.source,
+        checksum=present.checksum,
+        verified=present.verified,
+    )
     if kept != present:
         rewrite(host, kept)
     return kept

@@ -22,7 +22,8 @@ class _Lines:
         self._stream = stream
         self._verbosity = verbosity
         self._tty = stream.isatty()
-        self._bars: dict[str, tuple[float, float]] = {}
+        # By name: when it was first told of, how much was done then, and when it was last shown.
+        self._bars: dict[str, tuple[float, int, float]] = {}
         self._open_line = False
         self._lock = threading.Lock()
 
@@ -52,13 +53,15 @@ class _Lines:
 
     def _progress(self, name: str, done: int, total: int, unit: str) -> None:
         now = time.monotonic()
-        began, last = self._bars.get(name, (now, 0.0 if self._tty else now))
+        began, first, last = self._bars.get(name, (now, done, 0.0 if self._tty else now))
+        if done < first:
+            began, first = now, done  # begun again
         finished = bool(total) and done >= total
         if not finished and now - last < (_BAR_EVERY_S if self._tty else _PLAIN_EVERY_S):
-            self._bars.setdefault(name, (began, last))
+            self._bars[name] = (began, first, last)
             return
-        self._bars[name] = (began, now)
-        text = _bar_text(visible(name), done, total, unit, now - began)
+        self._bars[name] = (began, first, now)
+        text = _bar_text(visible(name), done, total, unit, done - first, now - began)
         if finished:
             self._bars.pop(name)
             if self._tty or now - began > _PLAIN_EVERY_S or self._verbosity is Verbosity.VERBOSE:
@@ -79,9 +82,9 @@ class _Lines:
         self._open_line = False
 
 
-def _bar_text(name: str, done: int, total: int, unit: str, spent_s: float) -> str:
+def _bar_text(name: str, done: int, total: int, unit: str, lately: int, spent_s: float) -> str:
     amount: Callable[[float], str] = size if unit == "B" else lambda n: f"{n:.0f} {unit}"
-    rate = done / spent_s if spent_s > 0 else 0.0
+    rate = lately / spent_s if spent_s > 0 else 0.0
     text = f"{name}: {amount(done)}"
     if total:
         text += f" of {amount(total)} ({100 * done // total} %)"

@@ -109,7 +109,7 @@ def test_exit_codes_in_the_readme() -> None:
 @pytest.mark.parametrize(
     ("words", "unwanted"),
     [
-        ([], {"libvirt", "paramiko", "jinja2", "rich", "yaml", "pycdlib"}),
+        ([], {"libvirt", "urllib3", "jsonschema", "paramiko", "jinja2", "rich", "yaml", "pycdlib"}),
         (
             ["list"],
             {
@@ -124,6 +124,7 @@ def test_exit_codes_in_the_readme() -> None:
                 "vmctl.builder",
             },
         ),
+        (["image", "search"], {"urllib3", "jsonschema", "paramiko", "rich", "yaml", "vmctl.builder.micro"}),
         (["pause", "nope"], {"paramiko", "rich", "yaml", "pycdlib", "vmctl.builder.micro"}),
     ],
 )

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -223,6 +224,22 @@ def test_a_table_cannot_be_broken_by_its_content() -> None:
 )
 def test_durations(seconds: float | None, text: str) -> None:
     assert ui.duration(seconds) == text
+
+
+def test_the_rate_counts_only_what_came_since(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A download that goes on at 900 MiB did not fetch those in its first seconds, and one begun again none yet."""
+    clock = iter((0.0, 10.0, 20.0, 30.0))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    tell, mib = progress.reporter(), 1 << 20
+    for done in (900, 910, 0, 100):
+        tell(Progress("x", done * mib, 1000 * mib))
+    assert capsys.readouterr().err.splitlines() == [
+        "x: 910.0 MiB of 1000.0 MiB (91 %), 1.0 MiB/s, 1m30s to go",
+        "x: 0 B of 1000.0 MiB (0 %)",
+        "x: 100.0 MiB of 1000.0 MiB (10 %), 10.0 MiB/s, 1m30s to go",
+    ]
 
 
 def test_plain_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:

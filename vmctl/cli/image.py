@@ -1,8 +1,8 @@
-"""vmctl image: the group, with build, list, show and delete; the others are in files of their own."""
+"""vmctl image: the group, with build, search, pull, list, show and delete; the others are in files of their own."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -10,6 +10,7 @@ from vmctl import ui
 from vmctl.cli import image_care, image_files
 from vmctl.cli.command import Command
 from vmctl.cli.options import ConnectOption, ImageName, OutputOption, YesOption, opened, refuse_unless_yes, reporter
+from vmctl.errors import HostUnreachable, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -18,12 +19,23 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Images that VMs start from.", no_args_is_help=True, rich_markup_mode=None)
 
 
+def _complete(incomplete: str) -> list[str]:
+    from vmctl import catalog, config
+
+    try:
+        found = catalog.load(config.folders().config / "catalog.d")
+    except VmctlError:
+        return []  # a shell that completes has no place for an error
+    known = [*found.aliases, *(entry.name for entry in found.entries)]
+    return sorted(one for one in known if one.startswith(incomplete))
+
+
 def _details(m: Manifest) -> str:
     return ui.fields(
         [
             ("name", m.name),
             ("digest", m.digest),
-            ("os", f"{m.os} {m.os_version} ({m.architecture})"),
+            ("os", f"{m.os} {m.os_version} ({m.architecture})".strip()),
             ("format", m.format),
             ("virtual size", ui.size(m.virtual_size)),
             ("size", ui.size(m.size)),
@@ -33,7 +45,7 @@ def _details(m: Manifest) -> str:
             ("kernel", f"direct boot, sha256 {m.kernel_sha256}" if m.kernel_sha256 else ""),
             ("command line", m.cmdline),
             ("source", m.source),
-            ("checksum", m.checksum if m.verified else "none was checked"),
+            ("checksum", m.checksum if m.verified else "NOT VERIFIED: it was taken without a checksum"),
             ("built", m.built_at),
             ("software", "\n".join(f"{name} {version}" for name, version in m.software.items())),
         ]
@@ -54,6 +66,88 @@ def build(
         ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
 
 
+def _in_words(in_store: bool | None) -> str:
+    return "?" if in_store is None else "yes" if in_store else "no"
+
+
+@app.command(cls=Command)
+def search(
+    term: Annotated[str, typer.Argument(metavar="[TERM]", help="Part of a name, an alias or a system.")] = "",
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """List the images that can be pulled by name."""
+    from vmctl import config, image_pull
+
+    users = config.folders().config / "catalog.d"
+    try:
+        with opened(connect) as host:
+            found = image_pull.search(host, users, term)
+    except HostUnreachable:
+        found = image_pull.search(None, users, term)  # what can be pulled is worth knowing before there is a host
+    ui.emit(
+        [{**ui.jsonable(one.image), "in_store": one.in_store} for one in found],
+        output,
+        lambda: ui.columns(
+            ("NAME", "OS", "ARCH", "BOOTS", "IN STORE", "ALIASES"),
+            [
+                (
+                    one.image.name,
+                    f"{one.image.os} {one.image.os_version}",
+                    one.image.architecture,
+                    ", ".join(one.image.boots),
+                    _in_words(one.in_store),
+                    ", ".join(one.image.aliases),
+                )
+                for one in found
+            ],
+        ),
+        lambda: [one.image.name for one in found],
+    )
+
+
+@app.command(cls=Command)
+def pull(
+    what: Annotated[
+        str, typer.Argument(metavar="NAME|URL", help="A name in the catalogue, or a URL.", autocompletion=_complete)
+    ],
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--name", metavar="NAME", help="What to call it in the store."),
+    ] = None,
+    checksum: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--checksum", metavar="SUM", help="sha256:HEX, sha512:HEX, or the URL of a checksum file."),
+    ] = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Take it unchecked; it is marked so for ever.")
+    ] = False,
+    stall_timeout: Annotated[
+        float, typer.Option("--stall-timeout", metavar="SECONDS", min=0.1, help="Longest time without a byte.")
+    ] = 30.0,
+    tries: Annotated[
+        int, typer.Option("--tries", metavar="N", min=1, help="Tries in a row that may bring nothing new.")
+    ] = 5,
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Download an image, check it, and put it into the store; go on with a download that was cut off."""
+    from vmctl import image_pull
+    from vmctl.download import Patience
+
+    with opened(connect) as host:
+        manifest = image_pull.pull(
+            host,
+            what,
+            reporter(),
+            name=name or "",
+            checksum=checksum or "",
+            verify=not no_verify,
+            patience=Patience(stall_timeout, tries),
+        )
+        ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
+
+
 @app.command("list", cls=Command)
 def list_(connect: ConnectOption = None, output: OutputOption = Output.TABLE) -> None:
     """List the images in the store."""
@@ -65,9 +159,17 @@ def list_(connect: ConnectOption = None, output: OutputOption = Output.TABLE) ->
             found,
             output,
             lambda: ui.columns(
-                ("NAME", "DIGEST", "OS", "FORMAT", "SIZE", "BUILT"),
+                ("NAME", "DIGEST", "OS", "FORMAT", "SIZE", "BUILT", "NOTE"),
                 [
-                    (m.name, m.digest[:12], f"{m.os} {m.os_version}", m.format, ui.size(m.size), m.built_at)
+                    (
+                        m.name,
+                        m.digest[:12],
+                        f"{m.os} {m.os_version}".strip(),
+                        m.format,
+                        ui.size(m.size),
+                        m.built_at,
+                        "" if m.verified else "NOT VERIFIED",
+                    )
                     for m in found
                 ],
             ),

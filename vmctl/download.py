@@ -1,0 +1,252 @@
+"""Downloads that survive what networks and servers do: resumed, retried, and never longer or shorter than promised.
+
+The bytes stand in a file of the caller's, ``NAME.partial``, and beside it ``NAME.partial.json`` says where they came
+from. Both stay after a failure or a kill, for the next try to go on from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from vmctl import web
+from vmctl.errors import ImageError, NotFound
+from vmctl.events import Progress, Reporter, Step, Warned
+from vmctl.wait import pause
+from vmctl.web import Answer, Temporary
+
+T = TypeVar("T")
+_RANGE = re.compile(r"bytes (?P<first>\d+)-\d+/(?P<total>\d+|\*)")
+_UNSATISFIED = re.compile(r"bytes \*/(?P<total>\d+)")
+# So many tries in a row that bring nothing go to the same mirror; then the site may choose another one.
+_SAME_PLACE = 2
+_LONGEST_WAIT_S = 30.0
+_LARGEST_TEXT = 4 << 20
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """What a server is forgiven: ``stall_s`` without a byte, and ``tries`` in a row that bring nothing new."""
+
+    stall_s: float = 30.0
+    tries: int = 5
+    pause: Callable[[float], None] = pause
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Where the bytes of a partial file came from: ``url``, redirected to ``place``.
+
+    ``validator`` is what If-Range takes, ``size`` None: not told.
+    """
+
+    url: str
+    place: str
+    validator: str
+    size: int | None
+
+
+def _state_path(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".json")
+
+
+def _new_state_path(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".json.new")
+
+
+def discard(partial: Path) -> None:
+    """Remove a partial file and what is known of it."""
+    # The bytes first: bytes without a state are never used, a state without bytes would say too much.
+    partial.unlink(missing_ok=True)
+    _state_path(partial).unlink(missing_ok=True)
+    _new_state_path(partial).unlink(missing_ok=True)
+
+
+def _size(partial: Path) -> int:
+    return partial.stat().st_size if partial.exists() else 0
+
+
+def _kept(url: str, partial: Path) -> _State | None:
+    """What is known of a partial file from ``url``; None when nothing of it can be used."""
+    try:
+        state = _State(**json.loads(_state_path(partial).read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    complete = state.size is not None and state.size == _size(partial)
+    usable = state.url == url and _size(partial) > 0 and (state.validator or complete)
+    return state if usable and (state.size is None or _size(partial) <= state.size) else None
+
+
+def _keep(partial: Path, state: _State) -> None:
+    new = _new_state_path(partial)
+    new.write_text(json.dumps(asdict(state)))
+    new.replace(_state_path(partial))
+
+
+def fetch(url: str, partial: Path, name: str, report: Reporter, patience: Patience) -> None:
+    """Download ``url`` into ``partial``, going on from what is there of it. ``name`` is what progress is told of.
+
+    Raises NotFound and ImageError; then what came stays for the next try, unless it is known to be wrong.
+    """
+
+    def once(fruitless: int) -> None:
+        _once(url, partial, name, report, patience.stall_s, same_place=fruitless < _SAME_PLACE)
+
+    try:
+        _persist(url, once, lambda: _size(partial), report, patience)
+    except OSError as error:
+        raise ImageError(
+            f"cannot download {url} to {partial}: {error.strerror}",
+            hint="make room there, or set XDG_CACHE_HOME; the next pull goes on from what is there",
+        ) from error
+
+
+def text(url: str, report: Reporter, patience: Patience) -> str:
+    """A small text file, such as one of checksums."""
+
+    def once(_fruitless: int) -> str:
+        data = b""
+        with web.get(url, {}, stall_s=patience.stall_s) as answer:
+            for chunk in answer.chunks:
+                data += chunk
+                if len(data) > _LARGEST_TEXT:
+                    raise ImageError(f"cannot use {url}: it is too large to be a checksum file")
+        return data.decode(errors="replace")
+
+    return _persist(url, once, lambda: 0, report, patience)
+
+
+def _persist(url: str, once: Callable[[int], T], have: Callable[[], int], report: Reporter, patience: Patience) -> T:
+    best, fruitless = have(), 0
+    while True:
+        try:
+            return once(fruitless)
+        except Temporary as error:
+            if have() > best:
+                best, fruitless = have(), 0
+            fruitless += 1
+            if fruitless >= patience.tries:
+                tries = f"; {fruitless} tries brought nothing more" if fruitless > 1 else ""
+                hint = "try again later" + ("; what came is kept" if best else "")
+                raise ImageError(f"cannot download {url}: {error.reason}{tries}", hint=hint) from error
+            delay_s = min(2.0 ** (fruitless - 1), _LONGEST_WAIT_S)
+            report(Warned(f"{error.reason}: trying again in {delay_s:.0f} s"))
+            patience.pause(delay_s)
+
+
+def _once(url: str, partial: Path, name: str, report: Reporter, stall_s: float, *, same_place: bool) -> None:
+    """One try. Returns when the file is complete; raises Temporary when another try may bring more.
+
+    It goes on at the mirror that sent what is there: another one's validator is another, and all would begin again.
+    """
+    kept = _kept(url, partial)
+    if kept is not None and kept.size == _size(partial):
+        return
+    if kept is not None and kept.place != url and same_place:
+        try:
+            _ask(kept.place, url, partial, name, report, stall_s)
+            return
+        except Temporary:
+            raise
+        except (ImageError, NotFound):
+            report(Step(f"{name}: {kept.place} has it no longer"))
+    _ask(url, url, partial, name, report, stall_s)
+
+
+def _ask(place: str, url: str, partial: Path, name: str, report: Reporter, stall_s: float) -> None:
+    """One request, at ``place``, for what is at ``url``."""
+    kept, start = _kept(url, partial), _size(partial)
+    headers = {}
+    if kept is not None:
+        headers = {"Range": f"bytes={start}-", "If-Range": kept.validator}
+    with web.get(place, headers, stall_s=stall_s) as answer:
+        if answer.status == 416:
+            _past_the_end(url, partial, answer, kept, start)
+            return
+        if answer.status == 206:
+            state = _continued(url, partial, answer, kept, start)
+            report(Step(f"{name}: going on after the {start / _MIB:.1f} MiB that are there"))
+        else:
+            if kept is not None:
+                changed = kept.validator != _validator(answer)
+                reason = "the file on the server is another one now" if changed else "the server does not send parts"
+                report(Step(f"{name}: from the beginning, {reason}"))
+            length = answer.headers.get("Content-Length", "")
+            state, start = _State(url, answer.url, _validator(answer), int(length) if length.isdecimal() else None), 0
+            discard(partial)
+        _enough_room(url, partial, state, start)
+        _keep(partial, state)
+        _write(partial, answer, name, start, state, report)
+    got = _size(partial)
+    if state.size is not None and got > state.size:
+        discard(partial)
+    if state.size is not None and got != state.size:
+        raise Temporary(url, f"{got} bytes came of {state.size} promised")
+    _keep(partial, replace(state, size=got))
+
+
+def _validator(answer: Answer) -> str:
+    """What tells this version of the file from another: a strong ETag, else its date, else ""."""
+    etag = answer.headers.get("ETag", "")
+    return etag if etag and not etag.startswith("W/") else answer.headers.get("Last-Modified", "")
+
+
+def _past_the_end(url: str, partial: Path, answer: Answer, kept: _State | None, start: int) -> None:
+    told = _UNSATISFIED.fullmatch(answer.headers.get("Content-Range", ""))
+    total = int(told["total"]) if told else None
+    if kept is not None and kept.size is None and total == start:
+        _keep(partial, replace(kept, size=total))
+        return
+    discard(partial)
+    if kept is None or kept.size is None or total is None:
+        raise ImageError(f"cannot download {url}: the server says 416 and not why", hint="try again later")
+    raise ImageError(
+        f"cannot download {url}: the server promised {kept.size} bytes and has {total}",
+        hint="its file is damaged or changing: try again later",
+    )
+
+
+def _continued(url: str, partial: Path, answer: Answer, kept: _State | None, start: int) -> _State:
+    told = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+    total = int(told["total"]) if told and told["total"] != "*" else None
+    same = (
+        kept is not None
+        and told is not None
+        and int(told["first"]) == start
+        and (kept.size is None or total in {None, kept.size})
+        and _validator(answer) in {"", kept.validator}
+    )
+    if kept is None or not same:
+        discard(partial)
+        raise Temporary(url, "the file changed on the server between two parts of it")
+    return replace(kept, place=answer.url, size=kept.size if kept.size is not None else total)
+
+
+def _enough_room(url: str, partial: Path, state: _State, start: int) -> None:
+    if state.size is None:
+        return
+    there = os.statvfs(partial.parent)
+    need, free = state.size - start, there.f_bavail * there.f_frsize
+    if need > free:
+        raise ImageError(
+            f"cannot download {url}: it needs {need} bytes and {partial.parent} has {free} free",
+            hint="make room there, or set XDG_CACHE_HOME",
+        )
+
+
+def _write(partial: Path, answer: Answer, name: str, start: int, state: _State, report: Reporter) -> None:
+    done = start
+    with partial.open("ab", buffering=0) as file:
+        report(Progress(name, done, state.size or 0))
+        for chunk in answer.chunks:
+            rest = memoryview(chunk)
+            while rest:
+                rest = rest[file.write(rest) :]
+            done += len(chunk)
+            report(Progress(name, done, state.size or 0))

@@ -1,0 +1,204 @@
+"""Pulling images: from the catalogue or a URL, downloaded, checked, and only then taken into the store."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmctl import catalog, checksums, download, image_import, images, web
+from vmctl.catalog import Entry
+from vmctl.checksums import Checksum
+from vmctl.download import Patience
+from vmctl.errors import Conflict, ImageError, SpecError
+from vmctl.events import Progress, Reporter, Step, Warned
+from vmctl.hosts import Host
+from vmctl.locks import held
+from vmctl.manifest import NAME, Manifest
+
+# Longer than any sensible download; whoever waits may press Ctrl-C.
+_WAIT_FOR_ANOTHER_S = 24 * 3600.0
+_PATIENCE = Patience()
+_SUFFIX = re.compile(r"\.(qcow2|img|raw)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A catalogue's image, and whether the store has one of that name; None when the store could not be asked."""
+
+    image: Entry
+    in_store: bool | None
+
+
+def search(host: Host | None, users: Path, term: str) -> tuple[Found, ...]:
+    """What the catalogues have under ``term``. ``users`` is the folder of the user's own."""
+    have = {manifest.name for manifest in images.list_images(host)} if host else None
+    return tuple(
+        Found(entry, None if have is None else entry.name in have)
+        for entry in catalog.search(catalog.load(users), term)
+    )
+
+
+def pull(
+    host: Host,
+    what: str,
+    report: Reporter,
+    *,
+    name: str = "",
+    checksum: str = "",
+    verify: bool = True,
+    patience: Patience = _PATIENCE,
+) -> Manifest:
+    """Get the image ``what``, a name in the catalogue or a URL, into the store as ``name``.
+
+    ``checksum`` is "sha256:…", "sha512:…" or the URL of a checksum file, and goes before the catalogue's. Without
+    ``verify`` nothing is checked, and the manifest says so for ever. Raises SpecError, NotFound, ImageError.
+    """
+    entry = _entry(host, what, name)
+    if checksum and not verify:
+        raise SpecError("cannot both check the checksum and not", hint="either --checksum or --no-verify")
+    expected = _expected(entry, checksum, report, patience) if verify else None
+    before = {manifest.stem for manifest in images.list_images(host)}
+    if present := _present(host, entry, expected, before):
+        return _again(host, present, report)
+    with _alone(host, entry.name, report) as waited:
+        if waited and (present := _present(host, entry, expected, before)):
+            return _again(host, present, report)
+        partial = _partial(host, entry.name)
+        _make(partial.parent)
+        download.fetch(entry.url, partial, entry.name, report, patience)
+        if expected is None:
+            report(Warned(f"image {entry.name} is taken without having been checked against anything"))
+        else:
+            _check(entry, partial, expected, report)
+        manifest = _take(host, partial, entry, expected, report)
+        download.discard(partial)
+    if expected is not None:
+        _remind(manifest, report)
+    return manifest
+
+
+def _entry(host: Host, what: str, name: str) -> Entry:
+    """What to pull, under the name it is to have in the store."""
+    if "://" not in what:
+        entry = catalog.find(catalog.load(host.folders.config / "catalog.d"), what)
+        name = name or entry.name
+    else:
+        web.check_url(what)
+        stem = _SUFFIX.sub("", checksums.file_name(what)).lower()
+        name = name or re.sub(r"[^a-z0-9.-]+", "-", stem).strip(".-")
+        entry = Entry(name, "", "", "x86_64", what, "root", ("bios",))
+    if not re.fullmatch(NAME, name):
+        raise SpecError(
+            f"cannot call an image {name!r}: a name is up to 48 of a-z, 0-9, '.' and '-'", hint="give one: --name NAME"
+        )
+    return replace(entry, name=name)
+
+
+def _expected(entry: Entry, checksum: str, report: Reporter, patience: Patience) -> Checksum:
+    if checksum and "://" not in checksum:
+        return checksums.parse(checksum)
+    if not checksum and entry.checksum:
+        return checksums.parse(entry.checksum)
+    url = checksum or entry.checksum_url
+    if not url:
+        raise SpecError(
+            f"cannot pull {entry.url}: there is no checksum to check it against",
+            hint="--checksum sha256:HEX or the URL of a checksum file; or take it unchecked: --no-verify",
+        )
+    web.check_url(url)
+    text = download.text(url, report, patience)
+    kind = "" if checksum else entry.checksum_kind
+    return checksums.from_file(text, kind, image_url=entry.url, url=url)
+
+
+def _present(host: Host, entry: Entry, expected: Checksum | None, before: set[str]) -> Manifest | None:
+    """The image as the store has it: by its checksum, or without one, as another pull has brought it just now."""
+    for manifest in images.list_images(host):
+        if manifest.name != entry.name:
+            continue
+        if expected is not None and manifest.verified and manifest.checksum == str(expected):
+            return manifest
+        if expected is None and manifest.source == entry.url and manifest.stem not in before:
+            return manifest
+    return None
+
+
+def _remind(manifest: Manifest, report: Reporter) -> None:
+    if not manifest.verified:
+        report(
+            Warned(
+                f"the same content is in the store as {manifest.stem}, once taken unchecked, and stays marked so",
+                f"vmctl image delete {manifest.stem}, and pull again",
+            )
+        )
+
+
+def _again(host: Host, present: Manifest, report: Reporter) -> Manifest:
+    # A pull that was killed at its very end leaves its download.
+    with suppress(Conflict, OSError), held(host.folders.runtime, f"pull {present.name}"):
+        download.discard(_partial(host, present.name))
+    with images.making(host, present.name):
+        return images.renew(host, present, report)
+
+
+def _partial(host: Host, name: str) -> Path:
+    return host.folders.cache / "pulls" / f"{name}.partial"
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ImageError(f"cannot keep downloads in {folder}: {error.strerror}", hint="set XDG_CACHE_HOME") from error
+
+
+@contextmanager
+def _alone(host: Host, name: str, report: Reporter) -> Iterator[bool]:
+    """Hold the right to pull ``name``; True when another process had it first and had to be waited for."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(host.folders.runtime, f"pull {name}"))
+            waited = False
+        except Conflict:
+            report(Step(f"another vmctl is pulling {name}: waiting for it"))
+            stack.enter_context(held(host.folders.runtime, f"pull {name}", timeout_s=_WAIT_FOR_ANOTHER_S))
+            waited = True
+        yield waited
+
+
+def _check(entry: Entry, partial: Path, expected: Checksum, report: Reporter) -> None:
+    """Raise ImageError, and remove the file, unless it has the checksum it should have."""
+    size = partial.stat().st_size
+    try:
+        found = checksums.of_file(
+            partial, expected.kind, lambda done: report(Progress(f"checking {expected.kind}", done, size))
+        )
+    except OSError as error:
+        raise ImageError(f"cannot read {partial}: {error.strerror}") from error
+    if found != expected:
+        download.discard(partial)
+        raise ImageError(
+            f"cannot use image {entry.name}: the {expected.kind} of what came from {entry.url} ({size} bytes) is "
+            f"{found.hex} and should be {expected.hex}",
+            hint="it was removed; pull again, in case the image was being replaced just now",
+        )
+    report(Step(f"{entry.name}: {expected.kind} is as it should be"))
+
+
+def _take(host: Host, file: Path, entry: Entry, expected: Checksum | None, report: Reporter) -> Manifest:
+    """Put the downloaded file into the store, the way any file of unknown origin goes."""
+    wish = image_import.Wish(
+        file,
+        name=entry.name,
+        os_name=entry.os,
+        os_version=entry.os_version,
+        user=entry.default_user,
+        boots=entry.boots,
+        osinfo=entry.osinfo,
+        source=entry.url,
+        checked=str(expected or ""),
+    )
+    return image_import.import_image(host, wish, report)
