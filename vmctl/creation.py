@@ -20,7 +20,7 @@ from vmctl.images import Image
 from vmctl.lifecycle import free_port
 from vmctl.locks import held
 from vmctl.record import Owned, Record, SshAccess
-from vmctl.spec import VM, Accel, AccelChoice, Nic
+from vmctl.spec import VM, Accel, AccelChoice, Graphics, Nic
 
 _MACS_TIMEOUT_S = 60.0
 _MIB = 1 << 20
@@ -87,7 +87,7 @@ def plan(host: Host, vm: VM) -> Plan:
         new_disks=tuple(f"{folder}/{name}" for name in disks),
         console_log=f"{folder}/{log.volume}" if log else "",
         nvram=_nvram(host, prefix),
-        kernel=image.kernel,
+        kernel=image.bzimage if vm.graphics is not Graphics.NONE and image.bzimage else image.kernel,
         initrd=image.initrd,
         cmdline=image.manifest.cmdline,
         network=host.settings.network,

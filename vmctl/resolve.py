@@ -181,6 +181,12 @@ def _slotted(vm: VM, view: DomainView) -> DomainView:
     )
 
 
+def _cmdline(vm: VM, placement: Placement) -> str:
+    """The kernel's words, for a screen with a console there; first, since the last one named becomes /dev/console."""
+    screen = "console=tty0 " if placement.kernel and vm.graphics is not Graphics.NONE else ""
+    return screen + placement.cmdline
+
+
 def resolve(vm: VM, *, vm_uuid: str, accel: Accel, placement: Placement, record: Record) -> DomainView:
     """The view of ``vm`` for domain.xml.j2."""
     macs = [nic.mac or mac_address(vm_uuid, position) for position, nic in enumerate(vm.nics)]
@@ -205,7 +211,7 @@ def resolve(vm: VM, *, vm_uuid: str, accel: Accel, placement: Placement, record:
         nvram=placement.nvram if vm.firmware is Firmware.UEFI else "",
         kernel=placement.kernel,
         initrd=placement.initrd,
-        cmdline=placement.cmdline,
+        cmdline=_cmdline(vm, placement),
         cpu_mode=mode,
         cpu_model=model,
         disks=disk_views(vm.disks, placement),

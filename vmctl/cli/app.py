@@ -43,6 +43,8 @@ COMMANDS: Mapping[str, Entry] = {
     "time-sync": Entry("agent", "time_sync", "Set the guests' clocks by this machine's."),
     "cp": Entry("access", "cp", "Copy files into a guest or out of it."),
     "console": Entry("access", "console", "Open the serial console."),
+    "view": Entry("view", "view", "Show the screen in a browser."),
+    "screenshot": Entry("view", "screenshot", "Save what is on the screen as PNG."),
     "logs": Entry("inspect", "logs", "Show what the guest printed on its serial console."),
     "start": Entry("state", "start", "Start VMs, or bring them back from saved memory."),
     "stop": Entry("state", "stop", "Stop VMs by ACPI, then agent, then --force."),
