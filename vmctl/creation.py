@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import hosts, images, networks, render, resolve, seed, spec
+from vmctl import hosts, images, networks, render, resolve, seed, share, spec
 from vmctl.accel import Decision
 from vmctl.config import Settings
 from vmctl.deletion import remove
@@ -92,6 +92,7 @@ def plan(host: Host, vm: VM) -> Plan:
         cmdline=image.manifest.cmdline,
         network=host.settings.network,
         forward_port=port,
+        share_drivers=tuple(share.driver(host, one) for one in vm.shares),
     )
     return Plan(vm, vm_uuid, decision, image, placement, record)
 
@@ -199,6 +200,12 @@ def _define(host: Host, planned: Plan, record: Record, report: Reporter) -> None
         domain.define(host.conn, planned.xml(addressed(host, planned), record), name=planned.vm.name)
 
 
+def _mounts(planned: Plan) -> tuple[str, ...]:
+    """Commands for the first boot that mount the shared folders, then and at each later boot."""
+    pairs = zip(planned.vm.shares, planned.placement.share_drivers, strict=True)
+    return tuple(share.mount_command(one, driver) for one, driver in pairs)
+
+
 def _make_volumes(host: Host, planned: Plan, host_key: seed.KeyPair, undo: ExitStack) -> None:
     vm, pool = planned.vm, host.settings.pool
     prefix = resolve.volume_prefix(vm.name, planned.uuid)
@@ -210,7 +217,7 @@ def _make_volumes(host: Host, planned: Plan, host_key: seed.KeyPair, undo: ExitS
             ssh_keys=tuple(dict.fromkeys((*seed.authorized_keys(private_key(host), Path.home()), *vm.ssh_keys))),
             host_key_private=host_key.private,
             host_key_public=host_key.public,
-            runcmd=vm.runcmd,
+            runcmd=(*_mounts(planned), *vm.runcmd),
         )
     )
     views = [

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from vmctl.record import Record
-from vmctl.spec import VM, Accel, Bus, Disk, DiskFormat, Firmware, Graphics, Machine, NicModel
+from vmctl.spec import VM, Accel, Bus, Disk, DiskFormat, Firmware, Graphics, Machine, NicModel, Share, ShareDriver
 
 _SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://vmctl.dev/vm")
 _TARGETS = {Bus.VIRTIO: "vd", Bus.SCSI: "sd", Bus.SATA: "sd"}
@@ -53,6 +53,16 @@ class UserNet:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareView:
+    """A shared folder; the guest mounts it by its ``tag``."""
+
+    folder: str
+    tag: str
+    driver: ShareDriver
+    readonly: bool
+
+
+@dataclass(frozen=True, slots=True)
 class DomainView:
     """Everything domain.xml.j2 prints."""
 
@@ -83,6 +93,8 @@ class DomainView:
     graphics: str
     slots: Mapping[str, int] = field(default_factory=dict)
     hotplug_ports: int = 0
+    shares: tuple[ShareView, ...] = ()
+    shared_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +111,13 @@ class Placement:
     cmdline: str
     network: str
     forward_port: int | None
+    share_drivers: tuple[ShareDriver, ...] = ()
+
+
+def share_view(share: Share, driver: ShareDriver) -> ShareView:
+    """A shared folder as rendered. The tag goes by the place in the guest; 9p allows 31 letters."""
+    tag = "share-" + hashlib.sha256(share.mount.encode()).hexdigest()[:12]
+    return ShareView(share.folder, tag, driver, share.readonly)
 
 
 def identity(host: str, name: str, taken: Collection[str]) -> str:
@@ -224,5 +243,7 @@ def resolve(vm: VM, *, vm_uuid: str, accel: Accel, placement: Placement, record:
         balloon=vm.balloon,
         agent=vm.agent,
         graphics=vm.graphics,
+        shares=tuple(share_view(s, d) for s, d in zip(vm.shares, placement.share_drivers, strict=True)),
+        shared_memory=ShareDriver.VIRTIOFS in placement.share_drivers,
     )
     return _slotted(vm, view)

@@ -261,6 +261,17 @@ static void name_virtio_ports(void)
         closedir(ports);
 }
 
+/* What `vmctl share` wrote into fstab. */
+static void mount_shares(void)
+{
+    char *table = read_file("/etc/fstab", NULL);
+    if (table && strstr(table, " virtiofs ") && fork() == 0) {
+        execl("/bin/mount", "mount", "-a", "-t", "virtiofs", (char *)NULL);
+        _exit(127);
+    }
+    free(table);
+}
+
 /* Waits for sshd and network, then for the drivers nobody was waiting for. A child of process 1; its end is the sign. */
 static void late_main(int network_up)
 {
@@ -272,6 +283,7 @@ static void late_main(int network_up)
     load_modules("late");
     name_virtio_ports();
     mount_extras();
+    mount_shares();
 }
 
 static void grow_root(const char *disk)
