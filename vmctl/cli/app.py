@@ -42,6 +42,7 @@ COMMANDS: Mapping[str, Entry] = {
     "passwd": Entry("agent", "passwd", "Set a user's password in the guest."),
     "time-sync": Entry("agent", "time_sync", "Set the guests' clocks by this machine's."),
     "cp": Entry("access", "cp", "Copy files into a guest or out of it."),
+    "forward": Entry("forward", "forward", "Lead ports of this machine to ports of a guest."),
     "share": Entry("share", "share", "Mount a folder of the host in a guest."),
     "console": Entry("access", "console", "Open the serial console."),
     "view": Entry("view", "view", "Show the screen in a browser."),
