@@ -131,9 +131,9 @@ def cp(
     connect: ConnectOption = None,
 ) -> None:
     """Copy files and folders into a guest or out of it."""
-    from vmctl import guest
+    from vmctl import copying
 
     if len(paths) < 2:
         raise SpecError("cannot copy: a source and a destination are needed", hint="vmctl cp FILE VM:/path")
     with opened(connect) as host:
-        guest.copy(host, paths[:-1], paths[-1], reporter(), user=user)
+        copying.copy(host, paths[:-1], paths[-1], reporter(), user=user)
