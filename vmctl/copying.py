@@ -281,32 +281,55 @@ def _receive(process: subprocess.Popen[bytes], root: Path, depth: int, label: st
             return
         if kind != b"tar":
             raise Malformed("it is neither file nor archive")
-        folders: list[tuple[Path, int]] = []
-        done = 0
-        for member in tarstream.members(stream.read):
-            parts = [part for part in member.name.split(b"/") if part not in {b"", b"."}]
-            if b".." in parts or b"\0" in member.name:
-                raise GuestCommandFailed(f"cannot copy {label}: the guest names a file outside of it")
-            path = root.joinpath(*map(os.fsdecode, parts[depth:]))
-            try:
-                if member.kind is Kind.FOLDER:
-                    path.mkdir(exist_ok=True)
-                    folders.append((path, member.mode))
-                elif member.kind is Kind.LINK:
-                    _copy_linked(root, depth, member, path)
-                elif member.kind is Kind.FILE:
-                    done = _write(stream, member, path, label, done, report)
-            except OSError as error:
-                raise SpecError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            folders = _receive_tree(stream, root, depth, label, report)
+        except OSError as error:
+            raise SpecError(f"cannot write {root}: {error.strerror}") from error
         while stream.read(_CHUNK):  # what tar pads its last record with
             pass
     for path, mode in reversed(folders):
         path.chmod(mode & 0o777)
 
 
-def _write(stream: IO[bytes], member: Member, path: Path, label: str, done: int, report: Reporter) -> int:
+def _receive_tree(stream: IO[bytes], root: Path, depth: int, label: str, report: Reporter) -> list[tuple[Path, int]]:
+    """Write an archive's members; returns the folders with their modes. A new tree gets its name when it is whole."""
+    if root.exists():
+        return [
+            (root.joinpath(*parts), mode) for parts, mode in _members(stream, root, depth, label, report, new=False)
+        ]
+    with tempfile.TemporaryDirectory(prefix=f".{root.name[:64]}.", dir=root.parent) as folder:
+        staged = Path(folder) / "tree"
+        folders = _members(stream, staged, depth, label, report, new=True)
+        staged.replace(root)
+    return [(root.joinpath(*parts), mode) for parts, mode in folders]
+
+
+def _members(
+    stream: IO[bytes], root: Path, depth: int, label: str, report: Reporter, *, new: bool
+) -> list[tuple[list[str], int]]:
+    folders, done = [], 0
+    for member in tarstream.members(stream.read):
+        parts = [part for part in member.name.split(b"/") if part not in {b"", b"."}]
+        if b".." in parts or b"\0" in member.name:
+            raise GuestCommandFailed(f"cannot copy {label}: the guest names a file outside of it")
+        within = [os.fsdecode(part) for part in parts[depth:]]
+        path = root.joinpath(*within)
+        if member.kind is Kind.FOLDER:
+            path.mkdir(exist_ok=True)
+            folders.append((within, member.mode))
+        elif member.kind is Kind.LINK:
+            _copy_linked(root, depth, member, path)
+        elif member.kind is Kind.FILE:
+            done = _write(stream, member, path, label, done, report, staged=new)
+    return folders
+
+
+def _write(
+    stream: IO[bytes], member: Member, path: Path, label: str, done: int, report: Reporter, *, staged: bool = False
+) -> int:
+    """Write one file, under another name until it is whole unless all is ``staged``; returns the bytes so far."""
     total = member.size if not done and path.name == label else 0
-    partial = path.with_name(f".{path.name}.part")
+    partial = path if staged else path.with_name(f".{path.name}.part")
     try:
         with partial.open("wb", buffering=0) as file:
             left = member.size
@@ -321,7 +344,8 @@ def _write(stream: IO[bytes], member: Member, path: Path, label: str, done: int,
             os.fchmod(file.fileno(), member.mode & 0o777)
         if member.name:
             stream.read(len(tarstream.padding(member.size)))
-        partial.replace(path)
+        if not staged:
+            partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
