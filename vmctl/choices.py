@@ -60,6 +60,13 @@ class Graphics(StrEnum):
     VNC = "vnc"
 
 
+class ShareDriver(StrEnum):
+    """How a folder of the host gets into a guest."""
+
+    VIRTIOFS = "virtiofs"
+    P9 = "9p"
+
+
 class DiskFormat(StrEnum):
     """Formats a disk may be attached in; never guessed, a guess can be steered by the guest."""
 

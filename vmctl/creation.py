@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import first_boot, hosts, images, networks, render, resolve, seed, spec
+from vmctl import first_boot, hosts, images, networks, render, resolve, seed, share, spec
 from vmctl.accel import Decision
 from vmctl.config import Settings
 from vmctl.deletion import remove
@@ -20,7 +20,7 @@ from vmctl.images import Image
 from vmctl.lifecycle import free_port
 from vmctl.locks import held
 from vmctl.record import Owned, Record, SshAccess
-from vmctl.spec import VM, Accel, AccelChoice, Nic
+from vmctl.spec import VM, Accel, AccelChoice, Graphics, Nic
 
 _MACS_TIMEOUT_S = 60.0
 _MIB = 1 << 20
@@ -90,12 +90,13 @@ def plan(host: Host, vm: VM) -> Plan:
         new_disks=tuple(f"{folder}/{name}" for name in disks),
         console_log=f"{folder}/{log.volume}" if log else "",
         nvram=_nvram(host, prefix),
-        kernel=image.kernel if direct else "",
+        kernel=_kernel(vm, image) if direct else "",
         initrd=image.initrd if direct else "",
         cmdline=image.manifest.cmdline if direct else "",
         network=host.settings.network,
         forward_port=port,
         ignition=f"{folder}/{prefix}-ignition.json",
+        share_drivers=tuple(share.driver(host, one) for one in vm.shares),
     )
     return Plan(vm, vm_uuid, decision, image, placement, record)
 
@@ -209,11 +210,23 @@ def _define(host: Host, planned: Plan, record: Record, report: Reporter) -> tupl
     return nics
 
 
+def _mounts(planned: Plan) -> tuple[str, ...]:
+    """Commands for the first boot that mount the shared folders, then and at each later boot."""
+    pairs = zip(planned.vm.shares, planned.placement.share_drivers, strict=True)
+    return tuple(share.mount_command(one, driver) for one, driver in pairs)
+
+
+def _kernel(vm: VM, image: Image) -> str:
+    """The kernel to start: firmware sets up a screen, which the faster start without it does not."""
+    return image.bzimage if vm.graphics is not Graphics.NONE and image.bzimage else image.kernel
+
+
 def _make_seed(host: Host, planned: Plan, host_key: seed.KeyPair, nics: tuple[Nic, ...], undo: ExitStack) -> None:
     """Write what the guest is told at its first boot; after the definition, for it names the cards by their MACs."""
     vm, prefix = planned.vm, resolve.volume_prefix(planned.vm.name, planned.uuid)
     keys = (*seed.authorized_keys(private_key(host), Path.home()), *vm.ssh_keys)
-    files = first_boot.seed_files(vm, planned.uuid, nics, host_key, keys, planned.image.manifest)
+    mounting = replace(vm, runcmd=(*_mounts(planned), *vm.runcmd))
+    files = first_boot.seed_files(mounting, planned.uuid, nics, host_key, keys, planned.image.manifest)
     contents = {f"{prefix}-seed.iso": seed.build_iso(files)}
     if vm.ignition:
         contents[f"{prefix}-ignition.json"] = vm.ignition.encode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vmctl.agent import GuestAddress, glance
 from vmctl.choices import AccelChoice
 from vmctl.domain_brief import Brief
 from vmctl.domain_xml import DiskFacts, NicFacts
@@ -35,12 +36,14 @@ class Detail:
     image: str
     image_digest: str
     address: str
+    addresses: tuple[GuestAddress, ...]
     ssh_user: str
     ssh_host_key: str
     disks: tuple[DiskFacts, ...]
     nics: tuple[NicFacts, ...]
     graphics: str
     agent: bool
+    agent_state: str
     console_log: str
     autostart: bool
     persistent: bool
@@ -63,6 +66,7 @@ def detail(host: Host, name: str) -> Detail:
         "host": here.to_json(),
     }
     ssh = record.ssh if record else None
+    agent = glance(host, vm.name, active=vm.state is State.RUNNING)
     return Detail(
         name=vm.name,
         uuid=vm.uuid,
@@ -80,12 +84,14 @@ def detail(host: Host, name: str) -> Detail:
         image=record.image if record else "",
         image_digest=record.image_digest if record else "",
         address=addresses_of(host, [entry])(short),
+        addresses=agent.addresses,
         ssh_user=ssh.user if ssh else "",
         ssh_host_key=ssh.host_key if ssh else "",
         disks=facts.disks,
         nics=facts.nics,
         graphics=facts.graphics,
         agent=facts.agent,
+        agent_state=agent.state,
         console_log=facts.serial_log,
         autostart=vm.autostart,
         persistent=vm.persistent,

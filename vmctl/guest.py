@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmctl.errors import NotFound, SpecError, VmctlError, WrongState
-from vmctl.events import Progress, Reporter
+from vmctl.errors import NotFound, VmctlError, WrongState
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, network, storage
 from vmctl.hypervisor.domain import Domain, State
@@ -149,33 +148,6 @@ def parse_place(text: str) -> Place:
     if not colon or "/" in head or not head:
         return Place(None, text)
     return Place(head, tail or ".")
-
-
-def copy(host: Host, sources: list[str], destination: str, report: Reporter, *, user: str | None = None) -> None:
-    """Copy into a guest or out of one. Raises SpecError unless exactly one side is in a guest."""
-    from vmctl import ssh
-
-    froms, to = [parse_place(source) for source in sources], parse_place(destination)
-    machines = {place.vm for place in froms}
-
-    def moved(name: str, done: int, total: int) -> None:
-        report(Progress(name, done, total))
-
-    if to.vm is not None and machines == {None}:
-        paths = [Path(place.path) for place in froms]
-        for path in paths:
-            if not path.exists():
-                raise NotFound(f"cannot copy {path}: there is no such file here")
-        ssh.put(target(host, domain.find(host.conn, to.vm), user=user), paths, to.path, moved)
-    elif to.vm is None and None not in machines:
-        if len(froms) > 1 and not Path(to.path).is_dir():
-            raise SpecError(f"cannot copy {len(froms)} things to {to.path}: it is no folder here")
-        for place in froms:
-            ssh.get(target(host, domain.find(host.conn, place.vm or ""), user=user), place.path, Path(to.path), moved)
-    else:
-        raise SpecError(
-            "cannot copy: just one side can be in a guest", hint="vmctl cp FILE VM:/path, or vmctl cp VM:/path FILE"
-        )
 
 
 def console_text(host: Host, vm: Domain) -> str:

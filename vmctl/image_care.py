@@ -82,6 +82,7 @@ def _differences(host: Host, manifest: Manifest, report: Reporter) -> list[str]:
     told = {
         f"{manifest.stem}.qcow2": manifest.disk_sha256,
         f"{manifest.stem}.kernel": manifest.kernel_sha256,
+        f"{manifest.stem}.bzimage": manifest.bzimage_sha256,
         f"{manifest.stem}.initrd": manifest.initrd_sha256,
     }
     different = []
@@ -143,7 +144,7 @@ def prunable(host: Host, report: Reporter, *, kept_each: int = 1) -> Prunable:
     free = []
     for manifest in old:
         image = images.with_paths(host, manifest)
-        if users := needed.by(image.disk, image.kernel, image.initrd):
+        if users := needed.by(image.disk, image.kernel, image.initrd, image.bzimage):
             report(Step(f"image {manifest.stem} stays: {', '.join(users)} need it"))
         else:
             free.append(manifest)

@@ -32,17 +32,21 @@ from vmctl.workspace import clear_leftovers, workspace
 _LOCK_TIMEOUT_S = 900
 _ROOM_FOR_TAGS = 4096
 _MAKING = ".making-"
-_FILE_OF_IMAGE = re.compile(rf"(?P<stem>(?P<name>{NAME})-[0-9a-f]{{12}})\.(?:qcow2|kernel|initrd)")
+_FILE_OF_IMAGE = re.compile(rf"(?P<stem>(?P<name>{NAME})-[0-9a-f]{{12}})\.(?:qcow2|kernel|initrd|bzimage)")
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image in the store with the host paths of its files ("" for a kernel it does not have)."""
+    """An image in the store with the host paths of its files ("" for a kernel it does not have).
+
+    ``bzimage`` is the kernel with its real-mode part, which asks the firmware for the screen; ``kernel`` starts faster.
+    """
 
     manifest: Manifest
     disk: str
     kernel: str
     initrd: str
+    bzimage: str = ""
 
 
 def pool_path(host: Host, leaf: str) -> str:
@@ -100,7 +104,8 @@ def with_paths(host: Host, manifest: Manifest) -> Image:
     stem = f"{storage.pool_path(host.conn, host.settings.image_pool)}/{manifest.stem}"
     kernel = f"{stem}.kernel" if manifest.kernel_sha256 else ""
     initrd = f"{stem}.initrd" if manifest.initrd_sha256 else ""
-    return Image(manifest, f"{stem}.qcow2", kernel, initrd)
+    bzimage = f"{stem}.bzimage" if manifest.bzimage_sha256 else ""
+    return Image(manifest, f"{stem}.qcow2", kernel, initrd, bzimage)
 
 
 def half_stored(host: Host) -> tuple[tuple[str, str], ...]:
@@ -126,7 +131,7 @@ def _now() -> str:
 
 def _manifest(new: NewImage) -> Manifest:
     sums = {suffix: _sha256(path) for suffix, path in new.files().items()}
-    parts = [sums["qcow2"], sums.get("kernel", ""), sums.get("initrd", "")]
+    parts = [sums["qcow2"], sums.get("kernel", ""), sums.get("initrd", ""), *sorted({sums.get("bzimage", "")} - {""})]
     return Manifest(
         name=new.name,
         digest=hashlib.sha256("\n".join([*parts, new.cmdline]).encode()).hexdigest(),
@@ -149,6 +154,7 @@ def _manifest(new: NewImage) -> Manifest:
         checksum=new.checksum,
         verified=new.verified,
         first_boot=new.first_boot,
+        bzimage_sha256=sums.get("bzimage", ""),
     )
 
 
@@ -280,7 +286,7 @@ def delete(host: Host, name: str, report: Reporter) -> Manifest:
     image = find(host, name)
     with changing(host, image.manifest.name):
         needed = image_users.needed(host.conn)
-        if users := needed.by(image.disk, image.kernel, image.initrd):
+        if users := needed.by(image.disk, image.kernel, image.initrd, image.bzimage):
             raise Conflict(
                 f"cannot delete image {image.manifest.stem}: {', '.join(users)} need it",
                 hint="delete those VMs first",

@@ -20,6 +20,7 @@ class Manifest:
     ``checksum`` is what its source was checked against, "sha256:…" or "sha512:…"; "" for one made here.
     ``verified`` is False for one that was taken without a checksum, and stays so. ``boots`` names the ways it can
     start: direct, bios, uefi. ``first_boot`` names what reads the seed inside: cloud-init, ignition, or micro's init.
+    ``bzimage_sha256`` is of the kernel as firmware starts it, where that is another file.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Manifest:
     verified: bool = True
     tags: tuple[str, ...] = ()
     first_boot: str = "cloud-init"
+    bzimage_sha256: str = ""
 
     @property
     def built_at(self) -> str:
@@ -67,6 +69,8 @@ class Manifest:
             files.append(f"{self.stem}.kernel")
         if self.initrd_sha256:
             files.append(f"{self.stem}.initrd")
+        if self.bzimage_sha256:
+            files.append(f"{self.stem}.bzimage")
         return tuple(files)
 
     def to_bytes(self) -> bytes:
@@ -111,6 +115,7 @@ class NewImage:
     default_user: str
     source: str
     kernel: Path | None = None
+    bzimage: Path | None = None
     initrd: Path | None = None
     cmdline: str = ""
     boots: tuple[str, ...] = ("bios",)
@@ -123,5 +128,5 @@ class NewImage:
 
     def files(self) -> dict[str, Path]:
         """Its files by the suffix they get in the store."""
-        found = {"qcow2": self.disk, "kernel": self.kernel, "initrd": self.initrd}
+        found = {"qcow2": self.disk, "kernel": self.kernel, "bzimage": self.bzimage, "initrd": self.initrd}
         return {suffix: path for suffix, path in found.items() if path is not None}

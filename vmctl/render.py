@@ -14,7 +14,7 @@ from vmctl import record
 from vmctl.errors import SpecError
 from vmctl.record import Record
 from vmctl.reservation import Reservation
-from vmctl.resolve import DomainView
+from vmctl.resolve import DomainView, ShareView
 from vmctl.resources import templates_dir
 
 
@@ -105,6 +105,11 @@ def domain(view: DomainView) -> str:
     """The XML of a domain."""
     element = _xml("metadata", record=view.record, namespace=record.NAMESPACE, prefix=f"{record.PREFIX}:")
     return _xml("domain", vm=view, metadata=Markup(element))
+
+
+def filesystem(view: ShareView) -> str:
+    """The XML of one shared folder."""
+    return _xml("filesystem", share=view)
 
 
 def network(view: NetworkView) -> str:

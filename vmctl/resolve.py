@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from vmctl.record import Record
-from vmctl.spec import VM, Accel, Bus, Disk, DiskFormat, Firmware, Graphics, Machine, NicModel
+from vmctl.spec import VM, Accel, Bus, Disk, DiskFormat, Firmware, Graphics, Machine, NicModel, Share, ShareDriver
 
 _SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://vmctl.dev/vm")
 _TARGETS = {Bus.VIRTIO: "vd", Bus.SCSI: "sd", Bus.SATA: "sd"}
@@ -53,6 +53,16 @@ class UserNet:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareView:
+    """A shared folder; the guest mounts it by its ``tag``."""
+
+    folder: str
+    tag: str
+    driver: ShareDriver
+    readonly: bool
+
+
+@dataclass(frozen=True, slots=True)
 class DomainView:
     """Everything domain.xml.j2 prints."""
 
@@ -86,6 +96,8 @@ class DomainView:
     secure_boot: bool = False
     tpm: bool = False
     ignition: str = ""
+    shares: tuple[ShareView, ...] = ()
+    shared_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +115,13 @@ class Placement:
     network: str
     forward_port: int | None
     ignition: str = ""
+    share_drivers: tuple[ShareDriver, ...] = ()
+
+
+def share_view(share: Share, driver: ShareDriver) -> ShareView:
+    """A shared folder as rendered. The tag goes by the place in the guest; 9p allows 31 letters."""
+    tag = "share-" + hashlib.sha256(share.mount.encode()).hexdigest()[:12]
+    return ShareView(share.folder, tag, driver, share.readonly)
 
 
 def identity(host: str, name: str, taken: Collection[str]) -> str:
@@ -185,6 +204,12 @@ def _slotted(vm: VM, view: DomainView) -> DomainView:
     )
 
 
+def _cmdline(vm: VM, placement: Placement) -> str:
+    """The kernel's words, for a screen with a console there; first, since the last one named becomes /dev/console."""
+    screen = "console=tty0 " if placement.kernel and vm.graphics is not Graphics.NONE else ""
+    return screen + placement.cmdline
+
+
 def resolve(vm: VM, *, vm_uuid: str, accel: Accel, placement: Placement, record: Record) -> DomainView:
     """The view of ``vm`` for domain.xml.j2."""
     macs = [nic.mac or mac_address(vm_uuid, position) for position, nic in enumerate(vm.nics)]
@@ -209,7 +234,7 @@ def resolve(vm: VM, *, vm_uuid: str, accel: Accel, placement: Placement, record:
         nvram="" if vm.firmware is Firmware.BIOS else placement.nvram,
         kernel=placement.kernel,
         initrd=placement.initrd,
-        cmdline=placement.cmdline,
+        cmdline=_cmdline(vm, placement),
         cpu_mode=mode,
         cpu_model=model,
         disks=disk_views(vm.disks, placement),
@@ -225,5 +250,7 @@ def resolve(vm: VM, *, vm_uuid: str, accel: Accel, placement: Placement, record:
         secure_boot=vm.firmware is Firmware.UEFI_SECURE,
         tpm=vm.tpm,
         ignition=placement.ignition if vm.ignition else "",
+        shares=tuple(share_view(s, d) for s, d in zip(vm.shares, placement.share_drivers, strict=True)),
+        shared_memory=ShareDriver.VIRTIOFS in placement.share_drivers,
     )
     return _slotted(vm, view)

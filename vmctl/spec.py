@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from vmctl.choices import Accel, AccelChoice, Bus, DiskFormat, Firmware, Graphics, Machine, NicModel
+from vmctl.choices import Accel, AccelChoice, Bus, DiskFormat, Firmware, Graphics, Machine, NicModel, ShareDriver
 from vmctl.errors import SpecError
 
-__all__ = ["Accel", "AccelChoice", "Bus", "DiskFormat", "Firmware", "Graphics", "Machine", "NicModel"]
+__all__ = ["Accel", "AccelChoice", "Bus", "DiskFormat", "Firmware", "Graphics", "Machine", "NicModel", "ShareDriver"]
 
 NAME_MAX = 63  # a VM's name is also its host name: one DNS label, RFC 1123
 TEXT_MAX = 4096
@@ -46,6 +46,15 @@ class Nic:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """A folder of the host, mounted in the guest at ``mount``."""
+
+    folder: str
+    mount: str
+    readonly: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class VM:
     """One virtual machine as asked for. What is None is decided when host and image are known."""
 
@@ -65,6 +74,7 @@ class VM:
     balloon: bool = True
     agent: bool = True
     graphics: Graphics = Graphics.NONE
+    shares: tuple[Share, ...] = ()
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     description: str = ""
     autostart: bool = False
@@ -156,6 +166,33 @@ def parse_nic(text: str, model: NicModel = NicModel.VIRTIO) -> Nic:
         gateway=values["gateway"][0] if "gateway" in values else None,
         nameservers=tuple(values.get("dns", ())),
     )
+
+
+def parse_share(text: str) -> Share:
+    """``HOST:GUEST`` or ``HOST:GUEST:ro``, both paths of folders; only HOST may have colons. Raises SpecError."""
+    head, readonly = (text[:-3], True) if text.endswith(":ro") else (text, False)
+    folder, colon, mount = head.rpartition(":")
+    if not colon:
+        raise SpecError(f"cannot read share {text!r}: it is not HOST:GUEST[:ro]", hint="for example /srv/data:/mnt:ro")
+    share = Share(folder, mount, readonly)
+    if found := share_problems(share):
+        raise SpecError(f"cannot share {folder}", problems=found)
+    return share
+
+
+def share_problems(share: Share) -> list[str]:
+    """Why this folder cannot be shared under any host; empty when it can."""
+    found = []
+    for what, path in (("host", share.folder), ("guest", share.mount)):
+        if not path.startswith("/") or ".." in path.split("/"):
+            found.append(f"the {what} folder {path!r} is not absolute, or climbs with '..'")
+        elif re.search(_CONTROL, path) or re.search(_NOT_XML, path):
+            found.append(f"the {what} folder {path!r} has control characters")
+    if re.search(r"[,\\]", share.folder):
+        found.append(f"the host folder {share.folder!r} has a comma or backslash, which virtiofsd misreads")
+    if share.mount.strip("/") == "":
+        found.append("the guest's root cannot be mounted over")
+    return found
 
 
 def name_problems(name: str) -> list[str]:
@@ -276,6 +313,10 @@ def problems(vm: VM) -> tuple[str, ...]:
         found += _disk_problems(position, disk)
     for position, nic in enumerate(vm.nics, 1):
         found += _nic_problems(position, nic)
+    for share in vm.shares:
+        found += share_problems(share)
+    if len({share.mount for share in vm.shares}) < len(vm.shares):
+        found.append("two shares have the same folder in the guest")
     if vm.firmware is not Firmware.BIOS and vm.machine is Machine.PC:
         found.append("UEFI firmware needs machine q35, not pc")
     if vm.machine is Machine.PC and any(disk.bus is Bus.SATA for disk in vm.disks):

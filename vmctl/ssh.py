@@ -27,6 +27,7 @@ logging.getLogger("paramiko").addHandler(logging.NullHandler())
 _CONNECT_TIMEOUT_S = 20.0
 _BANNER_TIMEOUT_S = 30.0
 _CHUNK = 64 * 1024
+_KEEPALIVE_S = 15
 _EXIT_UNKNOWN = 255  # what OpenSSH's client returns too
 
 
@@ -129,6 +130,72 @@ def run(
         _drain(channel, out, err)
         code = channel.recv_exit_status()
         return code if code >= 0 else _EXIT_UNKNOWN
+
+
+class Stream:
+    """A byte stream to a port in a guest."""
+
+    def __init__(self, channel: paramiko.Channel) -> None:
+        self._channel = channel
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def recv(self, size: int) -> bytes:
+        """Some bytes, b"" at the end. Raises OSError."""
+        return bytes(self._channel.recv(size))
+
+    def sendall(self, data: bytes) -> None:
+        """All of them. Raises OSError once the other side is gone."""
+        self._channel.sendall(data)
+
+    def shutdown_write(self) -> None:
+        """Say that nothing more will be sent. Raises OSError."""
+        self._channel.shutdown_write()
+
+    @property
+    def ended_well(self) -> bool:
+        """Whether the other side said that it has sent all, rather than going away."""
+        return bool(self._channel.eof_received)
+
+    def close(self) -> None:
+        """End both directions; doing it again is no error."""
+        self._channel.close()
+
+
+class Tunnel:
+    """A connection through which ports of the guest are reached."""
+
+    def __init__(self, transport: paramiko.Transport, target: Target) -> None:
+        self._transport, self._target = transport, target
+
+    @property
+    def alive(self) -> bool:
+        """Whether the connection stands."""
+        return self._transport.is_active()
+
+    def open(self, port: int) -> Stream:
+        """A stream to a port of the guest's loopback. Raises GuestCommandFailed when the guest refuses it."""
+        try:
+            channel = self._transport.open_channel(
+                "direct-tcpip", ("127.0.0.1", port), ("127.0.0.1", 0), timeout=_CONNECT_TIMEOUT_S
+            )
+        except paramiko.ChannelException as error:
+            raise GuestCommandFailed(f"cannot connect to port {port} of {self._target}: {error.text}") from error
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            raise HostUnreachable(f"cannot talk to {self._target}: {error or type(error).__name__}") from error
+        return Stream(channel)
+
+
+@contextmanager
+def tunnel(target: Target) -> Iterator[Tunnel]:
+    """A connection for forwards inside the block. Raises as ``session`` does."""
+    with session(target) as transport:
+        transport.set_keepalive(_KEEPALIVE_S)
+        yield Tunnel(transport, target)
 
 
 def _drain(channel: paramiko.Channel, out: Callable[[bytes], object], err: Callable[[bytes], object]) -> None:

@@ -47,29 +47,48 @@ struct service {
 static const char *const sshd_command[] = {
     "dropbear", "-F", "-s", "-r", "/etc/dropbear/dropbear_ed25519_host_key", "-P", "", "-K", "60", NULL};
 static const char *const agent_command[] = {"qemu-ga", "-m", "virtio-serial", "-p", AGENT_PORT, "-t", "/run", NULL};
-static const char *const console_command[] = {"-sh", NULL};
+static const char *const shell_command[] = {"-sh", NULL};
 
 static struct service services[] = {
     {.name = "sshd", .program = "/usr/sbin/dropbear", .command = sshd_command},
     {.name = "agent", .program = "/usr/sbin/qemu-ga", .command = agent_command},
-    {.name = "console", .program = "/bin/sh", .command = console_command},
+    {.name = "console", .program = "/bin/sh", .command = shell_command},
+    {.name = "screen", .program = "/bin/sh", .command = shell_command},
 };
-enum { SSHD, AGENT, CONSOLE, SERVICES };
+enum { SSHD, AGENT, CONSOLE, SCREEN, SERVICES };
 
 static sigset_t handled;
 
 static const char *const environment[] = {
     "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "USER=root", "LOGNAME=root", "SHELL=/bin/sh", NULL};
 
-/* A root shell on the serial console for whoever presses Enter: that console is the host owner's already. */
-static void open_console(void)
+/* Whether the kernel was told to use the screen: "console=tty0" on its command line. */
+static bool has_screen(void)
+{
+    char *consoles = read_file("/sys/class/tty/console/active", NULL);
+    bool found = consoles && strstr(consoles, "tty0");
+    free(consoles);
+    return found;
+}
+
+static void greet(int tty)
+{
+    char host[65] = "";
+    gethostname(host, sizeof host - 1);
+    dprintf(tty, "\033[H\033[2Jvmctl-micro %s tty1\r\n\r\npress Enter for a shell\r\n", host);
+}
+
+/* A root shell on a console for whoever presses Enter: consoles are the host owner's already. */
+static void open_console(const char *path)
 {
     setsid();
-    int tty = open("/dev/ttyS0", O_RDWR);
+    int tty = open(path, O_RDWR);
     if (tty < 0) {
         nap_ms(60000); /* a machine without a serial port */
         _exit(1);
     }
+    if (strcmp(path, "/dev/tty1") == 0)
+        greet(tty);
     ioctl(tty, TIOCSCTTY, 1);
     for (int fd = 0; fd < 3; fd++)
         dup2(tty, fd);
@@ -86,9 +105,10 @@ static void start(struct service *service)
     if (service->pid != 0)
         return;
     sigprocmask(SIG_UNBLOCK, &handled, NULL);
-    if (service == &services[CONSOLE]) {
-        open_console();
-        setenv("TERM", "vt220", 1);
+    if (service->command == shell_command) {
+        bool screen = service == &services[SCREEN];
+        open_console(screen ? "/dev/tty1" : "/dev/ttyS0");
+        setenv("TERM", screen ? "linux" : "vt220", 1);
     } else {
         setsid();
     }
@@ -103,7 +123,7 @@ static void ended(struct service *service, int status)
 {
     long lived_ms = now_ms() - service->started_ms;
     service->pid = 0;
-    if (service != &services[CONSOLE])
+    if (service->command != shell_command)
         say("%s ended with status %d", service->name, WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
     service->restart_ms = now_ms() + (lived_ms < 1000 ? 1000 : 0);
 }
@@ -241,6 +261,17 @@ static void name_virtio_ports(void)
         closedir(ports);
 }
 
+/* What `vmctl share` wrote into fstab. */
+static void mount_shares(void)
+{
+    char *table = read_file("/etc/fstab", NULL);
+    if (table && strstr(table, " virtiofs ") && fork() == 0) {
+        execl("/bin/mount", "mount", "-a", "-t", "virtiofs", (char *)NULL);
+        _exit(127);
+    }
+    free(table);
+}
+
 /* Waits for sshd and network, then for the drivers nobody was waiting for. A child of process 1; its end is the sign. */
 static void late_main(int network_up)
 {
@@ -252,6 +283,7 @@ static void late_main(int network_up)
     load_modules("late");
     name_virtio_ports();
     mount_extras();
+    mount_shares();
 }
 
 static void grow_root(const char *disk)
@@ -346,6 +378,10 @@ static void late_is_done(const char *disk, int network_up)
     }
     services[CONSOLE].wanted = true;
     start(&services[CONSOLE]);
+    if (has_screen()) {
+        services[SCREEN].wanted = true;
+        start(&services[SCREEN]);
+    }
     say("press Enter for a shell");
     run_commands(network_up);
     grow_root(disk);

@@ -15,7 +15,7 @@ from vmctl.hypervisor import domain
 from vmctl.hypervisor.connection import Connection, connect
 from vmctl.hypervisor.domain import State
 from vmctl.record import Record
-from vmctl.spec import VM, Accel, Disk, Firmware, Graphics, Machine, Nic, NicModel, parse_disk
+from vmctl.spec import VM, Accel, Disk, Firmware, Graphics, Machine, Nic, NicModel, Share, ShareDriver, parse_disk
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLACEMENT = resolve.Placement(
@@ -56,11 +56,12 @@ CASES = {
             disks=(parse_disk("1G"), parse_disk("/srv/a&b.raw,bus=scsi"), parse_disk("/srv/c.qcow2,bus=sata")),
             nics=(Nic(), Nic("default", NicModel.E1000E), Nic("lab", mac="52:54:00:aa:bb:cc")),
             graphics=Graphics.VNC,
+            shares=(Share("/srv/a&b 'c'", "/mnt/a"), Share("/srv/ro", "/mnt/ro", readonly=True)),
             labels={"role": "<web>", "tier": ""},
             description='says "hello" & <bye>\nsecond line',
         ),
         Accel.TCG,
-        {},
+        {"share_drivers": (ShareDriver.VIRTIOFS, ShareDriver.P9)},
     ),
     "bare": (
         VM("web1", "micro", console=False, rng=False, balloon=False, agent=False, nics=()),

@@ -108,6 +108,66 @@ def test_cp_both_ways(shell: Shell, vm: str, tmp_path: Path) -> None:
     shell.run("cp", str(tree), str(tmp_path / "x"), check=2)
 
 
+def test_cp_edges(shell: Shell, vm: str, tmp_path: Path) -> None:
+    tree = tmp_path / "t r$e'e"
+    (tree / ("long" * 40) / ("name" * 40)).mkdir(parents=True)
+    deep = tree / ("long" * 40) / ("name" * 40) / "-f ile\nx"
+    deep.write_bytes(b"deep")
+    (tree / "empty").touch()
+    (tree / "link").symlink_to("empty")
+    (tree / "none").mkdir(mode=0o700)
+    shell.run("cp", str(tree), f"{vm}:/root/edges")  # no folder there: the copy gets that name
+    shell.run("cp", str(tree), f"{vm}:/root/edges/")  # a folder there: the copy goes into it
+    (tree / "empty").write_text("second")
+    shell.run("cp", str(tree), f"{vm}:/root/edges/")  # and again: merged
+    back = tmp_path / "back"
+    shell.run("cp", f"{vm}:/root/edges", str(back))
+    inner = back / tree.name
+    assert (inner / deep.relative_to(tree)).read_bytes() == b"deep" == (back / deep.relative_to(tree)).read_bytes()
+    assert (inner / "empty").read_text() == "second" and (back / "empty").read_text() == ""
+    assert (back / "none").stat().st_mode & 0o777 == 0o700 and not (back / "link").is_symlink()
+    assert ".vmctl-" not in shell.run("exec", vm, "--", "ls", "-a", "/root", "/root/edges").stdout
+    shell.run("exec", vm, "--", "sh", "-c", "mkdir -p /root/h && echo h >/root/h/a && ln /root/h/a /root/h/b")
+    shell.run("cp", f"{vm}:/root/h/.", str(tmp_path / "hard"))
+    assert (tmp_path / "hard" / "a").read_text() == (tmp_path / "hard" / "b").read_text() == "h\n"
+    (tree / "loop").symlink_to(tree)
+    assert "leads back to itself" in shell.run("cp", str(tree), f"{vm}:/root/looped", check=2).stderr
+    shell.run("cp", str(tree / "empty"), f"{vm}:/no/such/folder/x", check=4)
+
+
+def test_a_copy_cut_off_leaves_nothing_under_its_name(shell: Shell, vm: str, tmp_path: Path) -> None:
+    with (tmp_path / "big").open("wb") as file:
+        file.truncate(4 << 30)
+    running = subprocess.Popen(
+        [*VMCTL, "cp", str(tmp_path / "big"), f"{vm}:/tmp/big"], cwd=REPO, stderr=subprocess.DEVNULL
+    )
+    arriving = "ls -d /tmp/.vmctl-* 2>/dev/null"
+    wait_until(
+        lambda: shell.run("exec", vm, "--", "sh", "-c", arriving, check=None).stdout,
+        what="the copy's begin",
+        timeout_s=30,
+    )
+    running.send_signal(signal.SIGINT)
+    assert running.wait(30) == 130
+    wait_until(
+        lambda: not shell.run("exec", vm, "--", "sh", "-c", arriving, check=None).stdout,
+        what="its remains to go",
+        timeout_s=30,
+    )
+    shell.run("exec", vm, "--", "test", "!", "-e", "/tmp/big")
+
+
+def test_cp_without_tar_in_the_guest_goes_by_sftp(shell: Shell, vm: str, tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("by sftp\n")
+    shell.run("exec", vm, "--", "mv", "/bin/tar", "/bin/tar.away")
+    try:
+        shell.run("cp", str(tmp_path / "f"), f"{vm}:/root/sftp")
+        shell.run("cp", f"{vm}:/root/sftp", str(tmp_path / "g"))
+    finally:
+        shell.run("exec", vm, "--", "mv", "/bin/tar.away", "/bin/tar")
+    assert (tmp_path / "g").read_text() == "by sftp\n"
+
+
 def test_ssh_trusts_only_the_planted_key(shell: Shell, vm: str) -> None:
     done = subprocess.run(
         [*VMCTL, "ssh", vm, "echo", "over ssh"],

@@ -61,7 +61,7 @@ def test_the_reference_names_every_command_and_option() -> None:
 
 def test_the_reference_names_nothing_else() -> None:
     reference = README.partition("## Command reference")[2].partition("\n## ")[0]
-    named = set(re.findall(r"^### `vmctl ([a-z]+(?: [a-z]+)?)", reference, re.MULTILINE))
+    named = set(re.findall(r"^### `vmctl ([a-z-]+(?: [a-z-]+)?)", reference, re.MULTILINE))
     known = set(commands())
     assert {n for n in named if n not in known} == set()
 

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmctl import config, guest, locks, networks, progress, render, ui
-from vmctl.errors import Conflict, SpecError, WaitTimeout
+from tests import png
+from vmctl import config, guest, locks, networks, picture, progress, render, ui
+from vmctl.errors import Conflict, SpecError, VmctlError, WaitTimeout
 from vmctl.events import Progress, StageDone, Step, Warned
 from vmctl.wait import wait_until
 
@@ -262,3 +263,18 @@ def test_quiet_still_warns(capsys: pytest.CaptureFixture[str]) -> None:
 def _no_color(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("NO_COLOR", "1")
     yield
+
+
+def test_a_ppm_picture_becomes_png() -> None:
+    pixels = os.urandom(3 * 5 * 7)
+    made = picture.png("image/x-portable-pixmap", b"P6\n# by a guest\n5 7\n255\n" + pixels)
+    assert png.decode(made) == (5, 7, pixels)
+    assert picture.png("image/png", made) == made
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"P6\n5 7\n255\n" + bytes(104), b"P3\n1 1\n255\n0 0 0", b"P6\n0 0\n255\n", b"P6 999999 1 255 "]
+)
+def test_a_picture_cut_short_or_of_another_kind_is_refused(data: bytes) -> None:
+    with pytest.raises(VmctlError, match="cannot read the screen's picture"):
+        picture.png("image/x-portable-pixmap", data)

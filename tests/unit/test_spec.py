@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmctl import render, resolve, spec
+from vmctl import render, resolve, share, spec
+from vmctl.choices import ShareDriver
 from vmctl.domain_xml import parse
 from vmctl.errors import SpecError
 from vmctl.record import Owned, Record, SshAccess
@@ -243,3 +248,32 @@ def test_spec_digest_follows_every_field() -> None:
     ]
     assert len({resolve.spec_digest(vm) for vm in [base, *others]}) == 5
     assert resolve.spec_digest(base) == resolve.spec_digest(VM("web1", "micro"))
+
+
+def test_a_share_is_read_from_the_right_so_that_only_the_host_folder_may_have_colons() -> None:
+    assert spec.parse_share("/a:b c:/mnt:ro") == spec.Share("/a:b c", "/mnt", readonly=True)
+    assert spec.parse_share("/a:/mnt") == spec.Share("/a", "/mnt")
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":", "/a", "/a:", "a:/b", "/a:/", "/a:/..", "/a/../b:/c", "/a,b:/c", "/a\\b:/c", "/a\n:/c"]
+)
+def test_shares_that_cannot_be_are_refused(text: str) -> None:
+    with pytest.raises(SpecError):
+        spec.parse_share(text)
+
+
+@given(st.text(alphabet=st.characters(blacklist_categories=["Cc", "Cs"]), min_size=1, max_size=40))
+def test_the_guests_shell_and_fstab_read_any_place_as_it_was_meant(name: str) -> None:
+    """The command, run by a real shell on a file of ours, leaves one line of six fields that names the place."""
+    place = "/mnt/" + name.strip("/.") + "x"
+    if spec.share_problems(spec.Share("/srv", place)):
+        return
+    line = share.fstab_command(spec.Share("/srv", place), ShareDriver.VIRTIOFS).partition(" && ")[2]
+    with tempfile.TemporaryDirectory() as folder:
+        table = f"{folder}/fstab"
+        for _ in range(2):
+            subprocess.run(["sh", "-c", f": >>{table}; " + line.replace("/etc/fstab", table)], check=True)
+        (fields,) = [text.split(" ") for text in Path(table).read_text().splitlines()]
+    assert len(fields) == 6 and fields[2:] == ["virtiofs", "nofail", "0", "0"]
+    assert re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[1]) == place

@@ -58,6 +58,8 @@ def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> Ne
     _add_boot(init, boot)
     report(Step("writing kernel and initramfs"))
     vmlinux, initrd, disk = out_dir / "vmlinux", out_dir / "initrd", out_dir / "disk.qcow2"
+    packed = out_dir / "bzimage"
+    packed.write_bytes(bzimage)
     vmlinux.write_bytes(kernel.unpack(bzimage))
     initrd.write_bytes(cpio.archive(boot, recipe.epoch))
     report(Step("writing the root file system"))
@@ -65,12 +67,13 @@ def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> Ne
         raw = Path(folder) / "root.raw"
         ext4.make(root, raw, label=ROOT_LABEL, size_mib=recipe.size_mib, epoch=recipe.epoch)
         qemu_img.convert(raw, "raw", disk, "qcow2")
-    for path in (vmlinux, initrd, disk):
+    for path in (vmlinux, packed, initrd, disk):
         path.chmod(0o644)
     return NewImage(
         name="micro",
         disk=disk,
         kernel=vmlinux,
+        bzimage=packed,
         initrd=initrd,
         cmdline=recipe.cmdline,
         virtual_size=recipe.size_mib << 20,

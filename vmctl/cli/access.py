@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from enum import StrEnum
+from typing import Annotated, Optional
 
 import typer
 
 from vmctl import ui
 from vmctl.cli.options import ConnectOption, Name, UserOption, opened, reporter
 from vmctl.errors import SpecError, VmctlError
+
+_HOUR_S = 3600.0
+
+
+class Via(StrEnum):
+    """How a command gets into the guest."""
+
+    SSH = "ssh"
+    AGENT = "agent"
 
 
 def console(
@@ -63,6 +73,11 @@ def exec_(
     user: UserOption = None,
     tty: Annotated[bool, typer.Option("--tty", "-t", help="Give the command a terminal.")] = False,
     no_stdin: Annotated[bool, typer.Option("--no-stdin", "-n", help="Give the command no input.")] = False,
+    via: Annotated[Via, typer.Option(help="By SSH, or by the guest agent, which needs no network.")] = Via.SSH,
+    timeout: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(metavar="SECONDS", min=0.0, help="With --via agent: longest run; an hour by default."),
+    ] = None,
     connect: ConnectOption = None,
 ) -> None:
     """Run a command in the guest: input, output, errors and exit code pass through.
@@ -75,6 +90,16 @@ def exec_(
     argv = _command(command)
     if not argv:
         raise SpecError("cannot run a command: none was given", hint="vmctl exec NAME -- COMMAND")
+    if via is Via.AGENT:
+        if user or tty:
+            raise SpecError(
+                "cannot run a command: the agent takes no --user and no --tty", hint="leave out --via agent"
+            )
+        raise typer.Exit(
+            _by_agent(connect, name, argv, no_stdin=no_stdin, timeout_s=_HOUR_S if timeout is None else timeout)
+        )
+    if timeout is not None:
+        raise SpecError("cannot run a command: --timeout goes with --via agent only")
     with opened(connect) as host, terminal.raw_if(tty):
         code = guest.execute(
             host,
@@ -89,15 +114,26 @@ def exec_(
     raise typer.Exit(code)
 
 
+def _by_agent(connect: str | None, name: str, argv: list[str], *, no_stdin: bool, timeout_s: float) -> int:
+    from vmctl import agent, terminal
+
+    # Its input is taken whole before it begins: what a person might yet type is none.
+    given = None if no_stdin or sys.stdin is None or sys.stdin.isatty() else terminal.stdin_or_none()
+    with opened(connect) as host:
+        return agent.execute(
+            host, name, argv, stdin=given, out=terminal.writer(1), err=terminal.writer(2), timeout_s=timeout_s
+        )
+
+
 def cp(
     paths: Annotated[list[str], typer.Argument(metavar="SOURCE... DEST", help="Paths; VM:/path is in a guest.")],
     user: UserOption = None,
     connect: ConnectOption = None,
 ) -> None:
     """Copy files and folders into a guest or out of it."""
-    from vmctl import guest
+    from vmctl import copying
 
     if len(paths) < 2:
         raise SpecError("cannot copy: a source and a destination are needed", hint="vmctl cp FILE VM:/path")
     with opened(connect) as host:
-        guest.copy(host, paths[:-1], paths[-1], reporter(), user=user)
+        copying.copy(host, paths[:-1], paths[-1], reporter(), user=user)

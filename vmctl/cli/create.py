@@ -64,6 +64,10 @@ def create(
     machine: Annotated[Machine, typer.Option(help="Machine type.")] = Machine.Q35,
     firmware: Annotated[Firmware, typer.Option(help="Firmware.")] = Firmware.BIOS,
     graphics: Annotated[Graphics, typer.Option(help="Graphical console, bound to loopback.")] = Graphics.NONE,
+    share: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="HOST:GUEST[:ro]", help="Folder of the host to mount in the guest. Repeatable."),
+    ] = None,
     console: Annotated[bool, typer.Option("--console/--no-console", help="Serial console, logged.")] = True,
     rng: Annotated[bool, typer.Option("--rng/--no-rng", help="virtio random number source.")] = True,
     balloon: Annotated[bool, typer.Option("--balloon/--no-balloon", help="virtio memory balloon.")] = True,
@@ -124,6 +128,8 @@ def create(
     no_labels: dict[str, str] = {}
     no_keys: tuple[str, ...] = ()
     disks = _collected(problems, lambda: tuple(spec.parse_disk(text) for text in disk or []), no_disks)
+    no_shares: tuple[spec.Share, ...] = ()
+    shares = _collected(problems, lambda: tuple(spec.parse_share(text) for text in share or []), no_shares)
     labels = _collected(problems, lambda: dict(spec.parse_label(text) for text in label or []), no_labels)
     keys = _collected(problems, lambda: first_boot.read_keys(ssh_key or []), no_keys)
     nics = _collected(problems, lambda: tuple(spec.parse_nic(text, nic_model) for text in nets), no_nics)
@@ -142,6 +148,7 @@ def create(
         machine=machine,
         firmware=firmware,
         graphics=graphics,
+        shares=shares,
         console=console,
         rng=rng,
         balloon=balloon,

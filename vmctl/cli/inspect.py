@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _HEADER = ("NAME", "STATE", "ACCEL", "VCPUS", "MEMORY", "ADDRESS", "HOST", "IMAGE", "UPTIME")
 
 
+_AGENT = {"frozen": "answers; file systems frozen (vmctl thaw)", "silent": "connected, but does not answer"}
+
+
 def _table(rows: Sequence[Row]) -> str:
     return ui.columns(
         _HEADER,
@@ -102,11 +105,12 @@ def _details(d: Detail) -> str:
             ("machine", f"{d.machine}, {d.firmware}"),
             ("image", f"{d.image}  {d.image_digest}".strip()),
             ("address", d.address),
+            ("addresses", "\n".join(f"{x.interface}  {x.address}" for x in d.addresses)),
             ("ssh", f"{d.ssh_user}, host key {d.ssh_host_key}" if d.ssh_host_key else ""),
             ("disks", disks),
             ("nics", nics),
             ("graphics", "" if d.graphics == "none" else d.graphics),
-            ("agent", "channel present" if d.agent else "no channel"),
+            ("agent", _AGENT.get(d.agent_state, d.agent_state)),
             ("console log", d.console_log),
             ("autostart", "on" if d.autostart else "off"),
             ("host", d.host),

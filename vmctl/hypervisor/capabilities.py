@@ -42,6 +42,20 @@ def _memory_mib(conn: Connection, fallback: int) -> int:
         return fallback
 
 
+def offers_virtiofs(conn: Connection) -> bool:
+    """Whether QEMU there has the device, and libvirt runs its daemon: before 10.0 for the system's guests only."""
+    if conn.session and not conn.handle.getLibVersion() >= 10_000_000:
+        return False
+    with calling("read domain capabilities"):
+        root = ET.fromstring(conn.handle.getDomainCapabilities(None, None, None, None))
+    return any(v.text == "virtiofs" for v in root.iterfind("devices/filesystem/enum[@name='driverType']/value"))
+
+
+def virtiofs_can_be_readonly(conn: Connection) -> bool:
+    """Whether the host's side can refuse writing; a guest's own read-only mount binds nobody."""
+    return bool(conn.handle.getLibVersion() >= 11_000_000)
+
+
 def host_facts(conn: Connection) -> HostFacts:
     """Read the host's capabilities. The user is a number as libvirt gives it."""
     with calling("read host capabilities"):

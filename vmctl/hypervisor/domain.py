@@ -36,7 +36,8 @@ class Domain:
         return self.id is not None
 
 
-def _handle(conn: Connection, name: str) -> Any:
+def handle(conn: Connection, name: str) -> Any:
+    """libvirt's own object, for this room only. Raises NotFound."""
     try:
         return conn.handle.lookupByName(name)
     except libvirt.libvirtError as error:
@@ -69,7 +70,7 @@ def _describe(dom: Any) -> Domain:
 def find(conn: Connection, name: str) -> Domain:
     """The domain called ``name`` (or with that UUID). Raises NotFound."""
     with calling(f"look up VM {name}"):
-        return _describe(_handle(conn, name))
+        return _describe(handle(conn, name))
 
 
 def find_or_none(conn: Connection, name: str) -> Domain | None:
@@ -102,7 +103,7 @@ def all_facts(conn: Connection) -> tuple[DomainFacts, ...]:
 def state(conn: Connection, name: str) -> tuple[State, str]:
     """State and reason of ``name``, cheaply. Raises NotFound."""
     with calling(f"ask for the state of VM {name}"):
-        dom = _handle(conn, name)
+        dom = handle(conn, name)
         code, reason = dom.state()
         return state_of(code, reason)
 
@@ -111,7 +112,7 @@ def xml(conn: Connection, name: str, *, inactive: bool = False) -> str:
     """The domain's XML, security-sensitive parts left out."""
     flags = libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0
     with calling(f"read the XML of VM {name}"):
-        return str(_handle(conn, name).XMLDesc(flags))
+        return str(handle(conn, name).XMLDesc(flags))
 
 
 def define(conn: Connection, text: str, *, name: str) -> None:
@@ -130,61 +131,61 @@ def start(conn: Connection, name: str, *, paused: bool = False) -> None:
     """Boot it, or resume it from its saved memory."""
     flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
     with calling(f"start VM {name}"):
-        _handle(conn, name).createWithFlags(flags)
+        handle(conn, name).createWithFlags(flags)
 
 
 def shutdown_acpi(conn: Connection, name: str) -> None:
     """Press the power button."""
     with calling(f"stop VM {name}"):
-        _handle(conn, name).shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
+        handle(conn, name).shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
 
 
 def shutdown_agent(conn: Connection, name: str) -> None:
     """Ask the guest agent to shut the guest down."""
     with calling(f"stop VM {name} through its agent"):
-        _handle(conn, name).shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
+        handle(conn, name).shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
 
 
 def power_off(conn: Connection, name: str) -> None:
     """Pull the plug."""
     with calling(f"power off VM {name}"):
-        _handle(conn, name).destroy()
+        handle(conn, name).destroy()
 
 
 def reboot_acpi(conn: Connection, name: str) -> None:
     """Press the power button and start again when the guest has powered off."""
     with calling(f"reboot VM {name}"):
-        _handle(conn, name).reboot(libvirt.VIR_DOMAIN_REBOOT_ACPI_POWER_BTN)
+        handle(conn, name).reboot(libvirt.VIR_DOMAIN_REBOOT_ACPI_POWER_BTN)
 
 
 def reset(conn: Connection, name: str) -> None:
     """Press the reset button."""
     with calling(f"reset VM {name}"):
-        _handle(conn, name).reset()
+        handle(conn, name).reset()
 
 
 def pause(conn: Connection, name: str) -> None:
     """Stop the vCPUs."""
     with calling(f"pause VM {name}"):
-        _handle(conn, name).suspend()
+        handle(conn, name).suspend()
 
 
 def resume(conn: Connection, name: str) -> None:
     """Let the vCPUs run on."""
     with calling(f"resume VM {name}"):
-        _handle(conn, name).resume()
+        handle(conn, name).resume()
 
 
 def save(conn: Connection, name: str) -> None:
     """Save memory to disk and end the QEMU process; blocks until done."""
     with calling(f"save VM {name}"):
-        _handle(conn, name).managedSave()
+        handle(conn, name).managedSave()
 
 
 def abort_job(conn: Connection, name: str) -> None:
     """Cancel a running save."""
     with calling(f"cancel the job of VM {name}"):
-        _handle(conn, name).abortJob()
+        handle(conn, name).abortJob()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,7 @@ class JobProgress:
 def job_progress(conn: Connection, name: str) -> JobProgress | None:
     """How far a running job (save) is; None when there is none."""
     with calling(f"ask for the job of VM {name}"):
-        info = _handle(conn, name).jobInfo()
+        info = handle(conn, name).jobInfo()
     return JobProgress(int(info[4]), int(info[3])) if info[0] else None
 
 
@@ -211,7 +212,7 @@ def undefine(conn: Connection, name: str) -> None:
         | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
     )
     with calling(f"delete VM {name}"):
-        dom = _handle(conn, name)
+        dom = handle(conn, name)
         try:
             dom.undefineFlags(flags)
         except libvirt.libvirtError as error:
@@ -224,19 +225,19 @@ def undefine(conn: Connection, name: str) -> None:
 def rename(conn: Connection, name: str, new: str) -> None:
     """Give a stopped domain another name."""
     with calling(f"rename VM {name} to {new}"):
-        _handle(conn, name).rename(new, 0)
+        handle(conn, name).rename(new, 0)
 
 
 def set_autostart(conn: Connection, name: str, *, on: bool) -> None:
     """Whether it starts with its host."""
     with calling(f"set autostart of VM {name}"):
-        _handle(conn, name).setAutostart(int(on))
+        handle(conn, name).setAutostart(int(on))
 
 
 def set_record(conn: Connection, name: str, element: str) -> None:
     """Replace vmctl's record of the domain, in its definition and, when it runs, live."""
     with calling(f"write the record of VM {name}"):
-        dom = _handle(conn, name)
+        dom = handle(conn, name)
         flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG
         if dom.isActive():
             flags |= libvirt.VIR_DOMAIN_AFFECT_LIVE
@@ -246,7 +247,7 @@ def set_record(conn: Connection, name: str, element: str) -> None:
 def agent_connected(conn: Connection, name: str) -> bool:
     """Whether the guest has opened the agent's channel. Needs nothing from the guest at the time of asking."""
     with calling(f"ask for the agent of VM {name}"):
-        text = _handle(conn, name).XMLDesc()
+        text = handle(conn, name).XMLDesc()
     return "name='org.qemu.guest_agent.0' state='connected'" in text
 
 
@@ -257,7 +258,7 @@ def agent_ping(conn: Connection, name: str, *, timeout_s: int) -> bool:
     except ImportError:  # built without the QEMU-specific library
         return agent_connected(conn, name)
     with calling(f"ask the agent of VM {name}"):
-        dom = _handle(conn, name)
+        dom = handle(conn, name)
         try:
             libvirt_qemu.qemuAgentCommand(dom, '{"execute":"guest-ping"}', timeout_s, 0)
         except libvirt.libvirtError as error:

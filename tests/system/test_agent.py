@@ -1,0 +1,156 @@
+"""The guest agent's verbs on a real guest, and that a hung or absent agent holds nothing up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.system.conftest import REPO, VMCTL, Shell
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def vm() -> Iterator[str]:
+    shell = Shell()
+    chosen = f"agent-{os.getpid()}"
+    shell.run("create", chosen, "--image", "micro", "--wait", "ssh")
+    shell.run("wait", chosen, "--for", "agent")
+    yield chosen
+    shell.run("delete", chosen, "--yes")
+
+
+def by_agent(vm: str, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    argv = [*VMCTL, "exec", "--via", "agent", vm, "--", *words]
+    return subprocess.run(argv, input=stdin, capture_output=True, timeout=120, cwd=REPO, check=False)
+
+
+def test_exec_by_agent_passes_everything_through(vm: str) -> None:
+    data = bytes(range(256)) * 3000
+    done = by_agent(vm, "sh", "-c", "cat; echo to-stderr >&2; exit 37", stdin=data)
+    assert (done.returncode, done.stderr) == (37, b"to-stderr\n")
+    assert done.stdout == data
+
+
+def test_exec_by_agent_keeps_words_apart_and_needs_no_network(vm: str) -> None:
+    words = ["printf", "[%s]", "a b", "$HOME", "'", "*", "-n", ""]
+    assert by_agent(vm, *words).stdout == b"[a b][$HOME]['][*][-n][]"
+    script = "ip link set eth0 down; cat /sys/class/net/eth0/operstate; ip link set eth0 up"
+    assert by_agent(vm, "sh", "-c", script).stdout == b"down\n"
+    assert by_agent(vm, "sh", "-c", "ls -d /tmp/tmp.*").stdout.count(b"\n") == 1, "folders of former commands are left"
+
+
+def test_exec_by_agent_tells_signals_and_absent_commands(vm: str) -> None:
+    assert by_agent(vm, "sh", "-c", "kill -9 $$").returncode == 137
+    absent = by_agent(vm, "no-such-command")
+    assert absent.returncode == 127 and b"no-such-command" in absent.stderr
+
+
+def test_output_larger_than_libvirt_can_carry_comes_through_and_the_agent_lives(shell: Shell, vm: str) -> None:
+    """In one piece it would be lost, and with it the agent until the guest restarts."""
+    done = by_agent(vm, "sh", "-c", "head -c 12000000 /dev/zero | tr '\\0' x")
+    assert done.returncode == 0 and done.stdout == b"x" * 12_000_000
+    assert shell.json("show", vm)["agent_state"] == "answers"
+
+
+def test_a_command_that_runs_too_long_is_left_and_named(shell: Shell, vm: str) -> None:
+    done = shell.run(
+        "exec", "--via", "agent", "--timeout", "0.5", vm, "--", "sh", "-c", "echo begun; sleep 60", check=7
+    )
+    assert done.stdout == "begun\n"
+    assert "process" in done.stderr and "--timeout" in done.stderr
+    shell.run("exec", vm, "--", "sh", "-c", "kill $(pidof sleep)")
+    shell.run("exec", "--via", "agent", "-t", vm, "--", "true", check=2)
+    shell.run("exec", "--timeout", "3", vm, "--", "true", check=2)
+
+
+def test_freeze_holds_writers_and_thaw_lets_them_go(shell: Shell, vm: str) -> None:
+    assert shell.run("freeze", vm).stdout == f"{vm}: 1 file system frozen\n"
+    try:
+        assert shell.run("freeze", vm).stdout == f"{vm}: frozen already\n"
+        assert shell.json("show", vm)["agent_state"] == "frozen"
+        assert "vmctl thaw" in shell.run("show", vm).stdout
+        refused = by_agent(vm, "true")
+        assert refused.returncode == 9 and b"frozen" in refused.stderr and b"hint: vmctl thaw" in refused.stderr
+        held = subprocess.Popen(
+            [*VMCTL, "exec", vm, "--", "touch", "/root/written"], stdin=subprocess.DEVNULL, cwd=REPO
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            held.wait(3)
+    finally:
+        thawed = shell.run("thaw", vm)
+    assert thawed.stdout == f"{vm}: 1 file system thawed\n"
+    assert held.wait(30) == 0
+    assert shell.run("thaw", vm).stdout == f"{vm}: nothing was frozen\n"
+
+
+def test_a_thaw_works_although_the_agent_was_restarted_while_frozen(shell: Shell, vm: str) -> None:
+    shell.run("freeze", vm)
+    shell.run("exec", vm, "--", "sh", "-c", "kill $(pidof qemu-ga)")
+    shell.run("wait", vm, "--for", "agent")
+    assert "thawed" in shell.run("thaw", vm).stdout
+    shell.run("exec", vm, "--", "touch", "/root/again")
+
+
+def test_trim_gives_blocks_back(shell: Shell, vm: str) -> None:
+    assert shell.run("trim", vm).stdout.startswith(f"{vm}: / ")
+    assert "iB" in shell.run("trim", vm).stdout or " B" in shell.run("trim", vm).stdout
+
+
+def test_a_password_is_set_and_told_to_nobody(shell: Shell, vm: str) -> None:
+    secret = "pa:ss $(w) 'ö:"
+    done = shell.run("passwd", vm, input=secret + "\nsecond line\n")
+    assert secret not in done.stdout + done.stderr
+    line = shell.run("exec", vm, "--", "grep", "^root:", "/etc/passwd").stdout
+    planted = line.split(":")[1]
+    salt = planted.split("$")[2]
+    again = shell.run("exec", vm, "--", "mkpasswd", "-m", "sha512", "-P", "0", "-S", salt, input=secret)
+    assert again.stdout.strip() == planted
+    shell.run("passwd", vm, "--user", "nobody-here", input="x\n", check=9)
+    shell.run("passwd", vm, "--user", "a:b", input="x\n", check=2)
+    shell.run("passwd", vm, input="\n", check=2)
+
+
+def test_a_clock_is_set(shell: Shell, vm: str) -> None:
+    shell.run("exec", vm, "--", "date", "-s", "2001-02-03 04:05:06")
+    assert "behind" in shell.run("time-sync", vm).stdout
+    assert abs(int(shell.run("exec", vm, "--", "date", "+%s").stdout) - time.time()) < 5
+
+
+def test_show_tells_addresses_by_interface(shell: Shell, vm: str) -> None:
+    shown = shell.json("show", vm)
+    (found,) = [a for a in shown["addresses"] if a["address"].split("/")[0] == shown["address"]]
+    assert found["interface"] == "eth0" and found["mac"] == shown["nics"][0]["mac"]
+    assert "eth0" in shell.run("show", vm).stdout
+
+
+def test_a_hung_agent_costs_seconds_and_holds_up_nobody(shell: Shell, vm: str) -> None:
+    shell.run("exec", vm, "--", "sh", "-c", "kill -STOP $(pidof qemu-ga)")
+    try:
+        began = time.monotonic()
+        assert shell.json("show", vm)["agent_state"] == "silent"
+        assert time.monotonic() - began < 4
+        # The daemon still waits for the agent on behalf of that `show`, five seconds in all.
+        began = time.monotonic()
+        shell.run("pause", vm)
+        shell.run("resume", vm)
+        shell.run("list")
+        assert shell.run("exec", vm, "--", "echo", "ok").stdout == "ok\n"
+        assert time.monotonic() - began < 8, "the other commands waited for the agent"
+        assert "does not answer" in shell.run("freeze", vm, check=7).stderr
+    finally:
+        shell.run("exec", vm, "--", "sh", "-c", "kill -CONT $(pidof qemu-ga)")
+    shell.run("wait", vm, "--for", "agent")
+    assert shell.json("show", vm)["agent_state"] == "answers"
+
+
+def test_without_an_agent_each_verb_says_so_at_once(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--no-agent", "--no-start")
+    assert "vmctl start" in shell.run("trim", name, check=6).stderr
+    shell.run("start", name)
+    assert "no guest agent channel" in shell.run("freeze", name, check=8).stderr
+    assert shell.json("show", name)["agent_state"] == "no channel"

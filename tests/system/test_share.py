@@ -1,0 +1,127 @@
+"""Folders of the host in a guest."""
+
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import Shell, volumes
+
+pytestmark = pytest.mark.system
+
+HOSTILE = """it's "a" <folder> & $(more):\t"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("shared") / HOSTILE.strip()
+    made.mkdir()
+    (made / "from host").write_text("by the host\n")
+    return made
+
+
+@pytest.fixture(scope="module")
+def vm(folder: Path) -> Iterator[str]:
+    shell = Shell()
+    chosen = f"share-{os.getpid()}"
+    shell.run("create", chosen, "--image", "micro", "--share", f"{folder}:/srv/it's here", "--wait", "ssh")
+    yield chosen
+    shell.run("delete", chosen, "--yes")
+
+
+def in_guest(shell: Shell, vm: str, path: str) -> str:
+    """What a file in a share says, once it is there: a first boot mounts after sshd answers."""
+    script = 'for i in $(seq 300); do cat "$0" 2>/dev/null && exit; usleep 100000; done; cat /proc/mounts; exit 1'
+    return shell.run("exec", vm, "--", "sh", "-c", script, path).stdout
+
+
+def test_a_folder_named_at_create_is_there_both_ways_and_after_a_reboot(shell: Shell, vm: str, folder: Path) -> None:
+    assert in_guest(shell, vm, "/srv/it's here/from host") == "by the host\n"
+    shell.run("exec", vm, "--", "sh", "-c", 'echo by the guest >"/srv/it\'s here/from guest"')
+    assert (folder / "from guest").read_text() == "by the guest\n"
+    shell.run("stop", vm)
+    shell.run("start", vm)
+    shell.run("wait", vm, "--for", "ssh")
+    assert in_guest(shell, vm, "/srv/it's here/from guest") == "by the guest\n"
+
+
+def test_a_further_folder_is_plugged_into_a_running_guest_that_has_cgroups(
+    shell: Shell, vm: str, tmp_path: Path
+) -> None:
+    """Without cgroups, as in the test host, it would be the end of libvirtd 9.0: there it waits for the next start."""
+    (tmp_path / "a").write_text("hot\n")
+    pluggable = "posix" in shell.virsh("schedinfo", vm, check=False)
+    daemon = Path("/run/libvirtd.pid").read_text()
+    done = shell.json("share", vm, f"{tmp_path}:/mnt/hot")
+    assert (done["driver"], done["done"]) == ("virtiofs", True)
+    assert done["there"] == ("now" if pluggable else "its next stop and start")
+    assert Path("/run/libvirtd.pid").read_text() == daemon
+    if not pluggable:
+        shell.run("stop", vm)
+        shell.run("start", vm)
+        shell.run("wait", vm, "--for", "ssh")
+        assert in_guest(shell, vm, "/mnt/hot/a") == "hot\n"
+    assert shell.run("exec", vm, "--", "cat", "/mnt/hot/a").stdout == "hot\n"
+    refused = shell.run("share", vm, f"{tmp_path}:/mnt/hot", check=5)
+    assert "has a share at /mnt/hot already" in refused.stderr
+    definition = ET.fromstring(shell.virsh("dumpxml", "--inactive", vm))
+    assert len(definition.findall("devices/filesystem")) == 2
+
+
+def test_a_guest_whose_memory_is_its_own_gets_the_folder_at_its_next_start(
+    shell: Shell, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a").write_text("cold\n")
+    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    assert "from its next stop and start on" in shell.run("share", name, f"{tmp_path}:/mnt/cold").stdout
+    shell.run("exec", name, "--", "sh", "-c", "! test -e /mnt/cold/a && sync")
+    shell.run("stop", name)
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "ssh")
+    assert in_guest(shell, name, "/mnt/cold/a") == "cold\n"
+
+
+def test_read_only_is_kept_by_the_host_not_left_to_the_guest(shell: Shell, name: str, tmp_path: Path) -> None:
+    """virtiofs cannot before libvirt 11: then it is 9p, whose server is QEMU."""
+    shell.run("create", name, "--image", "micro", "--no-start", "--share", f"{tmp_path_open(tmp_path)}:/mnt:ro")
+    (one,) = ET.fromstring(shell.virsh("dumpxml", "--inactive", name)).findall("devices/filesystem")
+    assert one.find("readonly") is not None
+    if one.find("driver[@type='virtiofs']") is None:
+        shell.run("start", name)
+        assert "readonly=on" in Path(f"/var/log/libvirt/qemu/{name}.log").read_text()
+
+
+def tmp_path_open(path: Path) -> Path:
+    """The folder, with the way to it open to all."""
+    for one in (path, *path.parents):
+        if one.stat().st_uid == os.getuid() and one != Path("/"):
+            one.chmod(one.stat().st_mode | 0o055)
+    return path
+
+
+def test_what_cannot_be_shared_is_one_clear_error_and_leaves_nothing(shell: Shell, name: str, tmp_path: Path) -> None:
+    before = volumes(shell)
+    (tmp_path / "file").touch()
+    for text, code, words in (
+        ("relative:/mnt", 2, "not absolute"),
+        ("/srv/../etc:/mnt", 2, "climbs"),
+        (f"{tmp_path}:mnt", 2, "not absolute"),
+        (f"{tmp_path}:/", 2, "root cannot be mounted over"),
+        ("/srv", 2, "HOST:GUEST[:ro]"),
+        ("/a,sandbox=none:/mnt", 2, "comma"),
+        ("/no/such/folder:/mnt", 4, "no such folder"),
+        (f"{tmp_path}/file:/mnt", 4, "no such folder"),
+    ):
+        told = shell.run("create", name, "--image", "micro", "--share", text, check=code)
+        assert words in told.stderr, told.stderr
+    closed = tmp_path / "closed"
+    (closed / "in").mkdir(parents=True)
+    closed.chmod(0o700)
+    tmp_path_open(tmp_path)
+    told = shell.run("create", name, "--image", "micro", "--share", f"{closed}/in:/mnt:ro", check=8)
+    assert f"may not look into {closed}" in told.stderr and "chmod o+rx" in told.stderr
+    assert shell.run("show", name, check=4) and volumes(shell) == before

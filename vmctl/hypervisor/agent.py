@@ -1,0 +1,120 @@
+"""Talking to a guest's agent through libvirt, each call with a deadline that holds whatever the guest does.
+
+libvirt has calls of its own for most of this (fsFreeze, setUserPassword, setTime …), which wait for ever unless
+agentSetResponseTimeout was called: that changes the domain for every client and cannot be read back. So all goes
+through qemuAgentCommand, whose timeout is the call's own. Even that does not bound the call: libvirt first asks the
+agent to synchronise, 5 s at most, and before that waits up to 30 s for its turn while another client's command has
+the domain's one agent job. Hence the thread: who asks waits for the deadline and no longer. A call given up ends in
+the daemon by itself, and needs none of the domain's other jobs: no other command waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+import libvirt
+
+from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, WrongState
+from vmctl.hypervisor import domain
+from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.errors import calling, translated
+
+_SILENT = {libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_OPERATION_TIMEOUT}
+_CHANNEL = "devices/channel/target[@name='org.qemu.guest_agent.0']"
+
+
+class AgentState(StrEnum):
+    """What is known of an agent without asking it."""
+
+    NONE = "no channel"
+    DISCONNECTED = "not connected"
+    CONNECTED = "connected"
+
+
+def state(conn: Connection, name: str) -> AgentState:
+    """Whether the guest has opened the agent's channel. Needs nothing from the guest."""
+    import xml.etree.ElementTree as ET
+
+    target = ET.fromstring(domain.xml(conn, name)).find(_CHANNEL)
+    if target is None:
+        return AgentState.NONE
+    return AgentState.CONNECTED if target.get("state") == "connected" else AgentState.DISCONNECTED
+
+
+def require(conn: Connection, name: str, doing: str) -> None:
+    """Raise WrongState, Unsupported or GuestCommandFailed unless there is an agent to ask."""
+    if (now := domain.state(conn, name)[0]) is not domain.State.RUNNING:
+        hint = f"vmctl resume {name}" if now is domain.State.PAUSED else f"vmctl start {name}"
+        raise WrongState(f"cannot {doing} VM {name}: it is {now}", hint=hint)
+    found = state(conn, name)
+    if found is AgentState.NONE:
+        raise Unsupported(
+            f"cannot {doing} VM {name}: it has no guest agent channel",
+            hint="`vmctl create` makes one, unless --no-agent",
+        )
+    if found is AgentState.DISCONNECTED:
+        raise GuestCommandFailed(
+            f"cannot {doing} VM {name}: its guest agent is not connected",
+            hint=f"is qemu-guest-agent running in the guest? vmctl wait {name} --for agent",
+        )
+
+
+def call(
+    conn: Connection,
+    name: str,
+    command: str,
+    arguments: Mapping[str, object] | None = None,
+    *,
+    doing: str,
+    deadline_s: float,
+) -> Any:
+    """The agent's answer to ``command``, as parsed JSON. ``doing`` ("freeze") and the name make the error's text.
+
+    Raises WaitTimeout when the agent does not answer in time, GuestCommandFailed when it refuses.
+    """
+    text = json.dumps({"execute": command} | ({"arguments": dict(arguments)} if arguments else {}))
+    answers: queue.Queue[str | libvirt.libvirtError] = queue.Queue()
+    with calling(f"{doing} VM {name}"):
+        handle = domain.handle(conn, name)
+    began = time.monotonic()
+    threading.Thread(target=_ask, args=(handle, text, deadline_s, answers), name="agent", daemon=True).start()
+    try:
+        answer = answers.get(timeout=deadline_s)
+    except queue.Empty:
+        raise _unanswered(name, doing, time.monotonic() - began) from None
+    if isinstance(answer, str):
+        return json.loads(answer)["return"]
+    if answer.get_error_code() in _SILENT:
+        raise _unanswered(name, doing, time.monotonic() - began) from answer
+    raise _refused(answer, name, doing) from answer
+
+
+def _ask(handle: Any, text: str, deadline_s: float, answers: queue.Queue[str | libvirt.libvirtError]) -> None:
+    import libvirt_qemu
+
+    try:
+        answers.put(libvirt_qemu.qemuAgentCommand(handle, text, max(1, round(deadline_s)), 0))
+    except libvirt.libvirtError as error:
+        answers.put(error)
+
+
+def _unanswered(name: str, doing: str, after_s: float) -> VmctlError:
+    return WaitTimeout(
+        f"cannot {doing} VM {name}: its guest agent does not answer",
+        after_s=after_s,
+        hint="it hangs, or another client's command has it; SSH and the console do not need it",
+    )
+
+
+def _refused(error: libvirt.libvirtError, name: str, doing: str) -> VmctlError:
+    if error.get_error_code() != libvirt.VIR_ERR_INTERNAL_ERROR:
+        return translated(error, f"{doing} VM {name}")
+    # What the agent itself answers reaches us as an internal error, its words after the command's name.
+    words = (error.get_error_message() or "no reason given").rpartition("': ")[2]
+    return GuestCommandFailed(f"cannot {doing} VM {name}: its guest agent says: {words}")

@@ -1,0 +1,90 @@
+"""Devices of a domain that come and go: shared folders, and the memory they need."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+
+import libvirt
+
+from vmctl.hypervisor import domain
+from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.errors import calling
+
+
+@dataclass(frozen=True, slots=True)
+class SharedFolder:
+    """A folder of the host that a domain is defined with."""
+
+    folder: str
+    tag: str
+
+
+def _definition(conn: Connection, name: str, *, inactive: bool) -> ET.Element:
+    return ET.fromstring(domain.xml(conn, name, inactive=inactive))
+
+
+def shares(conn: Connection, name: str) -> tuple[SharedFolder, ...]:
+    """The folders that ``name`` has from its next start on."""
+    found = []
+    for one in _definition(conn, name, inactive=True).iterfind("devices/filesystem"):
+        source, target = one.find("source"), one.find("target")
+        if source is not None and target is not None:
+            found.append(SharedFolder(source.get("dir", ""), target.get("dir", "")))
+    return tuple(found)
+
+
+def _is_shared(root: ET.Element) -> bool:
+    access = root.find("memoryBacking/access")
+    return access is not None and access.get("mode") == "shared"
+
+
+def takes_virtiofs(conn: Connection, name: str) -> bool:
+    """Whether virtiofs can be plugged into the running domain: its memory is open to a daemon beside QEMU.
+
+    And it is in a cgroup. Where libvirt runs its guests without (in containers, or told to), plugging virtiofs in ends
+    the whole libvirtd 9.0: it adds the daemon's process to the cgroup that is not there.
+    """
+    if not _is_shared(_definition(conn, name, inactive=False)):
+        return False
+    with calling(f"look into VM {name}"):
+        handle = domain.handle(conn, name)
+        try:
+            handle.schedulerType()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() not in {libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_OPERATION_UNSUPPORTED}:
+                raise
+            return False
+    return True
+
+
+def share_memory(conn: Connection, name: str) -> None:
+    """Open the domain's memory to daemons beside QEMU from its next start on."""
+    root = _definition(conn, name, inactive=True)
+    if _is_shared(root):
+        return
+    backing = root.find("memoryBacking")
+    if backing is None:
+        backing = ET.Element("memoryBacking")
+        after = next(i for i, one in enumerate(root) if one.tag in {"currentMemory", "memory"})
+        root.insert(after + 1, backing)
+    for tag, attribute, value in (("source", "type", "memfd"), ("access", "mode", "shared")):
+        child = backing.find(tag)
+        (ET.SubElement(backing, tag) if child is None else child).set(attribute, value)
+    domain.define(conn, ET.tostring(root, encoding="unicode"), name=name)
+
+
+def _flags(*, live: bool) -> int:
+    return int(libvirt.VIR_DOMAIN_AFFECT_LIVE if live else libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+
+
+def attach(conn: Connection, name: str, xml: str, *, live: bool) -> None:
+    """Plug a device in, now or from the next start on."""
+    with calling(f"attach a device to VM {name}"):
+        domain.handle(conn, name).attachDeviceFlags(xml, _flags(live=live))
+
+
+def detach(conn: Connection, name: str, xml: str) -> None:
+    """Unplug a device now."""
+    with calling(f"detach a device from VM {name}"):
+        domain.handle(conn, name).detachDeviceFlags(xml, _flags(live=True))

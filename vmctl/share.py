@@ -1,0 +1,147 @@
+"""Folders of the host in a guest: by virtiofs where that can be, else by 9p."""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+import pwd
+import shlex
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmctl import guest, render, resolve
+from vmctl.choices import ShareDriver
+from vmctl.errors import Conflict, NotFound, SpecError, Unsupported, VmctlError
+from vmctl.events import Reporter, Step, Warned
+from vmctl.hosts import Host, holding, qemu_user_name
+from vmctl.hypervisor import capabilities, devices, domain
+from vmctl.hypervisor.domain import Domain, State
+from vmctl.spec import Share, share_problems
+
+_DAEMONS = Path("/usr/share/qemu/vhost-user")  # docs/interop/vhost-user.json in QEMU: who offers which daemon
+
+
+def driver(host: Host, share: Share) -> ShareDriver:
+    """How this folder can be shared there. Raises SpecError, NotFound or Unsupported when it cannot be at all."""
+    if found := share_problems(share):
+        raise SpecError(f"cannot share {share.folder}", problems=found)
+    if host.conn.local and not Path(share.folder).is_dir():
+        raise NotFound(f"cannot share {share.folder}: there is no such folder on {host.conn.host}")
+    virtiofs = host.conn.qemu and capabilities.offers_virtiofs(host.conn) and (not host.conn.local or _daemon_there())
+    if virtiofs and not (share.readonly and not capabilities.virtiofs_can_be_readonly(host.conn)):
+        return ShareDriver.VIRTIOFS
+    # virtiofsd runs as root; 9p is QEMU's own, and QEMU sees what its user may see.
+    user = qemu_user_name(host.facts.qemu_user) if host.conn.qemu and host.conn.local else None
+    if user is not None and (barred := barred_at(Path(share.folder), user)):
+        raise Unsupported(
+            f"cannot share {share.folder} by 9p: QEMU runs as {user}, who may not look into {barred}",
+            hint=f"chmod o+rx {shlex.quote(str(barred))}, or share another folder",
+        )
+    return ShareDriver.P9
+
+
+def _daemon_there() -> bool:
+    for path in sorted(_DAEMONS.glob("*.json")):
+        try:
+            told = json.loads(path.read_text())
+            if told.get("type") == "fs" and os.access(told.get("binary", ""), os.X_OK):
+                return True
+        except (OSError, ValueError, AttributeError):
+            continue  # another package's broken file
+    return False
+
+
+def barred_at(folder: Path, user: str) -> Path | None:
+    """The first folder on the way that ``user`` may not pass, or read if it is the last; None when all is open."""
+    entry = pwd.getpwnam(user)
+    groups = {entry.pw_gid, *(g.gr_gid for g in grp.getgrall() if user in g.gr_mem)}
+    if entry.pw_uid == 0:
+        return None
+    for path in (*reversed(folder.resolve().parents), folder.resolve()):
+        found = path.stat()
+        shift = 6 if found.st_uid == entry.pw_uid else 3 if found.st_gid in groups else 0
+        needed = stat.S_IXOTH | (stat.S_IROTH if path == folder.resolve() else 0)
+        if (found.st_mode >> shift) & needed != needed:
+            return path
+    return None
+
+
+def fstab_command(share: Share, how: ShareDriver) -> str:
+    """A shell command for the guest that makes it mount the folder at each boot; doing it again changes nothing."""
+    tag = resolve.share_view(share, how).tag
+    options = "nofail" + (",ro" if share.readonly else "")
+    options += ",trans=virtio,version=9p2000.L,msize=262144" if how is ShareDriver.P9 else ""
+    place = "".join(f"\\{ord(c):03o}" if c in " \t\\#" else c for c in share.mount)  # fstab(5)
+    line = shlex.quote(f"{tag} {place} {how} {options} 0 0")
+    return (
+        f"mkdir -p {shlex.quote(share.mount)} && "
+        f"{{ grep -q '^{tag} ' /etc/fstab || printf '%s\\n' {line} >>/etc/fstab; }}"
+    )
+
+
+def mount_command(share: Share, how: ShareDriver) -> str:
+    """The same, and it is mounted at once."""
+    tag = resolve.share_view(share, how).tag
+    mount = f"{{ grep -q '^{tag} ' /proc/mounts || mount {shlex.quote(share.mount)}; }}"
+    return f"{fstab_command(share, how)} && {mount}"
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What became of a share: ``there`` says from when the guest has it, ``command`` mounts it then.
+
+    ``done``: that command went through in the guest, or the part of it that makes the guest do it by itself at boot.
+    """
+
+    name: str
+    driver: ShareDriver
+    tag: str
+    there: str
+    done: bool
+    command: str
+
+
+def share(host: Host, name: str, wanted: Share, report: Reporter) -> Shared:
+    """Share a folder with a VM that exists: at once where it can be plugged in, else from its next start on."""
+    with holding(host, name, timeout_s=30.0):
+        vm = domain.find(host.conn, name)
+        domain.require_persistent(vm, "share a folder with")
+        how = driver(host, wanted)
+        view = resolve.share_view(wanted, how)
+        here = devices.shares(host.conn, name)
+        if view.tag in {one.tag for one in here}:
+            raise Conflict(f"cannot share {wanted.folder}: VM {name} has a share at {wanted.mount} already")
+        live = vm.active and how is ShareDriver.VIRTIOFS and devices.takes_virtiofs(host.conn, name)
+        xml = render.filesystem(view)
+        if live:
+            devices.attach(host.conn, name, xml, live=True)
+        try:
+            if how is ShareDriver.VIRTIOFS:
+                devices.share_memory(host.conn, name)
+            devices.attach(host.conn, name, xml, live=False)
+        except VmctlError:
+            if live:
+                devices.detach(host.conn, name, xml)
+            raise
+        report(Step(f"{wanted.folder} is shared with {name} by {how}"))
+    there = "now" if live else "its next stop and start" if vm.active else "its next start"
+    command = mount_command(wanted, how)
+    done = _told(host, vm, command if live else fstab_command(wanted, how), report)
+    return Shared(name, how, view.tag, there, done, command)
+
+
+def _told(host: Host, vm: Domain, command: str, report: Reporter) -> bool:
+    """Whether the guest did as told; one that cannot be reached is no error: a person can do it there."""
+    if vm.state is not State.RUNNING:
+        return False
+    words = bytearray()
+    try:
+        code = guest.execute(host, vm.name, ["sh", "-c", command], stdin=None, out=words.extend, err=words.extend)
+    except VmctlError as error:
+        report(Warned(f"it could not be mounted in the guest: {error.message}"))
+        return False
+    if code:
+        report(Warned(f"it could not be mounted in the guest: {words.decode('utf-8', 'replace').strip()}"))
+    return code == 0
