@@ -68,6 +68,7 @@ def plan(host: Host, vm: VM) -> Plan:
     prefix = resolve.volume_prefix(vm.name, vm_uuid)
     owned, log, disks = _own_volumes(vm, prefix, host.settings)
     folder = images.pool_path(host, host.settings.pool)
+    direct = resolve.starts_directly(vm, image.manifest.boots)
     port = free_port() if host.conn.session and vm.nics and vm.nics[0].network is None else None
     record = Record(
         image=image.manifest.name,
@@ -87,9 +88,9 @@ def plan(host: Host, vm: VM) -> Plan:
         new_disks=tuple(f"{folder}/{name}" for name in disks),
         console_log=f"{folder}/{log.volume}" if log else "",
         nvram=_nvram(host, prefix),
-        kernel=image.kernel,
-        initrd=image.initrd,
-        cmdline=image.manifest.cmdline,
+        kernel=image.kernel if direct else "",
+        initrd=image.initrd if direct else "",
+        cmdline=image.manifest.cmdline if direct else "",
         network=host.settings.network,
         forward_port=port,
     )

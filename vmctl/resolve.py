@@ -11,8 +11,9 @@ import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
+from vmctl.errors import SpecError
 from vmctl.record import Record
-from vmctl.spec import VM, Accel, Bus, Disk, DiskFormat, Firmware, Graphics, Machine, NicModel
+from vmctl.spec import VM, Accel, Boot, Bus, Disk, DiskFormat, Firmware, Graphics, Machine, NicModel
 
 _SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://vmctl.dev/vm")
 _TARGETS = {Bus.VIRTIO: "vd", Bus.SCSI: "sd", Bus.SATA: "sd"}
@@ -119,6 +120,17 @@ def mac_address(vm_uuid: str, position: int) -> str:
 def volume_prefix(name: str, vm_uuid: str) -> str:
     """What the names of a VM's volumes begin with. The UUID keeps them apart from a later VM of the same name."""
     return f"{name}-{vm_uuid[:8]}"
+
+
+def starts_directly(vm: VM, boots: Collection[str]) -> bool:
+    """Whether the image's kernel is started directly; ``boots`` is what the image can do. Raises SpecError.
+
+    Under UEFI only where the image has no other way: Secure Boot, boot entries and the like want the disk's loader.
+    """
+    if vm.boot is Boot.DISK and vm.firmware not in boots:
+        ways = ", ".join(boots)
+        raise SpecError(f"cannot start VM {vm.name} from its disk: image {vm.image} boots by {ways}, not {vm.firmware}")
+    return vm.boot is Boot.AUTO and "direct" in boots and (vm.firmware is Firmware.BIOS or vm.firmware not in boots)
 
 
 def spec_digest(vm: VM) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from vmctl.choices import Accel, AccelChoice, Bus, DiskFormat, Firmware, Graphics, Machine, NicModel
+from vmctl.choices import Accel, AccelChoice, Boot, Bus, DiskFormat, Firmware, Graphics, Machine, NicModel
 from vmctl.errors import SpecError
 
-__all__ = ["Accel", "AccelChoice", "Bus", "DiskFormat", "Firmware", "Graphics", "Machine", "NicModel"]
+__all__ = ["Accel", "AccelChoice", "Boot", "Bus", "DiskFormat", "Firmware", "Graphics", "Machine", "NicModel"]
 
 NAME_MAX = 63  # a VM's name is also its host name: one DNS label, RFC 1123
 TEXT_MAX = 4096
@@ -51,6 +51,7 @@ class VM:
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = (Nic(),)
     firmware: Firmware = Firmware.BIOS
+    boot: Boot = Boot.AUTO
     machine: Machine = Machine.Q35
     cpu: str | None = None
     accel: AccelChoice = AccelChoice.AUTO

@@ -21,7 +21,7 @@ from vmctl.cli.options import (
     reporter,
 )
 from vmctl.errors import SpecError
-from vmctl.spec import AccelChoice, Firmware, Graphics, Machine, NicModel
+from vmctl.spec import AccelChoice, Boot, Firmware, Graphics, Machine, NicModel
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -68,6 +68,9 @@ def create(
     ] = None,
     machine: Annotated[Machine, typer.Option(help="Machine type.")] = Machine.Q35,
     firmware: Annotated[Firmware, typer.Option(help="Firmware.")] = Firmware.BIOS,
+    boot: Annotated[
+        Boot, typer.Option(help="Start from the image's kernel where firmware allows it (auto), or from its disk.")
+    ] = Boot.AUTO,
     graphics: Annotated[Graphics, typer.Option(help="Graphical console, bound to loopback.")] = Graphics.NONE,
     console: Annotated[bool, typer.Option("--console/--no-console", help="Serial console, logged.")] = True,
     rng: Annotated[bool, typer.Option("--rng/--no-rng", help="virtio random number source.")] = True,
@@ -119,6 +122,7 @@ def create(
         cpu=cpu,
         machine=machine,
         firmware=firmware,
+        boot=boot,
         graphics=graphics,
         console=console,
         rng=rng,
