@@ -29,6 +29,7 @@ _FILES = ("disk.qcow2", "vmlinux", "initrd")
 _JOURNAL_MIB = 64
 _INODE_RATIO = 16384
 _GRUB = "usr/lib/grub/i386-pc"
+_FIRST_BOOT = "usr/lib/systemd/system-generators/vmctl-first-boot"
 _SIGNED = {
     "shimx64.efi": "usr/lib/shim/shimx64.efi.signed",
     "mmx64.efi": "usr/lib/shim/mmx64.efi.signed",
@@ -42,6 +43,8 @@ cd "$1/usr/lib/grub/i386-pc"
 cp *.mod *.lst boot.img "$1/boot/grub/i386-pc/"
 touch "$1/etc/grub.d/enable_cloud"
 chroot "$1" systemctl enable systemd-networkd.service
+chroot "$1" systemctl disable e2scrub_reap.service e2scrub_all.timer
+chroot "$1" groupadd --force --system netdev
 """
 
 
@@ -106,7 +109,7 @@ def build(name: str, out_dir: Path, report: Reporter) -> NewImage:
 def _input_digest(sources: Path, found: list[debs.Deb]) -> str:
     """A digest of all that a build depends on: packages, recipe, and the code that puts them together."""
     digest = hashlib.sha256("\n".join(deb.filename for deb in found).encode())
-    for folder in (sources, Path(__file__).parent):
+    for folder in (sources, sources.parent / "micro", Path(__file__).parent):
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.suffix != ".pyc":
                 digest.update(f"{path.relative_to(folder)} {path.stat().st_mode & 0o100}\n".encode())
@@ -185,7 +188,7 @@ class _Build:
         root = self.sources / "root"
         with tarfile.open(fileobj=out, mode="w") as archive:
             for path in sorted(root.rglob("*")):
-                if path.is_dir():  # the system's own keep their modes
+                if path.is_dir() and not path.is_symlink():  # the system's own keep their modes
                     continue
                 info = archive.gettarinfo(path, path.relative_to(root).as_posix())
                 info.mode = 0o755 if path.stat().st_mode & 0o100 else 0o644
@@ -196,7 +199,17 @@ class _Build:
                     archive.addfile(info)
                 else:
                     archive.addfile(info, io.BytesIO(path.read_bytes()))
+            program = self._first_boot()
+            info = tarfile.TarInfo(_FIRST_BOOT)
+            info.mode, info.size, info.mtime = 0o755, len(program), self.epoch
+            archive.addfile(info, io.BytesIO(program))
         return out.getvalue()
+
+    def _first_boot(self) -> bytes:
+        """The program that reads the seed before cloud-init does; how to read one it has from the micro image."""
+        micro = self.sources.parent / "micro"
+        shared = [micro / name for name in ("files.c", "iso.c", "yaml.c")]
+        return kernel.compile_static([*sorted((self.sources / "first-boot").glob("*.c")), *shared], micro, self.epoch)
 
     def _settle(self, tree: Tree) -> None:
         """What a machine has instead of what the build left."""

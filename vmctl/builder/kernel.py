@@ -138,16 +138,16 @@ def release(bzimage: bytes) -> str:
 
 def compile_init(sources: Path, epoch: int) -> bytes:
     """The guest's init from the C files of a folder, as one static program."""
-    return compile_static(sorted(sources.glob("*.c")), epoch)
+    return compile_static(sorted(sources.glob("*.c")), sources, epoch)
 
 
-def compile_static(sources: Sequence[Path], epoch: int) -> bytes:
+def compile_static(sources: Sequence[Path], headers: Path, epoch: int) -> bytes:
     """One static program from C files, with the same bytes wherever they are."""
     with tempfile.TemporaryDirectory(prefix="vmctl-init-") as folder:
         out = Path(folder) / "init"
-        maps = sorted({f"-ffile-prefix-map={path.parent}/=" for path in sources})
+        options = [*sorted({f"-ffile-prefix-map={path.parent}/=" for path in sources}), "-I", headers]
         run(
-            ["gcc", "-std=gnu11", "-O2", "-static", "-s", "-fno-ident", *maps, "-Wl,--build-id=none", "-o", out,
+            ["gcc", "-std=gnu11", "-O2", "-static", "-s", "-fno-ident", *options, "-Wl,--build-id=none", "-o", out,
              *sources],
             what="compile the guest's init", timeout_s=_TIMEOUT_S, env={"SOURCE_DATE_EPOCH": str(epoch)},
         )  # fmt: skip
