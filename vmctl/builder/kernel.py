@@ -145,7 +145,7 @@ def compile_static(sources: Sequence[Path], headers: Path, epoch: int) -> bytes:
     """One static program from C files, with the same bytes wherever they are."""
     with tempfile.TemporaryDirectory(prefix="vmctl-init-") as folder:
         out = Path(folder) / "init"
-        options = [*sorted({f"-ffile-prefix-map={path.parent}/=" for path in sources}), "-I", headers]
+        options: list[str | Path] = [*sorted({f"-ffile-prefix-map={path.parent}/=" for path in sources}), "-I", headers]
         run(
             ["gcc", "-std=gnu11", "-O2", "-static", "-s", "-fno-ident", *options, "-Wl,--build-id=none", "-o", out,
              *sources],
