@@ -54,7 +54,8 @@ def raw(
         subprocess.run(["ip", *words] if words[0] == "link" else ["ip", *words], check=True)
     cpu = "host" if decision.chosen is Accel.KVM else "max"
     command = [
-        str(host.facts.emulator), "-M", "q35", "-accel", decision.chosen, "-cpu", cpu, "-smp", "1", "-m", str(memory_mib),
+        str(host.facts.emulator), "-M", "q35", "-accel", decision.chosen, "-cpu", cpu,
+        "-smp", "1", "-m", str(memory_mib),
         "-nodefaults", "-display", "none", "-serial", "null",
         "-kernel", image.kernel, "-initrd", image.initrd, "-append", image.manifest.cmdline,
         "-drive", f"file={disk},if=virtio,format=qcow2", "-drive", f"file={iso},if=virtio,format=raw,readonly=on",

@@ -173,7 +173,8 @@ static void want(const char *folder, const char *unit)
 static void put_services(const char *folder)
 {
     static const char service[] = "[Service]\nType=oneshot\nRemainAfterExit=yes\nTimeoutSec=0\n"
-                                  "StandardOutput=journal+console\n";
+                                  "StandardOutput=journal+console\n"
+                                  "CPUWeight=10\n"; /* the first login comes first */
     char text[1024];
     snprintf(text, sizeof text, "[Unit]\nDescription=Initial cloud-init job (pre-networking), beside the boot\n"
              "After=ssh.service systemd-user-sessions.service\nRequiresMountsFor=/var/lib/cloud\n"
