@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import subprocess
 from collections.abc import Iterator
@@ -48,7 +47,7 @@ def guests(debian_image: None) -> Iterator[Guests]:
     try:
         for way, options in WAYS.items():
             create = ["create", names[way], "--image", "debian-12", "--memory", "1G", "--root-size", f"{ROOT_GIB}G"]
-            shell.run(*create, "--runcmd", "echo $HOME > /var/local/told", *options)
+            shell.run(*create, "--runcmd", "echo as asked > /var/local/told", *options)
         for name in names.values():
             shell.run("wait", name, "--for", "ssh", "--timeout", "400", timeout=420)
         yield Guests(shell, names)
@@ -75,7 +74,7 @@ def test_each_way_is_the_way_asked_for(guests: Guests, way: str) -> None:
 def test_cloud_init_ends_well_and_did_what_was_asked(guests: Guests, way: str) -> None:
     told = guests.shell.run("exec", guests.names[way], "--", "cloud-init", "status", "--wait", timeout=400)
     assert told.stdout.split()[-1] == "done"
-    assert guests.run(way, "cat", "/var/local/told") == "/root"
+    assert guests.run(way, "cat", "/var/local/told") == "as asked"
     assert guests.run(way, "hostname") == guests.names[way]
     assert guests.run(way, "systemctl", "--failed", "--plain", "--no-legend") == ""
 
@@ -102,12 +101,9 @@ def test_ssh_answers_before_cloud_init_is_through(guests: Guests) -> None:
 
 
 def test_the_host_key_is_the_planted_one(guests: Guests, way: str) -> None:
-    shown = guests.shell.json("show", guests.names[way])
-    planted = json.dumps(shown)
-    key = guests.run(way, "cut", "-d ", "-f2", "/etc/ssh/ssh_host_ed25519_key.pub")
+    key = guests.run(way, "sudo", "cut", "-d ", "-f2", "/etc/ssh/ssh_host_ed25519_key.pub")
     assert key
-    recorded = guests.shell.virsh("dumpxml", guests.names[way])
-    assert key in recorded, planted
+    assert key in guests.shell.virsh("dumpxml", guests.names[way])
 
 
 def test_the_root_fills_its_disk(guests: Guests, way: str) -> None:
@@ -122,7 +118,7 @@ def test_the_agent_answers(guests: Guests, way: str) -> None:
 
 def test_no_two_machines_share_an_identity(guests: Guests) -> None:
     assert len({guests.run(way, "cat", "/etc/machine-id") for way in WAYS}) == len(WAYS)
-    assert len({guests.run(way, "cat", "/etc/ssh/ssh_host_ed25519_key.pub") for way in WAYS}) == len(WAYS)
+    assert len({guests.run(way, "sudo", "cat", "/etc/ssh/ssh_host_ed25519_key.pub") for way in WAYS}) == len(WAYS)
 
 
 def test_packages_come_from_the_public_mirror(guests: Guests) -> None:

@@ -252,8 +252,9 @@ static bool plant_user(const char *name)
 {
     const char *const add[] = {"/usr/sbin/useradd", name, "--comment", "Debian", "--groups", GROUPS, "--shell",
                                "/bin/bash", "-m", NULL};
-    char rule[256];
-    snprintf(rule, sizeof rule, "# User rules for %s\n%s ALL=(ALL) NOPASSWD:ALL\n", name, name);
+    char rule[320];
+    /* With the empty line: cloud-init looks for its own text, and would add it. */
+    snprintf(rule, sizeof rule, "# As cloud-init writes it.\n\n# User rules for %s\n%s ALL=(ALL) NOPASSWD:ALL\n", name, name);
     if (!account(name) && !run(add))
         return false;
     return exists(SUDOERS) || write_text(SUDOERS, rule, 0440);
