@@ -27,9 +27,7 @@ def read(archive: Path, contents: Path) -> Tree:
     with tarfile.open(archive) as system:
         for number, member in enumerate(system):
             path = member.name.removeprefix("./").rstrip("/")
-            if path in {"", "."} or (
-                _DROPPED.fullmatch(path) and not (member.isdir() and path.startswith("var/cache"))
-            ):
+            if path in {"", "."} or _DROPPED.fullmatch(path):
                 continue
             tree.add(path, _entry(system, member, path, contents / str(number)))
     _settle_links(tree)

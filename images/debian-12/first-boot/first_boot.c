@@ -29,7 +29,7 @@
 #define DEFAULT_USER "debian"
 #define GROUPS "adm,audio,cdrom,dialout,dip,floppy,netdev,plugdev,sudo,video"
 #define INSTANCE "/var/lib/cloud/data/instance-id"
-#define SUDOERS "/etc/sudoers.d/90-cloud-init-users"
+#define SUDOERS "/run/vmctl/sudoers.d/first-boot"
 
 static const struct node *user_data, *meta_data;
 static bool plain = true, other_seed;
@@ -252,12 +252,14 @@ static bool plant_user(const char *name)
 {
     const char *const add[] = {"/usr/sbin/useradd", name, "--comment", "Debian", "--groups", GROUPS, "--shell",
                                "/bin/bash", "-m", NULL};
-    char rule[320];
-    /* With the empty line: cloud-init looks for its own text, and would add it. */
-    snprintf(rule, sizeof rule, "# As cloud-init writes it.\n\n# User rules for %s\n%s ALL=(ALL) NOPASSWD:ALL\n", name, name);
+    char rule[256];
+    /* In /run, for cloud-init adds its rule to its own file whatever is there. */
+    snprintf(rule, sizeof rule, "%s ALL=(ALL) NOPASSWD:ALL\n", name);
+    mkdir("/run/vmctl", 0755);
+    mkdir("/run/vmctl/sudoers.d", 0755);
     if (!account(name) && !run(add))
         return false;
-    return exists(SUDOERS) || write_text(SUDOERS, rule, 0440);
+    return write_text(SUDOERS, rule, 0440);
 }
 
 static bool plant_keys(const char *name)
