@@ -45,9 +45,11 @@ touch "$1/etc/grub.d/enable_cloud"
 chroot "$1" systemctl enable systemd-networkd.service
 chroot "$1" systemctl disable e2scrub_reap.service e2scrub_all.timer
 chroot "$1" groupadd --force --system netdev
-# Neither names nor the time of day are needed to log in: after sshd. No drop-in can take away a Before=.
+# Neither names nor the time of day are needed to log in: after sshd and network, which else wait for the processor.
+# As whole units, for no drop-in can take away a Before=.
+late='After=ssh.service systemd-networkd-wait-online.service'
 for unit in systemd-resolved systemd-timesyncd; do
-    sed -e '/^Before=/s/ *\\(sysinit\\|network\\)\\.target//g' -e '/^\\[Unit\\]/a After=ssh.service' \\
+    sed -e '/^Before=/s/ *\\(sysinit\\|network\\)\\.target//g' -e "/^\\[Unit\\]/a $late" \\
         "$1/usr/lib/systemd/system/$unit.service" > "$1/etc/systemd/system/$unit.service"
 done
 """

@@ -177,7 +177,7 @@ static void put_services(const char *folder)
                                   "CPUWeight=10\n"; /* the first login comes first */
     char text[1024];
     snprintf(text, sizeof text, "[Unit]\nDescription=Initial cloud-init job (pre-networking), beside the boot\n"
-             "After=ssh.service systemd-user-sessions.service\nRequiresMountsFor=/var/lib/cloud\n"
+             "After=ssh.service systemd-user-sessions.service systemd-networkd-wait-online.service\nRequiresMountsFor=/var/lib/cloud\n"
              "%sExecStart=/usr/bin/cloud-init init --local\n", service);
     put(folder, "cloud-init-local.service", text);
     snprintf(text, sizeof text, "[Unit]\nDescription=Initial cloud-init job (metadata service crawler), beside the boot\n"
