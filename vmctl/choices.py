@@ -29,6 +29,13 @@ class Firmware(StrEnum):
     UEFI_SECURE = "uefi-secure"
 
 
+class Boot(StrEnum):
+    """What a VM starts from: the image's kernel where it has one and the firmware is BIOS, or its disk."""
+
+    AUTO = "auto"
+    DISK = "disk"
+
+
 class Machine(StrEnum):
     """QEMU machine families vmctl offers."""
 

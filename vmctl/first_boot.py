@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from vmctl import render, resolve
 from vmctl.manifest import Manifest
 from vmctl.seed import KeyPair
-from vmctl.spec import VM, Firmware, Nic
+from vmctl.spec import VM, Boot, Firmware, Nic
 
 
 def static_address(vm: VM) -> str:
@@ -23,7 +23,7 @@ def starts_directly(vm: VM, manifest: Manifest) -> bool:
     Not under UEFI, whose chain of signatures begins on the disk. Not beside a TPM: QEMU (7.2) then puts the initramfs
     over the ACPI tables, for it does not count the TPM's event log among them.
     """
-    return "direct" in manifest.boots and vm.firmware is Firmware.BIOS and not vm.tpm
+    return vm.boot is Boot.AUTO and "direct" in manifest.boots and vm.firmware is Firmware.BIOS and not vm.tpm
 
 
 def image_problems(vm: VM, manifest: Manifest) -> list[str]:
@@ -31,8 +31,8 @@ def image_problems(vm: VM, manifest: Manifest) -> list[str]:
     found = []
     if vm.firmware not in manifest.boots and not starts_directly(vm, manifest):
         ways = ", ".join("a kernel started directly" if way == "direct" else way for way in manifest.boots)
-        beside = " beside a TPM" if vm.tpm else ""
-        found.append(f"the image does not boot by {vm.firmware}{beside}; it boots by {ways}")
+        where = " beside a TPM" if vm.tpm else " from its disk" if vm.boot is Boot.DISK else ""
+        found.append(f"the image does not boot by {vm.firmware}{where}; it boots by {ways}")
     return found if manifest.first_boot == "cloud-init" else found + _seed_problems(vm, manifest)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from vmctl import images
 from vmctl.errors import ImageError, NotFound
 from vmctl.events import Reporter
 from vmctl.hosts import Host
-from vmctl.manifest import Manifest
+from vmctl.manifest import Manifest, NewImage
 from vmctl.resources import image_recipes_dir
 
 
@@ -20,10 +22,21 @@ def build(host: Host, name: str, report: Reporter) -> Manifest:
     if name not in recipes():
         known = ", ".join(recipes())
         raise NotFound(f"cannot build image {name}: there is no recipe of that name", hint=f"recipes: {known}")
-    from vmctl.builder import micro
-
     with images.making(host, name) as folder:
         try:
-            return images.add(host, micro.build(folder, report), report)
+            return images.add(host, _built(name, folder, report), report)
         except OSError as error:
             raise ImageError(f"cannot build image {name}: {error}") from error
+
+
+def _built(name: str, folder: Path, report: Reporter) -> NewImage:
+    """The image as the builder of its recipe's kind makes it."""
+    from vmctl.builder import debian, micro, recipe
+
+    match recipe.kind(image_recipes_dir() / name / "recipe.toml"):
+        case "micro":
+            return micro.build(folder, report)
+        case "debian":
+            return debian.build(name, folder, report)
+        case other:
+            raise ImageError(f"cannot build image {name}: its recipe is of an unknown kind, {other!r}")

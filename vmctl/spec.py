@@ -7,10 +7,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from vmctl.choices import Accel, AccelChoice, Bus, DiskFormat, Firmware, Graphics, Machine, NicModel, ShareDriver
+from vmctl.choices import Accel, AccelChoice, Boot, Bus, DiskFormat, Firmware, Graphics, Machine, NicModel, ShareDriver
 from vmctl.errors import SpecError
 
-__all__ = ["Accel", "AccelChoice", "Bus", "DiskFormat", "Firmware", "Graphics", "Machine", "NicModel", "ShareDriver"]
+__all__ = [
+    "Accel",
+    "AccelChoice",
+    "Boot",
+    "Bus",
+    "DiskFormat",
+    "Firmware",
+    "Graphics",
+    "Machine",
+    "NicModel",
+    "ShareDriver",
+]
 
 NAME_MAX = 63  # a VM's name is also its host name: one DNS label, RFC 1123
 TEXT_MAX = 4096
@@ -66,6 +77,7 @@ class VM:
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = (Nic(),)
     firmware: Firmware = Firmware.BIOS
+    boot: Boot = Boot.AUTO
     machine: Machine = Machine.Q35
     cpu: str | None = None
     accel: AccelChoice = AccelChoice.AUTO

@@ -14,8 +14,9 @@
 #include <time.h>
 #include <unistd.h>
 
-/* One line on the serial console. A single write, so that lines of parallel processes never mix. */
-void say(const char *format, ...)
+/* One line on the serial console. A single write, so that lines of parallel processes never mix.
+ * Weak: another program that uses this file may say it elsewhere. */
+__attribute__((weak)) void say(const char *format, ...)
 {
     char line[256] = "vmctl-micro: ";
     size_t used = strlen(line);

@@ -7,6 +7,7 @@
  *   init.c     the order of things; process 1; services; power
  *   modules.c  loads kernel modules
  *   seed.c     finds and reads the NoCloud seed without mounting it, and applies it
+ *   iso.c      reads its file system
  *   yaml.c     the subset of YAML that cloud-config files are written in
  *   hostkey.c  an OpenSSH ed25519 private key in dropbear's format
  *   net.c      one DHCP client for every interface
@@ -49,6 +50,10 @@ const char *yaml_text(const struct node *mapping, const char *key);
 
 /* hostkey.c */
 size_t hostkey_from_openssh(const char *armored, uint8_t *out, size_t room);
+
+/* iso.c */
+bool iso_is_seed(int fd);
+bool iso_read(int fd, void (*found)(const char *name, const char *text));
 
 /* seed.c */
 bool seed_find_disks(char *root, size_t room);

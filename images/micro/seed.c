@@ -7,7 +7,6 @@
 #define _GNU_SOURCE
 #include "micro.h"
 
-#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -18,8 +17,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define SECTOR 2048
-#define FILE_LIMIT (1 << 20)
 #define INSTANCE_FILE "/var/lib/vmctl/instance-id"
 #define HOST_KEY "/etc/dropbear/dropbear_ed25519_host_key"
 
@@ -36,13 +33,6 @@ static bool is_root(int fd)
     return pread(fd, magic, 2, 1024 + 0x38) == 2 && magic[0] == 0x53 && magic[1] == 0xef &&
            pread(fd, label, sizeof label, 1024 + 0x78) == sizeof label &&
            strncmp(label, ROOT_LABEL, sizeof label) == 0;
-}
-
-static bool is_seed(int fd)
-{
-    char descriptor[72];
-    return pread(fd, descriptor, sizeof descriptor, 16 * SECTOR) == sizeof descriptor &&
-           memcmp(descriptor, "\1CD001", 6) == 0 && strncasecmp(descriptor + 40, "cidata ", 7) == 0;
 }
 
 static int by_name(const struct dirent **a, const struct dirent **b)
@@ -65,7 +55,7 @@ bool seed_find_disks(char *root, size_t room)
             continue;
         if (!root[0] && is_root(fd))
             snprintf(root, room, "%s", path);
-        else if (!seed_disk[0] && is_seed(fd))
+        else if (!seed_disk[0] && iso_is_seed(fd))
             snprintf(seed_disk, sizeof seed_disk, "%s", path);
         close(fd);
     }
@@ -74,45 +64,12 @@ bool seed_find_disks(char *root, size_t room)
     return root[0] != 0;
 }
 
-/* --- ISO 9660 (ECMA-119), with Rock Ridge names where there are any ----------------------------- */
-
-static uint32_t little(const uint8_t *bytes)
+static void keep(const char *name, const char *text)
 {
-    return bytes[0] | (uint32_t)bytes[1] << 8 | (uint32_t)bytes[2] << 16 | (uint32_t)bytes[3] << 24;
-}
-
-/* The name without case, version and the difference between - and _, which plain ISO names do not have. */
-static void entry_name(const uint8_t *entry, char *name, size_t room)
-{
-    const uint8_t *text = entry + 33;
-    size_t length = entry[32];
-    const uint8_t *end = entry + entry[0];
-    for (const uint8_t *field = text + length + !(length & 1); field + 5 <= end && field[2] >= 5; field += field[2])
-        if (field[0] == 'N' && field[1] == 'M' && field + field[2] <= end) {
-            text = field + 5;
-            length = (size_t)field[2] - 5;
-            break;
-        }
-    size_t used = 0;
-    for (; used < length && used + 1 < room && text[used] != ';'; used++)
-        name[used] = text[used] == '_' ? '-' : (char)tolower(text[used]);
-    while (used && name[used - 1] == '.')
-        used--;
-    name[used] = 0;
-}
-
-static char *read_extent(int fd, const uint8_t *entry)
-{
-    uint32_t length = little(entry + 10);
-    if (length > FILE_LIMIT)
-        return NULL;
-    char *data = malloc(length + 1);
-    if (data && pread(fd, data, length, (off_t)little(entry + 2) * SECTOR) == (ssize_t)length) {
-        data[length] = 0;
-        return data;
-    }
-    free(data);
-    return NULL;
+    if (strncmp(name, "user-dat", 8) == 0)
+        user_data = yaml_parse(text);
+    else if (strncmp(name, "meta-dat", 8) == 0)
+        meta_data = yaml_parse(text);
 }
 
 void seed_read(void)
@@ -122,35 +79,10 @@ void seed_read(void)
         return;
     }
     int fd = open(seed_disk, O_RDONLY | O_CLOEXEC);
-    uint8_t descriptor[SECTOR];
-    if (fd < 0 || pread(fd, descriptor, SECTOR, 16 * SECTOR) != SECTOR) {
+    if (fd < 0 || !iso_read(fd, keep))
         say("seed %s: %s", seed_disk, strerror(errno));
-        return;
-    }
-    const uint8_t *root = descriptor + 156;
-    uint32_t length = little(root + 10);
-    uint8_t *folder = (uint8_t *)read_extent(fd, root);
-    for (uint32_t at = 0; folder && at + 34 <= length;) {
-        const uint8_t *entry = folder + at;
-        if (entry[0] < 34) { /* entries do not cross sectors: the rest of this one is empty */
-            at = (at / SECTOR + 1) * SECTOR;
-            continue;
-        }
-        if (at + entry[0] > length)
-            break;
-        char name[64];
-        entry_name(entry, name, sizeof name);
-        /* mkisofs without Rock Ridge makes 8.3 names: user-dat */
-        bool user = strncmp(name, "user-dat", 8) == 0, meta = strncmp(name, "meta-dat", 8) == 0;
-        char *text = user || meta ? read_extent(fd, entry) : NULL;
-        if (text && user)
-            user_data = yaml_parse(text);
-        else if (text)
-            meta_data = yaml_parse(text);
-        at += entry[0];
-    }
-    free(folder);
-    close(fd);
+    if (fd >= 0)
+        close(fd);
     const char *instance = yaml_text(meta_data, "instance-id");
     say("seed %s%s%s", seed_disk, instance ? " instance " : "", instance ? instance : "");
 }

@@ -38,9 +38,11 @@ def banner(address: str) -> bool | None:
         return None
 
 
-def raw(host: Host, decision: Decision, folder: Path, number: int) -> float:
+def raw(
+    host: Host, decision: Decision, folder: Path, number: int, *, name: str = "micro", memory_mib: int = 512
+) -> float:
     """Seconds from QEMU's exec to the banner."""
-    image, net = images.find(host, "micro"), networks.ensure(host, silent)
+    image, net = images.find(host, name), networks.ensure(host, silent)
     entry = net.reservations[-1 - number]
     tap, disk, iso = f"vbench{os.getpid() % 10000}", folder / "disk.qcow2", folder / "seed.iso"
     key = seed.new_host_key("raw")
@@ -52,7 +54,8 @@ def raw(host: Host, decision: Decision, folder: Path, number: int) -> float:
         subprocess.run(["ip", *words] if words[0] == "link" else ["ip", *words], check=True)
     cpu = "host" if decision.chosen is Accel.KVM else "max"
     command = [
-        str(host.facts.emulator), "-M", "q35", "-accel", decision.chosen, "-cpu", cpu, "-smp", "1", "-m", "512",
+        str(host.facts.emulator), "-M", "q35", "-accel", decision.chosen, "-cpu", cpu,
+        "-smp", "1", "-m", str(memory_mib),
         "-nodefaults", "-display", "none", "-serial", "null",
         "-kernel", image.kernel, "-initrd", image.initrd, "-append", image.manifest.cmdline,
         "-drive", f"file={disk},if=virtio,format=qcow2", "-drive", f"file={iso},if=virtio,format=raw,readonly=on",
@@ -62,7 +65,7 @@ def raw(host: Host, decision: Decision, folder: Path, number: int) -> float:
     began = time.monotonic()
     process = subprocess.Popen(command)
     try:
-        wait_until(lambda: banner(entry.address), what="banner", timeout_s=TIMEOUT_S, interval_s=0.03)
+        wait_until(lambda: banner(entry.address), what="banner", timeout_s=5 * TIMEOUT_S, interval_s=0.03)
         return time.monotonic() - began
     finally:
         process.kill()

@@ -29,6 +29,9 @@ _UPDATE_TIMEOUT_S = 300
 _QUERY_TIMEOUT_S = 60
 _DOWNLOAD_TIMEOUT_S = 600
 _URI_LINE = re.compile(r"'(?P<uri>[^']+)' (?P<file>\S+) (?P<size>\d+) SHA256:(?P<sha256>[0-9a-f]{64})")
+_PACKAGE_URI = re.compile(r"^'[^']+' ([^_\s]+)_", re.MULTILINE)
+_BATCH = 16
+_SOURCES_HINT = "is the network up, and is Debian 12 (main) among apt's sources?"
 _ALIASED = ("bin/", "sbin/", "lib/", "lib32/", "lib64/", "libx32/")
 
 
@@ -116,8 +119,7 @@ class Apt:
         try:
             shown = self._query("apt-get", "download", "--print-uris", *names)
         except ImageError as error:
-            hint = "is the network up, and is Debian 12 (main) among apt's sources?"
-            raise ImageError(error.message, hint=hint) from error
+            raise ImageError(error.message, hint=_SOURCES_HINT) from error
         found: dict[str, Deb] = {}
         for match in _URI_LINE.finditer(shown):
             name, version, _ = unquote(match["file"]).removesuffix(".deb").split("_", 2)
@@ -126,17 +128,29 @@ class Apt:
             raise ImageError(f"cannot find Debian packages: {', '.join(absent)} without a download or a SHA-256")
         return [found[name] for name in names]
 
-    def download(self, deb: Deb, into: Path) -> Path:
-        """Fetch one package into the folder ``into``; apt checks it against the signed lists, the caller once more."""
-        command = ["apt-get", *self._options, "-q", "download", f"{deb.name}={deb.version}"]
+    def installed_for(self, names: Sequence[str]) -> list[str]:
+        """Names of all packages a system has that is made of the essential ones and these, in apt's order.
+
+        Recommended packages stay out.
+        """
+        words = ("install", "--print-uris", "-qq", "--no-install-recommends", "?essential", *names)
         try:
-            run(command, what=f"fetch package {deb.name}", timeout_s=_DOWNLOAD_TIMEOUT_S, cwd=into)
+            shown = self._query("apt-get", *words)
+        except ImageError as error:
+            raise ImageError(error.message, hint=_SOURCES_HINT) from error
+        return [match[1] for match in _PACKAGE_URI.finditer(shown)]
+
+    def download(self, debs: Sequence[Deb], into: Path) -> list[Path]:
+        """Fetch packages into the folder ``into``; apt checks them against the signed lists, the caller once more."""
+        command = ["apt-get", *self._options, "-q", "download", *(f"{deb.name}={deb.version}" for deb in debs)]
+        what = f"fetch package {', '.join(deb.name for deb in debs)}"
+        try:
+            run(command, what=what, timeout_s=_DOWNLOAD_TIMEOUT_S, cwd=into)
         except ImageError:
             # The lists may name what the mirror has replaced: the next run asks again.
             self._stamp.unlink(missing_ok=True)
             raise
-        (path,) = into.glob("*.deb")
-        return path
+        return [next(into.glob(f"{deb.name}_*.deb")) for deb in debs]
 
 
 def _sha256(path: Path) -> str:
@@ -147,20 +161,35 @@ def _sha256(path: Path) -> str:
 def fetch(apt: Apt, debs: Sequence[Deb], store: Path, report: Reporter) -> list[Path]:
     """Paths of the packages in the cache ``store``, each verified; what is not there is downloaded."""
     store.mkdir(parents=True, exist_ok=True)
-    total, done = sum(deb.size for deb in debs), 0
-    paths = []
-    for deb in debs:
-        path = store / deb.filename
-        if not path.exists() or _sha256(path) != deb.sha256:
-            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=store) as folder:
-                fetched = apt.download(deb, Path(folder))
-                if _sha256(fetched) != deb.sha256:
-                    raise ImageError(f"cannot fetch package {deb.name}: its SHA-256 is not {deb.sha256}")
-                fetched.rename(path)
-        done += deb.size
-        paths.append(path)
+    total = sum(deb.size for deb in debs)
+    missing = [deb for deb in debs if not (store / deb.filename).exists()]
+    done = total - sum(deb.size for deb in missing)
+    # In batches: each call of apt reads all its lists, and only between the calls is there progress to tell.
+    for batch in (missing[at : at + _BATCH] for at in range(0, len(missing), _BATCH)):
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=store) as folder:
+            for deb, fetched in zip(batch, apt.download(batch, Path(folder)), strict=True):
+                _verify(deb, fetched)
+                fetched.rename(store / deb.filename)
+        done += sum(deb.size for deb in batch)
         report(Progress("packages", done, total))
-    return paths
+    report(Progress("packages", total, total))
+    return [_kept(apt, deb, store) for deb in debs]
+
+
+def _verify(deb: Deb, path: Path) -> None:
+    if _sha256(path) != deb.sha256:
+        raise ImageError(f"cannot fetch package {deb.name}: its SHA-256 is not {deb.sha256}")
+
+
+def _kept(apt: Apt, deb: Deb, store: Path) -> Path:
+    """A package of the cache, fetched anew if it has suffered there."""
+    path = store / deb.filename
+    if _sha256(path) != deb.sha256:
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=store) as folder:
+            (fetched,) = apt.download([deb], Path(folder))
+            _verify(deb, fetched)
+            fetched.rename(path)
+    return path
 
 
 def merged(name: str) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from vmctl.builder.tools import run
 from vmctl.errors import ImageError
 
 _LZ4_LEGACY = b"\x02\x21\x4c\x18"
+_XZ = b"\xfd7zXZ"
 _SIGNATURE_MARK = b"~Module signature appended~\n"
 _TIMEOUT_S = 60
 
@@ -19,7 +21,8 @@ _TIMEOUT_S = 60
 def unpack(bzimage: bytes) -> bytes:
     """The ELF vmlinux inside a bzImage (Documentation/arch/x86/boot.rst: setup_sects, payload_offset, payload_length).
 
-    QEMU starts it directly: half a second less under emulation than a kernel that first unpacks itself.
+    QEMU starts it directly: half a second less under emulation than a kernel that first unpacks itself from LZ4, and
+    more than from XZ.
     """
     if bzimage[0x202:0x206] != b"HdrS":
         raise ImageError("cannot unpack the kernel: it is no bzImage")
@@ -27,16 +30,25 @@ def unpack(bzimage: bytes) -> bytes:
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     begin = (setup_sectors + 1) * 512 + offset
     payload = bzimage[begin : begin + length]
-    if payload[:4] != _LZ4_LEGACY:
-        raise ImageError(
-            f"cannot unpack the kernel: its payload begins with {payload[:4].hex()}, not as an LZ4 frame does"
-        )
     # The last four bytes are the unpacked size, which is not part of the frame.
     (size,) = struct.unpack("<I", payload[-4:])
-    kernel = run(["lz4", "-d", "-c"], what="unpack the kernel", timeout_s=_TIMEOUT_S, stdin=payload[:-4])
+    if payload.startswith(_LZ4_LEGACY):  # Debian's cloud kernel
+        kernel = run(["lz4", "-d", "-c"], what="unpack the kernel", timeout_s=_TIMEOUT_S, stdin=payload[:-4])
+    elif payload.startswith(_XZ):  # and its generic one
+        kernel = _unxz(payload[:-4])
+    else:
+        text = f"cannot unpack the kernel: its payload begins with {payload[:4].hex()}, not as LZ4 or XZ does"
+        raise ImageError(text)
     if len(kernel) != size or kernel[:4] != b"\x7fELF":
         raise ImageError(f"cannot unpack the kernel: got {len(kernel)} bytes that should be an ELF file of {size}")
     return kernel
+
+
+def _unxz(frame: bytes) -> bytes:
+    try:
+        return lzma.decompress(frame, lzma.FORMAT_XZ)
+    except lzma.LZMAError as error:
+        raise ImageError(f"cannot unpack the kernel: {error}") from error
 
 
 def unsigned(module: bytes) -> bytes:
@@ -102,6 +114,21 @@ class Modules:
         return {"modules.dep": ("\n".join(dep) + "\n").encode(), "modules.alias": ("\n".join(alias) + "\n").encode()}
 
 
+def load_order(modules_dep: str, names: Iterable[str]) -> list[str]:
+    """Paths of the modules and all they need, as depmod's list has them, each after what it needs."""
+    needs = {path: needed.split() for path, _, needed in (line.partition(":") for line in modules_dep.splitlines())}
+    paths = {module_name(path): path for path in needs}
+    order: list[str] = []
+    for name in names:
+        path = paths.get(name)
+        if path is None:
+            raise ImageError(
+                f"cannot build the image: the kernel has no module {name}", hint="see modules in the recipe"
+            )
+        order += [one for one in (*reversed(needs[path]), path) if one not in order]
+    return order
+
+
 def release(bzimage: bytes) -> str:
     """The kernel's release, from the version string its header points to."""
     (pointer,) = struct.unpack_from("<H", bzimage, 0x20E)
@@ -110,13 +137,18 @@ def release(bzimage: bytes) -> str:
 
 
 def compile_init(sources: Path, epoch: int) -> bytes:
-    """The guest's init from the C files beside the recipe, as one static program."""
+    """The guest's init from the C files of a folder, as one static program."""
+    return compile_static(sorted(sources.glob("*.c")), sources, epoch)
+
+
+def compile_static(sources: Sequence[Path], headers: Path, epoch: int) -> bytes:
+    """One static program from C files, with the same bytes wherever they are."""
     with tempfile.TemporaryDirectory(prefix="vmctl-init-") as folder:
         out = Path(folder) / "init"
-        names = sorted(path.name for path in sources.glob("*.c"))
+        options: list[str | Path] = [*sorted({f"-ffile-prefix-map={path.parent}/=" for path in sources}), "-I", headers]
         run(
-            ["gcc", "-std=gnu11", "-O2", "-static", "-s", "-fno-ident", "-ffile-prefix-map=/=", "-Wl,--build-id=none",
-             "-o", out, *names],
-            what="compile the guest's init", timeout_s=_TIMEOUT_S, cwd=sources, env={"SOURCE_DATE_EPOCH": str(epoch)},
+            ["gcc", "-std=gnu11", "-O2", "-static", "-s", "-fno-ident", *options, "-Wl,--build-id=none", "-o", out,
+             *sources],
+            what="compile the guest's init", timeout_s=_TIMEOUT_S, env={"SOURCE_DATE_EPOCH": str(epoch)},
         )  # fmt: skip
         return out.read_bytes()

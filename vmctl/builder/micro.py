@@ -65,7 +65,7 @@ def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> Ne
     report(Step("writing the root file system"))
     with tempfile.TemporaryDirectory(prefix="root-", dir=out_dir) as folder:
         raw = Path(folder) / "root.raw"
-        ext4.make(root, raw, label=ROOT_LABEL, size_mib=recipe.size_mib, epoch=recipe.epoch)
+        ext4.make(root, raw, ext4.Shape(ROOT_LABEL, recipe.size_mib), epoch=recipe.epoch)
         qemu_img.convert(raw, "raw", disk, "qcow2")
     for path in (vmlinux, packed, initrd, disk):
         path.chmod(0o644)

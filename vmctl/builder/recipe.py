@@ -47,6 +47,14 @@ class Recipe:
     cmdline: str
 
 
+def kind(path: Path) -> str:
+    """Which builder a recipe is for. Raises ImageError."""
+    try:
+        return str(tomllib.loads(path.read_text())["kind"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ImageError(f"cannot read recipe {path}: {error}") from error
+
+
 def _package(values: dict[str, Any]) -> Package:
     return Package(values["name"], tuple(values["files"]), values.get("depends", ""), values.get("kernel", False))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 
 class Kind(StrEnum):
@@ -23,11 +23,21 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """``mode`` is the permission bits; ``data`` a file's content or a link's target."""
+    """``mode`` is the permission bits; ``data`` a file's content or a link's target.
+
+    A file's content may stay on disk (``source``), and a file may be another name (``same_as``, a path) of one that
+    sorts before it. ``mtime`` None means the build's epoch. ``xattrs`` are (name, value).
+    """
 
     kind: Kind
     mode: int
     data: bytes = b""
+    source: Path | None = None
+    same_as: str = ""
+    uid: int = 0
+    gid: int = 0
+    mtime: int | None = None
+    xattrs: tuple[tuple[str, bytes], ...] = ()
 
 
 @dataclass(slots=True)
@@ -54,7 +64,8 @@ class Tree:
         if mode != 0o755:
             self.entries[path] = Entry(Kind.FOLDER, mode)
 
-    def _add(self, path: str, entry: Entry) -> None:
+    def add(self, path: str, entry: Entry) -> None:
+        """Add an entry and its parents, or replace one."""
         parent = str(PurePosixPath(path).parent)
         if parent != ".":
             self.folder(parent)
@@ -62,12 +73,12 @@ class Tree:
 
     def file(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Add a file, or replace one."""
-        self._add(path, Entry(Kind.FILE, mode, data))
+        self.add(path, Entry(Kind.FILE, mode, data))
 
     def link(self, path: str, target: str) -> None:
         """Add a symbolic link."""
-        self._add(path, Entry(Kind.LINK, 0o777, target.encode()))
+        self.add(path, Entry(Kind.LINK, 0o777, target.encode()))
 
     def console(self, path: str) -> None:
         """Add the console device (5, 1), which the kernel opens for init before any /dev is mounted."""
-        self._add(path, Entry(Kind.CONSOLE, 0o600))
+        self.add(path, Entry(Kind.CONSOLE, 0o600))

@@ -23,7 +23,7 @@ from vmctl.cli.options import (
     reporter,
 )
 from vmctl.errors import SpecError
-from vmctl.spec import AccelChoice, Firmware, Graphics, Machine, NicModel
+from vmctl.spec import AccelChoice, Boot, Firmware, Graphics, Machine, NicModel
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -63,6 +63,9 @@ def create(
     ] = None,
     machine: Annotated[Machine, typer.Option(help="Machine type.")] = Machine.Q35,
     firmware: Annotated[Firmware, typer.Option(help="Firmware.")] = Firmware.BIOS,
+    boot: Annotated[
+        Boot, typer.Option(help="Start from the image's kernel where firmware allows it (auto), or from its disk.")
+    ] = Boot.AUTO,
     graphics: Annotated[Graphics, typer.Option(help="Graphical console, bound to loopback.")] = Graphics.NONE,
     share: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -147,6 +150,7 @@ def create(
         cpu=cpu,
         machine=machine,
         firmware=firmware,
+        boot=boot,
         graphics=graphics,
         shares=shares,
         console=console,

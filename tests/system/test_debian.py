@@ -1,0 +1,154 @@
+"""The image debian-12: built from Debian's packages, started in each way it can be, set up by cloud-init."""
+
+from __future__ import annotations
+
+import secrets
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.system.conftest import REPO, VMCTL, Shell, volumes
+from vmctl.wait import wait_until
+
+# Full systems, emulated, three at a time on two processors.
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+WAYS = {"direct": (), "bios": ("--boot", "disk"), "uefi": ("--firmware", "uefi")}
+ROOT_GIB = 6
+
+
+@dataclass(frozen=True)
+class Guests:
+    """A guest for each way to start, by its way."""
+
+    shell: Shell
+    names: dict[str, str]
+
+    def run(self, way: str, *words: str) -> str:
+        """What a command in a guest says."""
+        return self.shell.run("exec", self.names[way], "--", *words, timeout=300).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def debian_image() -> None:
+    """The image in the store; tests/prepare has built it into the cache."""
+    done = subprocess.run(
+        [*VMCTL, "image", "build", "debian-12"], capture_output=True, text=True, timeout=800, check=False, cwd=REPO
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def guests(debian_image: None) -> Iterator[Guests]:
+    """The guests, reachable and set up."""
+    shell = Shell()
+    names = {way: f"t-{way}-{secrets.token_hex(3)}" for way in WAYS}
+    try:
+        for way, options in WAYS.items():
+            create = ["create", names[way], "--image", "debian-12", "--memory", "1G", "--root-size", f"{ROOT_GIB}G"]
+            shell.run(*create, "--runcmd", "echo as asked > /var/local/told", *options)
+        for name in names.values():
+            shell.run("wait", name, "--for", "ssh", "--timeout", "400", timeout=420)
+        yield Guests(shell, names)
+    finally:
+        for name in names.values():
+            shell.run("delete", name, "--yes", "--missing-ok", check=None)
+
+
+@pytest.fixture(params=sorted(WAYS))
+def way(request: pytest.FixtureRequest) -> str:
+    """Each way to start."""
+    return str(request.param)
+
+
+def test_each_way_is_the_way_asked_for(guests: Guests, way: str) -> None:
+    xml = guests.shell.virsh("dumpxml", guests.names[way])
+    assert ("<kernel>" in xml) == (way == "direct")
+    assert ("pflash" in xml) == (way == "uefi")
+    assert (guests.run(way, "sh", "-c", "test -d /sys/firmware/efi && echo efi || true") == "efi") == (way == "uefi")
+    # GRUB's kernel line finds the root by its UUID, vmctl's by its place.
+    assert ("BOOT_IMAGE=/boot/vmlinuz" in guests.run(way, "cat", "/proc/cmdline")) == (way != "direct")
+
+
+def test_cloud_init_ends_well_and_did_what_was_asked(guests: Guests, way: str) -> None:
+    told = guests.shell.run("exec", guests.names[way], "--", "cloud-init", "status", "--wait", timeout=400)
+    assert told.stdout.split()[-1] == "done"
+    assert guests.run(way, "cat", "/var/local/told") == "as asked"
+    assert guests.run(way, "hostname") == guests.names[way]
+    assert guests.run(way, "systemctl", "--failed", "--plain", "--no-legend") == ""
+
+
+def test_what_was_planted_early_is_what_cloud_init_would_make(guests: Guests) -> None:
+    guests.shell.run("exec", guests.names["direct"], "--", "cloud-init", "status", "--wait", timeout=400)
+    assert guests.run("direct", "whoami") == "debian"
+    assert guests.run("direct", "sudo", "id", "-u") == "0"
+    rules = guests.run("direct", "sudo", "grep", "-c", "NOPASSWD", "/etc/sudoers.d/90-cloud-init-users")
+    assert rules == "1"
+    keys = guests.run("direct", "cat", ".ssh/authorized_keys").splitlines()
+    assert len(keys) == len(set(keys)) > 0
+    assert guests.run("direct", "stat", "-c", "%U %a", ".ssh", ".ssh/authorized_keys") == "debian 700\ndebian 600"
+    groups = set(guests.run("direct", "id", "-nG").split())
+    assert {"debian", "adm", "sudo", "netdev", "plugdev"} <= groups
+    assert guests.run("direct", "sudo", "passwd", "-S", "debian").split()[1] == "L"
+
+
+def test_ssh_answers_before_cloud_init_is_through(guests: Guests) -> None:
+    guests.shell.run("exec", guests.names["direct"], "--", "cloud-init", "status", "--wait", timeout=400)
+    asked = ("systemctl", "show", "--value", "--property", "ActiveEnterTimestampMonotonic")
+    ssh, first = (int(guests.run("direct", *asked, unit)) for unit in ("ssh.service", "cloud-init-local.service"))
+    assert 0 < ssh < first
+
+
+def test_the_host_key_is_the_planted_one(guests: Guests, way: str) -> None:
+    key = guests.run(way, "sudo", "cut", "-d ", "-f2", "/etc/ssh/ssh_host_ed25519_key.pub")
+    assert key
+    assert key in guests.shell.virsh("dumpxml", guests.names[way])
+
+
+def test_the_root_fills_its_disk(guests: Guests, way: str) -> None:
+    guests.shell.run("exec", guests.names[way], "--", "cloud-init", "status", "--wait", timeout=400)
+    size = int(guests.run(way, "df", "--output=size", "--block-size=1", "/").splitlines()[-1])
+    assert size > (ROOT_GIB - 0.5) * 2**30
+
+
+def test_the_agent_answers(guests: Guests, way: str) -> None:
+    guests.shell.run("wait", guests.names[way], "--for", "agent", "--timeout", "120", timeout=140)
+
+
+def test_no_two_machines_share_an_identity(guests: Guests) -> None:
+    assert len({guests.run(way, "cat", "/etc/machine-id") for way in WAYS}) == len(WAYS)
+    assert len({guests.run(way, "sudo", "cat", "/etc/ssh/ssh_host_ed25519_key.pub") for way in WAYS}) == len(WAYS)
+
+
+def test_packages_come_from_the_public_mirror(guests: Guests) -> None:
+    listed = guests.run("direct", "sh", "-c", "cat /etc/apt/sources.list.d/* /etc/apt/sources.list 2>/dev/null || true")
+    assert {line.split()[1] for line in listed.splitlines() if line.startswith("URIs:")} == {
+        "http://deb.debian.org/debian", "http://deb.debian.org/debian-security",
+    }  # fmt: skip
+    assert "copy:" not in listed
+
+
+def test_the_power_button_ends_it(guests: Guests, way: str) -> None:
+    """Last of the module: the guests are off afterwards."""
+    guests.shell.virsh("shutdown", guests.names[way], "--mode", "acpi")
+    wait_until(
+        lambda: guests.shell.virsh("domstate", guests.names[way]) == "shut off",
+        what="the guest to go off", timeout_s=120, interval_s=0.5,
+    )  # fmt: skip
+
+
+def test_an_equal_build_is_taken_from_the_cache_and_gives_the_same_image(shell: Shell, debian_image: None) -> None:
+    before = volumes(shell, "vmctl-images")
+    again = shell.run("image", "build", "debian-12", timeout=120)
+    assert "last build" in again.stderr
+    assert volumes(shell, "vmctl-images") == before
+    shown = shell.json("image", "show", "debian-12")
+    assert {"direct", "bios", "uefi"} <= set(shown["boots"])
+    assert shown["default_user"] == "debian" and "cloud-init" in shown["software"]
+
+
+def test_the_disk_is_refused_where_the_image_has_none_that_starts(shell: Shell, name: str) -> None:
+    refused = shell.run("create", name, "--image", "micro", "--boot", "disk", check=2)
+    assert "boots by direct, not bios" in refused.stderr
+    assert name not in shell.virsh("list", "--all", "--name")
