@@ -6,11 +6,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import first_boot, hosts, images, networks, render, resolve, seed, share, spec
+from vmctl import first_boot, host_fit, hosts, images, networks, render, resolve, seed, share, spec
 from vmctl.accel import Decision
 from vmctl.config import Settings
 from vmctl.deletion import remove
-from vmctl.errors import Conflict, SpecError, quietly
+from vmctl.errors import Conflict, SpecError, VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.guest import private_key
 from vmctl.hosts import Host, holding
@@ -62,7 +62,7 @@ def plan(host: Host, vm: VM) -> Plan:
     """
     spec.validate(vm)
     image = images.find(host, vm.image)
-    if found := first_boot.image_problems(vm, image.manifest):
+    if found := [*first_boot.image_problems(vm, image.manifest), *host_fit.problems(host, vm, image.manifest)]:
         raise SpecError(f"cannot create VM {vm.name} from image {image.manifest.stem}", problems=found)
     decision = hosts.decide_accel(host, vm.accel)
     taken = {uuid for name, uuid in domain.identities(host.conn) if name != vm.name}
@@ -181,11 +181,20 @@ def _make(host: Host, planned: Plan, report: Reporter, *, start_it: bool) -> Dom
             domain.set_autostart(host.conn, vm.name, on=True)
         if start_it:
             undo.callback(quietly, lambda: domain.power_off(host.conn, vm.name))
-            domain.start(host.conn, vm.name)
+            _start(host, vm.name)
         domain.set_record(host.conn, vm.name, render.metadata(replace(record, creating=False)))
         undo.pop_all()
     report(Step(f"{vm.name} is {'running' if start_it else 'defined'}"))
     return domain.find(host.conn, vm.name)
+
+
+def _start(host: Host, name: str) -> None:
+    try:
+        domain.start(host.conn, name)
+    except VmctlError as error:
+        # The VM will be gone when the user reads this: not "vmctl start" is what they should try.
+        error.hint = error.hint or "nothing is left of it; mend what libvirt says, and create it again"
+        raise
 
 
 def _undefine_own(host: Host, planned: Plan, host_key: str) -> None:

@@ -76,7 +76,8 @@ def _deletable(host: Host, vm: Domain) -> tuple[Owned, ...]:
             for v in storage.volume_names(host.conn, log.pool)
             if v.startswith(f"{log.volume}.") and v not in rotated
         ]
-    used = {disk.source for other in domain.all_facts(host.conn) if other.uuid != vm.uuid for disk in other.disks}
+    others = [other for other in domain.all_facts(host.conn) if other.uuid != vm.uuid]
+    used = {path for other in others for path in (other.serial_log, *(disk.source for disk in other.disks))}
     free = []
     for one in owned:
         path = f"{storage.pool_path(host.conn, one.pool)}/{one.volume}"

@@ -104,7 +104,13 @@ def execute(
     from vmctl import ssh
 
     where = target(host, domain.find(host.conn, name), user=user)
-    return ssh.run(where, shlex.join(argv), stdin=stdin, out=out, err=err, terminal=terminal)
+
+    def alive() -> None:
+        state, _ = domain.state(host.conn, name)
+        if state not in domain.ACTIVE:
+            raise WrongState(f"cannot go on in VM {name}: it is {state} now", hint=f"vmctl start {name}")
+
+    return ssh.run(where, shlex.join(argv), stdin=stdin, out=out, err=err, terminal=terminal, alive=alive)
 
 
 def known_hosts(host: Host, name: str) -> Path:

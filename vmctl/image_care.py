@@ -13,7 +13,7 @@ from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.hypervisor import storage
 from vmctl.image_users import Needed
-from vmctl.manifest import NAME, Manifest
+from vmctl.manifest import NAME, Manifest, content_digest
 
 _LOCK_TIMEOUT_S = 30.0
 _LIKE_DIGEST = re.compile(r"(?:.*-)?[0-9a-f]{12}")
@@ -79,12 +79,7 @@ def verify(host: Host, names: Sequence[str], report: Reporter) -> tuple[Manifest
 
 
 def _differences(host: Host, manifest: Manifest, report: Reporter) -> list[str]:
-    told = {
-        f"{manifest.stem}.qcow2": manifest.disk_sha256,
-        f"{manifest.stem}.kernel": manifest.kernel_sha256,
-        f"{manifest.stem}.bzimage": manifest.bzimage_sha256,
-        f"{manifest.stem}.initrd": manifest.initrd_sha256,
-    }
+    told = {f"{manifest.stem}.{suffix}": digits for suffix, digits in manifest.sums().items()}
     different = []
     for volume, digits in told.items():
         if digits:
@@ -93,8 +88,7 @@ def _differences(host: Host, manifest: Manifest, report: Reporter) -> list[str]:
                     different.append(f"{volume} is not what it was")
             except NotFound:
                 different.append(f"{volume} is missing")
-    parts = [*told.values(), manifest.cmdline]
-    if hashlib.sha256("\n".join(parts).encode()).hexdigest() != manifest.digest:
+    if content_digest(manifest.sums(), manifest.cmdline) != manifest.digest:
         different.append(f"{manifest.stem}.json is not what it was")
     return different
 

@@ -25,7 +25,7 @@ from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import storage
 from vmctl.locks import held
-from vmctl.manifest import NAME, Manifest, NewImage, is_manifest, parse
+from vmctl.manifest import NAME, Manifest, NewImage, content_digest, is_manifest, parse
 from vmctl.resources import image_recipes_dir
 from vmctl.workspace import clear_leftovers, workspace
 
@@ -131,10 +131,9 @@ def _now() -> str:
 
 def _manifest(new: NewImage) -> Manifest:
     sums = {suffix: _sha256(path) for suffix, path in new.files().items()}
-    parts = [sums["qcow2"], sums.get("kernel", ""), sums.get("initrd", ""), *sorted({sums.get("bzimage", "")} - {""})]
     return Manifest(
         name=new.name,
-        digest=hashlib.sha256("\n".join([*parts, new.cmdline]).encode()).hexdigest(),
+        digest=content_digest(sums, new.cmdline),
         format=new.format,
         os=new.os_name,
         os_version=new.os_version,
@@ -142,9 +141,9 @@ def _manifest(new: NewImage) -> Manifest:
         default_user=new.default_user,
         virtual_size=new.virtual_size,
         size=sum(path.stat().st_size for path in new.files().values()),
-        disk_sha256=parts[0],
-        kernel_sha256=parts[1],
-        initrd_sha256=parts[2],
+        disk_sha256=sums["qcow2"],
+        kernel_sha256=sums.get("kernel", ""),
+        initrd_sha256=sums.get("initrd", ""),
         cmdline=new.cmdline,
         software=dict(new.software),
         source=new.source,

@@ -13,8 +13,9 @@ from vmctl.accel import timeout_scale
 from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, VmctlError, WaitTimeout, WrongState, quietly
 from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host, holding
-from vmctl.hypervisor import domain
+from vmctl.hypervisor import domain, events
 from vmctl.hypervisor.domain import ACTIVE, Domain, State
+from vmctl.seed_disk import detach_used
 from vmctl.spec import Accel
 from vmctl.wait import wait_until
 
@@ -45,10 +46,17 @@ def start(host: Host, name: str, report: Reporter) -> Started:
         raise WrongState(f"cannot start VM {name}: it is paused", hint=f"vmctl resume {name}")
     if vm.active:
         return Started.ALREADY
+    if vm.facts.record is not None and vm.facts.record.creating:
+        raise WrongState(
+            f"cannot start VM {name}: its creation was cut off, and it may lack parts",
+            hint=f"create it again, or vmctl delete {name}",
+        )
     for nic in vm.facts.nics:
         if nic.source == host.settings.network:
             networks.ensure(host, report)
     _renew_forward(host, vm, report)
+    if vm.state is not State.SAVED:
+        detach_used(host, vm, report)
     try:
         domain.start(host.conn, name)
     except (WrongState, HypervisorError):
@@ -85,6 +93,7 @@ class Stopped(StrEnum):
     AGENT = "powered off by the guest (agent)"
     FORCED = "powered off by force"
     ALREADY = "stopped already"
+    DROPPED = "its saved memory is dropped"
 
 
 def default_stop_timeout_s(vm: Domain) -> float:
@@ -98,6 +107,11 @@ def stop(host: Host, name: str, report: Reporter, *, timeout_s: float | None = N
     Raises WaitTimeout when the guest is still up and ``force`` was not given.
     """
     vm = domain.find(host.conn, name)
+    if vm.state is State.SAVED and force:
+        domain.drop_saved(host.conn, name)
+        return Stopped.DROPPED
+    if vm.state is State.SAVED:
+        report(Step(f"{name} is saved: start goes on from there; stop --force drops its saved memory"))
     if not vm.active:
         return Stopped.ALREADY
     if vm.state is State.PAUSED and not force:
@@ -161,10 +175,26 @@ def power_off(host: Host, name: str) -> None:
         raise WaitTimeout(f"cannot power off VM {name}", after_s=_POWER_OFF_TIMEOUT_S)
 
 
-def reboot(host: Host, name: str) -> None:
-    """Ask the guest to restart."""
-    domain.require(domain.find(host.conn, name), frozenset({State.RUNNING}), "reboot", f"vmctl start {name}")
-    domain.reboot_acpi(host.conn, name)
+def reboot(host: Host, name: str, *, timeout_s: float | None = None) -> None:
+    """Ask the guest to restart, and see its machine start anew: what is asked of it next, the new system answers.
+
+    The connection must have been opened with events. Raises WaitTimeout when the guest does not follow.
+    """
+    vm = domain.find(host.conn, name)
+    domain.require(vm, frozenset({State.RUNNING}), "reboot", f"vmctl start {name}")
+    budget = default_stop_timeout_s(vm) if timeout_s is None else timeout_s
+    deadline = time.monotonic() + budget
+    with events.reboot_of(host.conn, name) as begun:
+        while True:
+            domain.reboot_acpi(host.conn, name)
+            left = deadline - time.monotonic()
+            # A guest still booting drops the button's event: press again.
+            if begun.wait(max(0.0, min(_PRESS_AGAIN_S, left))):
+                return
+            if left <= _PRESS_AGAIN_S:
+                raise WaitTimeout(
+                    f"cannot reboot VM {name}", after_s=budget, hint=f"vmctl reset {name} restarts it without asking"
+                )
 
 
 def reset(host: Host, name: str) -> None:
@@ -241,9 +271,12 @@ def rename(host: Host, name: str, new: str) -> None:
     """Give a stopped VM another name. Its address, disks and host key stay its own."""
     if found := spec.name_problems(new):
         raise SpecError(f"cannot rename VM {name}", problems=found)
+    if name == new:
+        raise SpecError(f"cannot rename VM {name}: that is its name")
     with holding(host, new), holding(host, name):
         vm = domain.find(host.conn, name)
-        domain.require(vm, frozenset({State.STOPPED, State.CRASHED}), "rename", f"vmctl stop {name}")
+        hint = f"vmctl stop {name}" + (" --force drops its saved memory" if vm.state is State.SAVED else "")
+        domain.require(vm, frozenset({State.STOPPED, State.CRASHED}), "rename", hint)
         if domain.find_or_none(host.conn, new) is not None:
             raise Conflict(f"cannot rename VM {name} to {new}: that name is taken")
         domain.rename(host.conn, name, new)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -62,20 +64,30 @@ class Manifest:
         """What the names of its volumes begin with."""
         return f"{self.name}-{self.short}"
 
+    def sums(self) -> dict[str, str]:
+        """The sha256 of its files by suffix; "" for those it does not have."""
+        return {
+            "qcow2": self.disk_sha256,
+            "kernel": self.kernel_sha256,
+            "initrd": self.initrd_sha256,
+            "bzimage": self.bzimage_sha256,
+        }
+
     def volumes(self) -> tuple[str, ...]:
         """Names of its volumes, the manifest first: deleting it first makes the image gone at once."""
-        files = [f"{self.stem}.json", f"{self.stem}.qcow2"]
-        if self.kernel_sha256:
-            files.append(f"{self.stem}.kernel")
-        if self.initrd_sha256:
-            files.append(f"{self.stem}.initrd")
-        if self.bzimage_sha256:
-            files.append(f"{self.stem}.bzimage")
-        return tuple(files)
+        return (f"{self.stem}.json", *(f"{self.stem}.{suffix}" for suffix, digits in self.sums().items() if digits))
 
     def to_bytes(self) -> bytes:
         """The text that is kept."""
         return json.dumps(asdict(self), indent=1).encode()
+
+
+def content_digest(sums: Mapping[str, str], cmdline: str) -> str:
+    """The digest of an image from the sha256 of its files by suffix ("": there is none) and its command line."""
+    parts = [sums.get(suffix, "") for suffix in ("qcow2", "kernel", "initrd")]
+    if bzimage := sums.get("bzimage", ""):  # came later: images without one keep their digests
+        parts.append(bzimage)
+    return hashlib.sha256("\n".join([*parts, cmdline]).encode()).hexdigest()
 
 
 def is_manifest(volume: str) -> bool:

@@ -173,6 +173,7 @@ class _Watch:
             state, why = domain.state(self.host.conn, self.vm.name)
         except VmctlError as error:
             return [error.message]
+        self.where = self.where or address(self.host, self.vm)
         lines = [f"state: {state} {why}".rstrip()]
         lines += [f"stage {name}: {took:.1f} s" for name, took in self.took]
         if self.where is not None:
@@ -209,6 +210,7 @@ def wait_for(
     """
     began = clock()
     watch = _Watch(host, vm, clock)
+    _require_possible(vm, goal)
     for stage in _STAGES[goal]:
         stage_began = clock()
         report(StageBegan(stage, stage_began - began))
@@ -237,6 +239,14 @@ def wait_for(
     if watch.set_up is not None:
         _judge(vm.name, watch.set_up, report)
     return watch.where
+
+
+def _require_possible(vm: Domain, goal: Goal) -> None:
+    """Raise at once where waiting is bound to be in vain. For a VM that others will start, wait --for running."""
+    if goal is Goal.AGENT and not vm.facts.agent:
+        raise Unsupported(f"cannot wait for the agent of VM {vm.name}: it has no channel for one")
+    if goal not in {Goal.RUNNING, Goal.STOPPED}:
+        domain.require(vm, frozenset({State.RUNNING, State.STOPPING}), f"wait for {goal} of", f"vmctl start {vm.name}")
 
 
 def _judge(name: str, set_up: Outcome, report: Reporter) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -132,6 +132,14 @@ def parse_label(text: str) -> tuple[str, str]:
     if found := label_problems({key: value}):
         raise SpecError(f"cannot read label {text!r}", problems=found, hint="write it as KEY=VALUE")
     return key, value
+
+
+def parse_labels(texts: Sequence[str]) -> dict[str, str]:
+    """Labels by key. Raises SpecError, also for a key given twice."""
+    pairs = [parse_label(text) for text in texts]
+    if twice := sorted({key for key, _ in pairs if [k for k, _ in pairs].count(key) > 1}):
+        raise SpecError(f"cannot read labels: {twice[0]!r} is given twice")
+    return dict(pairs)
 
 
 def parse_disk(text: str) -> Disk:

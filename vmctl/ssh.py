@@ -20,7 +20,7 @@ from pathlib import Path
 
 import paramiko
 
-from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound, VmctlError
+from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound
 
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
@@ -62,7 +62,7 @@ def session(target: Target) -> Iterator[paramiko.Transport]:
         sock = socket.create_connection((target.host, target.port), timeout=_CONNECT_TIMEOUT_S)
     except OSError as error:
         raise HostUnreachable(
-            f"cannot reach {target}: {error}", hint="is the guest up? `vmctl wait NAME --for ssh` shows each stage"
+            f"cannot reach {target}: {error}", hint="is the guest up? `vmctl wait` shows each stage"
         ) from error
     transport = paramiko.Transport(sock)
     transport.banner_timeout = _BANNER_TIMEOUT_S
@@ -80,10 +80,13 @@ def session(target: Target) -> Iterator[paramiko.Transport]:
         transport.auth_publickey(target.user, paramiko.Ed25519Key.from_private_key_file(str(target.key)))
         yield transport
     except paramiko.AuthenticationException as error:
-        raise VmctlError(
-            f"cannot log in to {target}: it refuses {target.key}", hint="was the VM created by another user?"
+        raise HostUnreachable(
+            f"cannot log in to {target}: it refuses {target.key}",
+            hint=f"does {target.user} exist there, and was the VM created by this user of the host?",
         ) from error
     except (paramiko.SSHException, EOFError, OSError) as error:
+        if isinstance(error, OSError) and transport.is_active():
+            raise  # not the connection's: a reader of ours that went away, a full disk
         raise HostUnreachable(f"cannot talk to {target}: {error or type(error).__name__}") from error
     finally:
         transport.close()
@@ -113,10 +116,12 @@ def run(
     out: Callable[[bytes], object],
     err: Callable[[bytes], object],
     terminal: Terminal | None = None,
+    alive: Callable[[], object] = lambda: None,
 ) -> int:
     """Run ``command`` by the guest's shell and return its exit code. Both streams are drained together.
 
-    ``stdin`` is a file descriptor to pass on, None for no input.
+    ``stdin`` is a file descriptor to pass on, None for no input. ``alive`` is asked while the guest is silent, and
+    raises when waiting on has no sense: the connection itself tells that only after a quarter of an hour.
     """
     with session(target) as transport:
         channel = transport.open_session(timeout=_CONNECT_TIMEOUT_S)
@@ -127,7 +132,7 @@ def run(
             channel.shutdown_write()
         else:
             threading.Thread(target=_pump, args=(channel, stdin), name="stdin", daemon=True).start()
-        _drain(channel, out, err)
+        _drain(channel, out, err, alive)
         code = channel.recv_exit_status()
         return code if code >= 0 else _EXIT_UNKNOWN
 
@@ -198,10 +203,16 @@ def tunnel(target: Target) -> Iterator[Tunnel]:
         yield Tunnel(transport, target)
 
 
-def _drain(channel: paramiko.Channel, out: Callable[[bytes], object], err: Callable[[bytes], object]) -> None:
+def _drain(
+    channel: paramiko.Channel,
+    out: Callable[[bytes], object],
+    err: Callable[[bytes], object],
+    alive: Callable[[], object],
+) -> None:
     """Hand over both streams until the command has ended and both are empty."""
     while True:
-        select.select([channel], [], [], 1.0)
+        if not select.select([channel], [], [], 1.0)[0]:
+            alive()
         moved = False
         while channel.recv_ready():
             out(channel.recv(_CHUNK))

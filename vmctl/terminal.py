@@ -11,11 +11,13 @@ import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from vmctl.errors import VmctlError
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.console import Console
 
 LEAVE = b"\x1d"  # Ctrl-]
 _TURN_S = 0.1
+_SILENCE_S = 2.0
 
 
 @contextmanager
@@ -52,17 +54,27 @@ def writer(descriptor: int) -> Callable[[bytes], None]:
 
     def write(data: bytes) -> None:
         while data:
-            data = data[os.write(descriptor, data) :]
+            try:
+                data = data[os.write(descriptor, data) :]
+            except BrokenPipeError:
+                raise
+            except OSError as error:
+                raise VmctlError(f"cannot write the output: {error.strerror}") from error
 
     return write
 
 
 def attach(conn: Connection, name: str, *, force: bool) -> None:
-    """Connect our terminal to the console of ``name`` until Ctrl-], the end of our input, or the guest's end."""
+    """Connect our terminal to the console of ``name`` until Ctrl-], or the guest's end.
+
+    Input that is no terminal (a file, a pipe) ends it too, once the guest has been silent for a moment after it.
+    """
     with Console(conn, name, writer(1), force=force) as console, raw_if(True):
         ended_input = False
         while not console.ended.is_set():
             if ended_input:
+                if not sys.stdin.isatty() and console.silent_s() > _SILENCE_S:
+                    return
                 console.ended.wait(_TURN_S)
                 continue
             if not select.select([0], [], [], _TURN_S)[0]:

@@ -150,5 +150,5 @@ def test_an_equal_build_is_taken_from_the_cache_and_gives_the_same_image(shell: 
 
 def test_the_disk_is_refused_where_the_image_has_none_that_starts(shell: Shell, name: str) -> None:
     refused = shell.run("create", name, "--image", "micro", "--boot", "disk", check=2)
-    assert "boots by direct, not bios" in refused.stderr
+    assert "does not boot by bios from its disk" in refused.stderr
     assert name not in shell.virsh("list", "--all", "--name")

@@ -19,6 +19,9 @@ from vmctl.events import Progress, Reporter, Step
 _QUERY_TIMEOUT_S = 30
 _TIMEOUT_S = 1800
 _AR_MAGIC = b"!<arch>\n"
+# As root mmdebstrap mounts the host's /dev, /proc and /sys into the new system. Nobody who clears its folder away after
+# a kill may find them there. Without root it is in namespaces of its own anyway.
+_PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private")
 _ROOTLESS_HINT = "without root, mmdebstrap needs user namespaces and newuidmap: apt-get install uidmap"
 
 
@@ -62,6 +65,7 @@ def make(
         _index(debs, paths, repository, report)
         report(Step("installing the packages"))
         command = [
+            *(_PRIVATE_MOUNTS if os.geteuid() == 0 else ()),
             "mmdebstrap",
             "--variant=apt",
             "--format=tar",

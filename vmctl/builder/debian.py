@@ -26,6 +26,7 @@ _TOOLS = (
     "mmdebstrap", "qemu-img", "sfdisk",
 )  # fmt: skip
 _FILES = ("disk.qcow2", "vmlinux", "initrd")
+_KEPT = 3
 _JOURNAL_MIB = 64
 _INODE_RATIO = 16384
 _GRUB = "usr/lib/grub/i386-pc"
@@ -129,12 +130,16 @@ def _whole(built: Path) -> bool:
 
 
 def _keep(out_dir: Path, built: Path, name: str) -> None:
-    """Move a finished build into the cache, in one step, in place of earlier ones of that name."""
+    """Move a finished build into the cache, in one step, in place of the oldest of that name.
+
+    A few stay, for checkouts that build differently and share the cache would else take turns at building.
+    """
     built.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".new-", dir=built.parent) as folder:
         for file in _FILES:
             shutil.move(out_dir / file, Path(folder) / file)
-        for old in built.parent.glob(f"{name}-*"):
+        others = sorted(built.parent.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for old in others[_KEPT - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
         whole = Path(folder) / "whole"
         whole.mkdir(mode=0o755)

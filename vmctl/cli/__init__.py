@@ -8,7 +8,20 @@ import signal
 import sys
 from types import FrameType
 
-from vmctl.errors import Interrupted, VmctlError
+from vmctl.errors import Interrupted, SpecError, VmctlError
+
+_READER_GONE = 141  # what a shell makes of SIGPIPE
+
+
+class _Interrupt:
+    """Whether Ctrl-C was pressed: typer makes of it an exit code, which a guest's command may have as well."""
+
+    pressed = False
+
+
+def _interrupted(signum: int, frame: FrameType | None) -> None:
+    _Interrupt.pressed = True
+    signal.default_int_handler(signum, frame)
 
 
 def _terminated(_signum: int, _frame: FrameType | None) -> None:
@@ -21,13 +34,15 @@ def main() -> None:
     gc.set_threshold(100_000)
     # Undoing half-made work must not be cut short by a second signal from an impatient supervisor.
     signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell told us to ignore it
+        signal.signal(signal.SIGINT, _interrupted)
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader (head, say) went away: nobody is left to tell, not even at interpreter shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = code or 141
+        code = code or _READER_GONE
     sys.stderr.flush()
     # Everything is closed and flushed. Taking the interpreter apart, object by object, would cost 20 ms more.
     os._exit(code)
@@ -48,22 +63,31 @@ def run(args: list[str]) -> int:
         ui.note("interrupted")
         return Interrupted.exit_code
     except BrokenPipeError:
-        return 141
+        return _READER_GONE
+    except SystemExit as left:
+        if isinstance(left.__context__, BrokenPipeError):  # typer ends by itself on one of these
+            return _READER_GONE
+        raise
     except Exception as error:  # noqa: BLE001  typer's own classes have moved between its versions
         return _usage(error)
+    if _Interrupt.pressed and result == Interrupted.exit_code:
+        ui.note("interrupted")
     return result if isinstance(result, int) else 0
 
 
 def _usage(error: Exception) -> int:
-    """Exit code of typer's own errors: wrong usage tells itself; an abort is an interrupt. All else is a bug."""
+    """Exit code of typer's own errors, told like all others; an abort is an interrupt. All else is a bug."""
     from vmctl import ui
 
     if type(error).__name__ == "Abort":
         ui.note("interrupted")
         return Interrupted.exit_code
-    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    said, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
     if isinstance(code, int):
-        if show is not None:
-            show()
+        words = said() if said is not None else ""
+        if words:
+            path = getattr(getattr(error, "ctx", None), "command_path", "vmctl")
+            text = (words[:1].lower() + words[1:]).rstrip(".")
+            ui.tell_error(SpecError(f"cannot understand the command line: {text}", hint=f"{path} --help"))
         return code
     raise error

@@ -133,7 +133,7 @@ def create(
     disks = _collected(problems, lambda: tuple(spec.parse_disk(text) for text in disk or []), no_disks)
     no_shares: tuple[spec.Share, ...] = ()
     shares = _collected(problems, lambda: tuple(spec.parse_share(text) for text in share or []), no_shares)
-    labels = _collected(problems, lambda: dict(spec.parse_label(text) for text in label or []), no_labels)
+    labels = _collected(problems, lambda: spec.parse_labels(label or []), no_labels)
     keys = _collected(problems, lambda: first_boot.read_keys(ssh_key or []), no_keys)
     nics = _collected(problems, lambda: tuple(spec.parse_nic(text, nic_model) for text in nets), no_nics)
     parts = _collected(problems, lambda: first_boot.read_user_data(user_data or [], var or [], name), no_keys)
@@ -186,13 +186,21 @@ def create(
         if print_xml:
             ui.write(creation.preview(host, vm))
             return
-        made = creation.create(host, vm, report, exist_ok=exist_ok, start_it=not no_start)
+        try:
+            made = creation.create(host, vm, report, exist_ok=exist_ok, start_it=not no_start)
+        except KeyboardInterrupt:
+            ui.note(f"{name} was not created; what there was of it is gone again")
+            raise
         if made.existed:
             ui.note(f"{name} exists already, {made.vm.state}")
         where = None
         if goal is not None:
             budget = readiness.default_timeout_s(made.vm, goal) if timeout is None else timeout
-            where = readiness.wait_for(host, made.vm, goal, timeout_s=budget, report=report)
+            try:
+                where = readiness.wait_for(host, made.vm, goal, timeout_s=budget, report=report)
+            except KeyboardInterrupt:
+                ui.note(f"{name} stays, and runs; go on with `vmctl wait {name} --for {goal}`")
+                raise
         result = {
             "name": made.vm.name,
             "uuid": made.vm.uuid,

@@ -140,11 +140,13 @@ def on_vms(
     doing: str,
     work: Callable[[Host, str], T],
     said: Callable[[T], object],
+    *,
+    events: bool = False,
 ) -> None:
     """Do ``work`` on each VM that ``names`` matches on the host, and print ``NAME: what was said of it``."""
     from vmctl.listing import matching
 
-    with opened(connect) as host:
+    with opened(connect, events=events) as host:
         each(
             matching(host, names),
             lambda name: work(host, name),

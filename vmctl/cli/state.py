@@ -39,11 +39,18 @@ def stop(
     )
 
 
-def reboot(names: Names, connect: ConnectOption = None) -> None:
-    """Ask the guests to restart."""
+def reboot(names: Names, timeout: TimeoutOption = None, connect: ConnectOption = None) -> None:
+    """Ask the guests to restart, and wait until their machines start anew."""
     from vmctl import lifecycle
 
-    on_vms(connect, names, "reboot", lambda host, name: lifecycle.reboot(host, name), lambda _: "rebooting")
+    on_vms(
+        connect,
+        names,
+        "reboot",
+        lambda host, name: lifecycle.reboot(host, name, timeout_s=timeout),
+        lambda _: "rebooting",
+        events=True,
+    )
 
 
 def reset(names: Names, connect: ConnectOption = None) -> None:

@@ -78,3 +78,9 @@ def host_facts(conn: Connection) -> HostFacts:
         domain_types=tuple(types),
         qemu_user=None if conn.session else _dac_user(root),
     )
+
+
+def cpu_models(conn: Connection) -> frozenset[str]:
+    """Names of the CPU models libvirt knows for x86-64."""
+    with calling("ask for CPU models"):
+        return frozenset(conn.handle.getCPUModelNames("x86_64", 0))

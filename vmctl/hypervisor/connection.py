@@ -36,8 +36,8 @@ class Connection:
 
     @property
     def session(self) -> bool:
-        """Whether guests run as the connecting user, without host networking."""
-        return urlsplit(self.uri).path.endswith("/session")
+        """Whether guests run as the connecting user, without host networking. Root gets the system's daemon."""
+        return urlsplit(self.uri).path.endswith("/session") and not (self.local and os.geteuid() == 0)
 
     @property
     def qemu(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ class Console:
         whoever has it; otherwise that is a WrongState or Conflict from libvirt.
         """
         self.ended = threading.Event()
+        self._heard = time.monotonic()
         self._received = received
         self._stream: Any = None
         flags = libvirt.VIR_DOMAIN_CONSOLE_FORCE if force else libvirt.VIR_DOMAIN_CONSOLE_SAFE
@@ -45,11 +47,16 @@ class Console:
                 if data == -2:  # nothing there after all
                     return
                 if data:
+                    self._heard = time.monotonic()
                     self._received(data)
                     return
         except libvirt.libvirtError:
             pass  # the guest is gone: the same as a hang-up
         self._close()
+
+    def silent_s(self) -> float:
+        """For how long the guest has said nothing, in seconds."""
+        return time.monotonic() - self._heard
 
     def send(self, data: bytes) -> None:
         """Type ``data``. Waits, bounded, while the guest does not read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,6 +183,12 @@ def save(conn: Connection, name: str) -> None:
         handle(conn, name).managedSave()
 
 
+def drop_saved(conn: Connection, name: str) -> None:
+    """Delete its saved memory: the next start boots."""
+    with calling(f"drop the saved memory of VM {name}"):
+        handle(conn, name).managedSaveRemove()
+
+
 def abort_job(conn: Connection, name: str) -> None:
     """Cancel a running save."""
     with calling(f"cancel the job of VM {name}"):
@@ -234,6 +241,16 @@ def set_autostart(conn: Connection, name: str, *, on: bool) -> None:
         handle(conn, name).setAutostart(int(on))
 
 
+def detach_disk(conn: Connection, name: str, target: str) -> None:
+    """Take the disk ``target`` out of the definition of a stopped domain."""
+    with calling(f"detach disk {target} of VM {name}"):
+        dom = handle(conn, name)
+        for disk in ET.fromstring(dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)).iterfind("devices/disk"):
+            found = disk.find("target")
+            if found is not None and found.get("dev") == target:
+                dom.detachDeviceFlags(ET.tostring(disk, encoding="unicode"), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+
+
 def set_record(conn: Connection, name: str, element: str) -> None:
     """Replace vmctl's record of the domain, in its definition and, when it runs, live."""
     with calling(f"write the record of VM {name}"):
@@ -275,6 +292,8 @@ def agent_ping(conn: Connection, name: str, *, timeout_s: int) -> bool:
 def require(domain: Domain, allowed: frozenset[State], doing: str, hint: str = "") -> None:
     """Raise WrongState unless the domain is in one of the ``allowed`` states."""
     if domain.state not in allowed:
+        if domain.state is State.PAUSED and hint.startswith("vmctl start"):
+            hint = f"vmctl resume {domain.name}"
         raise WrongState(f"cannot {doing} VM {domain.name}: it is {domain.state}", hint=hint)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -66,6 +67,26 @@ class DomainEvent:
     uuid: str
     event: str
     detail: str
+
+
+@contextmanager
+def reboot_of(conn: Connection, name: str) -> Iterator[threading.Event]:
+    """An event that is set once the machine of that domain has been reset, by its guest or from outside.
+
+    The connection must have been opened after start_loop().
+    """
+    done = threading.Event()
+    with calling(f"watch VM {name}"):
+        dom = conn.handle.lookupByName(name)
+        ident = conn.handle.domainEventRegisterAny(
+            dom, libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, lambda _conn, _dom, _opaque: done.set(), None
+        )
+    try:
+        yield done
+    finally:
+        if is_alive(conn):
+            with calling("stop watching events"):
+                conn.handle.domainEventDeregisterAny(ident)
 
 
 def watch(conn: Connection, ready: Callable[[], None] = lambda: None) -> Iterator[DomainEvent]:

@@ -1,0 +1,172 @@
+"""What users do at three in the morning: interrupt, mistype, pull plugs; each ends soon, with one clear word."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import REPO, VMCTL, Shell, volumes
+from vmctl.pytest_qemu import GuestVM
+from vmctl.wait import wait_until
+
+pytestmark = pytest.mark.system
+
+
+def begin(*words: str, **options: object) -> subprocess.Popen[str]:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([*VMCTL, *words], text=True, cwd=REPO, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def test_exec_ends_when_the_vm_does(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    running = begin("exec", name, "--", "sh", "-c", "echo up; sleep 1000")
+    assert running.stdout is not None and running.stdout.readline() == "up\n"
+    shell.virsh("destroy", name)
+    _, err = running.communicate(timeout=20)
+    assert running.returncode == 6 and "it is stopped now" in err and "hint: vmctl start" in err
+
+
+def test_a_reader_that_goes_away_is_not_the_guests_fault(shared_vm: GuestVM) -> None:
+    script = f"{' '.join(VMCTL)} exec {shared_vm.name} -- yes | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=REPO, timeout=60)
+    assert done.stdout.split() == ["y", "141"] and "cannot" not in done.stderr
+    with Path("/dev/full").open("w") as full:
+        to_full = subprocess.run(
+            [*VMCTL, "exec", shared_vm.name, "--", "echo", "x"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPO,
+        )
+    assert to_full.returncode == 1 and "cannot write the output: No space left" in to_full.stderr
+
+
+def test_a_user_who_is_not_there(shell: Shell, shared_vm: GuestVM) -> None:
+    done = shell.run("exec", "-u", "nobody", shared_vm.name, "--", "true", check=3)
+    assert "does nobody exist there" in done.stderr
+
+
+def test_console_without_a_terminal_ends(shared_vm: GuestVM) -> None:
+    done = subprocess.run([*VMCTL, "console", shared_vm.name], stdin=subprocess.DEVNULL, cwd=REPO, timeout=30)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("words", [["events"], ["wait", "{}", "--for", "stopped"], ["exec", "{}", "--", "sleep", "99"]])
+def test_ctrl_c_says_so(shared_vm: GuestVM, words: list[str]) -> None:
+    running = begin(*(word.format(shared_vm.name) for word in words))
+    fds = Path(f"/proc/{running.pid}/fd")
+
+    def connected() -> bool:
+        return any(str(fd.readlink()).startswith("socket:") for fd in list(fds.iterdir()))
+
+    wait_until(connected, what="a connection", timeout_s=20)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=20)
+    assert running.returncode == 130 and "interrupted" in err and "Traceback" not in err
+
+
+def test_ctrl_c_while_a_new_vm_boots_leaves_it_and_says_so(shell: Shell, name: str) -> None:
+    running = begin("create", name, "--image", "micro", "--wait", "ssh")
+    assert running.stderr is not None
+    while "is running" not in (line := running.stderr.readline()):
+        assert line
+    wait_until(lambda: shell.virsh("domstate", name) == "running", what="the VM", timeout_s=10)
+    assert running.stderr.readline()  # the first stage is over: it waits
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=20)
+    assert running.returncode == 130 and f"{name} stays, and runs; go on with `vmctl wait {name} --for ssh`" in err
+    assert shell.virsh("domstate", name) == "running"
+
+
+def test_waiting_in_vain_is_refused_at_once(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start", "--no-agent")
+    assert f"hint: vmctl start {name}" in shell.run("wait", name, "--for", "ssh", check=6, timeout=10).stderr
+    assert "no channel" in shell.run("wait", name, "--for", "agent", check=8, timeout=10).stderr
+    shell.run("start", name)
+    shell.run("pause", name)
+    for verb in (["reboot", name], ["wait", name, "--for", "ip"]):
+        assert f"hint: vmctl resume {name}" in shell.run(*verb, check=6, timeout=10).stderr
+
+
+def test_what_the_host_lacks_is_told_all_at_once(shell: Shell, name: str) -> None:
+    wrong = ["--memory", "99T", "--cpu", "nosuch", "--network", "nonet", "--disk", "/nope.qcow2", "--root-size", "1M"]
+    done = shell.run("create", name, "--image", "micro", *wrong, check=2)
+    for said in ("MiB of the host", "no CPU model nosuch", "no network nonet", "no file /nope.qcow2", "smaller than"):
+        assert said in done.stderr
+    assert "given twice" in shell.run("create", name, "--image", "micro", "-l", "a=1", "-l", "a=2", check=2).stderr
+    shell.run("show", name, check=4)
+
+
+def test_saved_memory_can_be_dropped(shell: Shell, name: str, names: Callable[[], str]) -> None:
+    other = names()
+    shell.run("create", name, "--image", "micro", "--wait", "running")
+    shell.run("save", name)
+    assert "--force drops" in shell.run("rename", name, other, check=6).stderr
+    assert "--force drops" in shell.run("stop", name).stderr
+    assert "dropped" in shell.run("stop", name, "--force").stdout
+    assert shell.json("show", name)["state"] == "stopped"
+    assert "that is its name" in shell.run("rename", name, name, check=2).stderr
+    shell.run("rename", name, other)
+
+
+def test_a_half_made_vm_is_not_started(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    text = shell.virsh("dumpxml", "--inactive", name).replace("<vmctl:vm ", '<vmctl:vm creating="yes" ')
+    subprocess.run(["virsh", "-q", "define", "/dev/stdin"], input=text, text=True, check=True, timeout=30)
+    assert "its creation was cut off" in shell.run("start", name, check=6).stderr
+    shell.run("create", name, "--image", "micro")
+
+
+def test_delete_leaves_the_console_log_of_another(shell: Shell, name: str, names: Callable[[], str]) -> None:
+    copy = names()
+    shell.run("create", name, "--image", "micro", "--no-start")
+    log = shell.json("show", name)["console_log"]
+    text = shell.virsh("dumpxml", "--inactive", name).replace(f"<name>{name}<", f"<name>{copy}<")
+    uuid = shell.json("show", name)["uuid"]
+    text = text.replace(f"<uuid>{uuid}</uuid>", "")
+    subprocess.run(["virsh", "-q", "define", "/dev/stdin"], input=text, text=True, check=True, timeout=30)
+    shell.run("delete", copy, "--yes")
+    assert Path(log).exists()
+    shell.run("start", name)
+
+
+def test_a_guest_deaf_to_the_button_is_stopped_by_its_agent(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    shell.run("wait", name, "--for", "agent")
+    shell.run("exec", name, "--", "rmmod", "button")
+    done = shell.run("stop", name, "--timeout", "12")
+    assert "(agent)" in done.stdout and "did not stop by ACPI" in done.stderr
+
+
+def test_usage_errors_have_the_form_of_all_others(shell: Shell) -> None:
+    for words in (["create", "x"], ["list", "-o", "xml"], ["frobnicate"], ["wait", "x", "--timeout", "-1"]):
+        lines = shell.run(*words, check=2).stderr.splitlines()
+        assert len(lines) == 2 and lines[0].startswith("cannot understand the command line: "), lines
+        assert lines[1].startswith("hint: vmctl") and lines[1].endswith("--help")
+
+
+def test_the_network_makes_no_port_wait(shell: Shell, shared_vm: GuestVM) -> None:
+    bridge = shell.virsh("net-info", "vmctl").split("Bridge:")[1].split()[0]
+    assert Path(f"/sys/class/net/{bridge}/bridge/stp_state").read_text().strip() == "0"
+    assert Path(f"/sys/class/net/{bridge}/bridge/forward_delay").read_text().strip() == "0"
+
+
+def test_the_seed_goes_when_it_has_been_used(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "running")
+    shell.run("stop", name, "--force", "--timeout", "0")  # cut off: the next boot needs the seed
+    assert "needs its seed" not in shell.run("start", name).stderr
+    shell.run("wait", name, "--for", "ssh")
+    done = "while [ ! -e /run/vmctl/seed-done ]; do sleep 0.1; done"
+    shell.run("exec", name, "--", "sh", "-c", done)
+    shell.run("stop", name)
+    assert "no longer needs its seed" in shell.run("start", name).stderr
+    assert "vdb" not in shell.virsh("domblklist", name)
+    assert not [volume for volume in volumes(shell) if volume.startswith(name) and "seed" in volume]
+    shell.run("wait", name, "--for", "ssh")
+    assert shell.run("exec", name, "--", "hostname").stdout == f"{name}\n"
+    shell.run("stop", name)
+    assert "seed" not in shell.run("start", name).stderr
