@@ -14,6 +14,7 @@ from vmctl.errors import ImageError
 from vmctl.tar_reader import BLOCK, GZIP, Malformed, Member, members
 
 _MOST_TEXT = 1 << 20
+_BOX_SEED = "seed.img"  # of boxes vmctl made: for the first boot, no part of the image
 _BOX_DISKS = ("box.img", "box_0.img")
 _CHUNK = 1 << 20
 
@@ -109,6 +110,7 @@ def _box(text: bytes, _names: list[str]) -> _Wanted:
         disks = values.get("disks") or []
         disk = str(disks[0].get("path", "")) if disks else ""
         form = str((disks[0] if disks else values).get("format", ""))
+        disks = [one for one in disks if one.get("path") != _BOX_SEED]
     except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise Malformed("its metadata.json is not a Vagrant box's") from error
     if provider not in {"libvirt", "qemu", "kvm"}:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from vmctl import images, ovf, qemu_img
+from vmctl import images, ovf, qemu_img, vagrant_box
 from vmctl.errors import Conflict, ImageError, SpecError
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
@@ -28,17 +27,8 @@ _COMPRESSIBLE = {"qcow2", "vmdk", "ova", "box"}
 _SUFFIXES = {"img": "raw", **{name: name for name in FORMATS}}
 _STREAMED = "subformat=streamOptimized"
 _CHUNK = 1 << 20
-_GIB = 1 << 30
 # A qcow2 disk hardly shrinks further; higher levels cost several times the time.
 _GZIP_LEVEL = 3
-_VAGRANTFILE = """\
-Vagrant.configure("2") do |config|
-  config.ssh.username = "{user}"
-  config.vm.provider :libvirt do |libvirt|
-    libvirt.driver = "kvm"
-  end
-end
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,13 +203,16 @@ def _ova(disk: Path, manifest: Manifest, folder: Path, report: Reporter) -> Path
 
 
 def _box(disk: Path, manifest: Manifest, folder: Path, report: Reporter) -> Path:
-    """A Vagrant box of the libvirt provider's first layout, which every release of vagrant-libvirt reads."""
-    gib = -(-manifest.virtual_size // _GIB)
-    metadata = {"provider": "libvirt", "format": "qcow2", "virtual_size": gib}
+    """A Vagrant box for the libvirt provider."""
     target = folder / "archive.box"
     with target.open("xb") as file, gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed:
         stream = cast(IO[bytes], packed)
-        _text(stream, "metadata.json", json.dumps(metadata).encode())
-        _text(stream, "Vagrantfile", _VAGRANTFILE.format(user=manifest.default_user).encode())
+        _text(stream, "metadata.json", vagrant_box.metadata(manifest))
+        _text(stream, "Vagrantfile", vagrant_box.vagrantfile(manifest))
         _disk_member(stream, "box.img", disk, report)
+        if vagrant_box.seeded(manifest):
+            iso, seed = folder / "seed.iso", folder / vagrant_box.SEED_NAME
+            iso.write_bytes(vagrant_box.seed_iso())
+            qemu_img.convert(iso, "raw", seed, "qcow2")
+            _disk_member(stream, vagrant_box.SEED_NAME, seed, report)
     return target

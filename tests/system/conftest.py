@@ -68,6 +68,15 @@ def micro_image() -> None:
     shell.run("delete", "first", "--yes")
 
 
+@pytest.fixture(scope="session")
+def debian_image() -> None:
+    """The image in the store; tests/prepare has built it into the cache."""
+    done = subprocess.run(
+        [*VMCTL, "image", "build", "debian-12"], capture_output=True, text=True, timeout=800, check=False, cwd=REPO
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture
 def shell() -> Shell:
     """vmctl and virsh on qemu:///system."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import secrets
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
-from tests.system.conftest import REPO, VMCTL, Shell, volumes
+from tests.system.conftest import Shell, volumes
 from vmctl.wait import wait_until
 
 # Full systems, emulated, three at a time on two processors.
@@ -28,15 +27,6 @@ class Guests:
     def run(self, way: str, *words: str) -> str:
         """What a command in a guest says."""
         return self.shell.run("exec", self.names[way], "--", *words, timeout=300).stdout.strip()
-
-
-@pytest.fixture(scope="module")
-def debian_image() -> None:
-    """The image in the store; tests/prepare has built it into the cache."""
-    done = subprocess.run(
-        [*VMCTL, "image", "build", "debian-12"], capture_output=True, text=True, timeout=800, check=False, cwd=REPO
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@
  * In doubt the boot is Debian's: a key of the user-data that is not known here, a network configuration, another kind
  * of seed, and cloud-init comes first.
  */
+#define HOST_KEY "/etc/ssh/ssh_host_ed25519_key"
 #define _GNU_SOURCE
 #include "micro.h"
 
@@ -133,8 +134,9 @@ static bool is_plain(void)
                                         "ssh_deletekeys", "user", NULL};
     static const char *const in_user[] = {"name", NULL};
     const struct node *user = yaml_get(user_data, "user"), *keys = yaml_get(user_data, "ssh_authorized_keys");
+    const struct node *host_keys = yaml_get(user_data, "ssh_keys");
     return plain && user_data && known_keys(user_data, known) && (!user || known_keys(user, in_user)) && keys &&
-           keys->kind == SEQUENCE && yaml_text(yaml_get(user_data, "ssh_keys"), "ed25519_private") &&
+           keys->kind == SEQUENCE && (!host_keys || yaml_text(host_keys, "ed25519_private")) &&
            is_false(yaml_text(user_data, "ssh_deletekeys")) && is_false(yaml_text(user_data, "ssh_pwauth")) &&
            user_name()[strspn(user_name(), "abcdefghijklmnopqrstuvwxyz0123456789-_")] == 0;
 }
@@ -231,9 +233,12 @@ static bool plant_host_key(void)
     const struct node *keys = yaml_get(user_data, "ssh_keys");
     const char *secret = yaml_text(keys, "ed25519_private"), *known = yaml_text(keys, "ed25519_public");
     char text[1024];
+    if (!secret) { /* a seed many machines share: each makes a key of its own */
+        const char *const make[] = {"/usr/bin/ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", HOST_KEY, NULL};
+        return exists(HOST_KEY) || run(make);
+    }
     snprintf(text, sizeof text, "%s\n", known ? known : "");
-    return write_text("/etc/ssh/ssh_host_ed25519_key", secret, 0600) &&
-           (!known || write_text("/etc/ssh/ssh_host_ed25519_key.pub", text, 0644));
+    return write_text(HOST_KEY, secret, 0600) && (!known || write_text(HOST_KEY ".pub", text, 0644));
 }
 
 /* Not getpwnam: a static program must not load NSS modules. */
