@@ -153,6 +153,7 @@ def _manifest(new: NewImage) -> Manifest:
         checksum=new.checksum,
         verified=new.verified,
         first_boot=new.first_boot,
+        layer=new.layer,
         bzimage_sha256=sums.get("bzimage", ""),
     )
 

@@ -22,6 +22,7 @@ class Manifest:
     ``checksum`` is what its source was checked against, "sha256:…" or "sha512:…"; "" for one made here.
     ``verified`` is False for one that was taken without a checksum, and stays so. ``boots`` names the ways it can
     start: direct, bios, uefi. ``first_boot`` names what reads the seed inside: cloud-init, ignition, or micro's init.
+    ``layer`` is the digest of the steps that led to it.
     ``bzimage_sha256`` is of the kernel as firmware starts it, where that is another file.
     """
 
@@ -48,6 +49,7 @@ class Manifest:
     tags: tuple[str, ...] = ()
     first_boot: str = "cloud-init"
     bzimage_sha256: str = ""
+    layer: str = ""
 
     @property
     def built_at(self) -> str:
@@ -137,6 +139,7 @@ class NewImage:
     software: dict[str, str] = field(default_factory=dict)
     format: str = "qcow2"
     first_boot: str = "cloud-init"
+    layer: str = ""
 
     def files(self) -> dict[str, Path]:
         """Its files by the suffix they get in the store."""

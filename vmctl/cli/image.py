@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -54,15 +55,23 @@ def _details(m: Manifest) -> str:
 
 @app.command(cls=Command)
 def build(
-    name: ImageName,
+    name: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="Name of a recipe that comes with vmctl, or the path of a .toml.")
+    ],
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Build an image by its recipe and put it into the store."""
+    """Build an image by a recipe of vmctl's, or by one of your own, and put it into the store."""
     from vmctl import image_build
 
+    report = reporter()
     with opened(connect) as host:
-        manifest = image_build.build(host, name, reporter())
+        if name.endswith(".toml"):
+            from vmctl import image_layers, layers
+
+            manifest = image_layers.build(host, layers.load(Path(name)), report)
+        else:
+            manifest = image_build.build(host, name, report)
         ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
 
 

@@ -1,0 +1,54 @@
+"""Images of a user's own, built in real guests; what did not change is not built again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import Shell
+
+pytestmark = pytest.mark.system
+
+RECIPE = """
+[image]
+name = "t-web"
+base = "micro"
+memory = "256M"
+[[step]]
+name = "files"
+files = [{ from = "site", to = "/srv/site", mode = "0750" }]
+run = ["echo built > /srv/how"]
+[[step]]
+name = "last"
+run = ["%s"]
+"""
+
+
+def test_only_what_changed_is_built_again(shell: Shell, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "web.toml"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/a b").write_text("content")
+    path.write_text(RECIPE % "echo one > /srv/last")
+    try:
+        first = shell.run("image", "build", str(path)).stderr
+        assert "step 1 of 2: files" in first and "step 2 of 2: last" in first
+        assert "2 of 2 steps are as they were" in shell.run("image", "build", str(path)).stderr
+        path.write_text(RECIPE % "echo two > /srv/last")
+        changed = shell.run("image", "build", str(path)).stderr
+        assert "1 of 2 steps are as they were" in changed and "step 1 of 2" not in changed
+        path.write_text(RECIPE % "echo no such luck; exit 3")
+        failed = shell.run("image", "build", str(path), check=9)
+        assert "exit code 3" in failed.stderr and "no such luck" in failed.stderr
+        assert not [vm for vm in shell.json("list") if vm["name"].startswith("build-")]
+
+        shell.run("create", name, "--image", "t-web", "--wait", "ssh")
+        look = "cat '/srv/site/a b' /srv/how /srv/last; stat -c '%a %u' /srv/site; cat /etc/machine-id; hostname"
+        lines = shell.run("exec", name, "--", "sh", "-c", look).stdout.splitlines()
+        assert lines[0] == "contentbuilt" and lines[1:3] == ["two", "750 0"] and lines[4] == name
+        shell.run("image", "verify", "t-web")
+    finally:
+        shell.run("delete", name, "--yes", "--missing-ok")
+        for image in shell.json("image", "list"):
+            if image["name"].startswith("t-web"):
+                shell.run("image", "delete", f"{image['name']}-{image['digest'][:12]}", "--yes")

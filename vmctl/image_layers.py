@@ -1,0 +1,147 @@
+"""Building a user's own image: each step in a guest of its own, each result a layer in the store, found again later."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from vmctl import copying, creation, deletion, guest, images, lifecycle, qemu_img, readiness
+from vmctl.errors import GuestCommandFailed, Unsupported, quietly
+from vmctl.events import Reporter, Step
+from vmctl.hosts import Host
+from vmctl.hypervisor import domain
+from vmctl.images import Image
+from vmctl.layers import BuildStep, LayeredRecipe, first_missing, keys
+from vmctl.manifest import Manifest, NewImage
+from vmctl.readiness import Goal
+from vmctl.spec import VM
+
+_STOP_TIMEOUT_S = 300.0
+_LINES = 15
+_INSTALL = """
+set -e
+if command -v apt-get >/dev/null; then
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -q && apt-get install -yq --no-install-recommends "$@"
+elif command -v dnf >/dev/null; then dnf install -y "$@"
+elif command -v zypper >/dev/null; then zypper -n install "$@"
+elif command -v apk >/dev/null; then apk add "$@"
+elif command -v pacman >/dev/null; then pacman -Sy --noconfirm "$@"
+else echo "no package manager that vmctl knows" >&2; exit 1
+fi
+"""
+# What makes two machines of one image the same machine, and what let this build in.
+_SEAL = """
+rm -rf /tmp/vmctl-build /var/lib/cloud/instance /var/lib/cloud/instances /var/lib/cloud/data /var/lib/cloud/sem
+rm -f /etc/ssh/ssh_host_* /etc/dropbear/*_host_key /var/lib/vmctl/instance-id /var/log/cloud-init*.log
+rm -f /root/.ssh/authorized_keys /home/*/.ssh/authorized_keys /var/lib/systemd/random-seed
+[ ! -e /etc/machine-id ] || if [ -d /run/systemd/system ]; then : > /etc/machine-id; else rm -f /etc/machine-id; fi
+! command -v apt-get >/dev/null || apt-get clean
+sync
+"""
+
+
+def build(host: Host, recipe: LayeredRecipe, report: Reporter) -> Manifest:
+    """Build the image, from the last step on whose result is in the store. Raises what its guests meet."""
+    if not host.conn.local:
+        raise Unsupported(f"cannot build image {recipe.name} there: run vmctl on {host.conn.host} itself")
+    current = images.find(host, recipe.base)
+    wanted = keys(recipe, current.manifest.digest)
+    layers = {manifest.layer: manifest for manifest in images.list_images(host) if manifest.layer}
+    done = first_missing(wanted, frozenset(layers))
+    if done:
+        current = images.with_paths(host, layers[wanted[done - 1]])
+        report(Step(f"{done} of {len(wanted)} steps are as they were: going on from {current.manifest.stem}"))
+    for number in range(done, len(wanted)):
+        last = number == len(wanted) - 1
+        name = recipe.name if last else f"{recipe.name}.step{number + 1}"
+        report(Step(f"step {number + 1} of {len(wanted)}: {recipe.steps[number].name}"))
+        made = _layer(host, recipe, recipe.steps[number], current, name, wanted[number], report)
+        current = images.with_paths(host, made)
+    if current.manifest.name != recipe.name:  # an earlier build's middle is this one's end
+        with images.making(host, recipe.name):
+            return images.add(host, _new(current, recipe.name, wanted[-1], Path(current.disk)), report)
+    return current.manifest
+
+
+def _layer(
+    host: Host, recipe: LayeredRecipe, step: BuildStep, base: Image, name: str, key: str, report: Reporter
+) -> Manifest:
+    machine = f"build-{key[:12]}"
+    with images.making(host, name) as folder:
+        if domain.find_or_none(host.conn, machine) is not None:
+            deletion.delete(host, machine, report)  # of a build that was killed: we hold the image's name
+        vm = VM(machine, base.manifest.stem, memory_mib=recipe.memory_mib, vcpus=recipe.vcpus)
+        try:
+            made = creation.create(host, vm, report).vm
+            budget = readiness.default_timeout_s(made)
+            goal = Goal.CLOUD_INIT if base.manifest.first_boot == "cloud-init" else Goal.SSH
+            readiness.wait_for(host, made, Goal.SSH, timeout_s=budget, report=report)
+            if goal is Goal.CLOUD_INIT:  # or its package work would be in the way of ours
+                readiness.wait_for(host, made, goal, timeout_s=readiness.default_timeout_s(made, goal), report=report)
+            _take_step(host, machine, base.manifest, step, report)
+            lifecycle.stop(host, machine, report, timeout_s=_STOP_TIMEOUT_S)
+            overlay = next(disk.source for disk in domain.find(host.conn, machine).facts.disks)
+            qemu_img.convert(Path(overlay), "qcow2", folder / "disk.qcow2", "qcow2")
+        finally:
+            quietly(lambda: deletion.delete(host, machine, report))
+        return images.add(host, _new(base, name, key, folder / "disk.qcow2"), report)
+
+
+def _take_step(host: Host, machine: str, manifest: Manifest, step: BuildStep, report: Reporter) -> None:
+    if step.packages:
+        _run(
+            host,
+            machine,
+            manifest,
+            ["sh", "-c", _INSTALL, "sh", *step.packages],
+            f"install {len(step.packages)} packages",
+        )
+    for number, file in enumerate(step.files):
+        # Through a folder of the login user's: what the target belongs to, only root may write.
+        passage = f"/tmp/vmctl-build/{number}"
+        _run(host, machine, manifest, ["sh", "-c", 'mkdir -p -m 777 "$1" /tmp/vmctl-build', "sh", passage], "make room")
+        copying.copy(host, [str(file.source)], f"{machine}:{passage}/", report)
+        target = shlex.quote(file.target)
+        mode = f"&& chmod {file.mode} {target}" if file.mode else ""
+        place = f'mkdir -p "$(dirname {target})" && cp -a {passage}/{shlex.quote(file.source.name)} {target} '
+        owner = f"&& chown -R 0:0 {target} "
+        _run(host, machine, manifest, ["sh", "-c", place + owner + mode], f"put {file.target}")
+    for command in step.commands:
+        _run(host, machine, manifest, ["sh", "-c", command], f"run {command!r}")
+    _run(host, machine, manifest, ["sh", "-c", _SEAL], "clean up")
+
+
+def _run(host: Host, machine: str, manifest: Manifest, argv: list[str], what: str) -> None:
+    """Run a command as root in the build guest. Raises GuestCommandFailed with the last lines it said."""
+    said = bytearray()
+    prefix = [] if manifest.default_user == "root" else ["sudo", "-n"]
+    code = guest.execute(host, machine, [*prefix, *argv], stdin=None, out=said.extend, err=said.extend)
+    if code:
+        lines = said.decode(errors="replace").splitlines()[-_LINES:]
+        raise GuestCommandFailed(f"cannot {what} in the build guest: exit code {code}", evidence=lines)
+
+
+def _new(base: Image, name: str, key: str, disk: Path) -> NewImage:
+    """An image like ``base`` but for its disk. Its kernel is the base's, whose modules a step leaves in place."""
+    kept = base.manifest
+    return NewImage(
+        name=name,
+        disk=disk,
+        virtual_size=kept.virtual_size,
+        os_name=kept.os,
+        os_version=kept.os_version,
+        architecture=kept.architecture,
+        default_user=kept.default_user,
+        source=f"{kept.stem}, by steps",
+        cmdline=kept.cmdline,
+        boots=kept.boots,
+        osinfo=kept.osinfo,
+        verified=kept.verified,
+        first_boot=kept.first_boot,
+        software=kept.software,
+        kernel=Path(base.kernel) if base.kernel else None,
+        initrd=Path(base.initrd) if base.initrd else None,
+        bzimage=Path(base.bzimage) if base.bzimage else None,
+        layer=key,
+    )
