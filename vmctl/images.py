@@ -209,16 +209,11 @@ def renew(host: Host, present: Manifest, report: Reporter, again: Manifest | Non
     """Make the plain name mean this image again, under the lock of ``making``, where a newer one has taken it."""
     report(Step(f"image {present.stem} is in the store already, unchanged"))
     shadowed = find(host, present.name).manifest != present
-    # The plain name means this one again; and what an older vmctl did not yet write down is added. But for where it
-    # came from: one that was taken unchecked stays so, whatever was checked since.
-    kept = replace(
-        again or present,
-        tags=present.tags,
-        built=_now() if shadowed else present.built,
-        source=present.source,
-        checksum=present.checksum,
-        verified=present.verified,
-    )
+    # The plain name means this one again; and what an older vmctl did not yet write down is added. One that was taken
+    # unchecked stays so, whatever was checked since; one that was checked is not doubted by a copy that was not.
+    kept = replace(again or present, tags=present.tags, built=_now() if shadowed else present.built)
+    if not (present.verified and kept.verified):
+        kept = replace(kept, source=present.source, checksum=present.checksum, verified=present.verified)
     if kept != present:
         rewrite(host, kept)
     return kept
