@@ -209,10 +209,10 @@ def _box(disk: Path, manifest: Manifest, folder: Path, report: Reporter) -> Path
         stream = cast(IO[bytes], packed)
         _text(stream, "metadata.json", vagrant_box.metadata(manifest))
         _text(stream, "Vagrantfile", vagrant_box.vagrantfile(manifest))
-        _disk_member(stream, "box.img", disk, report)
         if vagrant_box.seeded(manifest):
             iso, seed = folder / "seed.iso", folder / vagrant_box.SEED_NAME
             iso.write_bytes(vagrant_box.seed_iso())
             qemu_img.convert(iso, "raw", seed, "qcow2")
-            _disk_member(stream, vagrant_box.SEED_NAME, seed, report)
+            _text(stream, vagrant_box.SEED_NAME, seed.read_bytes())
+        _disk_member(stream, "box.img", disk, report)
     return target

@@ -249,11 +249,17 @@ def _store(host: Host, manifest: Manifest, new: NewImage, report: Reporter) -> N
 
 
 def _bring(host: Host, name: str, path: Path, report: Reporter) -> None:
-    """Bring a finished file into the store: by renaming it where it was made there already, else through libvirt."""
+    """Bring a finished file into the store: by renaming it where it was made there already, else through libvirt.
+
+    A file that is the store's, of the image this one is made from, gets a second name instead.
+    """
     folder = _own_folder(host)
     if folder is not None and folder in path.parents:
-        path.chmod(0o644)
-        path.rename(folder / name)
+        if path.parent == folder:
+            os.link(path, folder / name)
+        else:
+            path.chmod(0o644)
+            path.rename(folder / name)
         with written_out([folder]):
             return
     with path.open("rb") as file:

@@ -33,7 +33,8 @@ roots_home=$(getent passwd 0 | cut -d : -f 6)
 vmctl_cache=$roots_home/.cache/vmctl
 
 hide() { # FOLDER MODE
-    [ ! -d "$1" ] || mount -t tmpfs -o "mode=$2" tmpfs "$1"
+    # Its owner stays: swtpm's certificates are made by a user of their own.
+    [ ! -d "$1" ] || mount -t tmpfs -o "mode=$2,$(stat -c uid=%u,gid=%g "$1")" tmpfs "$1"
 }
 hide /run 0755
 hide /tmp 1777
