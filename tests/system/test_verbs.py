@@ -455,9 +455,12 @@ def test_events(shell: Shell, name: str) -> None:
         text=True,
         cwd=REPO,
     )
-    assert watcher.stderr is not None and "watching" in watcher.stderr.readline()
-    shell.run("create", name, "--image", "micro")
-    out, _ = watcher.communicate(timeout=30)
+    try:
+        assert watcher.stderr is not None and "watching" in watcher.stderr.readline()
+        shell.run("create", name, "--image", "micro")
+        out, _ = watcher.communicate(timeout=30)
+    finally:
+        watcher.kill()
     seen = [json.loads(line) for line in out.splitlines()]
     assert [e["event"] for e in seen][0] == "defined" and "started" in [e["event"] for e in seen]
     assert all(e["name"] == name for e in seen)
