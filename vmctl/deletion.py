@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vmctl import resolve, spec
-from vmctl.errors import NotFound
 from vmctl.events import Reporter, Warned
 from vmctl.guest import known_hosts
 from vmctl.hosts import Host, holding
@@ -37,7 +36,7 @@ def doomed(host: Host, name: str) -> Doomed:
         return Doomed(vm.name, vm, _deletable(host, vm))
     volumes = _leftovers(host, name)
     if not volumes:
-        raise NotFound(f"cannot find VM {name}: {host.conn.uri} has none of that name", hint="see `vmctl list`")
+        raise domain.absent(host.conn, name)
     return Doomed(name, None, volumes)
 
 

@@ -13,7 +13,7 @@ from vmctl.hosts import Host, decide_accel
 from vmctl.hypervisor import domain, inventory
 from vmctl.hypervisor.inventory import Entry
 from vmctl.hypervisor.states import State
-from vmctl.listing import addresses_of
+from vmctl.listing import addresses_of, shown_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ def detail(host: Host, name: str) -> Detail:
     return Detail(
         name=vm.name,
         uuid=vm.uuid,
-        state=vm.state,
+        state=shown_state(vm.state, record),
         why=vm.why,
         uptime_s=inventory.uptime_s(host.conn, vm.name) if vm.active else None,
         description=facts.description,

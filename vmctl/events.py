@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 
@@ -52,6 +52,17 @@ class Progress:
 
 Event: TypeAlias = Step | Warned | StageBegan | StageDone | Progress
 Reporter: TypeAlias = Callable[[Event], None]
+
+
+def stages_of(name: str, report: Reporter) -> Reporter:
+    """A Reporter that says of each stage whose it is, for when several waits go on at once."""
+
+    def named(event: Event) -> None:
+        if isinstance(event, StageBegan | StageDone):
+            event = replace(event, name=f"{name}: {event.name}")
+        report(event)
+
+    return named
 
 
 def silent(event: Event) -> None:

@@ -282,16 +282,22 @@ def changing(host: Host, name: str, *, timeout_s: float = 0.0) -> Iterator[None]
         yield
 
 
-def delete(host: Host, name: str, report: Reporter) -> Manifest:
-    """Delete an image. Raises Conflict, naming who, when a disk is based on it or a VM starts from it."""
+def find_unused(host: Host, name: str) -> Image:
+    """An image that may be deleted. Raises Conflict, naming who, when a disk is based on it or a VM starts from it."""
     image = find(host, name)
-    with changing(host, image.manifest.name):
-        needed = image_users.needed(host.conn)
-        if users := needed.by(image.disk, image.kernel, image.initrd, image.bzimage):
-            raise Conflict(
-                f"cannot delete image {image.manifest.stem}: {', '.join(users)} need it",
-                hint="delete those VMs first",
-            )
+    needed = image_users.needed(host.conn)
+    if users := needed.by(image.disk, image.kernel, image.initrd, image.bzimage):
+        raise Conflict(
+            f"cannot delete image {image.manifest.stem}: {', '.join(users)} need it",
+            hint="delete those VMs first",
+        )
+    return image
+
+
+def delete(host: Host, name: str, report: Reporter) -> Manifest:
+    """Delete an image that nothing needs. Raises as find_unused()."""
+    with changing(host, find(host, name).manifest.name):
+        image = find_unused(host, name)
         for volume in image.manifest.volumes():
             try:
                 storage.delete_volume(host.conn, host.settings.image_pool, volume)

@@ -15,6 +15,7 @@ from vmctl.hypervisor.states import State
 if TYPE_CHECKING:
     from vmctl.domain_brief import Brief
     from vmctl.hosts import Host
+    from vmctl.record import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,17 @@ def _labelled(have: Mapping[str, str], wanted: Mapping[str, str | None]) -> bool
     return all(key in have and (value is None or have[key] == value) for key, value in wanted.items())
 
 
+def shown_state(state: State, record: Record | None) -> State:
+    """The state to show: a stopped VM whose creation did not come to its end is no stopped VM yet."""
+    return State.CREATING if state is State.STOPPED and record is not None and record.creating else state
+
+
 def _row(entry: Entry, addresses: Callable[[Brief | None], str], host: str) -> Row:
     facts = entry.facts
     record = facts.record if facts else None
     return Row(
         name=entry.name,
-        state=entry.state,
+        state=shown_state(entry.state, record),
         accel=facts.accel or "" if facts else "",
         vcpus=entry.vcpus,
         memory_mib=entry.memory_mib,

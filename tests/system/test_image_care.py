@@ -108,7 +108,7 @@ def test_prune_leaves_what_a_stopped_and_a_saved_vm_need(shell: Shell, stored: C
     shell.run("start", name)
     shell.run("save", name)
     assert kept(shell) == {one, two}
-    assert name in shell.run("image", "delete", one, "--yes", check=5).stderr
+    assert name in shell.run("image", "delete", one, check=5).stderr
     shell.run("delete", name, "--yes")
     assert kept(shell) == {two}
 

@@ -55,6 +55,32 @@ def test_console_without_a_terminal_ends(shared_vm: GuestVM) -> None:
     assert done.returncode == 0
 
 
+def test_a_console_that_another_has_open(shell: Shell, shared_vm: GuestVM) -> None:
+    other = begin("console", shared_vm.name, stdin=subprocess.PIPE)
+    try:
+        assert other.stdin is not None and other.stdout is not None
+        other.stdin.write("\n")
+        other.stdin.flush()
+        assert other.stdout.read(1)  # the guest answers: it is open
+        refused = shell.run("console", shared_vm.name, check=5)
+        assert "someone else has it open" in refused.stderr and "hint: add --force" in refused.stderr
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_mistyped_name_is_guessed(shell: Shell, shared_vm: GuestVM) -> None:
+    wrong = shared_vm.name[:-1]
+    for verb in (["show", wrong], ["delete", wrong, "--yes"]):
+        assert f"hint: did you mean {shared_vm.name}?" in shell.run(*verb, check=4).stderr
+
+
+def test_stages_of_several_waits_name_their_vm(shell: Shell, shared_vm: GuestVM, name: str) -> None:
+    shell.run("create", name, "--image", "micro")
+    err = shell.run("wait", shared_vm.name, name, "--for", "running").stderr
+    assert f"{name}: running" in err and f"{shared_vm.name}: running" in err
+
+
 @pytest.mark.parametrize("words", [["events"], ["wait", "{}", "--for", "stopped"], ["exec", "{}", "--", "sleep", "99"]])
 def test_ctrl_c_says_so(shared_vm: GuestVM, words: list[str]) -> None:
     running = begin(*(word.format(shared_vm.name) for word in words))
@@ -118,6 +144,8 @@ def test_a_half_made_vm_is_not_started(shell: Shell, name: str) -> None:
     text = shell.virsh("dumpxml", "--inactive", name).replace("<vmctl:vm ", '<vmctl:vm creating="yes" ')
     subprocess.run(["virsh", "-q", "define", "/dev/stdin"], input=text, text=True, check=True, timeout=30)
     assert "its creation was cut off" in shell.run("start", name, check=6).stderr
+    assert shell.json("show", name)["state"] == "creating"
+    assert name in [row["name"] for row in shell.json("list", "--state", "creating")]
     shell.run("create", name, "--image", "micro")
 
 

@@ -30,21 +30,31 @@ if TYPE_CHECKING:
     from vmctl.readiness import Goal
 
 T = TypeVar("T")
+_MACHINE, _DEVICES, _FIRST_BOOT = "Machine", "Disks, network, folders", "First boot"
 
 
 def create(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new VM, also its host name.")],
-    image: Annotated[str, typer.Option("--image", "-i", help="Image to start from; see `vmctl image list`.")],
+    image: Annotated[
+        str,
+        typer.Option("--image", "-i", help="Image to start from; see `vmctl image list`.", rich_help_panel=_MACHINE),
+    ],
     description: Annotated[str, typer.Option(help="Free text about the VM.")] = "",
-    memory: Annotated[str, typer.Option("--memory", "-m", metavar="SIZE", help="Memory, such as 512M or 2G.")] = "512M",
-    vcpus: Annotated[int, typer.Option("--vcpus", help="Number of virtual CPUs.")] = 1,
+    memory: Annotated[
+        str,
+        typer.Option("--memory", "-m", metavar="SIZE", help="Memory, such as 512M or 2G.", rich_help_panel=_MACHINE),
+    ] = "512M",
+    vcpus: Annotated[int, typer.Option("--vcpus", help="Number of virtual CPUs.", rich_help_panel=_MACHINE)] = 1,
     root_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Root disk size, if larger than the image's.")
+        str | None,
+        typer.Option(metavar="SIZE", help="Root disk size, if larger than the image's.", rich_help_panel=_DEVICES),
     ] = None,
     disk: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            metavar="SIZE|PATH", help="Further disk: 10G, or /path/file.qcow2; ,bus=scsi ,format=raw. Repeatable."
+            metavar="SIZE|PATH",
+            help="Further disk: 10G, or /path/file.qcow2; ,bus=scsi ,format=raw. Repeatable.",
+            rich_help_panel=_DEVICES,
         ),
     ] = None,
     network: Annotated[
@@ -52,57 +62,101 @@ def create(
         typer.Option(
             metavar="NETWORK",
             help="Network of a card, empty for vmctl's own; ,mac= ,address=IP/PREFIX ,gateway= ,dns=. Repeatable.",
+            rich_help_panel=_DEVICES,
         ),
     ] = None,
-    nic_model: Annotated[NicModel, typer.Option(help="Model of the network cards.")] = NicModel.VIRTIO,
+    nic_model: Annotated[
+        NicModel, typer.Option(help="Model of the network cards.", rich_help_panel=_DEVICES)
+    ] = NicModel.VIRTIO,
     accel: Annotated[
-        AccelChoice, typer.Option(help="What runs the guest; auto takes KVM only where it truly works.")
+        AccelChoice,
+        typer.Option(help="What runs the guest; auto takes KVM only where it truly works.", rich_help_panel=_MACHINE),
     ] = AccelChoice.AUTO,
     cpu: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="CPU model; default: the host's on KVM, max on TCG.")
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="CPU model; default: the host's on KVM, max on TCG.", rich_help_panel=_MACHINE
+        ),
     ] = None,
-    machine: Annotated[Machine, typer.Option(help="Machine type.")] = Machine.Q35,
-    firmware: Annotated[Firmware, typer.Option(help="Firmware.")] = Firmware.BIOS,
+    machine: Annotated[Machine, typer.Option(help="Machine type.", rich_help_panel=_MACHINE)] = Machine.Q35,
+    firmware: Annotated[Firmware, typer.Option(help="Firmware.", rich_help_panel=_MACHINE)] = Firmware.BIOS,
     boot: Annotated[
-        Boot, typer.Option(help="Start from the image's kernel where firmware allows it (auto), or from its disk.")
+        Boot,
+        typer.Option(
+            help="Start from the image's kernel where firmware allows it (auto), or from its disk.",
+            rich_help_panel=_MACHINE,
+        ),
     ] = Boot.AUTO,
-    graphics: Annotated[Graphics, typer.Option(help="Graphical console, bound to loopback.")] = Graphics.NONE,
+    graphics: Annotated[
+        Graphics, typer.Option(help="Graphical console, bound to loopback.", rich_help_panel=_MACHINE)
+    ] = Graphics.NONE,
     share: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(metavar="HOST:GUEST[:ro]", help="Folder of the host to mount in the guest. Repeatable."),
+        typer.Option(
+            metavar="HOST:GUEST[:ro]",
+            help="Folder of the host to mount in the guest. Repeatable.",
+            rich_help_panel=_DEVICES,
+        ),
     ] = None,
-    console: Annotated[bool, typer.Option("--console/--no-console", help="Serial console, logged.")] = True,
-    rng: Annotated[bool, typer.Option("--rng/--no-rng", help="virtio random number source.")] = True,
-    balloon: Annotated[bool, typer.Option("--balloon/--no-balloon", help="virtio memory balloon.")] = True,
-    agent: Annotated[bool, typer.Option("--agent/--no-agent", help="Guest agent channel.")] = True,
+    console: Annotated[
+        bool, typer.Option("--console/--no-console", help="Serial console, logged.", rich_help_panel=_MACHINE)
+    ] = True,
+    rng: Annotated[
+        bool, typer.Option("--rng/--no-rng", help="virtio random number source.", rich_help_panel=_MACHINE)
+    ] = True,
+    balloon: Annotated[
+        bool, typer.Option("--balloon/--no-balloon", help="virtio memory balloon.", rich_help_panel=_MACHINE)
+    ] = True,
+    agent: Annotated[
+        bool, typer.Option("--agent/--no-agent", help="Guest agent channel.", rich_help_panel=_MACHINE)
+    ] = True,
     label: Annotated[
         list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="Label. Repeatable.")
     ] = None,
     ssh_key: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Further public key to let in. Repeatable.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Further public key to let in. Repeatable.", rich_help_panel=_FIRST_BOOT),
     ] = None,
     runcmd: Annotated[
-        list[str] | None, typer.Option(metavar="COMMAND", help="Command for the first boot. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="COMMAND", help="Command for the first boot. Repeatable.", rich_help_panel=_FIRST_BOOT),
     ] = None,
-    user: Annotated[str | None, typer.Option(metavar="NAME", help="User to make; default: the image's.")] = None,
+    user: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="User to make; default: the image's.", rich_help_panel=_FIRST_BOOT),
+    ] = None,
     password: Annotated[
-        bool, typer.Option("--password", help="Give the user a password: asked for, or read from stdin.")
+        bool,
+        typer.Option(
+            "--password", help="Give the user a password: asked for, or read from stdin.", rich_help_panel=_FIRST_BOOT
+        ),
     ] = False,
     user_data: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="cloud-init user-data; cloud-configs are merged, .j2 filled in. Repeatable."),
+        typer.Option(
+            metavar="FILE",
+            help="cloud-init user-data; cloud-configs are merged, .j2 filled in. Repeatable.",
+            rich_help_panel=_FIRST_BOOT,
+        ),
     ] = None,
     var: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Variable for Jinja in user-data. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Variable for Jinja in user-data. Repeatable.", rich_help_panel=_FIRST_BOOT
+        ),
     ] = None,
-    vendor_data: Annotated[Path | None, typer.Option(metavar="FILE", help="cloud-init vendor-data.")] = None,
+    vendor_data: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="cloud-init vendor-data.", rich_help_panel=_FIRST_BOOT)
+    ] = None,
     network_config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="cloud-init network-config, version 2 or 1.")
+        Path | None,
+        typer.Option(metavar="FILE", help="cloud-init network-config, version 2 or 1.", rich_help_panel=_FIRST_BOOT),
     ] = None,
     ignition: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Ignition config, handed over by fw_cfg.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Ignition config, handed over by fw_cfg.", rich_help_panel=_FIRST_BOOT),
     ] = None,
-    tpm: Annotated[bool, typer.Option("--tpm", help="A TPM 2.0 of its own (swtpm).")] = False,
+    tpm: Annotated[bool, typer.Option("--tpm", help="A TPM 2.0 of its own (swtpm).", rich_help_panel=_MACHINE)] = False,
     autostart: Annotated[bool, typer.Option("--autostart", help="Start it with its host.")] = False,
     no_start: Annotated[bool, typer.Option("--no-start", help="Define it only.")] = False,
     wait: Annotated[

@@ -202,7 +202,7 @@ def delete(name: ImageName, yes: YesOption = False, connect: ConnectOption = Non
     from vmctl import images
 
     with opened(connect) as host:
-        manifest = images.find(host, name).manifest
+        manifest = images.find_unused(host, name).manifest
         refuse_unless_yes([f"image {manifest.stem}, {ui.size(manifest.size)}"], yes=yes)
         images.delete(host, manifest.stem, reporter())
         ui.say(manifest.stem)

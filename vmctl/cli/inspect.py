@@ -140,6 +140,7 @@ def wait(
 ) -> None:
     """Wait until VMs run, have an address, answer SSH or by agent, are set up by cloud-init, or have stopped."""
     from vmctl import readiness
+    from vmctl.events import stages_of
     from vmctl.hypervisor import domain
     from vmctl.listing import matching
     from vmctl.readiness import Goal
@@ -148,15 +149,17 @@ def wait(
         raise SpecError(f"cannot wait for {goal!r}", hint="goals: " + ", ".join(Goal))
     report = reporter()
     with opened(connect) as host:
+        wanted = matching(host, names)
 
         def work(name: str) -> str:
             vm = domain.find(host.conn, name)
             budget = readiness.default_timeout_s(vm, Goal(goal)) if timeout is None else timeout
-            where = readiness.wait_for(host, vm, Goal(goal), timeout_s=budget, report=report)
+            told = stages_of(name, report) if len(wanted) > 1 else report
+            where = readiness.wait_for(host, vm, Goal(goal), timeout_s=budget, report=told)
             return where.host if where else ""
 
         each(
-            matching(host, names),
+            wanted,
             work,
             lambda name, address: ui.say(f"{name}: {goal}" + (f" at {address}" if address else "")),
             "wait for",

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import libvirt
 
+from vmctl.errors import Conflict, HypervisorError
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
 from vmctl.wait import wait_until
 
 _SEND_TIMEOUT_S = 10.0
+
+
+@contextmanager
+def _opening(name: str) -> Iterator[None]:
+    try:
+        with calling(f"open the console of VM {name}"):
+            yield
+    except HypervisorError as error:
+        if "Active console session" not in error.message:  # libvirt has no code for it
+            raise
+        raise Conflict(
+            f"cannot open the console of VM {name}: someone else has it open", hint="add --force to take it over"
+        ) from error
 
 
 class Console:
@@ -24,14 +39,14 @@ class Console:
         """Open it; ``received`` is called, in libvirt's event thread, with what the guest prints.
 
         The connection must have been opened after events.start_loop(). ``force`` takes the console over from
-        whoever has it; otherwise that is a WrongState or Conflict from libvirt.
+        whoever has it; otherwise that is a Conflict.
         """
         self.ended = threading.Event()
         self._heard = time.monotonic()
         self._received = received
         self._stream: Any = None
         flags = libvirt.VIR_DOMAIN_CONSOLE_FORCE if force else libvirt.VIR_DOMAIN_CONSOLE_SAFE
-        with calling(f"open the console of VM {name}"):
+        with _opening(name):
             stream = conn.handle.newStream(libvirt.VIR_STREAM_NONBLOCK)
             conn.handle.lookupByName(name).openConsole(None, stream, flags)
             interest = (

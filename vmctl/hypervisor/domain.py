@@ -48,7 +48,18 @@ def handle(conn: Connection, name: str) -> Any:
     try:
         return conn.handle.lookupByUUIDString(name)
     except (libvirt.libvirtError, ValueError):
-        raise NotFound(f"cannot find VM {name}: {conn.uri} has none of that name", hint="see `vmctl list`") from None
+        raise absent(conn, name) from None
+
+
+def absent(conn: Connection, name: str) -> NotFound:
+    """The error for a VM that is not there, with the name that may have been meant."""
+    import difflib  # late: only for a mistyped name
+
+    with calling("list VMs"):
+        names = [dom.name() for dom in conn.handle.listAllDomains()]
+    meant = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {meant[0]}?" if meant else "see `vmctl list`"
+    return NotFound(f"cannot find VM {name}: {conn.uri} has none of that name", hint=hint)
 
 
 def _describe(dom: Any) -> Domain:

@@ -8,7 +8,8 @@ import libvirt
 
 
 class State(StrEnum):
-    """Domain states in vmctl's words. ``saved`` is shut off with a saved memory image."""
+    """Domain states in vmctl's words. ``saved`` is shut off with a saved memory image; ``creating`` is defined
+    by a create that is still at it, or that was cut off."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -17,6 +18,7 @@ class State(StrEnum):
     CRASHED = "crashed"
     SUSPENDED = "suspended"
     SAVED = "saved"
+    CREATING = "creating"
 
 
 ACTIVE = frozenset({State.RUNNING, State.PAUSED, State.STOPPING, State.SUSPENDED})
