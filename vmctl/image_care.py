@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from vmctl import image_users, images
+from vmctl import image_users, images, pulls
 from vmctl.errors import Conflict, ImageError, NotFound, SpecError
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
@@ -16,6 +16,7 @@ from vmctl.image_users import Needed
 from vmctl.manifest import NAME, Manifest, content_digest
 
 _LOCK_TIMEOUT_S = 30.0
+DOWNLOADS_IDLE_S = 7 * 86400.0  # long enough for a laptop that was away for some days
 _LIKE_DIGEST = re.compile(r"(?:.*-)?[0-9a-f]{12}")
 
 
@@ -102,11 +103,15 @@ def _sum(host: Host, volume: str, report: Reporter) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Prunable:
-    """What a prune takes away: images, and files that killed imports and builds left. ``freed`` in bytes."""
+    """What a prune takes away. ``freed`` in bytes.
+
+    Images; files that killed imports and builds left; and downloads, by image name, that nobody has gone on with.
+    """
 
     images: tuple[str, ...]
     leftovers: tuple[str, ...]
     freed: int
+    downloads: tuple[str, ...] = ()
 
 
 def outdated(known: Sequence[Manifest], kept_each: int) -> tuple[Manifest, ...]:
@@ -120,11 +125,18 @@ def outdated(known: Sequence[Manifest], kept_each: int) -> tuple[Manifest, ...]:
     return tuple(found)
 
 
-def prunable(host: Host, report: Reporter, *, kept_each: int = 1) -> Prunable:
+def prunable(host: Host, report: Reporter, *, kept_each: int = 1, idle_s: float = DOWNLOADS_IDLE_S) -> Prunable:
     """What nobody needs: older images of a name on which no disk of any VM or pool is based, even indirectly.
 
-    While a disk is there whose chain cannot be followed, no image is.
+    While a disk is there whose chain cannot be followed, no image is. And downloads idle for ``idle_s`` seconds.
     """
+    given_up = pulls.stale(host, idle_s)
+    found = _prunable_images(host, report, kept_each)
+    freed = found.freed + sum(one.size for one in given_up)
+    return replace(found, downloads=tuple(one.name for one in given_up), freed=freed)
+
+
+def _prunable_images(host: Host, report: Reporter, kept_each: int) -> Prunable:
     pool = host.settings.image_pool
     if not storage.pool_exists(host.conn, pool):
         return Prunable((), (), 0)
@@ -148,7 +160,7 @@ def prunable(host: Host, report: Reporter, *, kept_each: int = 1) -> Prunable:
     return Prunable(tuple(m.stem for m in free), left, freed)
 
 
-def prune(host: Host, what: Prunable, report: Reporter) -> None:
+def prune(host: Host, what: Prunable, report: Reporter, *, idle_s: float = DOWNLOADS_IDLE_S) -> None:
     """Take it away. An image that somebody has come to need meanwhile stays, and so does what is being made."""
     for stem in what.images:
         try:
@@ -160,6 +172,14 @@ def prune(host: Host, what: Prunable, report: Reporter) -> None:
             _remove_leftover(host, volume)
         except Conflict as error:
             report(Warned(error.message))
+    for name in what.downloads:
+        try:
+            if not pulls.discard(host, name, idle_s):
+                report(Warned(f"the download of {name} stays: it has been gone on with"))
+        except Conflict as error:
+            report(Warned(error.message))
+        except OSError as error:
+            raise ImageError(f"cannot remove the download of {name}: {error.strerror}") from error
 
 
 def _remove_leftover(host: Host, volume: str) -> None:

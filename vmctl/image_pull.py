@@ -8,14 +8,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import catalog, checksums, download, image_import, images, web
+from vmctl import catalog, checksums, download, image_import, images, pulls, web
 from vmctl.catalog import Entry
 from vmctl.checksums import Checksum
 from vmctl.download import Patience
 from vmctl.errors import Conflict, ImageError, SpecError
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
-from vmctl.locks import held
 from vmctl.manifest import NAME, Manifest
 
 # Longer than any sensible download; whoever waits may press Ctrl-C.
@@ -66,7 +65,7 @@ def pull(
     with _alone(host, entry.name, report) as waited:
         if waited and (present := _present(host, entry, expected, before)):
             return _again(host, present, report)
-        partial = _partial(host, entry.name)
+        partial = pulls.partial(host, entry.name)
         _make(partial.parent)
         download.fetch(entry.url, partial, entry.name, report, patience)
         if expected is None:
@@ -138,14 +137,10 @@ def _remind(manifest: Manifest, report: Reporter) -> None:
 
 def _again(host: Host, present: Manifest, report: Reporter) -> Manifest:
     # A pull that was killed at its very end leaves its download.
-    with suppress(Conflict, OSError), held(host.folders.runtime, f"pull {present.name}"):
-        download.discard(_partial(host, present.name))
+    with suppress(Conflict, OSError), pulls.alone(host, present.name):
+        download.discard(pulls.partial(host, present.name))
     with images.making(host, present.name):
         return images.renew(host, present, report)
-
-
-def _partial(host: Host, name: str) -> Path:
-    return host.folders.cache / "pulls" / f"{name}.partial"
 
 
 def _make(folder: Path) -> None:
@@ -160,11 +155,11 @@ def _alone(host: Host, name: str, report: Reporter) -> Iterator[bool]:
     """Hold the right to pull ``name``; True when another process had it first and had to be waited for."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(held(host.folders.runtime, f"pull {name}"))
+            stack.enter_context(pulls.alone(host, name))
             waited = False
         except Conflict:
             report(Step(f"another vmctl is pulling {name}: waiting for it"))
-            stack.enter_context(held(host.folders.runtime, f"pull {name}", timeout_s=_WAIT_FOR_ANOTHER_S))
+            stack.enter_context(pulls.alone(host, name, timeout_s=_WAIT_FOR_ANOTHER_S))
             waited = True
         yield waited
 

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from vmctl import image_users, render
+from vmctl import render
 from vmctl.durable import written_out
 from vmctl.errors import Conflict, ImageError, NotFound, VmctlError
 from vmctl.events import Progress, Reporter, Step
@@ -233,11 +233,10 @@ def _store(host: Host, manifest: Manifest, new: NewImage, report: Reporter) -> N
     try:
         for suffix, path in new.files().items():
             _bring(host, f"{manifest.stem}.{suffix}", path, report)
+        text = manifest.to_bytes()
+        _tell(host, f"{manifest.stem}.json", text.ljust(len(text) + _ROOM_FOR_TAGS), new.disk.parent, report)
         if _own_folder(host):
             storage.refresh(host.conn, host.settings.image_pool)
-        text = manifest.to_bytes()
-        text = text.ljust(len(text) + _ROOM_FOR_TAGS)
-        _put(host, f"{manifest.stem}.json", io.BytesIO(text), len(text), report)
     except BaseException:
         # Under the image's lock, and without a manifest, these can only be this run's own.
         if _own_folder(host):
@@ -266,6 +265,19 @@ def _bring(host: Host, name: str, path: Path, report: Reporter) -> None:
         _put(host, name, file, path.stat().st_size, report)
 
 
+def _tell(host: Host, name: str, text: bytes, made_in: Path, report: Reporter) -> None:
+    """Put a manifest into the store."""
+    folder = _own_folder(host)
+    if folder is None or folder not in made_in.parents:
+        _put(host, name, io.BytesIO(text), len(text), report)
+        return
+    path = made_in / name
+    path.write_bytes(text)
+    with written_out([path]):  # before it has its name, by which the image exists
+        pass
+    _bring(host, name, path, report)
+
+
 def _put(host: Host, name: str, source: IO[bytes], size: int, report: Reporter) -> None:
     pool = host.settings.image_pool
     storage.delete_volume(host.conn, pool, name)  # left by a build that was killed; no manifest names it
@@ -285,6 +297,8 @@ def changing(host: Host, name: str, *, timeout_s: float = 0.0) -> Iterator[None]
 def find_unused(host: Host, name: str) -> Image:
     """An image that may be deleted. Raises Conflict, naming who, when a disk is based on it or a VM starts from it."""
     image = find(host, name)
+    from vmctl import image_users  # late: only who deletes asks
+
     needed = image_users.needed(host.conn)
     if users := needed.by(image.disk, image.kernel, image.initrd, image.bzimage):
         raise Conflict(

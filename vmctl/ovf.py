@@ -9,7 +9,6 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from xml.parsers import expat
-from xml.sax.saxutils import escape, quoteattr
 
 _OVF = "http://schemas.dmtf.org/ovf/envelope/1"
 _MOST_ELEMENTS = 20_000
@@ -83,6 +82,8 @@ def read_checksums(data: bytes) -> dict[str, tuple[str, str]]:
 
 def write(name: str, disk_file: str, *, virtual_size: int, file_size: int) -> bytes:
     """A descriptor for a machine of 1 CPU, 1 GiB and one SATA disk; whoever imports it may change that."""
+    from xml.sax.saxutils import escape, quoteattr  # late: it brings urllib.request and all below
+
     rasd = "http://schemas.dmtf.org/wbem/wscim/1/cim-schema/2/CIM_ResourceAllocationSettingData"
     vssd = "http://schemas.dmtf.org/wbem/wscim/1/cim-schema/2/CIM_VirtualSystemSettingData"
     items = "".join(

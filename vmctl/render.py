@@ -6,16 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-
-import jinja2
-from markupsafe import Markup
+from typing import TYPE_CHECKING
 
 from vmctl import record
 from vmctl.errors import SpecError
-from vmctl.record import Record
 from vmctl.reservation import Reservation
-from vmctl.resolve import DomainView, ShareView
 from vmctl.resources import templates_dir
+
+if TYPE_CHECKING:
+    import jinja2
+    from markupsafe import Markup
+
+    from vmctl.record import Record
+    from vmctl.resolve import DomainView, ShareView
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +79,16 @@ class CardView:
 
 def _tojson(value: object) -> Markup:
     """A double-quoted YAML scalar: JSON's string, but for letters beyond 16 bits, as YAML pairs no surrogates."""
+    from markupsafe import Markup
+
     text = json.dumps(value, ensure_ascii=False)
     return Markup("".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text))
 
 
 @cache
 def _environment(*, xml: bool) -> jinja2.Environment:
+    import jinja2  # late: many commands describe nothing to libvirt
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates_dir()),
         undefined=jinja2.StrictUndefined,
@@ -103,6 +110,8 @@ def metadata(value: Record) -> str:
 
 def domain(view: DomainView) -> str:
     """The XML of a domain."""
+    from markupsafe import Markup
+
     element = _xml("metadata", record=view.record, namespace=record.NAMESPACE, prefix=f"{record.PREFIX}:")
     return _xml("domain", vm=view, metadata=Markup(element))
 
@@ -139,6 +148,7 @@ def network_config(cards: Sequence[CardView]) -> str:
 
 def user_template(text: str, variables: Mapping[str, str]) -> str:
     """A user's own template with their variables. Raises SpecError for a variable that is not given and bad syntax."""
+    import jinja2
     from jinja2.sandbox import SandboxedEnvironment  # late: few VMs are made with one
 
     environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

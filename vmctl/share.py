@@ -1,4 +1,8 @@
-"""Folders of the host in a guest: by virtiofs where that can be, else by 9p."""
+"""Folders of the host in a guest: by virtiofs where that can be, else by 9p.
+
+9p needs a guest whose kernel has it. Debian's cloud kernel, the micro image's too, is built without (CONFIG_NET_9P is
+not set); Debian's general kernel, that of debian-12, has it as modules.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,16 @@ from pathlib import Path
 
 from vmctl import guest, render, resolve
 from vmctl.choices import ShareDriver
-from vmctl.errors import Conflict, NotFound, SpecError, Unsupported, VmctlError
+from vmctl.errors import Conflict, GuestCommandFailed, NotFound, SpecError, Unsupported, VmctlError
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host, holding, qemu_user_name
 from vmctl.hypervisor import capabilities, devices, domain
+from vmctl.hypervisor.devices import SharedFolder
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.spec import Share, share_problems
+from vmctl.wait import wait_until
 
+_UNPLUG_S = 10.0
 _DAEMONS = Path("/usr/share/qemu/vhost-user")  # docs/interop/vhost-user.json in QEMU: who offers which daemon
 
 
@@ -75,10 +82,7 @@ def fstab_command(share: Share, how: ShareDriver) -> str:
     options += ",trans=virtio,version=9p2000.L,msize=262144" if how is ShareDriver.P9 else ""
     place = "".join(f"\\{ord(c):03o}" if c in " \t\\#" else c for c in share.mount)  # fstab(5)
     line = shlex.quote(f"{tag} {place} {how} {options} 0 0")
-    return (
-        f"mkdir -p {shlex.quote(share.mount)} && "
-        f"{{ grep -q '^{tag} ' /etc/fstab || printf '%s\\n' {line} >>/etc/fstab; }}"
-    )
+    return f"mkdir -p {shlex.quote(share.mount)} && {_forget(tag)} && printf '%s\\n' {line} >>/etc/fstab"
 
 
 def mount_command(share: Share, how: ShareDriver) -> str:
@@ -86,6 +90,20 @@ def mount_command(share: Share, how: ShareDriver) -> str:
     tag = resolve.share_view(share, how).tag
     mount = f"{{ grep -q '^{tag} ' /proc/mounts || mount {shlex.quote(share.mount)}; }}"
     return f"{fstab_command(share, how)} && {mount}"
+
+
+def _forget(tag: str) -> str:
+    """A shell command that takes a share out of fstab, which keeps its owner and mode, and is never half written."""
+    return (
+        f"{{ ! grep -q '^{tag} ' /etc/fstab || {{ cp -p /etc/fstab /etc/fstab.new && "
+        f"{{ grep -v '^{tag} ' /etc/fstab >/etc/fstab.new; [ $? -le 1 ]; }} && mv /etc/fstab.new /etc/fstab; }}; }}"
+    )
+
+
+def unmount_command(mount: str, tag: str) -> str:
+    """A shell command for the guest that unmounts a share and forgets it; fails where somebody still uses it."""
+    mounted = f"grep -q '^{tag} ' /proc/mounts"
+    return f"{{ ! {mounted} || umount {shlex.quote(mount)}; }} && ! {mounted} && {_forget(tag)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +154,98 @@ def _told(host: Host, vm: Domain, command: str, report: Reporter) -> bool:
     """Whether the guest did as told; one that cannot be reached is no error: a person can do it there."""
     if vm.state is not State.RUNNING:
         return False
-    words = bytearray()
     try:
-        code = guest.execute(host, vm.name, ["sh", "-c", command], stdin=None, out=words.extend, err=words.extend)
+        code, words = _as_root(host, vm.name, command)
     except VmctlError as error:
         report(Warned(f"it could not be mounted in the guest: {error.message}"))
         return False
     if code:
-        report(Warned(f"it could not be mounted in the guest: {words.decode('utf-8', 'replace').strip()}"))
+        report(Warned(f"it could not be mounted in the guest: {words}"))
     return code == 0
+
+
+def _as_root(host: Host, name: str, command: str) -> tuple[int, str]:
+    """Exit code and words of a shell command in the guest, whose login may be an ordinary user's."""
+    words = bytearray()
+    script = '[ "$(id -u)" = 0 ] && exec sh -c "$1"; exec sudo -n sh -c "$1"'
+    code = guest.execute(
+        host, name, ["sh", "-c", script, "sh", command], stdin=None, out=words.extend, err=words.extend
+    )
+    return code, words.decode("utf-8", "replace").strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Unshared:
+    """What became of a share that was taken away: ``gone`` says from when, ``command`` makes the guest forget it.
+
+    ``done``: that command went through in the guest.
+    """
+
+    name: str
+    folder: str
+    tag: str
+    gone: str
+    done: bool
+    command: str
+
+
+def unshare(host: Host, name: str, mount: str, report: Reporter) -> Unshared:
+    """Take the folder that is at ``mount`` in the guest away from a VM: at once where it can be unplugged.
+
+    Raises NotFound, and GuestCommandFailed where somebody in the guest still uses it: then nothing is changed.
+    """
+    with holding(host, name, timeout_s=30.0):
+        vm = domain.find(host.conn, name)
+        domain.require_persistent(vm, "take a share from")
+        tag = resolve.share_view(Share("", mount), ShareDriver.VIRTIOFS).tag
+        later = [one for one in devices.shares(host.conn, name) if one.tag == tag]
+        now = [one for one in devices.shares(host.conn, name, live=True) if one.tag == tag] if vm.active else []
+        if not (later or now):
+            raise NotFound(f"cannot unshare {mount}: VM {name} has no share there", hint=_shares_hint(host, name))
+        command = unmount_command(mount, tag)
+        done = _forgotten(host, vm, mount, command, report)
+        for one in later:
+            devices.detach(host.conn, name, one.xml, live=False)
+        # Never under a guest that may have it mounted. QEMU can unplug no 9p device.
+        left = bool(now) and not (done and all(one.virtiofs and _unplugged(host, name, one, report) for one in now))
+    gone = "its next stop and start" if left else "now"
+    report(Step(f"{(later or now)[0].folder} is no longer shared with {name}"))
+    return Unshared(name, (later or now)[0].folder, tag, gone, done, command)
+
+
+def _shares_hint(host: Host, name: str) -> str:
+    folders = ", ".join(one.folder for one in devices.shares(host.conn, name))
+    return f"it has these folders of the host: {folders}" if folders else ""
+
+
+def _forgotten(host: Host, vm: Domain, mount: str, command: str, report: Reporter) -> bool:
+    """Whether the guest has unmounted and forgotten it. Raises GuestCommandFailed when it says no."""
+    if vm.state is not State.RUNNING:
+        return False
+    try:
+        code, words = _as_root(host, vm.name, command)
+    except VmctlError as error:
+        report(Warned(f"it could not be unmounted in the guest: {error.message}"))
+        return False
+    if code:
+        raise GuestCommandFailed(
+            f"cannot unshare {mount}: VM {vm.name} does not let go of it",
+            evidence=words.splitlines(),
+            hint="end what uses it there, or stop the VM first",
+        )
+    return True
+
+
+def _unplugged(host: Host, name: str, one: SharedFolder, report: Reporter) -> bool:
+    """Whether the guest has given the device back in time."""
+
+    def gone() -> bool:
+        return all(share.tag != one.tag for share in devices.shares(host.conn, name, live=True))
+
+    try:
+        devices.detach(host.conn, name, one.xml)
+        wait_until(gone, what="the guest to give the device back", timeout_s=_UNPLUG_S, interval_s=0.1)
+    except VmctlError as error:
+        report(Warned(f"it stays plugged in until the next stop: {error.message}"))
+        return False
+    return True

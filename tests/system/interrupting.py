@@ -16,7 +16,8 @@ from typing import Any
 from vmctl.cli import run
 from vmctl.hypervisor import domain, network, storage
 
-CHANGES = {
+CHANGES: dict[Any, tuple[str, ...]] = {
+    Path: ("rename",),  # how a finished file gets its name in the store
     storage: ("ensure_pool", "create_volume", "upload", "delete_volume"),
     network: ("define", "start"),
     domain: ("define", "start", "set_record", "set_autostart", "power_off", "undefine"),
@@ -44,7 +45,7 @@ def main() -> int:
 
     for module, functions in CHANGES.items():
         for function in functions:
-            label = f"{module.__name__.rsplit('.', 1)[1]}.{function}"
+            label = f"{module.__name__.rpartition('.')[2]}.{function}"
             setattr(module, function, wrapped(label, getattr(module, function)))
     return run(sys.argv[3:])
 

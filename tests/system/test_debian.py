@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import secrets
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -30,14 +32,25 @@ class Guests:
 
 
 @pytest.fixture(scope="module")
-def guests(debian_image: None) -> Iterator[Guests]:
+def folder() -> Iterator[Path]:
+    """A folder of the host that QEMU's user may look into."""
+    with tempfile.TemporaryDirectory(dir="/srv" if Path("/srv").is_dir() else "/tmp") as name:
+        made = Path(name)
+        made.chmod(0o755)
+        (made / "from host").write_text("by the host\n")
+        yield made
+
+
+@pytest.fixture(scope="module")
+def guests(debian_image: None, folder: Path) -> Iterator[Guests]:
     """The guests, reachable and set up."""
     shell = Shell()
     names = {way: f"t-{way}-{secrets.token_hex(3)}" for way in WAYS}
     try:
         for way, options in WAYS.items():
             create = ["create", names[way], "--image", "debian-12", "--memory", "1G", "--root-size", f"{ROOT_GIB}G"]
-            shell.run(*create, "--runcmd", "echo as asked > /var/local/told", *options)
+            share = ["--share", f"{folder}:/srv/by 9p:ro"] if way == "bios" else []
+            shell.run(*create, "--runcmd", "echo as asked > /var/local/told", *options, *share)
         for name in names.values():
             shell.run("wait", name, "--for", "ssh", "--timeout", "400", timeout=420)
         yield Guests(shell, names)
@@ -109,6 +122,22 @@ def test_the_agent_answers(guests: Guests, way: str) -> None:
 def test_no_two_machines_share_an_identity(guests: Guests) -> None:
     assert len({guests.run(way, "cat", "/etc/machine-id") for way in WAYS}) == len(WAYS)
     assert len({guests.run(way, "sudo", "cat", "/etc/ssh/ssh_host_ed25519_key.pub") for way in WAYS}) == len(WAYS)
+
+
+def test_a_read_only_share_is_there_and_can_be_taken_away(guests: Guests, folder: Path) -> None:
+    """By 9p where virtiofs cannot be read-only; its user is no root there."""
+    shell, name = guests.shell, guests.names["bios"]
+    shell.run("exec", name, "--", "cloud-init", "status", "--wait", timeout=400)
+    there = guests.run("bios", "grep", "by.0409p", "/proc/mounts")
+    virtiofs = "virtiofs" in shell.virsh("dumpxml", name)
+    assert there.split()[2] == ("virtiofs" if virtiofs else "9p")
+    assert guests.run("bios", "cat", "/srv/by 9p/from host") == "by the host"
+    refused = shell.run("exec", name, "--", "sudo", "touch", "/srv/by 9p/new", check=1)
+    assert "Read-only" in refused.stderr and not (folder / "new").exists()
+    told = shell.json("unshare", name, "/srv/by 9p")
+    assert told["done"] and (virtiofs or told["gone"] == "its next stop and start")
+    assert "by\\040" not in guests.run("bios", "cat", "/proc/mounts", "/etc/fstab")
+    assert "<filesystem" not in shell.virsh("dumpxml", "--inactive", name)
 
 
 def test_packages_come_from_the_public_mirror(guests: Guests) -> None:

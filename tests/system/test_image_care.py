@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import Shell, volumes
+from tests.system.conftest import REPO, Shell, environment, volumes
 
 pytestmark = pytest.mark.system
 
@@ -154,3 +157,34 @@ def test_prune_takes_left_over_files_too(shell: Shell, stored: Callable[[], str]
     assert left.stem + ".qcow2" in shell.json("image", "prune", "--dry-run")["leftovers"] and left.exists()
     shell.run("image", "prune", "--yes")
     assert not left.exists()
+
+
+def test_prune_takes_old_downloads_but_none_that_a_pull_works_on(shell: Shell, tmp_path: Path) -> None:
+    cache, runtime = tmp_path / "cache", tmp_path / "run"
+    env = environment(XDG_CACHE_HOME=str(cache), XDG_RUNTIME_DIR=str(runtime))
+    pulls = cache / "vmctl/pulls"
+    pulls.mkdir(parents=True)
+    runtime.mkdir(mode=0o700)
+    for name, days in (("old", 8), ("busy", 8), ("fresh", 6)):
+        for path in (pulls / f"{name}.partial", pulls / f"{name}.partial.json"):
+            path.write_bytes(bytes(1 << 16))
+            os.utime(path, (time.time() - days * 86400,) * 2)
+    (pulls / "a user's.partial").touch()
+    (pulls / "orphan.partial.json").write_text("{}")
+    lock = "import sys\nfrom pathlib import Path\nfrom vmctl.config import folders\nfrom vmctl.locks import held\n"
+    lock += "with held(folders().runtime, 'pull busy'):\n    print(flush=True)\n    sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", lock], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO
+    ) as pulling:
+        assert pulling.stdout and pulling.stdin
+        pulling.stdout.readline()
+        would = json.loads(shell.run("image", "prune", "--dry-run", "-o", "json", env=env).stdout)
+        assert would["downloads"] == ["old"] and would["freed"] >= 2 << 16
+        assert "old.partial" in shell.run("image", "prune", "--yes", env=env).stdout
+        kept = {"busy.partial", "busy.partial.json", "fresh.partial", "fresh.partial.json"}
+        assert {path.name for path in pulls.iterdir()} == {*kept, "a user's.partial", "orphan.partial.json"}
+        pulling.stdin.close()
+    shell.run("image", "prune", "--yes", env=env)
+    assert not (pulls / "busy.partial").exists() and (pulls / "fresh.partial").exists()
+    shell.run("image", "prune", "--downloads", "0", "--yes", env=env)
+    assert {path.name for path in pulls.iterdir()} == {"a user's.partial"}

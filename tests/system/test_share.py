@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,54 @@ def test_a_further_folder_is_plugged_into_a_running_guest_that_has_cgroups(
     assert "has a share at /mnt/hot already" in refused.stderr
     definition = ET.fromstring(shell.virsh("dumpxml", "--inactive", vm))
     assert len(definition.findall("devices/filesystem")) == 2
+
+
+def test_a_share_that_is_in_use_stays_and_one_that_is_not_goes_at_once(shell: Shell, vm: str, folder: Path) -> None:
+    refused = shell.run("unshare", vm, "/mnt/never", check=4)
+    assert "no share there" in refused.stderr and str(folder) in refused.stderr
+    use = 'cd "/srv/it\'s here" && (sleep 600 </dev/null >/dev/null 2>&1 & echo $!)'
+    user = shell.run("exec", vm, "--", "sh", "-c", use).stdout.strip()
+    refused = shell.run("unshare", vm, "/srv/it's here", check=9)
+    assert "does not let go of it" in refused.stderr and "busy" in refused.stderr
+    assert in_guest(shell, vm, "/srv/it's here/from host") == "by the host\n"
+    shell.run("exec", vm, "--", "kill", user)
+    daemons = len(shell.virsh("dumpxml", vm).split("<filesystem")) - 1
+    done = shell.json("unshare", vm, "/srv/it's here")
+    assert (done["folder"], done["gone"], done["done"]) == (str(folder), "now", True)
+    for state in ((), ("--inactive",)):
+        shares = ET.fromstring(shell.virsh("dumpxml", *state, vm)).findall("devices/filesystem")
+        assert len(shares) == daemons - 1 and str(folder) not in {s.find("source").get("dir") for s in shares}  # type: ignore[union-attr]
+    assert shell.run("exec", vm, "--", "cat", "/proc/mounts", "/etc/fstab").stdout.count("it\\040s") == 0
+    assert shell.run("exec", vm, "--", "sh", "-c", 'ls -A "/srv/it\'s here"').stdout == ""
+    shell.run("unshare", vm, "/srv/it's here", check=4)
+
+
+def test_a_share_of_a_stopped_vm_goes_and_may_come_back_another_way(shell: Shell, name: str, tmp_path: Path) -> None:
+    """What the guest's fstab still says of it does no harm, and is replaced."""
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/a").write_text("again\n")
+    shell.run("create", name, "--image", "micro", "--share", f"{tmp_path}:/mnt", "--wait", "ssh")
+    in_guest(shell, name, "/mnt/new/a")
+    shell.run("stop", name)
+    told = shell.run("unshare", name, "/mnt").stdout
+    assert "gone from /mnt, from now on" in told and "umount /mnt" in told
+    assert not ET.fromstring(shell.virsh("dumpxml", "--inactive", name)).findall("devices/filesystem")
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "ssh")
+    shell.run("share", name, f"{tmp_path}/new:/mnt")
+    assert shell.run("exec", name, "--", "grep", "-c", "/mnt", "/etc/fstab").stdout == "1\n"
+    told = shell.run("unshare", name, "/mnt").stdout  # before it was ever there
+    assert "from now on" in told and "/mnt" not in shell.run("exec", name, "--", "cat", "/etc/fstab").stdout
+
+
+def test_debians_cloud_kernel_has_no_9p() -> None:
+    """So no image with it can take a 9p share; debian-12, which can, is tried in test_debian.py."""
+    (package,) = (Path.home() / ".cache/vmctl/debs").glob("linux-image-[0-9]*-cloud-*.deb")
+    unpack = 'dpkg-deb --fsys-tarfile "$0" | tar -xO --wildcards "./boot/config-*"'
+    config = subprocess.run(
+        ["sh", "-c", unpack, package], check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+    assert "# CONFIG_NET_9P is not set" in config.splitlines() and "CONFIG_VIRTIO_FS=m" in config.splitlines()
 
 
 def test_a_guest_whose_memory_is_its_own_gets_the_folder_at_its_next_start(

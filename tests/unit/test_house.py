@@ -125,6 +125,11 @@ def test_exit_codes_in_the_readme() -> None:
             },
         ),
         (["image", "search"], {"urllib3", "jsonschema", "paramiko", "rich", "yaml", "vmctl.builder.micro"}),
+        (
+            ["image", "export", "nope", "nope.raw"],
+            {"paramiko", "jinja2", "urllib.request", "tarfile", "gzip", "vmctl.hypervisor.domain", "vmctl.vagrant_box"},
+        ),
+        (["image", "import", "nope.raw"], {"paramiko", "jinja2", "urllib.request", "vmctl.hypervisor.domain"}),
         (["pause", "nope"], {"paramiko", "rich", "yaml", "pycdlib", "vmctl.builder.micro"}),
     ],
 )

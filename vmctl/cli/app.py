@@ -44,6 +44,7 @@ COMMANDS: Mapping[str, Entry] = {
     "cp": Entry("access", "cp", "Copy files into a guest or out of it."),
     "forward": Entry("forward", "forward", "Lead ports of this machine to ports of a guest."),
     "share": Entry("share", "share", "Mount a folder of the host in a guest."),
+    "unshare": Entry("share", "unshare", "Take a shared folder from a guest."),
     "console": Entry("access", "console", "Open the serial console."),
     "view": Entry("view", "view", "Show the screen in a browser."),
     "screenshot": Entry("view", "screenshot", "Save what is on the screen as PNG."),

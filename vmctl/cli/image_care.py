@@ -46,20 +46,24 @@ def verify(
 
 def prune(
     keep: Annotated[int, typer.Option("--keep", metavar="N", min=1, help="Newest images kept of each name.")] = 1,
+    downloads: Annotated[
+        float, typer.Option("--downloads", metavar="DAYS", min=0.0, help="Age of interrupted downloads given up.")
+    ] = 7.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be deleted.")] = False,
     yes: YesOption = False,
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Delete older images of a name, untagged ones that no VM and no disk needs, even indirectly."""
+    """Delete older images of a name, untagged ones that no VM and no disk needs, even indirectly; and old downloads."""
     from vmctl import image_care
 
     with opened(connect) as host:
         report = reporter()
-        what = image_care.prunable(host, report, kept_each=keep)
-        names = [*what.images, *what.leftovers]
+        idle_s = downloads * 86400
+        what = image_care.prunable(host, report, kept_each=keep, idle_s=idle_s)
+        names = [*what.images, *what.leftovers, *(f"{name}.partial" for name in what.downloads)]
         if names and not dry_run:
             refuse_unless_yes([*names, f"frees {ui.size(what.freed)}"], yes=yes)
-            image_care.prune(host, what, report)
+            image_care.prune(host, what, report, idle_s=idle_s)
         lines = [*names, f"{'would free' if dry_run else 'freed'} {ui.size(what.freed)}"] if names else []
         ui.emit(what, output, lambda: "\n".join(lines) or "nothing to prune", lambda: names)

@@ -1,4 +1,4 @@
-"""vmctl share: folders of the host in a guest."""
+"""vmctl share, unshare: folders of the host in a guest."""
 
 from __future__ import annotations
 
@@ -28,5 +28,24 @@ def share(
         def told() -> str:
             text = f"{name}: {wanted.folder} is at {wanted.mount}, from {done.there} on ({done.driver})"
             return text if done.done else f"{text}; in the guest, run:\n{done.command}"
+
+        ui.emit(done, output, told, lambda: [done.tag])
+
+
+def unshare(
+    name: Name,
+    mount: Annotated[str, typer.Argument(metavar="GUEST", help="Where the guest has the folder.")],
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Take a shared folder from a guest: at once where it can be unplugged, else from its next start on."""
+    from vmctl import share as sharing
+
+    with opened(connect) as host:
+        done = sharing.unshare(host, name, mount, reporter())
+
+        def told() -> str:
+            text = f"{name}: {done.folder} is gone from {mount}, from {done.gone} on"
+            return text if done.done else f"{text}; in the guest, as root, run:\n{done.command}"
 
         ui.emit(done, output, told, lambda: [done.tag])

@@ -14,23 +14,27 @@ from vmctl.hypervisor.errors import calling
 
 @dataclass(frozen=True, slots=True)
 class SharedFolder:
-    """A folder of the host that a domain is defined with."""
+    """A folder of the host that a domain has. ``xml`` is its device, by which libvirt finds it."""
 
     folder: str
     tag: str
+    virtiofs: bool
+    xml: str
 
 
 def _definition(conn: Connection, name: str, *, inactive: bool) -> ET.Element:
     return ET.fromstring(domain.xml(conn, name, inactive=inactive))
 
 
-def shares(conn: Connection, name: str) -> tuple[SharedFolder, ...]:
-    """The folders that ``name`` has from its next start on."""
+def shares(conn: Connection, name: str, *, live: bool = False) -> tuple[SharedFolder, ...]:
+    """The folders that ``name`` has from its next start on, or with ``live`` those it has now."""
     found = []
-    for one in _definition(conn, name, inactive=True).iterfind("devices/filesystem"):
+    for one in _definition(conn, name, inactive=not live).iterfind("devices/filesystem"):
         source, target = one.find("source"), one.find("target")
         if source is not None and target is not None:
-            found.append(SharedFolder(source.get("dir", ""), target.get("dir", "")))
+            virtiofs = one.find("driver[@type='virtiofs']") is not None
+            text = ET.tostring(one, encoding="unicode")
+            found.append(SharedFolder(source.get("dir", ""), target.get("dir", ""), virtiofs, text))
     return tuple(found)
 
 
@@ -84,7 +88,7 @@ def attach(conn: Connection, name: str, xml: str, *, live: bool) -> None:
         domain.handle(conn, name).attachDeviceFlags(xml, _flags(live=live))
 
 
-def detach(conn: Connection, name: str, xml: str) -> None:
-    """Unplug a device now."""
+def detach(conn: Connection, name: str, xml: str, *, live: bool = True) -> None:
+    """Unplug a device: ask the guest now, who may take its time, or have it gone from the next start on."""
     with calling(f"detach a device from VM {name}"):
-        domain.handle(conn, name).detachDeviceFlags(xml, _flags(live=True))
+        domain.handle(conn, name).detachDeviceFlags(xml, _flags(live=live))
