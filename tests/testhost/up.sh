@@ -173,12 +173,13 @@ done
 
 # This shell stays, to reap what others leave; when it ends, the kernel ends everything in here.
 cd "$root"
-if [ "${CI-}" ]; then
+if [ "${1-}" = --figures-only ]; then
     # A report, not a test: a machine that others share may be slow today.
     for bench in "commands.py 7" "boot.py 3"; do
         # shellcheck disable=SC2086  name and rounds are two words
         "$root/.venv/bin/python3" tests/perf/$bench || echo "no figures from tests/perf/$bench" >&2
     done
+    exit 0
 fi
 status=0
 "$root/.venv/bin/python3" -m pytest "$@" || status=$?
