@@ -154,7 +154,6 @@ def _walk(path: Path, name: bytes, above: tuple[tuple[int, int], ...] = ()) -> I
 
 
 def _put(host: Host, paths: list[Path], name: str, destination: str, report: Reporter, user: str | None) -> None:
-    where = guest.target(host, domain.find(host.conn, name), user=user)
     doing = f"copy to {destination} in VM {name}"
     bases = [path.resolve().name if path.name in {"", "..", "."} else path.name for path in paths]
     if shutil.which("ssh"):
@@ -175,6 +174,7 @@ def _put(host: Host, paths: list[Path], name: str, destination: str, report: Rep
             raise NotFound(f"cannot {doing}: it is no folder in the guest")
     from vmctl import ssh
 
+    where = guest.target(host, domain.find(host.conn, name), user=user)
     ssh.put(where, paths, destination, lambda label, done, total: report(Progress(label, done, total)))
 
 
@@ -244,7 +244,6 @@ class _Buffered:
 
 
 def _get(host: Host, name: str, source: str, destination: Path, report: Reporter, user: str | None) -> None:
-    where = guest.target(host, domain.find(host.conn, name), user=user)
     base = posixpath.basename(source.rstrip("/"))
     root = destination / base if destination.is_dir() and base not in {"", ".", ".."} else destination
     doing = f"copy {source} from VM {name}"
@@ -267,6 +266,7 @@ def _get(host: Host, name: str, source: str, destination: Path, report: Reporter
             raise GuestCommandFailed(f"cannot {doing}: there is no such file in the guest")
     from vmctl import ssh
 
+    where = guest.target(host, domain.find(host.conn, name), user=user)
     ssh.get(where, source, destination, lambda label, done, total: report(Progress(label, done, total)))
 
 

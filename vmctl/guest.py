@@ -13,11 +13,12 @@ from vmctl.errors import NotFound, VmctlError, WrongState
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, network, storage
 from vmctl.hypervisor.domain import Domain, State
+from vmctl.login import Target
 from vmctl.seed import client_key
 from vmctl.wait import pause
 
 if TYPE_CHECKING:
-    from vmctl.ssh import Target, Terminal
+    from vmctl.login import Terminal
 
 _LOG_TAIL = 256 * 1024
 _FOLLOW_S = 0.3
@@ -65,8 +66,6 @@ def address(host: Host, vm: Domain) -> Address | None:
 
 def target(host: Host, vm: Domain, *, user: str | None = None) -> Target:
     """How to log in to a running guest. Raises WrongState, NotFound."""
-    from vmctl.ssh import Target
-
     if vm.state is not State.RUNNING:
         hint = f"vmctl resume {vm.name}" if vm.state is State.PAUSED else f"vmctl start {vm.name}"
         raise WrongState(f"cannot reach VM {vm.name}: it is {vm.state}", hint=hint)

@@ -15,12 +15,12 @@ import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import paramiko
 
 from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound
+from vmctl.login import Target, Terminal
 
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
@@ -29,30 +29,6 @@ _BANNER_TIMEOUT_S = 30.0
 _CHUNK = 64 * 1024
 _KEEPALIVE_S = 15
 _EXIT_UNKNOWN = 255  # what OpenSSH's client returns too
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where and as whom to log in. ``host_key`` is "TYPE BASE64"; ``key`` the private key's file."""
-
-    host: str
-    port: int
-    user: str
-    host_key: str
-    key: Path
-
-    def __str__(self) -> str:
-        """As people write it."""
-        return f"{self.user}@{self.host}" + (f":{self.port}" if self.port != 22 else "")
-
-
-@dataclass(frozen=True, slots=True)
-class Terminal:
-    """The terminal a remote command gets."""
-
-    kind: str
-    columns: int
-    rows: int
 
 
 @contextmanager

@@ -8,6 +8,7 @@ Usage: python tests/perf/copies.py [MEBIBYTES [FILES [ROUNDS]]]      on qemu:///
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def make(folder: Path, mebibytes: int, files: int) -> None:
 
 def main() -> None:
     """Measure and print."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with the guest's end, whoever stops it
     mebibytes, files, rounds = (int(w) for w in (*sys.argv[1:], *("1024", "5000", "1")[len(sys.argv) - 1 :]))
     vm = f"perf-copy-{os.getpid()}"
     took(ENTRY, "create", vm, "-q", "--image", "micro", "--memory", "1G", "--root-size", "6G", "--wait", "ssh")

@@ -130,6 +130,7 @@ def test_exit_codes_in_the_readme() -> None:
             {"paramiko", "jinja2", "urllib.request", "tarfile", "gzip", "vmctl.hypervisor.domain", "vmctl.vagrant_box"},
         ),
         (["image", "import", "nope.raw"], {"paramiko", "jinja2", "urllib.request", "vmctl.hypervisor.domain"}),
+        (["cp", "README.md", "test:/tmp/"], {"paramiko", "jinja2", "urllib.request"}),
         (["pause", "nope"], {"paramiko", "rich", "yaml", "pycdlib", "vmctl.builder.micro"}),
     ],
 )

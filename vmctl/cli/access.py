@@ -85,7 +85,7 @@ def exec_(
     Example: vmctl exec web1 -- uname -a
     """
     from vmctl import guest, terminal
-    from vmctl.ssh import Terminal
+    from vmctl.login import Terminal
 
     argv = _command(command)
     if not argv:
