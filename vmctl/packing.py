@@ -13,8 +13,8 @@ from vmctl.gzip_stream import GzipStream
 from vmctl.manifest import Manifest
 
 _CHUNK = 1 << 20
-# A qcow2 disk hardly shrinks further; higher levels cost several times the time.
-_GZIP_LEVEL = 3
+# Level 3 takes a third more time for a Debian disk, and leaves 3 % less.
+_GZIP_LEVEL = 1
 
 
 def _text(target: IO[bytes], name: str, data: bytes) -> None:
