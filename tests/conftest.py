@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Tests are not timed: a machine that others share may be slow just then.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # tests/testhost/up.sh writes it on the host's own /run, so that it can exist nowhere else.
 TEST_HOST_MARKER = Path("/run/vmctl-test-host")

@@ -27,6 +27,7 @@ _POLL_S = 0.05
 # An answer beyond 4 MiB cannot pass libvirt's protocol; one beyond 10 MiB makes libvirt give up the agent until the
 # guest restarts (9.0). So nothing is asked for in one piece: files in the guest hold what goes in and comes out.
 _CHUNK = 1 << 20
+_PIECE = 1 << 16  # what is written at once: some agents stop answering at requests of half a MiB
 _USER = r"[A-Za-z_][A-Za-z0-9_.@-]{0,63}"
 _START = 'd=$1; shift; exec "$@" <"$d/in" >"$d/out" 2>"$d/err"'
 
@@ -116,7 +117,7 @@ def execute(
 def _feed(ask: _Asked, path: str, source: int) -> None:
     handle = ask("guest-file-open", path=path, mode="w")
     try:
-        while data := os.read(source, _CHUNK):
+        while data := os.read(source, _PIECE):
             ask("guest-file-write", handle=handle, buf_b64=base64.b64encode(data).decode())
     finally:
         ask("guest-file-close", handle=handle)

@@ -38,6 +38,12 @@ _NO_TAR, _NOT_THERE, _NO_FOLDER = 79, 78, 77
 _TAKE = """
 command -v tar >/dev/null || exit 79
 size=$1 mode=$2 d=$3; shift 3; name=
+if [ "$size" ]; then
+    one=$d
+    [ ! -d "$d" ] || one=$d/$1
+    # As cp does: through a link, into a device.
+    if [ ! -d "$one" ] && { [ -L "$one" ] || { [ -e "$one" ] && [ ! -f "$one" ]; }; }; then exec cat >"$one"; fi
+fi
 if [ -d "$d" ]; then into=$d; else [ $# -eq 1 ] || exit 77; name=${d##*/}; into=$(dirname -- "$d"); fi
 [ -d "$into" ] || exit 77
 t=$(mktemp -d "$into/.vmctl-XXXXXX") || exit 1
@@ -277,7 +283,12 @@ def _receive(process: subprocess.Popen[bytes], root: Path, depth: int, label: st
         kind, *about = stream.readline(_LINE).split() or [b""]
         if kind == b"file" and len(about) == 2 and about[0].isdigit() and not about[1].strip(b"01234567"):
             alone = Member(b"", Kind.FILE, int(about[1], 8), int(about[0]))
-            _write(stream, alone, root, label, 0, report)
+            # As cp and scp do: what a link of the user's leads to is written, and a device is written into.
+            path = root.resolve() if root.is_symlink() else root
+            try:
+                _write(stream, alone, path, label, 0, report, staged=path.exists() and not path.is_file())
+            except OSError as error:
+                raise SpecError(f"cannot write {root}: {error.strerror}") from error
             return
         if kind != b"tar":
             raise Malformed("it is neither file nor archive")
@@ -341,13 +352,15 @@ def _write(
                 left -= len(data)
                 done += len(data)
                 report(Progress(label, done, total))
-            os.fchmod(file.fileno(), member.mode & 0o777)
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                os.fchmod(file.fileno(), member.mode & 0o777)
         if member.name:
             stream.read(len(tarstream.padding(member.size)))
         if not staged:
             partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        if partial.is_file():
+            partial.unlink()
         raise
     return done
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vmctl import resolve, spec
+from vmctl import image_users, resolve, spec
 from vmctl.events import Reporter, Warned
 from vmctl.guest import known_hosts
 from vmctl.hosts import Host, holding
@@ -77,12 +77,13 @@ def _deletable(host: Host, vm: Domain) -> tuple[Owned, ...]:
         ]
     others = [other for other in domain.all_facts(host.conn) if other.uuid != vm.uuid]
     used = {path for other in others for path in (other.serial_log, *(disk.source for disk in other.disks))}
+    needed = image_users.needed(host.conn)  # through overlays too, in a pool or outside of any
     free = []
     for one in owned:
         path = f"{storage.pool_path(host.conn, one.pool)}/{one.volume}"
-        if path in used or f"{one.pool}/{one.volume}" in used or set(storage.disk_users(host.conn, path)):
-            continue
-        free.append(one)
+        users = set(needed.by(path)) - {vm.name}
+        if path not in used and f"{one.pool}/{one.volume}" not in used and not users:
+            free.append(one)
     return tuple(free)
 
 
@@ -110,6 +111,6 @@ def remove(host: Host, vm: Domain, report: Reporter) -> None:
     for owned in volumes:
         storage.delete_volume(host.conn, owned.pool, owned.volume)
     for owned in kept:
-        report(Warned(f"kept volume {owned.volume}: another VM uses it"))
+        report(Warned(f"kept volume {owned.volume}: another VM uses it, or a disk is based on it"))
     if vm.persistent:
         domain.undefine(host.conn, vm.name)

@@ -42,15 +42,15 @@ class Started(StrEnum):
 def start(host: Host, name: str, report: Reporter) -> Started:
     """Boot it, or bring it back from its saved memory; one that runs is left alone."""
     vm = domain.find(host.conn, name)
-    if vm.state is State.PAUSED:
-        raise WrongState(f"cannot start VM {name}: it is paused", hint=f"vmctl resume {name}")
-    if vm.active:
-        return Started.ALREADY
     if vm.facts.record is not None and vm.facts.record.creating:
         raise WrongState(
             f"cannot start VM {name}: its creation was cut off, and it may lack parts",
             hint=f"create it again, or vmctl delete {name}",
         )
+    if vm.state is State.PAUSED:
+        raise WrongState(f"cannot start VM {name}: it is paused", hint=f"vmctl resume {name}")
+    if vm.active:
+        return Started.ALREADY
     for nic in vm.facts.nics:
         if nic.source == host.settings.network:
             networks.ensure(host, report)

@@ -51,8 +51,8 @@ def _labelled(have: Mapping[str, str], wanted: Mapping[str, str | None]) -> bool
 
 
 def shown_state(state: State, record: Record | None) -> State:
-    """The state to show: a stopped VM whose creation did not come to its end is no stopped VM yet."""
-    return State.CREATING if state is State.STOPPED and record is not None and record.creating else state
+    """The state to show: a VM whose creation did not come to its end has no other yet, whatever QEMU does."""
+    return State.CREATING if record is not None and record.creating else state
 
 
 def _row(entry: Entry, addresses: Callable[[Brief | None], str], host: str) -> Row:

@@ -144,6 +144,8 @@ def test_a_half_made_vm_is_not_started(shell: Shell, name: str) -> None:
     text = shell.virsh("dumpxml", "--inactive", name).replace("<vmctl:vm ", '<vmctl:vm creating="yes" ')
     subprocess.run(["virsh", "-q", "define", "/dev/stdin"], input=text, text=True, check=True, timeout=30)
     assert "its creation was cut off" in shell.run("start", name, check=6).stderr
+    shell.virsh("start", "--paused", name)
+    assert "its creation was cut off" in shell.run("start", name, check=6).stderr
     assert shell.json("show", name)["state"] == "creating"
     assert name in [row["name"] for row in shell.json("list", "--state", "creating")]
     shell.run("create", name, "--image", "micro")
@@ -198,3 +200,67 @@ def test_the_seed_goes_when_it_has_been_used(shell: Shell, name: str) -> None:
     assert shell.run("exec", name, "--", "hostname").stdout == f"{name}\n"
     shell.run("stop", name)
     assert "seed" not in shell.run("start", name).stderr
+
+
+def test_cp_writes_into_devices_and_through_links(shell: Shell, shared_vm: GuestVM, tmp_path: Path) -> None:
+    here, there = tmp_path / "file", f"/root/{tmp_path.name}"
+    here.write_text("hello\n")
+    device, link, target = tmp_path / "null", tmp_path / "link", tmp_path / "target"
+    subprocess.run(["mknod", str(device), "c", "1", "3"], check=True)
+    target.write_text("old")
+    link.symlink_to("target")
+    shell.run("exec", shared_vm.name, "--", "sh", "-c", f"mkdir {there}; cd {there}; mknod null c 1 3; ln -s to from")
+    try:
+        for name in ("null", "from"):
+            shell.run("cp", str(here), f"{shared_vm.name}:{there}/{name}")
+        said = shell.run(
+            "exec", shared_vm.name, "--", "sh", "-c", f"cd {there}; test -c null && test -L from && cat to"
+        )
+        assert said.stdout == "hello\n"
+        for path in (device, link):
+            shell.run("cp", f"{shared_vm.name}:{there}/to", str(path))
+        assert device.is_char_device() and link.is_symlink() and target.read_text() == "hello\n"
+        (tmp_path / "folder" / "to").mkdir(parents=True)
+        for bad in (tmp_path / "no" / "x", tmp_path / "folder"):
+            done = shell.run("cp", f"{shared_vm.name}:{there}/to", str(bad), check=2)
+            assert done.stderr.startswith("cannot write ") and "Traceback" not in done.stderr
+    finally:
+        shell.run("exec", shared_vm.name, "--", "rm", "-r", there)
+
+
+def test_a_closed_input_is_an_empty_one(shared_vm: GuestVM) -> None:
+    script = f"{' '.join(VMCTL)} exec {shared_vm.name} -- cat <&-"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, cwd=REPO, timeout=60)
+    assert done.returncode == 0 and done.stdout == b""
+
+
+def test_a_large_file_is_an_input_by_the_agent_too(shared_vm: GuestVM, tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(b"x" * 1_500_000)
+    with (tmp_path / "large").open("rb") as large:
+        command = [*VMCTL, "exec", "--via", "agent", shared_vm.name, "--", "wc", "-c"]
+        done = subprocess.run(command, stdin=large, capture_output=True, cwd=REPO, timeout=60, check=True)
+    assert done.stdout.split() == [b"1500000"]
+
+
+def test_a_full_disk_behind_the_output(shared_vm: GuestVM) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*VMCTL, "list"], stdout=full, stderr=subprocess.PIPE, text=True, cwd=REPO)
+    assert done.returncode == 1 and done.stderr.endswith("cannot write the output: No space left on device\n")
+
+
+def test_delete_keeps_what_a_disk_elsewhere_is_based_on(shell: Shell, name: str, tmp_path: Path) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    (root,) = [disk["source"] for disk in shell.json("show", name)["disks"] if disk["target"] == "vda"]
+    overlay = tmp_path / "overlay.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", root, str(overlay)], check=True)
+    xml = (
+        f"<domain type='qemu'><name>{name}-thief</name><memory>65536</memory><os><type arch='x86_64'>hvm</type></os>"
+        f"<devices><disk type='file'><driver name='qemu' type='qcow2'/><source file='{overlay}'/>"
+        "<target dev='vda' bus='virtio'/></disk></devices></domain>"
+    )
+    subprocess.run(["virsh", "-q", "define", "/dev/stdin"], input=xml, text=True, check=True, timeout=30)
+    try:
+        assert "kept volume" in shell.run("delete", name, "--yes").stderr and Path(root).exists()
+    finally:
+        shell.virsh("undefine", f"{name}-thief")
+        shell.virsh("vol-delete", Path(root).name, "vmctl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -32,6 +33,7 @@ def main() -> None:
     """Entry point: run the command line and exit with its code."""
     # Importing makes thousands of objects that stay: to look for garbage among them costs a tenth of a short command.
     gc.set_threshold(100_000)
+    _open_closed_streams()
     # Undoing half-made work must not be cut short by a second signal from an impatient supervisor.
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell told us to ignore it
@@ -43,9 +45,33 @@ def main() -> None:
         # The reader (head, say) went away: nobody is left to tell, not even at interpreter shutdown.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = code or _READER_GONE
+    except OSError as error:  # nothing of it can be written again at the interpreter's end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = code or _unwritten(error)
     sys.stderr.flush()
     # Everything is closed and flushed. Taking the interpreter apart, object by object, would cost 20 ms more.
     os._exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Closed standard streams become empty ones: else the next file opened, a connection say, took their place."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+            setattr(sys, name, os.fdopen(number, mode))
+        elif number:
+            stream.reconfigure(errors="backslashreplace")  # a terminal without the letters shows their numbers
+
+
+def _unwritten(error: OSError) -> int:
+    from vmctl import ui
+
+    ui.tell_error(VmctlError(f"cannot write the output: {error.strerror}"))
+    return VmctlError.exit_code
 
 
 def run(args: list[str]) -> int:
@@ -64,6 +90,10 @@ def run(args: list[str]) -> int:
         return Interrupted.exit_code
     except BrokenPipeError:
         return _READER_GONE
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        return _unwritten(error)
     except SystemExit as left:
         if isinstance(left.__context__, BrokenPipeError):  # typer ends by itself on one of these
             return _READER_GONE

@@ -267,12 +267,3 @@ def sleeping_folders(conn: Connection) -> tuple[str, ...]:
 def _pool_names(conn: Connection, flags: int) -> tuple[str, ...]:
     with calling("list storage pools"):
         return tuple(pool.name() for pool in conn.handle.listAllStoragePools(flags))
-
-
-def disk_users(conn: Connection, path: str) -> tuple[str, ...]:
-    """Names of volumes, in any running pool, whose backing file is ``path``."""
-    found = []
-    with calling("look for users of a volume"):
-        for pool in conn.handle.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
-            found += [facts.name for facts in _all_facts(pool) if facts.backing == path]
-    return tuple(found)
