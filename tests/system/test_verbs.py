@@ -466,6 +466,24 @@ def test_events(shell: Shell, name: str) -> None:
     assert all(e["name"] == name for e in seen)
 
 
+def test_events_tell_of_a_reset(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro")
+    watcher = subprocess.Popen(
+        [*VMCTL, "events", name, "--count", "1", "-o", "json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPO,
+    )
+    try:
+        assert watcher.stderr is not None and "watching" in watcher.stderr.readline()
+        shell.run("reset", name)
+        out, _ = watcher.communicate(timeout=30)
+    finally:
+        watcher.kill()
+    assert json.loads(out)["event"] == "rebooted"
+
+
 def test_list_watch_shows_changes(shell: Shell, name: str) -> None:
     shell.run("create", name, "--image", "micro", "--no-start", "--label", f"watched={name}")
     watcher = subprocess.Popen(

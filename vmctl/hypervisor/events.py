@@ -105,7 +105,7 @@ def reboot_of(conn: Connection, name: str) -> Iterator[threading.Event]:
 
 
 def watch(conn: Connection, ready: Callable[[], None] = lambda: None) -> Iterator[DomainEvent]:
-    """Lifecycle events of all domains from now on, until the consumer stops or the daemon goes away.
+    """Lifecycle events and reboots of all domains from now on, until the consumer stops or the daemon goes away.
 
     ``ready`` is called once when nothing can be missed any more.
     The connection must have been opened after start_loop().
@@ -117,7 +117,14 @@ def watch(conn: Connection, ready: Callable[[], None] = lambda: None) -> Iterato
         text = _DETAILS.get((event, detail), "")
         seen.put(DomainEvent(datetime.now(UTC), dom.name(), dom.UUIDString(), name, text))
 
-    with _hearing(conn, None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, heard, "watch events"):
+    def reset(_conn: Any, dom: Any, _opaque: Any) -> None:
+        seen.put(DomainEvent(datetime.now(UTC), dom.name(), dom.UUIDString(), "rebooted", ""))
+
+    doing = "watch events"
+    with (
+        _hearing(conn, None, libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE, heard, doing),
+        _hearing(conn, None, libvirt.VIR_DOMAIN_EVENT_ID_REBOOT, reset, doing),
+    ):
         ready()
         while True:
             try:
