@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
@@ -140,3 +141,28 @@ def read(root: ET.Element) -> DomainFacts:
 def parse(text: str) -> DomainFacts:
     """The facts of a domain's XML."""
     return read(ET.fromstring(text))
+
+
+def with_shared_memory(text: str) -> str:
+    """A domain's XML, as libvirt writes it, with its memory open to daemons beside QEMU; as it is where it is so.
+
+    All but <memoryBacking> stays to the letter: ElementTree would move the namespace of vmctl's record to the top,
+    from where libvirt loses it.
+    """
+    begin = text.rfind("</metadata>") + 1
+    there = re.compile(r"<memoryBacking\b[^>]*(?:/>|>.*?</memoryBacking>)", re.DOTALL).search(text, begin)
+    backing = ET.Element("memoryBacking") if there is None else ET.fromstring(there[0])
+    access = backing.find("access")
+    if access is not None and access.get("mode") == "shared":
+        return text
+    for tag, attribute, value in (("source", "type", "memfd"), ("access", "mode", "shared")):
+        child = backing.find(tag)
+        (ET.SubElement(backing, tag) if child is None else child).set(attribute, value)
+    if there is None:
+        after = re.compile(r"</memory>(?:\s*<currentMemory\b.*?</currentMemory>)?", re.DOTALL).search(text, begin)
+        if after is None:
+            raise ValueError("no <memory> in the domain")
+        start = end = after.end()
+    else:
+        start, end = there.span()
+    return text[:start] + ET.tostring(backing, encoding="unicode") + text[end:]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vmctl import lifecycle, listing, render, resolve
+from vmctl.domain_xml import with_shared_memory
 from vmctl.errors import Conflict, HostUnreachable, NotFound, SpecError, VmctlError, WrongState
 from vmctl.events import silent
 from vmctl.hosts import Host
-from vmctl.hypervisor import domain
+from vmctl.hypervisor import devices, domain
 from vmctl.hypervisor.connection import Connection, connect
 from vmctl.hypervisor.domain import State
 from vmctl.record import Record
@@ -195,3 +197,24 @@ def test_rename_to_a_bad_or_taken_name(host: Host) -> None:
 
 def test_disk_type_cannot_be_guessed() -> None:
     assert 'type="raw"' in xml_of(VM("web1", "micro", disks=(Disk(path="/x.raw", format=parse_disk("/x.raw").format),)))
+
+
+HUGE = '<memoryBacking><hugepages/><source type="file"/></memoryBacking>'
+
+
+@pytest.mark.parametrize("backing", ["", "<memoryBacking/>", HUGE])
+def test_memory_is_opened_and_the_record_stays(host: Host, backing: str) -> None:
+    """The list reads the record out of the text, which therefore keeps its form."""
+    name = "web1"
+    text = xml_of(VM(name, "micro")).replace("<vcpu", f"{backing}<vcpu", 1)
+    domain.define(host.conn, text, name=name)
+    before = domain.find(host.conn, name).facts
+    devices.share_memory(host.conn, name)
+    root = ET.fromstring(domain.xml(host.conn, name, inactive=True))
+    (opened,) = root.findall("memoryBacking")
+    assert opened.find("source[@type='memfd']") is not None and opened.find("access[@mode='shared']") is not None
+    assert (opened.find("hugepages") is not None) == ("hugepages" in backing)
+    assert domain.find(host.conn, name).facts == before
+    assert [row.image for row in listing.rows(host)] == ["micro"]
+    opened_text = domain.xml(host.conn, name, inactive=True)
+    assert with_shared_memory(opened_text) == opened_text

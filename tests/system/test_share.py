@@ -127,6 +127,7 @@ def test_a_guest_whose_memory_is_its_own_gets_the_folder_at_its_next_start(
     (tmp_path / "a").write_text("cold\n")
     shell.run("create", name, "--image", "micro", "--wait", "ssh")
     assert "from its next stop and start on" in shell.run("share", name, f"{tmp_path}:/mnt/cold").stdout
+    assert [vm["image"] for vm in shell.json("list") if vm["name"] == name] == ["micro"], "its record is gone"
     shell.run("exec", name, "--", "sh", "-c", "! test -e /mnt/cold/a && sync")
     shell.run("stop", name)
     shell.run("start", name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import libvirt
 
+from vmctl.domain_xml import with_shared_memory
 from vmctl.hypervisor import domain
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
@@ -38,18 +39,14 @@ def shares(conn: Connection, name: str, *, live: bool = False) -> tuple[SharedFo
     return tuple(found)
 
 
-def _is_shared(root: ET.Element) -> bool:
-    access = root.find("memoryBacking/access")
-    return access is not None and access.get("mode") == "shared"
-
-
 def takes_virtiofs(conn: Connection, name: str) -> bool:
     """Whether virtiofs can be plugged into the running domain: its memory is open to a daemon beside QEMU.
 
     And it is in a cgroup. Where libvirt runs its guests without (in containers, or told to), plugging virtiofs in ends
     the whole libvirtd 9.0: it adds the daemon's process to the cgroup that is not there.
     """
-    if not _is_shared(_definition(conn, name, inactive=False)):
+    running = domain.xml(conn, name)
+    if with_shared_memory(running) != running:
         return False
     with calling(f"look into VM {name}"):
         handle = domain.handle(conn, name)
@@ -64,18 +61,10 @@ def takes_virtiofs(conn: Connection, name: str) -> bool:
 
 def share_memory(conn: Connection, name: str) -> None:
     """Open the domain's memory to daemons beside QEMU from its next start on."""
-    root = _definition(conn, name, inactive=True)
-    if _is_shared(root):
-        return
-    backing = root.find("memoryBacking")
-    if backing is None:
-        backing = ET.Element("memoryBacking")
-        after = next(i for i, one in enumerate(root) if one.tag in {"currentMemory", "memory"})
-        root.insert(after + 1, backing)
-    for tag, attribute, value in (("source", "type", "memfd"), ("access", "mode", "shared")):
-        child = backing.find(tag)
-        (ET.SubElement(backing, tag) if child is None else child).set(attribute, value)
-    domain.define(conn, ET.tostring(root, encoding="unicode"), name=name)
+    text = domain.xml(conn, name, inactive=True)
+    shared = with_shared_memory(text)
+    if shared != text:
+        domain.define(conn, shared, name=name)
 
 
 def _flags(*, live: bool) -> int:
