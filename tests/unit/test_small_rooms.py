@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -278,3 +279,20 @@ def test_a_ppm_picture_becomes_png() -> None:
 def test_a_picture_cut_short_or_of_another_kind_is_refused(data: bytes) -> None:
     with pytest.raises(VmctlError, match="cannot read the screen's picture"):
         picture.png("image/x-portable-pixmap", data)
+
+
+@pytest.mark.parametrize("module", ["vmctl.ui", "vmctl.cli.app"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_modules_are_loaded_ends_it_with_one_line(module: str, number: int) -> None:
+    script = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), {number})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from vmctl.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, "version"], capture_output=True, text=True, timeout=60)
+    said = "interrupted\n" if number == signal.SIGINT else "stopped on request (SIGTERM)\n"
+    assert (done.returncode, done.stderr) == (130, said)

@@ -38,7 +38,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell told us to ignore it
         signal.signal(signal.SIGINT, _interrupted)
-    code = run(sys.argv[1:])
+    try:
+        code = run(sys.argv[1:])
+    except (KeyboardInterrupt, Interrupted) as early:  # while what tells of it was being imported
+        os.write(2, f"{str(early) or 'interrupted'}\n".encode())
+        os._exit(Interrupted.exit_code)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
