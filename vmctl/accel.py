@@ -42,6 +42,7 @@ class Verdict(StrEnum):
     ABSENT = "absent"
 
 
+_MODULES = Path("/sys/module")
 # Verdicts that hold until something in the cache's key changes. The others may pass by themselves.
 _LASTING = {Verdict.WORKS, Verdict.INTERPRETED, Verdict.PERMISSION, Verdict.ABSENT}
 
@@ -258,8 +259,8 @@ def _read(path: Path) -> str:
 def _cache_key(qemu_user: str | None, qemu_binary: Path, device: Path) -> str:
     """A digest of all that could change the findings."""
     cpu = [line for line in _read(Path("/proc/cpuinfo")).splitlines() if line.startswith(("microcode", "model name"))]
-    nested = [_read(path) for path in sorted(Path("/sys/module").glob("kvm*/parameters/nested"))]
-    modules = sorted(path.name for path in Path("/sys/module").glob("kvm*"))
+    nested = [_read(path) for path in sorted(_MODULES.glob("kvm*/parameters/nested"))]
+    modules = sorted(path.name for path in _MODULES.glob("kvm*"))
     uname = os.uname()
     try:
         info, qemu = device.stat(), qemu_binary.stat()

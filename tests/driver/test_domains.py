@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from vmctl import lifecycle, listing, render, resolve
+from vmctl import lifecycle, listing, networks, render, resolve
 from vmctl.domain_xml import with_shared_memory
 from vmctl.errors import Conflict, HostUnreachable, NotFound, SpecError, VmctlError, WrongState
 from vmctl.events import silent
 from vmctl.hosts import Host
-from vmctl.hypervisor import devices, domain
+from vmctl.hypervisor import devices, domain, network
 from vmctl.hypervisor.connection import Connection, connect
 from vmctl.hypervisor.domain import State
+from vmctl.hypervisor.network import NetworkFacts
 from vmctl.record import Record
 from vmctl.spec import VM, Accel, Disk, Firmware, Graphics, Machine, Nic, NicModel, Share, ShareDriver, parse_disk
 
@@ -218,3 +219,20 @@ def test_memory_is_opened_and_the_record_stays(host: Host, backing: str) -> None
     assert [row.image for row in listing.rows(host)] == ["micro"]
     opened_text = domain.xml(host.conn, name, inactive=True)
     assert with_shared_memory(opened_text) == opened_text
+
+
+@pytest.mark.parametrize("taken", ["route", "link"])
+def test_a_network_keeps_off_what_the_host_has(host: Host, monkeypatch: pytest.MonkeyPatch, taken: str) -> None:
+    def made(name: str) -> NetworkFacts:
+        return networks.ensure(replace(host, settings=replace(host.settings, network=name)), silent)
+
+    monkeypatch.setattr(networks, "_host_routes", lambda _host: ())
+    monkeypatch.setattr(networks, "_host_links", lambda _host: set())
+    free = made("lab")
+    network.remove(host.conn, "lab")
+    if taken == "route":
+        monkeypatch.setattr(networks, "_host_routes", lambda _host: (free.subnet,))
+    else:
+        monkeypatch.setattr(networks, "_host_links", lambda _host: {free.bridge})
+    now = made("lab")
+    assert (now.subnet != free.subnet, now.bridge != free.bridge) == (taken == "route", taken == "link")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import tempfile
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,12 +150,21 @@ def test_packages_come_from_the_public_mirror(guests: Guests) -> None:
 
 
 def test_the_power_button_ends_it(guests: Guests, way: str) -> None:
-    """Last of the module: the guests are off afterwards."""
+    """Last but one of the module: the guests are off afterwards."""
     guests.shell.virsh("shutdown", guests.names[way], "--mode", "acpi")
     wait_until(
         lambda: guests.shell.virsh("domstate", guests.names[way]) == "shut off",
         what="the guest to go off", timeout_s=120, interval_s=0.5,
     )  # fmt: skip
+
+
+def test_deleted_with_what_its_firmware_keeps(guests: Guests) -> None:
+    name = guests.names["uefi"]
+    root = ET.fromstring(guests.shell.virsh("dumpxml", "--inactive", name))
+    variables = Path(root.findtext("os/nvram") or "")
+    assert variables.is_file()
+    guests.shell.run("delete", name, "--yes")
+    assert not variables.exists()
 
 
 def test_an_equal_build_is_taken_from_the_cache_and_gives_the_same_image(shell: Shell, debian_image: None) -> None:

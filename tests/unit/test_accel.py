@@ -117,6 +117,10 @@ class Lab:
         self.device = tmp_path / "kvm"
         self.device.write_text("")
         self.cache = tmp_path / "cache"
+        self.nested = tmp_path / "module/kvm_intel/parameters/nested"
+        self.nested.parent.mkdir(parents=True)
+        self.nested.write_text("N\n")
+        monkeypatch.setattr(accel, "_MODULES", tmp_path / "module")
         monkeypatch.setattr(accel, "observe", self.observe)
 
     def observe(self, **_: object) -> Observations:
@@ -150,8 +154,12 @@ def test_whatever_matters_invalidates(lab: Lab) -> None:
     lab.examine()
     lab.device.chmod(0o600)
     lab.examine()
+    lab.nested.write_text("Y\n")
+    lab.examine()
+    (lab.nested.parents[2] / "kvm_amd").mkdir()
+    lab.examine()
     lab.examine(qemu_user="root")
-    assert lab.looks == 4
+    assert lab.looks == 6
 
 
 def test_a_broken_cache_is_no_cache(lab: Lab) -> None:
