@@ -228,6 +228,14 @@ def _is_dir(client: paramiko.SFTPClient, path: str) -> bool:
         return False
 
 
+def _is_new_or_file(client: paramiko.SFTPClient, path: str) -> bool:
+    """Whether it is, or will be, a file: it has a size afterwards, and a mode of its own; a device has neither."""
+    try:
+        return stat.S_ISREG(client.stat(path).st_mode or 0)
+    except FileNotFoundError:
+        return True
+
+
 def put(target: Target, sources: list[Path], destination: str, moved: Moved) -> None:
     """Copy files and folders into the guest, as cp -r does; ``moved`` hears name, bytes so far, bytes in all."""
     with _sftp(target) as client:
@@ -246,8 +254,14 @@ def _put_one(client: paramiko.SFTPClient, source: Path, destination: str, moved:
             for child in sorted(source.iterdir()):
                 _put_one(client, child, posixpath.join(destination, child.name), moved)
         else:
-            client.put(str(source), destination, callback=lambda done, total: moved(source.name, done, total))
-        client.chmod(destination, stat.S_IMODE(source.stat().st_mode))
+            client.put(
+                str(source),
+                destination,
+                callback=lambda done, total: moved(source.name, done, total),
+                confirm=_is_new_or_file(client, destination),
+            )
+        if _is_new_or_file(client, destination) or source.is_dir():
+            client.chmod(destination, stat.S_IMODE(source.stat().st_mode))
     except (OSError, paramiko.SFTPError) as error:
         raise GuestCommandFailed(f"cannot copy {source} to {destination} in the guest: {error}") from error
 
@@ -260,7 +274,10 @@ def get(target: Target, source: str, destination: Path, moved: Moved) -> None:
 
 
 def _get_one(client: paramiko.SFTPClient, source: str, destination: Path, moved: Moved) -> None:
-    partial = destination.with_name(f".{destination.name}.part")
+    # As cp and scp do: what a link of the user's leads to is written, and a device is written into.
+    destination = destination.resolve() if destination.is_symlink() else destination
+    through = destination.exists() and not destination.is_file() and not destination.is_dir()
+    partial = destination if through else destination.with_name(f".{destination.name}.part")
     try:
         mode = client.stat(source).st_mode or 0
         if stat.S_ISDIR(mode):
@@ -270,10 +287,15 @@ def _get_one(client: paramiko.SFTPClient, source: str, destination: Path, moved:
                     continue
                 _get_one(client, posixpath.join(source, child), destination / child, moved)
         else:
-            client.get(source, str(partial), callback=lambda done, total: moved(destination.name, done, total))
-            partial.chmod(stat.S_IMODE(mode) & 0o777)
-            partial.replace(destination)
+            with partial.open("wb") as file:
+                got = client.getfo(source, file, callback=lambda done, total: moved(destination.name, done, total))
+            if got < (client.stat(source).st_size or 0):
+                raise OSError("it was cut short")
+            if not through:
+                partial.chmod(stat.S_IMODE(mode) & 0o777)
+                partial.replace(destination)
     except (OSError, paramiko.SFTPError) as error:
         raise GuestCommandFailed(f"cannot copy {source} from the guest to {destination}: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if not through:
+            partial.unlink(missing_ok=True)

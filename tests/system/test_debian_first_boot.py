@@ -10,7 +10,7 @@ import pytest
 
 from tests.system.conftest import Shell
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")

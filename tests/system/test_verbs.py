@@ -163,9 +163,22 @@ def test_cp_without_tar_in_the_guest_goes_by_sftp(shell: Shell, vm: str, tmp_pat
     try:
         shell.run("cp", str(tmp_path / "f"), f"{vm}:/root/sftp")
         shell.run("cp", f"{vm}:/root/sftp", str(tmp_path / "g"))
+        assert (tmp_path / "g").read_text() == "by sftp\n"
+        # As cp does: into devices, and through links.
+        shell.run("exec", vm, "--", "sh", "-c", "cd /root; mknod -m 640 null c 1 3; ln -s to from")
+        subprocess.run(["mknod", str(tmp_path / "null"), "c", "1", "3"], check=True)
+        (tmp_path / "link").symlink_to("g")
+        for name in ("null", "from"):
+            shell.run("cp", str(tmp_path / "f"), f"{vm}:/root/{name}")
+        told = shell.run("exec", vm, "--", "sh", "-c", "cd /root; stat -c '%F %a' null; test -L from && cat to").stdout
+        assert told == "character special file 640\nby sftp\n"
+        (tmp_path / "g").write_text("old")
+        for name in ("null", "link"):
+            shell.run("cp", f"{vm}:/root/to", str(tmp_path / name))
+        assert (tmp_path / "null").is_char_device() and (tmp_path / "link").is_symlink()
+        assert (tmp_path / "g").read_text() == "by sftp\n"
     finally:
         shell.run("exec", vm, "--", "mv", "/bin/tar.away", "/bin/tar")
-    assert (tmp_path / "g").read_text() == "by sftp\n"
 
 
 def test_ssh_trusts_only_the_planted_key(shell: Shell, vm: str) -> None:
