@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+# A shell's background commands ignore Ctrl-C, and so would all that the tests start and then press it on.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests are not timed: a machine that others share may be slow just then.
 hypothesis.settings.register_profile("untimed", deadline=None)
