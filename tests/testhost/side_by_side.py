@@ -9,13 +9,13 @@ Ends with the first status that is not 0. Ended by a signal, even SIGKILL, it ta
 from __future__ import annotations
 
 import ctypes
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from types import FrameType
+from typing import IO
 
 PR_SET_PDEATHSIG = 1
 libc = ctypes.CDLL(None, use_errno=True)
@@ -37,6 +37,15 @@ def tied() -> None:
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class AskedToEnd(BaseException):
+    """A signal said so. Raised, not acted on in the handler: that may have cut into a wait, which holds a lock."""
+
+
+def asked_to_end(number: int, _frame: FrameType | None) -> None:
+    """The handler of those signals."""
+    raise AskedToEnd(number)
+
+
 def main(words: Sequence[str]) -> int:
     first, *others = split(words)
     logs = [tempfile.TemporaryFile() for _ in others]  # noqa: SIM115
@@ -46,17 +55,23 @@ def main(words: Sequence[str]) -> int:
     ]
     running.insert(0, subprocess.Popen(first, preexec_fn=tied))
 
-    def end(number: int, _frame: FrameType | None) -> None:
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, asked_to_end)
+    signal.signal(signal.SIGINT, lambda *_: None)  # the whole foreground group hears it: they end in good order
+    try:
+        return report(running, logs, others)
+    except AskedToEnd as asked:
         for process in running:
             process.terminate()
         for process in running:
             process.wait()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        return 128 + int(asked.args[0])
 
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, end)
-    signal.signal(signal.SIGINT, lambda *_: None)  # the whole foreground group hears it: they end in good order
+
+def report(
+    running: Sequence[subprocess.Popen[bytes]], logs: Sequence[IO[bytes]], others: Sequence[Sequence[str]]
+) -> int:
+    """Wait for all and show what the others said; the first status that is not 0."""
     statuses = [running[0].wait()]
     for process, log, command in zip(running[1:], logs, others, strict=True):
         statuses.append(process.wait())
