@@ -49,6 +49,8 @@ class Bus(StrEnum):
     VIRTIO = "virtio"
     SCSI = "scsi"
     SATA = "sata"
+    IDE = "ide"
+    NVME = "nvme"
 
 
 class NicModel(StrEnum):
@@ -79,3 +81,42 @@ class DiskFormat(StrEnum):
 
     QCOW2 = "qcow2"
     RAW = "raw"
+
+
+class Cache(StrEnum):
+    """What the host's page cache does for a disk; qemu(1), -blockdev cache."""
+
+    DEFAULT = "default"
+    NONE = "none"
+    WRITEBACK = "writeback"
+    WRITETHROUGH = "writethrough"
+    DIRECTSYNC = "directsync"
+    UNSAFE = "unsafe"
+
+
+class Aio(StrEnum):
+    """How QEMU has its reads and writes done by the host."""
+
+    DEFAULT = "default"
+    THREADS = "threads"
+    NATIVE = "native"
+    IO_URING = "io_uring"
+
+
+class Discard(StrEnum):
+    """Whether blocks a guest frees are given back to the host."""
+
+    UNMAP = "unmap"
+    IGNORE = "ignore"
+
+
+class PoolType(StrEnum):
+    """Kinds of storage pools, by libvirt's names but for nfs, which is its netfs."""
+
+    DIR = "dir"
+    FS = "fs"
+    NFS = "nfs"
+    LOGICAL = "logical"
+    ISCSI = "iscsi"
+    ISCSI_DIRECT = "iscsi-direct"
+    RBD = "rbd"

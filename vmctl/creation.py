@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import first_boot, host_fit, hosts, images, networks, render, resolve, seed, share, spec
+from vmctl import disk_guard, first_boot, host_fit, hosts, images, networks, render, resolve, seed, share, spec
 from vmctl.accel import Decision
 from vmctl.config import Settings
 from vmctl.deletion import remove
@@ -14,7 +14,7 @@ from vmctl.errors import Conflict, SpecError, VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.guest import private_key
 from vmctl.hosts import Host, holding
-from vmctl.hypervisor import domain, storage
+from vmctl.hypervisor import disks, domain, storage
 from vmctl.hypervisor.domain import Domain
 from vmctl.images import Image
 from vmctl.lifecycle import free_port
@@ -190,7 +190,8 @@ def _make(host: Host, planned: Plan, report: Reporter, *, start_it: bool) -> Dom
 
 def _start(host: Host, name: str) -> None:
     try:
-        domain.start(host.conn, name)
+        with disk_guard.claimed(host, name, disks.disks(host.conn, name, inactive=True), f"start VM {name}"):
+            domain.start(host.conn, name)
     except VmctlError as error:
         # The VM will be gone when the user reads this: not "vmctl start" is what they should try.
         error.hint = error.hint or "nothing is left of it; mend what libvirt says, and create it again"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vmctl import disk_chain
+from vmctl.choices import DiskFormat
 from vmctl.hosts import Host
-from vmctl.hypervisor import capabilities, network
+from vmctl.hypervisor import capabilities, network, storage
 from vmctl.manifest import Manifest
 from vmctl.spec import VM
 
@@ -28,4 +30,19 @@ def problems(host: Host, vm: VM, manifest: Manifest) -> list[str]:
     found += [f"there is no network {name}" for name in named if network.find(host.conn, name) is None]
     if host.conn.local:
         found += [f"there is no file {disk.path}" for disk in vm.disks if disk.path and not Path(disk.path).exists()]
+        found += _foreign_disks(host, vm)
+    if host.conn.qemu and vm.disks:
+        buses = capabilities.disk_buses(host.conn, vm.machine)
+        lacking = sorted({disk.bus for disk in vm.disks} - buses) if buses else []
+        found += [f"libvirt there can put no disk on bus {bus}" for bus in lacking]
+    return found
+
+
+def _foreign_disks(host: Host, vm: VM) -> list[str]:
+    """Existing disks whose headers would make the guest read other files of the host's."""
+    found = []
+    for disk in vm.disks:
+        if disk.path and disk.format == DiskFormat.QCOW2 and Path(disk.path).is_file():
+            problem = disk_chain.foreign_problem(disk.path, lambda: storage.folders(host.conn))
+            found += [f"disk {disk.path}: {problem}"] if problem else []
     return found

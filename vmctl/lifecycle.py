@@ -8,12 +8,12 @@ import time
 from dataclasses import replace
 from enum import StrEnum
 
-from vmctl import networks, render, spec
+from vmctl import disk_guard, networks, render, spec
 from vmctl.accel import timeout_scale
 from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, VmctlError, WaitTimeout, WrongState, quietly
 from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host, holding
-from vmctl.hypervisor import domain, events
+from vmctl.hypervisor import disks, domain, events
 from vmctl.hypervisor.domain import ACTIVE, Domain, State
 from vmctl.seed_disk import detach_used
 from vmctl.spec import Accel
@@ -58,7 +58,8 @@ def start(host: Host, name: str, report: Reporter) -> Started:
     if vm.state is not State.SAVED:
         detach_used(host, vm, report)
     try:
-        domain.start(host.conn, name)
+        with disk_guard.claimed(host, vm.name, disks.disks(host.conn, name, inactive=True), f"start VM {name}"):
+            domain.start(host.conn, name)
     except (WrongState, HypervisorError):
         if domain.find(host.conn, name).active:  # another one started it meanwhile
             return Started.ALREADY

@@ -34,6 +34,7 @@ class ImageInfo:
     actual_size: int
     backing_file: str
     backing_format: str
+    snapshots: int = 0
 
 
 def _run(words: Sequence[str], *, what: str, timeout_s: float) -> bytes:
@@ -226,4 +227,120 @@ def _info(values: dict[str, Any]) -> ImageInfo:
         actual_size=values["actual-size"],
         backing_file=values.get("backing-filename", ""),
         backing_format=values.get("backing-filename-format", ""),
+        snapshots=len(values.get("snapshots", ())),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A piece of a disk as its guest sees it, and where in the chain its data is.
+
+    ``depth`` counts layers from the top, 0 first. ``offset`` is the place in that layer's file; None where the data
+    is not there as it is: zeros, nothing at all, or compressed.
+    """
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    offset: int | None
+
+
+def extents(path: Path, format: str) -> tuple[Extent, ...]:
+    """Where all blocks of a disk are. Follows its backing chain, which must be known to be good."""
+    words = ["map", "-U", "-f", format, "--output=json", str(path)]
+    shown = _run(words, what=f"map disk {path}", timeout_s=_COPY_TIMEOUT_S)
+    return tuple(
+        Extent(e["start"], e["length"], e["depth"], e.get("present", True), e["zero"], e["data"], e.get("offset"))
+        for e in json.loads(shown)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """What a check of a disk's metadata found: clusters that are wrong, and ones that are only lost space."""
+
+    corruptions: int
+    leaks: int
+    repaired: int
+    errors: int
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong."""
+        return not (self.corruptions or self.leaks or self.errors)
+
+
+def check(path: Path, format: str, *, repair: str = "") -> CheckResult:
+    """Check an image's metadata; ``repair`` is "leaks" or "all". Never one that is in use: that looks corrupt."""
+    words = ["check", "-f", format, "--output=json", *(["-r", repair] if repair else []), str(path)]
+    try:
+        done = subprocess.run(
+            ["qemu-img", *words], capture_output=True, stdin=subprocess.DEVNULL, timeout=_COPY_TIMEOUT_S, check=False
+        )
+        told = json.loads(done.stdout[done.stdout.index(b"{") :])
+    except FileNotFoundError as error:
+        raise ImageError(f"cannot check {path}: qemu-img is missing", hint="apt-get install qemu-utils") from error
+    except subprocess.TimeoutExpired as error:
+        raise ImageError(f"cannot check {path}: qemu-img did not end in {_COPY_TIMEOUT_S} s") from error
+    except ValueError as error:
+        tail = done.stderr.decode(errors="replace").strip()[-_STDERR_TAIL:]
+        raise ImageError(f"cannot check {path}: {tail or f'qemu-img exit status {done.returncode}'}") from error
+    fixed = int(told.get("corruptions-fixed", 0)) + int(told.get("leaks-fixed", 0))
+    return CheckResult(
+        int(told.get("corruptions", 0)), int(told.get("leaks", 0)), fixed, int(told.get("check-errors", 0))
+    )
+
+
+def copy_known(
+    source: Path,
+    source_format: str,
+    target: Path,
+    target_format: str,
+    *,
+    what: str,
+    backing: Path | None = None,
+    backing_format: str = "",
+    compress: bool = False,
+    moved: Callable[[float], None] = lambda _share: None,
+) -> None:
+    """Copy a disk whose whole chain is known to be good into a new file; with ``backing``, only what differs from it.
+
+    The copy is synced. ``moved`` hears the share that is done.
+    """
+    words = ["convert", "-p", "-S", "4k", "-f", source_format, "-O", target_format]
+    if backing is not None:
+        words += ["-B", str(backing), "-F", backing_format]
+    if compress:
+        words += ["-c", "-W"]
+    handle = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        limits = Limits(memory=8 << 30, cpu_s=86400, wall_s=86400.0)
+        _limited([*words, str(source), str(target)], Source(handle, source_format), limits, what, moved)
+    finally:
+        os.close(handle)
+    made = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(made)
+    finally:
+        os.close(made)
+
+
+def require_equal(one: Path, one_format: str, other: Path, other_format: str, *, what: str) -> None:
+    """Read two disks, both with chains known to be good, and raise ImageError unless a guest would read the same."""
+    words = ["compare", "-f", one_format, "-F", other_format, str(one), str(other)]
+    _run(words, what=f"{what}: the copy is not what was copied", timeout_s=_COPY_TIMEOUT_S)
+
+
+def resize(path: Path, format: str, size: int, *, shrink: bool = False) -> None:
+    """Give an image that nobody uses ``size`` bytes."""
+    words = ["resize", "-q", "-f", format, *(["--shrink"] if shrink else []), str(path), str(size)]
+    _run(words, what=f"resize disk {path}", timeout_s=_QUICK_TIMEOUT_S)
+
+
+def rebase(path: Path, format: str, backing: Path | None, backing_format: str, *, what: str) -> None:
+    """Base an overlay on another file (None: on none), its content unchanged: what differs is copied into it first."""
+    onto = ["-b", "" if backing is None else str(backing), *(["-F", backing_format] if backing else [])]
+    _run(["rebase", "-q", "-f", format, *onto, str(path)], what=what, timeout_s=_COPY_TIMEOUT_S)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,53 @@ class VolumeView:
     backing: str = ""
     backing_format: str = "qcow2"
     owner: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedView:
+    """Everything disk.xml.j2 prints: one disk as it is plugged in. "" and 0 are left to libvirt."""
+
+    type: str
+    format: str
+    target: str
+    bus: str
+    serial: str
+    path: str = ""
+    protocol: str = ""
+    name: str = ""
+    host: str = ""
+    port: int = 0
+    socket: str = ""
+    cache: str = ""
+    aio: str = ""
+    discard: str = ""
+    iothread: int = 0
+    readonly: bool = False
+    limits: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """Everything storage-pool.xml.j2 prints: a pool of libvirt's, by its own words for each part."""
+
+    name: str
+    type: str
+    path: str = ""
+    host: str = ""
+    port: int = 0
+    dir: str = ""
+    devices: tuple[str, ...] = ()
+    source_name: str = ""
+    format: str = ""
+    initiator: str = ""
+    auth: str = ""
+    user: str = ""
+    secret: str = ""
+
+    @property
+    def has_source(self) -> bool:
+        """Whether the content is anywhere but in the folder itself."""
+        return bool(self.host or self.dir or self.devices or self.source_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +176,21 @@ def network(view: NetworkView) -> str:
 def pool(name: str, path: str) -> str:
     """The XML of a directory pool."""
     return _xml("pool", name=name, path=path)
+
+
+def storage_pool(view: PoolView) -> str:
+    """The XML of a pool of any kind."""
+    return _xml("storage-pool", pool=view)
+
+
+def attached_disk(view: AttachedView) -> str:
+    """The XML of one disk, to be plugged in."""
+    return _xml("disk", disk=view)
+
+
+def mirror(path: str, form: str) -> str:
+    """The XML of the file that a running disk is copied to."""
+    return _xml("mirror", path=path, format=form)
 
 
 def volume(view: VolumeView) -> str:

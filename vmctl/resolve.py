@@ -15,7 +15,7 @@ from vmctl.record import Record
 from vmctl.spec import VM, Accel, Bus, Disk, DiskFormat, Firmware, Graphics, Machine, NicModel, Share, ShareDriver
 
 _SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://vmctl.dev/vm")
-_TARGETS = {Bus.VIRTIO: "vd", Bus.SCSI: "sd", Bus.SATA: "sd"}
+_TARGETS = {Bus.VIRTIO: "vd", Bus.SCSI: "sd", Bus.SATA: "sd", Bus.IDE: "hd", Bus.NVME: "nvme"}
 _PORTS_FOR_HOTPLUG = 4
 
 
@@ -168,11 +168,11 @@ def disk_views(disks: tuple[Disk, ...], placement: Placement) -> tuple[DiskView,
         DiskView(placement.root, DiskFormat.QCOW2, "vda", Bus.VIRTIO, "root"),
         DiskView(placement.seed, DiskFormat.RAW, "vdb", Bus.VIRTIO, "seed", readonly=True),
     ]
-    used = {"vd": 2, "sd": 0}
+    used = {"vd": 2, "sd": 0, "hd": 0, "nvme": 0}
     made = iter(placement.new_disks)
     for number, disk in enumerate(disks, 1):
         prefix = _TARGETS[disk.bus]
-        target = prefix + _letters(used[prefix])
+        target = prefix + (f"{used[prefix]}n1" if disk.bus is Bus.NVME else _letters(used[prefix]))
         used[prefix] += 1
         source = disk.path if disk.path is not None else next(made)
         views.append(DiskView(source, disk.format, target, disk.bus, f"disk{number}"))

@@ -156,7 +156,9 @@ def parse_disk(text: str) -> Disk:
         bus = Bus(values.get("bus", Bus.VIRTIO))
         form = DiskFormat(values.get("format", DiskFormat.RAW if head.endswith((".raw", ".img")) else "qcow2"))
     except ValueError as error:
-        raise SpecError(f"cannot read disk {text!r}: {error}", hint="bus=virtio|scsi|sata, format=qcow2|raw") from error
+        raise SpecError(
+            f"cannot read disk {text!r}: {error}", hint="bus=virtio|scsi|sata|ide|nvme, format=qcow2|raw"
+        ) from error
     if head.startswith("/"):
         return Disk(path=head, bus=bus, format=form)
     return Disk(size_mib=parse_size_mib(head), bus=bus, format=form)
@@ -341,6 +343,8 @@ def problems(vm: VM) -> tuple[str, ...]:
         found.append("UEFI firmware needs machine q35, not pc")
     if vm.machine is Machine.PC and any(disk.bus is Bus.SATA for disk in vm.disks):
         found.append("bus sata needs machine q35, not pc")
+    if vm.machine is Machine.Q35 and any(disk.bus is Bus.IDE for disk in vm.disks):
+        found.append("bus ide needs machine pc, not q35")
     if vm.cpu is not None and re.fullmatch(_CPU, vm.cpu) is None:
         found.append(f"{vm.cpu!r} is not a CPU model name")
     found += label_problems(vm.labels)

@@ -56,18 +56,37 @@ def _complete_image(incomplete: str) -> list[str]:
         return []
 
 
+def _complete_disk(incomplete: str) -> list[str]:
+    from vmctl.hosts import open_host
+    from vmctl.hypervisor import disks
+
+    try:
+        with open_host(GLOBALS.connect) as host:
+            found = [f"{vm}:{one.target}" for vm, _, these in disks.all_disks(host.conn) for one in these]
+            return [name for name in found if name.startswith(incomplete)]
+    except VmctlError:
+        return []
+
+
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name (or UUID) of the VM.", autocompletion=_complete_vm)]
 Names = Annotated[
     list[str],
     typer.Argument(metavar="NAME...", help="Names of VMs, or globs such as 'web*'.", autocompletion=_complete_vm),
 ]
 ImageName = Annotated[str, typer.Argument(metavar="IMAGE", help="Name of the image.", autocompletion=_complete_image)]
+DiskName = Annotated[
+    str,
+    typer.Argument(
+        metavar="DISK", help="VM:TARGET, VM:SERIAL, POOL/VOLUME, VOLUME or a file.", autocompletion=_complete_disk
+    ),
+]
 ConnectOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--connect", "-c", metavar="URI", help="libvirt URI of the host, such as qemu:///session."),
 ]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Form of the result.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")]
 TimeoutOption = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option(

@@ -84,3 +84,12 @@ def cpu_models(conn: Connection) -> frozenset[str]:
     """Names of the CPU models libvirt knows for x86-64."""
     with calling("ask for CPU models"):
         return frozenset(conn.handle.getCPUModelNames("x86_64", 0))
+
+
+def disk_buses(conn: Connection, machine: str) -> frozenset[str]:
+    """The buses libvirt can put a disk on, for a machine type; empty where it does not tell."""
+    try:
+        root = ET.fromstring(conn.handle.getDomainCapabilities(None, "x86_64", machine, None))
+    except libvirt.libvirtError:
+        return frozenset()  # the test driver, and a machine type of another QEMU
+    return frozenset(value.text or "" for value in root.iterfind("devices/disk/enum[@name='bus']/value"))

@@ -172,6 +172,12 @@ def delete_volume(conn: Connection, pool: str, name: str) -> bool:
     return True
 
 
+def resize_volume(conn: Connection, pool: str, name: str, size: int) -> None:
+    """Give a volume that nobody uses a larger capacity."""
+    with calling(f"resize volume {name}"):
+        _volume(conn, pool, name).resize(size, 0)
+
+
 @contextmanager
 def _stream(conn: Connection) -> Iterator[Any]:
     stream = conn.handle.newStream(0)
@@ -262,6 +268,14 @@ def sleeping_folders(conn: Connection) -> tuple[str, ...]:
     """The folders of pools that do not run, in which libvirt does not look."""
     names = _pool_names(conn, libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_INACTIVE)
     return tuple(path for path in (pool_path(conn, name) for name in names) if path)
+
+
+def folders(conn: Connection) -> tuple[str, ...]:
+    """The folders of all pools that have one."""
+    with calling("list storage pools"):
+        found = [ET.fromstring(pool.XMLDesc()) for pool in conn.handle.listAllStoragePools(0)]
+    paths = [root.findtext("target/path") or "" for root in found if root.get("type") in {"dir", "fs", "netfs"}]
+    return tuple(path for path in paths if path)
 
 
 def _pool_names(conn: Connection, flags: int) -> tuple[str, ...]:

@@ -1,0 +1,149 @@
+"""What a change of a disk's file has begun: two files of which the VM will name one. The other goes, whoever dies.
+
+An entry is written before the new file is there and taken away after the last step. What is left of a killed change
+is settled by the next change of that VM's disks, and by `vmctl doctor --fix`: by what the definition says, not by what
+was planned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from uuid import uuid4
+
+from vmctl import disk_xml, render
+from vmctl.errors import quietly
+from vmctl.events import Reporter, Step
+from vmctl.hosts import Host, holding
+from vmctl.hypervisor import disks, domain, pools, storage
+from vmctl.record import Owned
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A change of disk ``target`` of a VM from the file ``old`` to ``new``. ``keep``: the old one stays in any case."""
+
+    uri: str
+    vm: str
+    target: str
+    old: str
+    new: str
+    format: str
+    keep: bool = False
+
+
+def _folder(host: Host) -> Path:
+    return host.folders.data / "disk-journal"
+
+
+def begin(host: Host, entry: Entry) -> None:
+    """Write an entry, on the disk for good before this returns."""
+    folder = _folder(host)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / f"{uuid4()}.json"
+    making = path.with_suffix(".making")
+    with making.open("w") as file:
+        json.dump(asdict(entry), file)
+        file.flush()
+        os.fsync(file.fileno())
+    making.replace(path)
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk for good."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def entries(host: Host) -> Iterator[tuple[Path, Entry]]:
+    """What is begun on this host and not ended."""
+    for path in sorted(_folder(host).glob("*.json")):
+        try:
+            entry = Entry(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            continue
+        if entry.uri == host.conn.uri:
+            yield path, entry
+
+
+def settle(host: Host, vm: str, report: Reporter) -> bool:
+    """Bring what was begun on disks of ``vm``, whose name is held, to its end. Whether there was anything."""
+    found = [(path, entry) for path, entry in entries(host) if entry.vm == vm and vm]
+    for path, entry in found:
+        _settle(host, entry, report)
+        path.unlink(missing_ok=True)
+    return bool(found)
+
+
+def settle_all(host: Host, report: Reporter) -> list[str]:
+    """The same for all VMs that nobody works on. Returns what was settled."""
+    told = []
+    for vm in sorted({entry.vm for _, entry in entries(host)}):
+        with holding(host, vm):
+            if settle(host, vm, report):
+                told.append(vm)
+    return told
+
+
+def _settle(host: Host, entry: Entry, report: Reporter) -> None:
+    vm = domain.find_or_none(host.conn, entry.vm)
+    if vm is None:
+        return  # deleted meanwhile, with its disks; which of the files was whose nobody can tell any more
+    if vm.active:
+        live = {disk.target: disk for disk in disks.disks(host.conn, vm.name, inactive=False)}.get(entry.target)
+        if live is not None and live.mirror == entry.new:
+            disks.abort_job(host.conn, vm.name, entry.target)
+        elif live is not None and live.source == entry.new and vm.persistent:
+            _follow(host, entry)
+    named = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=True)}
+    named |= {disk.source for disk in disks.disks(host.conn, vm.name, inactive=False)} if vm.active else set()
+    if entry.new in named:
+        if not entry.keep and entry.old not in named:
+            _own(host, entry)
+            remove_file(host, entry.old)
+        report(Step(f"disk {entry.target} of {entry.vm} is {entry.new}"))
+    elif entry.new not in {disk.source for _, _, found in disks.all_disks(host.conn) for disk in found}:
+        remove_file(host, entry.new)
+
+
+def _follow(host: Host, entry: Entry) -> None:
+    """Let the definition name what the running domain has switched to."""
+    text = domain.xml(host.conn, entry.vm, inactive=True)
+    here = {disk.target: disk.source for disk in disk_xml.read(text)}
+    if here.get(entry.target) == entry.old:
+        domain.define(host.conn, disk_xml.with_source(text, entry.target, entry.new, entry.format), name=entry.vm)
+
+
+def _own(host: Host, entry: Entry) -> None:
+    """If the old file was the VM's own, so is the new one."""
+    vm = domain.find(host.conn, entry.vm)
+    old = pools.pool_of_path(host.conn, entry.old)
+    if vm.facts.record is None or old is None or Owned(*old) not in vm.facts.record.owned:
+        return
+    for name in (pool.name for pool in pools.pools(host.conn) if pool.path == str(Path(entry.new).parent)):
+        storage.refresh(host.conn, name)
+    new = pools.pool_of_path(host.conn, entry.new)
+    if new is None:
+        return
+    owned = tuple(Owned(*new) if one == Owned(*old) else one for one in vm.facts.record.owned)
+    domain.set_record(host.conn, vm.name, render.metadata(replace(vm.facts.record, owned=owned)))
+
+
+def remove_file(host: Host, path: str) -> None:
+    """Delete a file, and let its pool know."""
+    Path(path).unlink(missing_ok=True)
+    for pool in pools.pools(host.conn):
+        if pool.active and pool.path == str(Path(path).parent):
+            quietly(lambda name=pool.name: storage.refresh(host.conn, name))  # type: ignore[misc]
+
+
+def unsettled(host: Host) -> list[str]:
+    """One line for each change that was begun and not ended."""
+    return [f"disk {entry.target} of {entry.vm}: {entry.old} or {entry.new}" for _, entry in entries(host)]

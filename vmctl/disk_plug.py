@@ -1,0 +1,323 @@
+"""Disks attached to VMs and detached from them, while they run or not."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmctl import disk_chain, disk_guard, disk_guest, disk_spec, disk_xml, render, resolve
+from vmctl.choices import Aio, Bus, Cache, DiskFormat
+from vmctl.disk_find import Located, folders, locate
+from vmctl.disk_spec import Attachment, IoLimits, Source, SourceKind, parse_source
+from vmctl.disk_xml import DiskDevice
+from vmctl.errors import Conflict, SpecError, Unsupported, WrongState, quietly
+from vmctl.events import Reporter, Step
+from vmctl.hosts import Host, holding
+from vmctl.hypervisor import capabilities, devices, disks, domain, storage
+from vmctl.hypervisor.domain import Domain, State
+from vmctl.record import Owned
+
+_LOCK_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plug:
+    """A disk as it was attached, or with a dry run would be.
+
+    ``guest``: what the guest calls it, "" while it cannot be told. ``there``: from when on the guest has it.
+    """
+
+    vm: str
+    target: str
+    serial: str
+    bus: str
+    source: str
+    format: str
+    there: str
+    guest: str = ""
+    made: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    vm: Domain
+    view: render.AttachedView
+    source: str
+    live: bool
+    making: Owned | None = None
+    size: int = 0
+
+
+def attach(
+    host: Host, name: str, what: str, wanted: Attachment, report: Reporter, *, next_start: bool = False, dry: bool
+) -> Plug:
+    """Attach a disk: a new one by its size (``10G``), a volume, a file, or one on a network.
+
+    At once where the VM runs, and from each later start on. All of it is undone when a step fails.
+    """
+    if found := disk_spec.attachment_problems(wanted):
+        raise SpecError(f"cannot attach {what} to VM {name}", problems=found)
+    with holding(host, name, timeout_s=_LOCK_S):
+        plan = _planned(host, name, what, wanted, next_start=next_start)
+        xml = render.attached_disk(plan.view)
+        (device,) = disk_xml.read(f"<domain><devices>{xml}</devices></domain>")
+        there = "now" if plan.live else "its next stop and start" if plan.vm.active else "its next start"
+        view = plan.view
+        done = Plug(plan.vm.name, view.target, view.serial, view.bus, plan.source, view.format, there)
+        done = replace(done, made=f"{plan.making.pool}/{plan.making.volume}" if plan.making else "")
+        with disk_guard.claimed(host, plan.vm.name, [device], f"attach {what} to VM {name}"):
+            if not dry:
+                _plugged(host, plan, xml)
+    if dry:
+        return done
+    report(Step(f"{plan.source} is disk {view.target} of {name}"))
+    return replace(done, guest=disk_guest.seen(host, name, view.serial)) if plan.live else done
+
+
+def _planned(host: Host, name: str, what: str, wanted: Attachment, *, next_start: bool) -> _Plan:
+    vm = domain.find(host.conn, name)
+    domain.require_persistent(vm, "attach a disk to")
+    if vm.state is State.SAVED:
+        raise WrongState(f"cannot attach {what} to VM {name}: it is saved", hint=f"vmctl start {name} first")
+    live = vm.active and not next_start
+    if live and wanted.bus not in disk_spec.HOT:
+        raise WrongState(
+            f"cannot attach {what} to VM {name}: bus {wanted.bus} takes no disk while the VM runs",
+            hint="bus virtio and scsi do; or --next-start",
+        )
+    machine = vm.facts.machine
+    buses = capabilities.disk_buses(host.conn, machine) if host.conn.qemu else frozenset()
+    pc = "q35" not in machine
+    if (buses and wanted.bus not in buses) or (wanted.bus is Bus.IDE and not pc) or (wanted.bus is Bus.SATA and pc):
+        raise Unsupported(f"cannot attach {what} to VM {name}: its machine has no bus {wanted.bus} under this libvirt")
+    here = disks.disks(host.conn, name, inactive=True)
+    here += disks.disks(host.conn, name, inactive=False) if vm.active else ()
+    view, source, making, size = _source(host, vm, what, wanted)
+    target = wanted.target or disk_spec.next_target(wanted.bus, frozenset(d.target for d in here))
+    serial = wanted.serial or disk_spec.next_serial(frozenset(d.serial for d in here))
+    for disk in here:
+        for kind, mine, its in (("target", target, disk.target), ("serial", serial, disk.serial)):
+            if mine == its:
+                raise Conflict(f"cannot attach {what} to VM {name}: {kind} {mine} is taken, by {disk.source}")
+        if disk.source and disk_guard.key(disk.source, local=host.conn.local) == disk_guard.key(
+            source, local=host.conn.local
+        ):
+            raise Conflict(f"cannot attach {what} to VM {name}: it has it already, as {disk.target}")
+    return _Plan(vm, replace(view, target=target, serial=serial), source, live, making, size)
+
+
+def _view(source: Source, form: str, wanted: Attachment) -> render.AttachedView:
+    file = source.kind in {SourceKind.FILE, SourceKind.BLOCK}
+    return render.AttachedView(
+        type=str(source.kind) if file else "network",
+        format=form,
+        target="",
+        bus=wanted.bus,
+        serial="",
+        path=source.path,
+        protocol="" if file else str(source.kind),
+        name=source.name,
+        host=source.host,
+        port=source.port,
+        socket=source.socket,
+        cache="" if wanted.cache is Cache.DEFAULT else wanted.cache,
+        aio="" if wanted.aio is Aio.DEFAULT else wanted.aio,
+        discard="" if wanted.readonly else wanted.discard,
+        iothread=wanted.iothread or 0,
+        readonly=wanted.readonly,
+        limits={name: value for name, value in wanted.limits.given().items() if value},
+    )
+
+
+def _source(
+    host: Host, vm: Domain, what: str, wanted: Attachment
+) -> tuple[render.AttachedView, str, Owned | None, int]:
+    """The disk without its place in the VM, its source, and the volume to make for it."""
+    if what[:1].isdigit() and "/" not in what:
+        size, form = disk_spec.parse_bytes(what), wanted.format or DiskFormat.QCOW2
+        pool = host.settings.pool
+        prefix = resolve.volume_prefix(vm.name, vm.uuid)
+        known = set(storage.volume_names(host.conn, pool)) | {
+            one.volume for one in (vm.facts.record.owned if vm.facts.record else ())
+        }
+        stems = {name.rpartition(".")[0] for name in known}
+        number = next(n for n in range(1, 10_000) if f"{prefix}-disk{n}" not in stems)
+        volume = f"{prefix}-disk{number}.{form}"
+        path = f"{storage.pool_path(host.conn, pool)}/{volume}"
+        return _view(Source(SourceKind.FILE, path=path), form, wanted), path, Owned(pool, volume), size
+    if "://" in what:
+        source = parse_source(what)
+        return _view(source, wanted.format or DiskFormat.RAW, wanted), str(source), None, 0
+    if ":" in what and not what.startswith("/"):
+        raise SpecError(f"cannot attach {what}: it is a disk of a VM", hint="name its volume or file")
+    return _existing(host, vm, what, wanted)
+
+
+def _existing(host: Host, vm: Domain, what: str, wanted: Attachment) -> tuple[render.AttachedView, str, None, int]:
+    if what.startswith("/dev/"):
+        source = parse_source(what)
+        return _view(source, wanted.format or DiskFormat.RAW, wanted), source.path, None, 0
+    found = locate(host, what)
+    if found.vm is not None and found.owner != vm.name and not wanted.readonly:
+        raise Conflict(
+            f"cannot attach {what} to VM {vm.name}: VM {found.owner} has it as {found.target}",
+            hint=f"vmctl disk detach {found.owner}:{found.target}, or attach it --readonly to both",
+        )
+    form = wanted.format or found.format
+    source = parse_source(found.path)
+    if form == DiskFormat.QCOW2 and host.conn.local and Path(found.path).is_file():
+        disk_chain.read(found.path, form, folders(host), doing=f"attach {what} to VM {vm.name}")
+    if not wanted.readonly and host.conn.local:
+        _refuse_a_base(host, vm, found, what)
+    return _view(source, form, wanted), found.path, None, 0
+
+
+def _refuse_a_base(host: Host, vm: Domain, found: Located, what: str) -> None:
+    from vmctl import image_users  # late: it reads every pool
+
+    users = image_users.needed(host.conn).by(os.path.realpath(found.path))
+    if others := [one for one in users if one not in {vm.name, found.volume}]:
+        raise Conflict(
+            f"cannot attach {what} to VM {vm.name}: {', '.join(others)} needs it as it is",
+            hint=f"vmctl disk create NEW --backing {what} makes one to write to",
+        )
+
+
+def _plugged(host: Host, plan: _Plan, xml: str) -> None:
+    name, view = plan.vm.name, plan.view
+    with ExitStack() as undo:
+        if plan.making is not None:
+            _make(host, plan, plan.making, undo)
+        text = domain.xml(host.conn, name, inactive=True)
+        if view.bus == Bus.SCSI:
+            _scsi_controller(host, name, live=plan.live, undo=undo)
+        for live in (True, False) if plan.live else (False,):
+            if view.iothread and view.iothread not in disk_xml.iothreads(domain.xml(host.conn, name) if live else text):
+                disks.add_iothread(host.conn, name, view.iothread, live=live)
+                undo.callback(_quiet_iothread, host, name, view.iothread, live)
+        if plan.live:
+            # Registered before: a signal may come between the call's end and the next line.
+            undo.callback(quietly, lambda: devices.detach(host.conn, name, xml))
+            devices.attach(host.conn, name, xml, live=True)
+        undo.callback(quietly, lambda: domain.detach_disk(host.conn, name, view.target))
+        devices.attach(host.conn, name, xml, live=False)
+        undo.pop_all()
+
+
+def _quiet_iothread(host: Host, name: str, number: int, live: bool) -> None:
+    quietly(lambda: disks.drop_iothread(host.conn, name, number, live=live))
+
+
+def _make(host: Host, plan: _Plan, owned: Owned, undo: ExitStack) -> None:
+    """Make the VM's new volume; its record names it first, so that whatever is left of a kill goes with the VM."""
+    record = plan.vm.facts.record
+    if record is not None:
+        undo.callback(quietly, lambda: domain.set_record(host.conn, plan.vm.name, render.metadata(record)))
+        more = replace(record, owned=(*record.owned, owned))
+        domain.set_record(host.conn, plan.vm.name, render.metadata(more))
+    undo.callback(quietly, lambda: storage.delete_volume(host.conn, owned.pool, owned.volume))
+    view = render.VolumeView(owned.volume, plan.size, plan.view.format)
+    storage.create_volume(host.conn, owned.pool, render.volume(view), name=owned.volume)
+
+
+_CONTROLLER = '<controller type="scsi" index="0" model="virtio-scsi"/>'
+
+
+def _scsi_controller(host: Host, name: str, *, live: bool, undo: ExitStack) -> None:
+    """A virtio-scsi controller where there is none: libvirt's own choice is one few guests have a driver for."""
+    for now in (True, False) if live else (False,):
+        if disk_xml.has_any_scsi_controller(domain.xml(host.conn, name, inactive=not now)):
+            continue
+        devices.attach(host.conn, name, _CONTROLLER, live=now)
+        if now:
+            undo.callback(quietly, lambda: devices.detach(host.conn, name, _CONTROLLER))
+
+
+@dataclass(frozen=True, slots=True)
+class Unplugged:
+    """A disk that was taken from a VM, or with a dry run would be. ``kept``: the volume is there still."""
+
+    vm: str
+    target: str
+    serial: str
+    source: str
+    when: str
+    kept: bool
+
+
+def detach(
+    host: Host, text: str, report: Reporter, *, timeout_s: float, next_start: bool, delete: bool, dry: bool
+) -> Unplugged:
+    """Take a disk from its VM: at once where it runs, its guest having let go of it, and from its definition.
+
+    The connection must have been opened with events. The volume stays, and is nobody's own from then on, unless
+    ``delete``. Killed in the middle: the same command again does the rest.
+    """
+    name = locate(host, text).owner
+    if not name:
+        raise SpecError(f"cannot detach {text}: no VM has it")
+    with holding(host, name, timeout_s=_LOCK_S):
+        vm = domain.find(host.conn, name)
+        domain.require_persistent(vm, "detach a disk from")
+        if vm.state is State.SAVED:
+            raise WrongState(f"cannot detach {text}: VM {name} is saved", hint=f"vmctl start {name} first")
+        found = locate(host, text)
+        disk = found.disk
+        assert disk is not None
+        running = vm.active and disk.target in {d.target for d in disks.disks(host.conn, name, inactive=False)}
+        live = running and not next_start
+        if live and disk.bus not in disk_spec.HOT:
+            raise WrongState(
+                f"cannot detach {text}: bus {disk.bus} lets no disk go while the VM runs",
+                hint=f"vmctl stop {name}, or --next-start",
+            )
+        if live and disks.job(host.conn, name, disk.target) is not None:
+            raise WrongState(f"cannot detach {text}: a job works on it")
+        if delete and running and not live:
+            raise SpecError(f"cannot delete {text}: VM {name} goes on using it")
+        when = "now" if not running or live else "its next stop and start"
+        done = Unplugged(name, disk.target, disk.serial, disk.source, when, kept=not delete)
+        if not dry:
+            _unplug(host, vm, found, disk, live=live, timeout_s=timeout_s, delete=delete)
+            report(Step(f"disk {disk.target} of {name} is detached"))
+        return done
+
+
+def _unplug(
+    host: Host, vm: Domain, found: Located, disk: DiskDevice, *, live: bool, timeout_s: float, delete: bool
+) -> None:
+    if live:
+        disks.unplug(host.conn, vm.name, disk, timeout_s=timeout_s)
+    domain.detach_disk(host.conn, vm.name, disk.target)
+    record, owned = vm.facts.record, Owned(found.pool, found.volume)
+    if record is not None and owned in record.owned:
+        less = replace(record, owned=tuple(one for one in record.owned if one != owned))
+        domain.set_record(host.conn, vm.name, render.metadata(less))
+    if delete and found.volume:
+        from vmctl.disks import delete as delete_disk
+
+        delete_disk(host, f"{found.pool}/{found.volume}", lambda _event: None)
+
+
+def limit(host: Host, text: str, limits: IoLimits, report: Reporter, *, dry: bool) -> dict[str, int]:
+    """Limit what a disk may do a second, live where its VM runs; returns all limits it has then."""
+    if found := disk_spec.limit_problems(limits):
+        raise SpecError(f"cannot limit {text}", problems=found)
+    here = locate(host, text)
+    if here.vm is None or here.disk is None:
+        raise SpecError(f"cannot limit {text}: no VM has it")
+    values = {**here.disk.limits, **limits.given()}
+    for kind in ("iops", "bytes"):
+        if values.get(f"total_{kind}_sec") and (values.get(f"read_{kind}_sec") or values.get(f"write_{kind}_sec")):
+            raise SpecError(
+                f"cannot limit {text}: a total and one of reads or writes exclude each other",
+                hint="0 takes a limit away",
+            )
+    values = {name: value for name, value in values.items() if value or name in limits.given()}
+    if values and limits.given() and not dry:
+        with holding(host, here.owner, timeout_s=_LOCK_S):
+            disks.limit(host.conn, here.owner, here.target, values, live=here.live)
+        report(Step(f"disk {here.target} of {here.owner} is limited"))
+    return {name: value for name, value in values.items() if value}

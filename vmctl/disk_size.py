@@ -1,0 +1,130 @@
+"""Disks made larger, while their VMs run or not, with what is on them; and smaller, where nothing can be lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmctl import disk_guest, disk_inside, disk_replace, qemu_img
+from vmctl.disk_find import Located, chain, require_alone, require_file, require_idle, working_on
+from vmctl.disk_replace import share_reporter
+from vmctl.disk_spec import new_size
+from vmctl.errors import Conflict, SpecError, Unsupported, WrongState
+from vmctl.events import Reporter, Step
+from vmctl.hosts import Host
+from vmctl.hypervisor import agent, disks, storage
+from vmctl.hypervisor.domain import State
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """A disk before and after, in bytes, or with a dry run as it would be.
+
+    ``grown``: the file system that was grown on it, "" for none. ``touches``: what is changed.
+    """
+
+    disk: str
+    before: int
+    after: int
+    grown: str
+    touches: tuple[str, ...]
+
+
+def resize(host: Host, text: str, size: str, report: Reporter, *, grow_fs: bool, shrink: bool, dry: bool) -> Resized:
+    """Give a disk another size. Growing is for running VMs too; shrinking needs ``shrink`` and a stopped one.
+
+    Raises SpecError for a size that would cut something off without that, WrongState, ImageError.
+    """
+    with working_on(host, text, report) as disk:
+        if disk.disk is not None and disk.disk.readonly:
+            raise WrongState(f"cannot resize {text}: VM {disk.owner} has it read-only")
+        before = _size_now(host, disk)
+        after = new_size(size, before)
+        if after < before and not shrink:
+            raise SpecError(
+                f"cannot resize {text} to {after} bytes: it has {before}, and what lies beyond would be lost",
+                hint="--shrink looks at what is on it first, and cuts off only what nothing uses",
+            )
+        if grow_fs:
+            _require_growable(host, disk, after < before)
+        if after < before:
+            touches: tuple[str, ...] = (f"rewrite {disk.path}",)
+            if not dry:
+                _shrink(host, disk, after, report)
+        else:
+            touches = (f"grow {disk.path or disk.ref}",) if after > before else ()
+            if after > before and not dry:
+                _grow(host, disk, after, report)
+        grown = ""
+        if grow_fs:
+            touches += (f"grow what is on it in VM {disk.owner}",)
+            grown = "" if dry else disk_guest.grow(host, disk.owner, disk.disk.serial if disk.disk else "", after)
+        return Resized(disk.ref, before, after, grown, touches)
+
+
+def _size_now(host: Host, disk: Located) -> int:
+    if disk.live:
+        return disks.sizes(host.conn, disk.owner, disk.target).capacity
+    if disk.volume:
+        storage.refresh(host.conn, disk.pool)
+        return storage.volume(host.conn, disk.pool, disk.volume).capacity
+    require_file(host, disk, "resize")
+    return qemu_img.info(Path(disk.path), disk.format).virtual_size
+
+
+def _require_growable(host: Host, disk: Located, shrinks: bool) -> None:
+    if shrinks:
+        raise SpecError(f"cannot resize {disk.ref}: --grow-fs and a smaller size exclude each other")
+    if disk.vm is None or disk.vm.state is not State.RUNNING:
+        raise WrongState(
+            f"cannot grow what is on {disk.ref}: no running VM has it",
+            hint="without --grow-fs the disk grows; cloud images grow their root file system at the next boot",
+        )
+    if disk.disk is None or not disk.disk.serial:
+        raise Unsupported(f"cannot grow what is on {disk.ref}: it has no serial to tell it by in the guest")
+    agent.require(host.conn, disk.owner, f"grow what is on {disk.ref} in")
+
+
+def _grow(host: Host, disk: Located, size: int, report: Reporter) -> None:
+    if disk.live:
+        disks.resize(host.conn, disk.owner, disk.target, size)
+    else:
+        require_idle(host, disk, "resize")
+        require_alone(host, disk, "resize")
+        if not disk.path:
+            raise WrongState(f"cannot resize {disk.ref}: it is on a network, and no running VM has it open")
+        if host.conn.local and Path(disk.path).is_file():
+            chain(host, disk, "resize")
+            qemu_img.resize(Path(disk.path), disk.format, size)
+            if disk.pool:
+                storage.refresh(host.conn, disk.pool)
+        else:
+            storage.resize_volume(host.conn, disk.pool, disk.volume, size)
+    report(Step(f"{disk.ref} has {size} bytes now"))
+
+
+def _shrink(host: Host, disk: Located, size: int, report: Reporter) -> None:
+    """By a whole copy: looked at, cut, looked at again, and only then put in the disk's place, based on no other."""
+    require_file(host, disk, "shrink")
+    require_idle(host, disk, "shrink")
+    require_alone(host, disk, "shrink")
+    layers = chain(host, disk, "shrink")
+    old, what = Path(disk.path), f"shrink {disk.ref}"
+    if disk.format == "qcow2" and qemu_img.info(old, disk.format).snapshots:
+        raise Conflict(f"cannot {what}: its file holds snapshots, which would be lost")
+    moved = share_reporter(report, what, layers.top.virtual_size)
+
+    def make(path: Path) -> None:
+        raw = path.with_suffix(".raw")
+        qemu_img.copy_known(old, disk.format, raw, "raw", what=what, moved=moved)
+        disk_inside.cut(raw, disk_inside.look(raw, what=what), size, what=what)
+        if disk.format == "raw":
+            raw.rename(path)
+        else:
+            qemu_img.copy_known(raw, "raw", path, disk.format, what=what)
+            qemu_img.require_equal(raw, "raw", path, disk.format, what=what)
+
+    disk_replace.in_place(disk, make, doing=what, equal=False)
+    if disk.pool:
+        storage.refresh(host.conn, disk.pool)
+    report(Step(f"{disk.ref} has {size} bytes now"))

@@ -1,0 +1,220 @@
+"""Disks listed, shown, made and deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from vmctl import disk_chain, disk_guard, render
+from vmctl.choices import DiskFormat
+from vmctl.disk_chain import Chain
+from vmctl.disk_find import folders, locate, require_idle, require_no_overlays
+from vmctl.disk_spec import Ref, name_problem, parse_ref
+from vmctl.disk_xml import DiskDevice
+from vmctl.errors import Conflict, NotFound, SpecError, VmctlError
+from vmctl.events import Reporter, Step
+from vmctl.hosts import Host
+from vmctl.hypervisor import disks, pools, storage
+from vmctl.images import ensure_pools
+from vmctl.locks import held
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One line of the list. Sizes in bytes, 0 where they cannot be told; ``vm`` "": attached to none."""
+
+    vm: str
+    disk: str
+    serial: str
+    bus: str
+    format: str
+    capacity: int
+    allocation: int
+    pool: str
+    source: str
+    readonly: bool = False
+
+    @property
+    def name(self) -> str:
+        """What a user may call it by."""
+        if self.vm:
+            return f"{self.vm}:{self.disk}"
+        return f"{self.pool}/{Path(self.source).name}" if self.pool else self.source
+
+
+def list_disks(host: Host, names: Collection[str], *, pool: str = "") -> tuple[Listed, ...]:
+    """Disks of the VMs that match ``names`` (none: all), and then the volumes of ``pool`` that none has attached."""
+    found: list[Listed] = []
+    volumes = {one.path: one for one in storage.all_volumes(host.conn)}
+    by_name = {f"{one.pool}/{one.name}": one for one in volumes.values()}
+    used = set()
+    for vm, _, devices in sorted(disks.all_disks(host.conn)):
+        for disk in devices:
+            used |= {disk.source, *disk.backing}
+            if names and not any(fnmatchcase(vm, one) for one in names):
+                continue
+            facts = volumes.get(disk.source) or by_name.get(disk.source)
+            capacity, allocation = (facts.capacity, facts.allocation) if facts else _sizes(host, vm, disk)
+            where = facts.pool if facts else ""
+            words = (disk.serial, disk.bus, disk.format, capacity, allocation, where, disk.source, disk.readonly)
+            found.append(Listed(vm, disk.target, *words))
+    if names and not found:
+        raise NotFound(f"cannot list disks of {', '.join(names)}: no VM of that name has any")
+    if not names:
+        bases = {one.backing for one in volumes.values()}
+        loose = [one for one in volumes.values() if one.path not in used | bases and one.pool == pool]
+        found += [
+            Listed("", one.name, "", "", one.format, one.capacity, one.allocation, one.pool, one.path)
+            for one in sorted(loose, key=lambda volume: volume.name)
+            if one.format in set(DiskFormat) and not one.name.endswith((".log", ".iso", ".json"))
+        ]
+    return tuple(found)
+
+
+def _sizes(host: Host, vm: str, disk: DiskDevice) -> tuple[int, int]:
+    try:
+        told = disks.sizes(host.conn, vm, disk.target)
+    except VmctlError:
+        return 0, 0  # a stopped VM's disk on a network: nobody has it open to tell
+    return told.capacity, told.allocation
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """All about one disk. ``chain`` is empty where vmctl cannot read it; ``why`` says then why not."""
+
+    name: str
+    vm: str
+    path: str
+    pool: str
+    volume: str
+    disk: DiskDevice | None
+    chain: Chain
+    why: str
+    users: tuple[str, ...]
+    leases: str
+
+
+def show(host: Host, text: str) -> Shown:
+    """Everything about a disk. Raises NotFound."""
+    found = locate(host, text)
+    chain, why = Chain(()), ""
+    if not host.conn.local or not Path(found.path).is_file():
+        why = "it is no file of this machine"
+    else:
+        try:
+            chain = disk_chain.read(found.path, found.format, folders(host), doing=f"read {text}")
+        except VmctlError as error:
+            why = error.message
+    wanted = disk_guard.key(found.path, local=host.conn.local) if found.path else ""
+    users = []
+    for vm, _, devices in disks.all_disks(host.conn):
+        here = [use for use in disk_guard.uses(vm, devices, local=host.conn.local) if use.key == wanted]
+        users += [f"{vm} ({'writes' if use.writes else 'reads'})" for use in here]
+    return Shown(
+        found.ref, found.owner, found.path, found.pool, found.volume, found.disk, chain, why, tuple(users), leases(host)
+    )
+
+
+def leases(host: Host) -> str:
+    """Which lock manager libvirt uses for disks, as far as can be read here; "" where it cannot."""
+    path = Path.home() / ".config/libvirt/qemu.conf" if host.conn.session else Path("/etc/libvirt/qemu.conf")
+    if not host.conn.local:
+        return ""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        name, _, value = line.partition("=")
+        if name.strip() == "lock_manager":
+            return {"lockd": "virtlockd", "sanlock": "sanlock"}.get(value.split("#")[0].strip().strip('"'), "")
+    return "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A volume that was made, or with a dry run would be."""
+
+    pool: str
+    volume: str
+    path: str
+    format: str
+    capacity: int
+    backing: str = ""
+
+
+def plan_create(host: Host, text: str, size: int | None, form: DiskFormat, backing: str) -> Made:
+    """What creating would make. Raises SpecError, Conflict, NotFound."""
+    ref = parse_ref(text, host.settings.pool)
+    if not ref.volume:
+        raise SpecError(f"cannot create disk {text}: it is not VOLUME or POOL/VOLUME")
+    ref = Ref(pool=ref.pool, volume=ref.volume if "." in ref.volume else f"{ref.volume}.{form}")
+    below = locate(host, backing) if backing else None
+    found = [problem] if (problem := name_problem(ref.volume)) else []
+    if size is None and below is None:
+        found.append("it needs a size")
+    if below is not None and form is not DiskFormat.QCOW2:
+        found.append("only qcow2 can be based on another disk")
+    if below is not None and below.live and below.disk is not None and not below.disk.readonly:
+        found.append(f"running VM {below.owner} writes to {backing}")
+    if found:
+        raise SpecError(f"cannot create disk {text}", problems=found)
+    capacity = 0
+    if below is not None:
+        chain = disk_chain.read(below.path, below.format, folders(host), doing=f"base a disk on {backing}")
+        capacity = chain.top.virtual_size
+        if size is not None and size < capacity:
+            raise SpecError(f"cannot create disk {text}: it would be smaller than {backing}, {capacity} bytes")
+    folder = storage.pool_path(host.conn, ref.pool)
+    if ref.volume in storage.volume_names(host.conn, ref.pool):
+        raise Conflict(f"cannot create disk {text}: pool {ref.pool} has a volume {ref.volume} already")
+    return Made(ref.pool, ref.volume, f"{folder}/{ref.volume}", form, size or capacity, below.path if below else "")
+
+
+def create(host: Host, text: str, size: int | None, form: DiskFormat, backing: str, report: Reporter) -> Made:
+    """Make an empty volume, or one based on another disk. libvirt takes back what it cannot finish."""
+    if parse_ref(text, host.settings.pool).pool == host.settings.pool:
+        ensure_pools(host)
+    with held(host.folders.runtime, f"new disk {text} on {host.lock_scope}", timeout_s=30.0):
+        made = plan_create(host, text, size, form, backing)
+        below = locate(host, backing) if backing else None
+        view = render.VolumeView(
+            made.volume, made.capacity, form, backing=made.backing, backing_format=below.format if below else "qcow2"
+        )
+        storage.create_volume(host.conn, made.pool, render.volume(view), name=made.volume)
+    report(Step(f"disk {made.pool}/{made.volume} is made"))
+    return made
+
+
+def deletable(host: Host, text: str) -> str:
+    """The path of the disk that deleting would destroy. Raises Conflict while anyone needs it."""
+    found = locate(host, text)
+    if found.vm is not None:
+        raise Conflict(
+            f"cannot delete disk {text}: VM {found.owner} has it as {found.target}",
+            hint=f"vmctl disk detach {found.owner}:{found.target}",
+        )
+    if not found.volume:
+        raise NotFound(f"cannot delete disk {text}: it is in no storage pool")
+    require_idle(host, found, "delete")
+    require_no_overlays(host, found, "delete")
+    return found.path
+
+
+def delete(host: Host, text: str, report: Reporter) -> None:
+    """Delete a volume that no VM has attached and no disk is based on."""
+    deletable(host, text)
+    found = locate(host, text)
+    storage.delete_volume(host.conn, found.pool, found.volume)
+    report(Step(f"disk {found.pool}/{found.volume} is deleted"))
+
+
+def pool_folder(host: Host, pool: str) -> str:
+    """The folder of an active pool of files. Raises SpecError for other kinds."""
+    facts = pools.pool(host.conn, pool)
+    if not facts.active or facts.type not in {"dir", "fs", "netfs"}:
+        raise SpecError(f"cannot use pool {pool}: it is {facts.type}, {'active' if facts.active else 'not active'}")
+    return facts.path

@@ -1,0 +1,257 @@
+"""Disks of a running domain and of its definition: plug, unplug, resize, limit, and the jobs that copy them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import libvirt
+
+from vmctl import disk_xml
+from vmctl.disk_xml import DiskDevice
+from vmctl.errors import HypervisorError, NotFound, WaitTimeout, WrongState
+from vmctl.hypervisor import domain
+from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.errors import calling, translated
+from vmctl.wait import wait_until
+
+_POLL_S = 0.05
+_JOB_POLL_S = 0.2
+_JOB_TIMEOUT_S = 7 * 86400.0  # a bound, not a guess: what ends it is the job, the guest or Ctrl-C
+_GONE = {libvirt.VIR_ERR_DEVICE_MISSING, libvirt.VIR_ERR_INVALID_ARG, libvirt.VIR_ERR_OPERATION_FAILED}
+
+
+def disks(conn: Connection, name: str, *, inactive: bool) -> tuple[DiskDevice, ...]:
+    """The disks of a domain: as it runs, or as it is defined."""
+    return disk_xml.read(domain.xml(conn, name, inactive=inactive))
+
+
+def all_disks(conn: Connection, *, active_only: bool = False) -> tuple[tuple[str, bool, tuple[DiskDevice, ...]], ...]:
+    """Name, whether it runs, and disks of every domain; a running one's as it runs."""
+    found = []
+    with calling("read all VMs"):
+        for dom in conn.handle.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE if active_only else 0):
+            try:
+                found.append((dom.name(), bool(dom.isActive()), disk_xml.read(dom.XMLDesc())))
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # deleted since the list was made
+                    raise
+    return tuple(found)
+
+
+def has_snapshots(conn: Connection, name: str) -> bool:
+    """Whether libvirt knows of snapshots of the domain, which name its files."""
+    with calling(f"look for snapshots of VM {name}"):
+        try:
+            return bool(domain.handle(conn, name).snapshotNum())
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+                return False
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSizes:
+    """Of a disk as its guest sees it (``capacity``) and of its file on the host (``allocation``), in bytes."""
+
+    capacity: int
+    allocation: int
+
+
+def sizes(conn: Connection, name: str, target: str) -> BlockSizes:
+    """The sizes of a disk, also of one that vmctl cannot reach itself."""
+    with calling(f"ask for the size of disk {target} of VM {name}"):
+        capacity, allocation, _physical = domain.handle(conn, name).blockInfo(target)
+    return BlockSizes(int(capacity), int(allocation))
+
+
+def resize(conn: Connection, name: str, target: str, size: int) -> None:
+    """Give a disk of a running domain ``size`` bytes; its guest is told."""
+    with calling(f"resize disk {target} of VM {name}"):
+        domain.handle(conn, name).blockResize(target, size, libvirt.VIR_DOMAIN_BLOCK_RESIZE_BYTES)
+
+
+def limit(conn: Connection, name: str, target: str, values: Mapping[str, int], *, live: bool) -> None:
+    """Set limits by libvirt's names: in the definition, and live where it runs."""
+    flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG | (libvirt.VIR_DOMAIN_AFFECT_LIVE if live else 0)
+    with calling(f"limit disk {target} of VM {name}"):
+        domain.handle(conn, name).setBlockIoTune(target, dict(values), flags)
+
+
+def add_iothread(conn: Connection, name: str, number: int, *, live: bool) -> None:
+    """Give the domain an I/O thread of that number."""
+    flags = libvirt.VIR_DOMAIN_AFFECT_LIVE if live else libvirt.VIR_DOMAIN_AFFECT_CONFIG
+    with calling(f"add I/O thread {number} to VM {name}"):
+        domain.handle(conn, name).addIOThread(number, flags)
+
+
+def drop_iothread(conn: Connection, name: str, number: int, *, live: bool) -> None:
+    """Take an I/O thread back that no disk uses."""
+    flags = libvirt.VIR_DOMAIN_AFFECT_LIVE if live else libvirt.VIR_DOMAIN_AFFECT_CONFIG
+    with calling(f"take I/O thread {number} from VM {name}"):
+        domain.handle(conn, name).delIOThread(number, flags)
+
+
+def unplug(conn: Connection, name: str, disk: DiskDevice, *, timeout_s: float) -> None:
+    """Unplug a disk and wait for the guest to let go of it. Raises WaitTimeout; then the guest still has it.
+
+    The connection must have been opened after start_loop(). libvirt answers when it has asked the guest; that the
+    guest has let go is told by an event. The domain's XML is looked at too, for one that came before we listened.
+    """
+    over, refused = threading.Event(), threading.Event()
+    with _heard(conn, name, disk.alias, over, refused):
+        with calling(f"detach disk {disk.target} of VM {name}"):
+            try:
+                domain.handle(conn, name).detachDeviceFlags(disk.xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
+            except libvirt.libvirtError as error:
+                # An unplug asked for before is still pending: QEMU has no second question for the guest.
+                if error.get_error_code() not in _GONE or disk.alias == "":
+                    raise
+
+        def gone() -> bool:
+            if refused.is_set():
+                raise WrongState(
+                    f"cannot detach disk {disk.target} of VM {name}: its guest refused to let go of it",
+                    hint="unmount it in the guest first",
+                )
+            return over.is_set() or disk.target not in {one.target for one in disks(conn, name, inactive=False)}
+
+        try:
+            wait_until(gone, what="", timeout_s=timeout_s, interval_s=_POLL_S)
+        except WaitTimeout as error:
+            raise WaitTimeout(
+                f"cannot detach disk {disk.target} of VM {name}: its guest has not let go of it",
+                after_s=error.after_s,
+                hint="is its system up, and does it use the disk? the same command again goes on waiting",
+            ) from error
+
+
+@contextmanager
+def _heard(conn: Connection, name: str, alias: str, over: threading.Event, refused: threading.Event) -> Iterator[None]:
+    register, ids = conn.handle.domainEventRegisterAny, []
+    handle = domain.handle(conn, name)
+
+    def setting(event: threading.Event) -> Callable[..., None]:
+        return lambda _conn, _dom, device, _opaque: event.set() if device == alias else None
+
+    with calling(f"watch VM {name}"):
+        for kind, event in (
+            (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, over),
+            (libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, refused),
+        ):
+            ids.append(register(handle, kind, setting(event), None))
+    try:
+        yield
+    finally:
+        for one in ids:
+            with suppress(libvirt.libvirtError):
+                conn.handle.domainEventDeregisterAny(one)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A block job: bytes done of its present total."""
+
+    done: int
+    total: int
+
+
+def job(conn: Connection, name: str, target: str) -> Job | None:
+    """The job on a disk; None when there is none."""
+    with calling(f"ask for the job on disk {target} of VM {name}"):
+        info = domain.handle(conn, name).blockJobInfo(target, 0)
+    return Job(int(info["cur"]), int(info["end"])) if info else None
+
+
+def abort_job(conn: Connection, name: str, target: str) -> None:
+    """End the job on a disk, the disk as it was; none is no error."""
+    with suppress(libvirt.libvirtError):
+        domain.handle(conn, name).blockJobAbort(target, 0)
+
+
+def copy_and_switch(
+    conn: Connection, name: str, target: str, destination: str, moved: Callable[[Job], None], *, shallow: bool
+) -> None:
+    """Copy a disk of a running domain to ``destination`` (the XML of a <disk>) and let the domain go on there.
+
+    Undone, but for the new file, when anything ends it before the switch. ``shallow``: its backing file stays.
+    """
+    flags = libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB | libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
+    flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW if shallow else 0
+    doing = f"copy disk {target} of VM {name}"
+    dom = domain.handle(conn, name)
+    with calling(doing):
+        dom.blockCopy(target, destination, {}, flags)
+    try:
+        _until(conn, name, target, doing, moved, ready=True)
+        with calling(doing):
+            dom.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+    except BaseException:
+        abort_job(conn, name, target)
+        raise
+
+
+def pull(conn: Connection, name: str, target: str, base: str, moved: Callable[[Job], None]) -> None:
+    """Bring all data between a running domain's disk and ``base`` ("": all there is) into the disk's own file.
+
+    Ended in its middle it leaves a disk of the same content on the same backing chain.
+    """
+    doing = f"flatten disk {target} of VM {name}"
+    dom = domain.handle(conn, name)
+    with calling(doing):
+        if base:
+            dom.blockRebase(target, base, 0, 0)
+        else:
+            dom.blockPull(target, 0, 0)
+    try:
+        _until(conn, name, target, doing, moved, ready=False)
+    except BaseException:
+        abort_job(conn, name, target)
+        raise
+
+
+def _until(conn: Connection, name: str, target: str, doing: str, moved: Callable[[Job], None], *, ready: bool) -> None:
+    """Wait for a job to be ready to be switched over, or to end. Raises WrongState when the domain stops meanwhile."""
+    dom = domain.handle(conn, name)
+
+    def probe() -> bool:
+        try:
+            info = dom.blockJobInfo(target, 0)
+            text = dom.XMLDesc() if ready else ""
+        except libvirt.libvirtError as error:
+            raise translated(error, doing) from error
+        if not info:
+            if ready:
+                raise HypervisorError(
+                    f"cannot {doing}: the job failed",
+                    code=libvirt.VIR_ERR_OPERATION_FAILED,
+                    domain=libvirt.VIR_FROM_QEMU,
+                    hint="is there room for it? libvirt's log says more",
+                )
+            return True
+        moved(Job(int(info["cur"]), int(info["end"])))
+        return ready and info["cur"] == info["end"] and _ready(text, target)
+
+    wait_until(probe, what=f"cannot {doing}", timeout_s=_JOB_TIMEOUT_S, interval_s=_JOB_POLL_S)
+
+
+def _ready(text: str, target: str) -> bool:
+    import xml.etree.ElementTree as ET
+
+    for disk in ET.fromstring(text).iterfind("devices/disk"):
+        found, mirror = disk.find("target"), disk.find("mirror")
+        if found is not None and found.get("dev") == target and mirror is not None:
+            return mirror.get("ready") == "yes"
+    return False
+
+
+def find(conn: Connection, name: str, wanted: str, *, inactive: bool) -> DiskDevice:
+    """The disk of a domain that ``wanted`` (target, serial or source) names. Raises NotFound."""
+    here = disks(conn, name, inactive=inactive)
+    for disk in here:
+        if disk.named(wanted):
+            return disk
+    known = ", ".join(f"{d.target} ({d.serial})" if d.serial else d.target for d in here)
+    raise NotFound(f"cannot find disk {wanted} of VM {name}: it has {known or 'none'}", hint=f"vmctl disk list {name}")

@@ -1,0 +1,175 @@
+"""Storage pools of every kind libvirt has: what is asked for as what is rendered, and the verbs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from vmctl import render
+from vmctl.choices import PoolType
+from vmctl.disk_spec import name_problem
+from vmctl.errors import Conflict, SpecError
+from vmctl.events import Reporter, Step
+from vmctl.hosts import Host
+from vmctl.hypervisor import disks, pools, storage
+from vmctl.hypervisor.pools import PoolFacts
+from vmctl.render import PoolView
+
+_UNSAFE = "[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+_LIBVIRT = {PoolType.NFS: "netfs"}
+# What each kind needs beside its name, and what it may have.
+_NEEDED = {
+    PoolType.DIR: {"path"},
+    PoolType.FS: {"path", "device"},
+    PoolType.NFS: {"path", "host", "export"},
+    PoolType.LOGICAL: {"source_name"},
+    PoolType.ISCSI: {"host", "iqn"},
+    PoolType.ISCSI_DIRECT: {"host", "iqn", "initiator"},
+    PoolType.RBD: {"host", "source_name"},
+}
+_ALLOWED = {
+    PoolType.FS: {"format"},
+    PoolType.NFS: {"format"},
+    PoolType.LOGICAL: {"device", "path"},
+    PoolType.ISCSI: {"initiator", "path", "user", "secret", "port"},
+    PoolType.ISCSI_DIRECT: {"user", "secret", "port"},
+    PoolType.RBD: {"user", "secret", "port"},
+}
+_OPTION = {"source_name": "source-name"}
+
+
+@dataclass(frozen=True, slots=True)
+class NewPool:
+    """A pool as asked for. ``path`` is its folder here; ``export`` is NFS's, ``iqn`` the iSCSI target's name."""
+
+    name: str
+    type: PoolType = PoolType.DIR
+    path: str = ""
+    device: tuple[str, ...] = ()
+    host: str = ""
+    port: int = 0
+    export: str = ""
+    iqn: str = ""
+    initiator: str = ""
+    source_name: str = ""
+    format: str = ""
+    user: str = ""
+    secret: str = ""
+
+
+def problems(wanted: NewPool) -> list[str]:
+    """Everything wrong with it; empty when nothing is. Pure."""
+    found = [problem] if (problem := name_problem(wanted.name)) else []
+    fields = ("path", "device", "host", "port", "export", "iqn", "initiator", "source_name", "format", "user", "secret")
+    given = {name for name in fields if getattr(wanted, name)}
+    needed = _NEEDED[wanted.type]
+    option = {name: "--" + _OPTION.get(name, name) for name in fields}
+    found += [f"type {wanted.type} needs {option[name]}" for name in sorted(needed - given)]
+    extra = given - needed - _ALLOWED.get(wanted.type, set())
+    found += [f"type {wanted.type} has no {option[name]}" for name in sorted(extra)]
+    paths = [("path", wanted.path), ("export", wanted.export), *(("device", one) for one in wanted.device)]
+    for name, path in paths:
+        if path and (not path.startswith("/") or ".." in path.split("/")):
+            found.append(f"{option[name]} {path!r} is not absolute, or climbs with '..'")
+    for name in given - {"device", "port"}:
+        if re.search(_UNSAFE, getattr(wanted, name)):
+            found.append(f"{option[name]} has control characters")
+    if wanted.iqn and re.fullmatch(r"(?:iqn|eui|naa)\.\S+", wanted.iqn) is None:
+        found.append(f"--iqn {wanted.iqn!r} is not like iqn.2024-01.org.example:disks")
+    if bool(wanted.user) != bool(wanted.secret):
+        found.append("--user and --secret belong together")
+    if wanted.secret and re.fullmatch(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", wanted.secret) is None:
+        found.append("--secret is not the UUID of one of libvirt's secrets")
+    return found
+
+
+def view(wanted: NewPool) -> PoolView:
+    """What is rendered for it. Pure."""
+    path = wanted.path
+    if not path and wanted.type is PoolType.LOGICAL:
+        path = f"/dev/{wanted.source_name}"
+    if not path and wanted.type is PoolType.ISCSI:
+        path = "/dev/disk/by-path"
+    devices = wanted.device or ((wanted.iqn,) if wanted.iqn else ())
+    form = wanted.format
+    if not form:
+        form = {PoolType.FS: "auto", PoolType.NFS: "nfs", PoolType.LOGICAL: "lvm2"}.get(wanted.type, "")
+    return PoolView(
+        name=wanted.name,
+        type=_LIBVIRT.get(wanted.type, wanted.type),
+        path=path,
+        host=wanted.host,
+        port=wanted.port,
+        dir=wanted.export,
+        devices=devices,
+        source_name=wanted.source_name,
+        format=form,
+        initiator=wanted.initiator,
+        auth="ceph" if wanted.type is PoolType.RBD else "chap",
+        user=wanted.user,
+        secret=wanted.secret,
+    )
+
+
+def definition(wanted: NewPool) -> str:
+    """The XML of a pool. Raises SpecError with every problem."""
+    if found := problems(wanted):
+        raise SpecError(f"cannot create pool {wanted.name}", problems=found)
+    return render.storage_pool(view(wanted))
+
+
+def create(host: Host, wanted: NewPool, report: Reporter, *, start: bool = True) -> PoolFacts:
+    """Define a pool and start it. A folder that is not there is made; a group of volumes or a file system is not."""
+    text = definition(wanted)
+    build = start and wanted.type in {PoolType.DIR, PoolType.FS, PoolType.NFS}
+    pools.create(host.conn, text, wanted.name, build=build, start=start)
+    report(Step(f"pool {wanted.name} is {'active' if start else 'defined'}"))
+    return pools.pool(host.conn, wanted.name)
+
+
+@dataclass(frozen=True, slots=True)
+class ShownPool:
+    """A pool with its volumes, and the VMs that have disks there."""
+
+    pool: PoolFacts
+    volumes: tuple[storage.VolumeFacts, ...]
+    users: tuple[str, ...]
+
+
+def show(host: Host, name: str) -> ShownPool:
+    """Everything about a pool. Raises NotFound."""
+    facts = pools.pool(host.conn, name)
+    if not facts.active:
+        return ShownPool(facts, (), _users(host, name, ()))
+    storage.refresh(host.conn, name)
+    volumes = storage.volumes(host.conn, name)
+    return ShownPool(pools.pool(host.conn, name), volumes, _users(host, name, volumes))
+
+
+def _users(host: Host, name: str, volumes: tuple[storage.VolumeFacts, ...]) -> tuple[str, ...]:
+    paths = {one.path for one in volumes}
+    users = set()
+    for vm, _, found in disks.all_disks(host.conn):
+        for disk in found:
+            if disk.source.startswith(f"{name}/") or paths & {disk.source, *disk.backing}:
+                users.add(vm)
+    return tuple(sorted(users))
+
+
+def delete(host: Host, name: str, report: Reporter) -> None:
+    """Stop a pool and forget it; its volumes stay where they are. Raises Conflict while a VM has a disk there."""
+    if name in {host.settings.pool, host.settings.image_pool}:
+        raise Conflict(f"cannot delete pool {name}: it is vmctl's own")
+    found = show(host, name)
+    if found.users:
+        raise Conflict(
+            f"cannot delete pool {name}: disks of {', '.join(found.users)} are there",
+            hint="vmctl disk move VM:DISK --pool OTHER",
+        )
+    pools.delete(host.conn, name)
+    report(Step(f"pool {name} is deleted; what was in it stays"))
+
+
+def list_pools(host: Host) -> tuple[PoolFacts, ...]:
+    """All pools, by name."""
+    return pools.pools(host.conn)
