@@ -102,7 +102,7 @@ def read(path: str, form: str, folders: Callable[[], Collection[str]], *, doing:
         if form not in _FORMATS:
             raise ImageError(f"cannot {doing}: the format of {path} is {form or 'not recorded'}, not qcow2 or raw")
         backing = _header_problems(path, form, doing)
-        info = qemu_img.info(Path(path), form)
+        info = qemu_img.info(Path(path), form, in_use=True)
         layers.append(Layer(path, form, info.virtual_size, info.actual_size))
         if not backing:
             break

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmctl import disk_chain, disk_guard, disk_journal
+from vmctl.choices import DiskFormat
 from vmctl.disk_chain import Chain
 from vmctl.disk_spec import Ref, parse_ref
 from vmctl.disk_xml import DiskDevice
@@ -56,7 +57,12 @@ def locate(host: Host, text: str) -> Located:
     ref = parse_ref(text, host.settings.pool)
     if ref.vm:
         vm = domain.find(host.conn, ref.vm)
-        disk = disks.find(host.conn, vm.name, ref.disk, inactive=not vm.active)
+        try:
+            disk = disks.find(host.conn, vm.name, ref.disk, inactive=not vm.active)
+        except NotFound:
+            if not vm.active or not vm.persistent:
+                raise
+            disk = disks.find(host.conn, vm.name, ref.disk, inactive=True)  # waits for the next start, or was let go
         return _attached(host, vm, disk, text)
     return _by_file(host, ref, text)
 
@@ -78,7 +84,10 @@ def _by_file(host: Host, ref: Ref, text: str) -> Located:
         path, form = ref.path, ""
     else:
         storage.refresh(host.conn, ref.pool)
-        pool, volume, path, form = ref.pool, ref.volume, "", ""
+        known = storage.volume_names(host.conn, ref.pool)
+        short = [f"{ref.volume}.{form}" for form in DiskFormat if f"{ref.volume}.{form}" in known]
+        volume = short[0] if ref.volume not in known and len(short) == 1 else ref.volume
+        pool, path, form = ref.pool, "", ""
     if volume:
         facts = storage.volume(host.conn, pool, volume)
         path, form = facts.path, facts.format

@@ -212,11 +212,10 @@ def _reason(code: int, limits: Limits, errors: bytes) -> str:
     return tail or f"qemu-img exit status {code}"
 
 
-def info(path: Path, format: str) -> ImageInfo:
-    """Sizes and backing file of an image that is known to be of ``format``."""
-    shown = _run(
-        ["info", "-f", format, "--output=json", str(path)], what=f"inspect image {path}", timeout_s=_QUICK_TIMEOUT_S
-    )
+def info(path: Path, format: str, *, in_use: bool = False) -> ImageInfo:
+    """Sizes and backing file of an image that is known to be of ``format``; ``in_use``: a running VM may write to it."""
+    words = ["info", *(["-U"] if in_use else []), "-f", format, "--output=json", str(path)]
+    shown = _run(words, what=f"inspect image {path}", timeout_s=_QUICK_TIMEOUT_S)
     return _info(json.loads(shown))
 
 

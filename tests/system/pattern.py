@@ -1,0 +1,37 @@
+"""Blocks that know their place, written and read by the guest itself: what moved, got lost or stale is told apart."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+
+from tests.system.conftest import REPO, VMCTL, Shell
+
+BLOCK = 4096
+
+
+def blocks(seed: str, count: int, *, first: int = 0) -> bytes:
+    """``count`` blocks of 4 KiB from number ``first`` on, each made of its own digest."""
+    found = (hashlib.sha256(f"{seed}/{n}".encode()).digest() for n in range(first, first + count))
+    return b"".join(one * (BLOCK // len(one)) for one in found)
+
+
+def write(vm: str, path: str, data: bytes, *, at: int = 0) -> None:
+    """Have the guest write ``data`` to a device or file at block ``at``, down to its disk."""
+    script = f"dd of={path} bs={BLOCK} seek={at} conv=notrunc,fsync 2>/dev/null"
+    words = [*VMCTL, "exec", vm, "--", "sh", "-c", script]
+    done = subprocess.run(words, input=data, capture_output=True, timeout=120, cwd=REPO)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def digest(shell: Shell, vm: str, path: str, count: int, *, at: int = 0) -> str:
+    """SHA-256 of ``count`` blocks as the guest reads them from its disk, not from its memory."""
+    script = (
+        f"echo 3 >/proc/sys/vm/drop_caches; dd if={path} bs={BLOCK} skip={at} count={count} 2>/dev/null | sha256sum"
+    )
+    return shell.run("exec", vm, "--", "sh", "-c", script).stdout.split()[0]
+
+
+def holds(shell: Shell, vm: str, path: str, data: bytes, *, at: int = 0) -> bool:
+    """Whether the guest reads ``data`` there."""
+    return digest(shell, vm, path, len(data) // BLOCK, at=at) == hashlib.sha256(data).hexdigest()

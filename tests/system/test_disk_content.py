@@ -1,0 +1,326 @@
+"""Disks resized, moved, converted, flattened, rebased, compacted: the guest reads what it wrote, whatever is done."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system import pattern
+from tests.system.conftest import REPO, VMCTL, Shell, volumes
+from vmctl import disk_xml
+
+pytestmark = pytest.mark.system
+
+DISKS = Path("/var/lib/libvirt/vmctl/vmctl")
+ONE, TWO = pattern.blocks("one", 256), pattern.blocks("two", 256)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A second pool."""
+    shell, folder = Shell(), Path("/var/lib/libvirt/second")
+    shell.run("disk", "pool", "create", "second", "--path", str(folder))
+    yield "second"
+    shell.run("disk", "pool", "delete", "second", "--yes")
+
+
+@pytest.fixture(scope="module")
+def vm(pool: str) -> Iterator[str]:
+    """A guest, running when a test begins."""
+    shell, chosen = Shell(), f"content-{os.getpid()}"
+    shell.run("create", chosen, "--image", "micro", "--wait", "agent")
+    yield chosen
+    shell.run("delete", chosen, "--yes")
+
+
+@pytest.fixture
+def disk(shell: Shell, vm: str) -> Iterator[str]:
+    """The device of a fresh linked disk ``VM:data`` whose base holds ONE at block 0; the guest has it as this path."""
+    ensure_running(shell, vm)
+    base, top = f"base-{os.urandom(3).hex()}", f"top-{os.urandom(3).hex()}"
+    shell.run("disk", "create", base, "32M")
+    raw = DISKS / "filling.raw"
+    raw.write_bytes(ONE + bytes((32 << 20) - len(ONE)))
+    subprocess.run(
+        ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(DISKS / f"{base}.qcow2")], check=True
+    )
+    raw.unlink()
+    shell.run("disk", "create", top, "--backing", base)
+    done = shell.json("disk", "attach", vm, top, "--serial", "data")
+    device = f"/dev/{done['guest']}"
+    assert pattern.holds(shell, vm, device, ONE)
+    pattern.write(vm, device, TWO, at=1024)
+    yield device
+    ensure_running(shell, vm)
+    shell.run("disk", "detach", f"{vm}:data", "--delete", "--yes", check=None)
+    for volume in volumes(shell) | volumes(shell, "second"):
+        if volume.startswith((base, top)):
+            for folder in (DISKS, Path("/var/lib/libvirt/second")):
+                (folder / volume).unlink(missing_ok=True)
+
+
+def ensure_running(shell: Shell, vm: str) -> None:
+    if shell.virsh("domstate", vm) != "running":
+        shell.run("start", vm)
+        shell.run("wait", vm, "--for", "agent")
+
+
+def stop(shell: Shell, vm: str) -> None:
+    shell.run("exec", vm, "--", "sync")
+    shell.run("stop", vm)
+
+
+def file_of(shell: Shell, vm: str) -> Path:
+    """The file of ``VM:data``, which the definition and the running machine agree on."""
+    found = set()
+    for flags in ((), ("--inactive",)):
+        found |= {d.source for d in disk_xml.read(shell.virsh("dumpxml", vm, *flags)) if d.serial == "data"}
+    (path,) = found
+    return Path(path)
+
+
+def intact(shell: Shell, vm: str) -> bool:
+    """Whether the guest reads both patterns, zeros between, after a boot if it was stopped."""
+    ensure_running(shell, vm)
+    device = "/dev/" + shell.run("exec", vm, "--", "sh", "-c", FIND).stdout.strip()
+    gap = bytes(pattern.BLOCK * 256)
+    return (
+        pattern.holds(shell, vm, device, ONE)
+        and pattern.holds(shell, vm, device, gap, at=512)
+        and pattern.holds(shell, vm, device, TWO, at=1024)
+    )
+
+
+FIND = 'for d in /sys/block/*; do [ "$(cat $d/serial 2>/dev/null)" != data ] || echo ${d##*/}; done'
+
+
+def clean(path: Path) -> None:
+    done = subprocess.run(["qemu-img", "check", "-q", "-U", str(path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def leftovers() -> list[str]:
+    """What a change that ended may not leave."""
+    found = [*DISKS.glob(".vmctl-*"), *Path("/var/lib/libvirt/second").glob(".vmctl-*")]
+    return [str(one) for one in (*found, *Path.home().glob(".local/share/vmctl/disk-journal/*"))]
+
+
+def test_a_disk_grows_under_a_running_guest_and_the_file_system_with_it(shell: Shell, vm: str) -> None:
+    ensure_running(shell, vm)
+    done = shell.json("disk", "attach", vm, "16M", "--serial", "grow")
+    device = f"/dev/{done['guest']}"
+    shell.run("exec", vm, "--", "sh", "-c", f"mkfs.ext4 -q {device} && mkdir -p /mnt/g && mount {device} /mnt/g")
+    pattern.write(vm, "/mnt/g/data", ONE)
+    was = shell.json("disk", "resize", f"{vm}:grow", "+32M", "--dry-run")
+    assert was["touches"] and shell.json("disk", "show", f"{vm}:grow")["chain"]["layers"][0]["virtual_size"] == 16 << 20
+    grown = shell.json("disk", "resize", f"{vm}:grow", "+32M", "--grow-fs")
+    assert (grown["before"], grown["after"], grown["grown"]) == (16 << 20, 48 << 20, f"ext4 on {device}")
+    kib = int(shell.run("exec", vm, "--", "sh", "-c", "df -k /mnt/g | tail -n 1 | awk '{print $2}'").stdout)
+    assert kib > 40 * 1024
+    assert pattern.holds(shell, vm, "/mnt/g/data", ONE)
+    assert "would be lost" in shell.run("disk", "resize", f"{vm}:grow", "16M", check=2).stderr
+    assert "is running" in shell.run("disk", "resize", f"{vm}:grow", "16M", "--shrink", check=6).stderr
+    shell.run("exec", vm, "--", "umount", "/mnt/g")
+    shell.run("disk", "detach", f"{vm}:grow")
+    # Nobody has it now: it can shrink, to what its file system can be made.
+    assert "resize2fs" in shell.run("disk", "resize", done["made"], "1M", "--shrink", check=10).stderr
+    small = shell.json("disk", "resize", done["made"], "20M", "--shrink")
+    assert small["after"] == 20 << 20
+    again = shell.json("disk", "attach", vm, done["made"])
+    shell.run("exec", vm, "--", "sh", "-c", f"e2fsck -fn /dev/{again['guest']} && mount /dev/{again['guest']} /mnt/g")
+    assert pattern.holds(shell, vm, "/mnt/g/data", ONE)
+    shell.run("exec", vm, "--", "umount", "/mnt/g")
+    shell.run("disk", "detach", f"{vm}:{again['target']}", "--delete", "--yes")
+    assert leftovers() == []
+
+
+def test_what_cannot_be_checked_is_not_shrunk(shell: Shell, vm: str, disk: str) -> None:
+    stop(shell, vm)
+    before = file_of(shell, vm).read_bytes()
+    told = shell.run("disk", "resize", f"{vm}:data", "16M", "--shrink", check=10)
+    assert "neither ext2, 3 or 4 nor a partition table" in told.stderr
+    assert file_of(shell, vm).read_bytes() == before and leftovers() == []
+    shell.run("disk", "resize", f"{vm}:data", "+8M")
+    assert intact(shell, vm)
+
+
+def test_a_disk_moves_under_a_guest_that_writes_to_it(shell: Shell, vm: str, disk: str) -> None:
+    old = file_of(shell, vm)
+    told = shell.run("disk", "move", f"{vm}:data", "--pool", "second", "--dry-run").stdout
+    assert f"make /var/lib/libvirt/second/{old.name}" in told and f"delete {old}" in told
+    script = (
+        f"i=0; while [ -e /tmp/go ]; do echo $i | dd of={disk} bs=4096 seek=4096 conv=notrunc,fsync; i=$((i+1)); done"
+    )
+    shell.run("exec", vm, "--", "sh", "-c", f"touch /tmp/go; ({script}; echo $i >/tmp/i) >/dev/null 2>&1 &")
+    done = shell.json("disk", "move", f"{vm}:data", "--pool", "second")
+    assert done["how"] == "live" and not old.exists()
+    assert file_of(shell, vm) == Path("/var/lib/libvirt/second") / old.name
+    shell.run("exec", vm, "--", "sh", "-c", "rm /tmp/go; while [ ! -s /tmp/i ]; do usleep 20000; done")
+    last = shell.run("exec", vm, "--", "sh", "-c", f"dd if={disk} bs=4096 skip=4096 count=1 2>/dev/null | head -n 1")
+    count = shell.run("exec", vm, "--", "cat", "/tmp/i").stdout
+    assert int(last.stdout) == int(count) - 1
+    assert intact(shell, vm)
+    stop(shell, vm)
+    done = shell.json("disk", "move", f"{vm}:data", "--pool", "vmctl")
+    assert done["how"] == "stopped" and file_of(shell, vm) == old
+    clean(old)
+    assert intact(shell, vm) and leftovers() == []
+
+
+def test_a_disk_is_converted_running_and_stopped(shell: Shell, vm: str, disk: str) -> None:
+    before = volumes(shell)
+    done = shell.json("disk", "convert", f"{vm}:data", "--format", "raw")
+    assert (done["how"], done["format"]) == ("live", "raw") and file_of(shell, vm).suffix == ".raw"
+    assert pattern.holds(shell, vm, disk, ONE) and pattern.holds(shell, vm, disk, TWO, at=1024)
+    stop(shell, vm)
+    done = shell.json("disk", "convert", f"{vm}:data", "--format", "qcow2")
+    assert done["how"] == "stopped" and file_of(shell, vm).suffix == ".qcow2"
+    clean(file_of(shell, vm))
+    assert intact(shell, vm) and volumes(shell) == before and leftovers() == []
+
+
+def test_a_disk_is_flattened_running_and_stopped(shell: Shell, vm: str, disk: str) -> None:
+    _, base = shell.json("disk", "show", f"{vm}:data")["chain"]["layers"]
+    assert "needs it as it is" in shell.run("disk", "delete", Path(base["path"]).name, "--yes", check=5).stderr
+    shell.run("disk", "flatten", f"{vm}:data")
+    assert len(shell.json("disk", "show", f"{vm}:data")["chain"]["layers"]) == 1
+    assert shell.run("disk", "flatten", f"{vm}:data").stdout.strip() == f"{vm}:data is flat already"
+    stop(shell, vm)
+    shell.run("disk", "rebase", f"{vm}:data", "--onto", Path(base["path"]).name)
+    assert len(shell.json("disk", "show", f"{vm}:data")["chain"]["layers"]) == 2
+    shell.run("disk", "flatten", f"{vm}:data")
+    assert len(shell.json("disk", "show", f"{vm}:data")["chain"]["layers"]) == 1
+    Path(base["path"]).unlink()
+    clean(file_of(shell, vm))
+    assert intact(shell, vm) and leftovers() == []
+
+
+def test_a_deep_chain_is_rebased_onto_its_lowest_file_while_the_guest_runs(shell: Shell, vm: str, name: str) -> None:
+    ensure_running(shell, vm)
+    for at, words in enumerate((["16M"], ["--backing", "deep-0"], ["--backing", "deep-1"])):
+        shell.run("disk", "create", f"deep-{at}", *words)
+    done = shell.json("disk", "attach", vm, "deep-2", "--serial", "deep")
+    pattern.write(vm, f"/dev/{done['guest']}", ONE)
+    shell.run("disk", "rebase", f"{vm}:deep", "--onto", "deep-0")
+    layers = [Path(one["path"]).name for one in shell.json("disk", "show", f"{vm}:deep")["chain"]["layers"]]
+    assert layers == ["deep-2.qcow2", "deep-0.qcow2"]
+    assert pattern.holds(shell, vm, f"/dev/{done['guest']}", ONE)
+    shell.run("disk", "detach", f"{vm}:deep", "--delete", "--yes")
+    for name in ("deep-1", "deep-0"):
+        shell.run("disk", "delete", name, "--yes")
+
+
+def test_compact_gives_back_what_the_guest_freed(shell: Shell, vm: str, disk: str) -> None:
+    zeros = bytes(8 << 20)
+    pattern.write(vm, disk, pattern.blocks("waste", 2048), at=4096)
+    pattern.write(vm, disk, zeros, at=4096)
+    assert "is running" in shell.run("disk", "compact", f"{vm}:data", check=6).stderr
+    stop(shell, vm)
+    done = shell.json("disk", "compact", f"{vm}:data")
+    assert done["size_before"] - done["size_after"] > 6 << 20
+    assert len(shell.json("disk", "show", f"{vm}:data")["chain"]["layers"]) == 2  # still based on what it was
+    done = shell.json("disk", "compact", f"{vm}:data", "--compress")
+    clean(file_of(shell, vm))
+    assert intact(shell, vm) and leftovers() == []
+
+
+def test_the_map_says_where_each_block_is(shell: Shell, vm: str, disk: str) -> None:
+    stop(shell, vm)
+    found = shell.json("disk", "map", f"{vm}:data")
+    at = {piece["offset"]: piece for piece in found["pieces"]}
+    layers = [layer["path"] for layer in found["chain"]["layers"]]
+    assert at[0]["layer"] == layers[1] and at[0]["length"] == len(ONE)
+    two = at[1024 * pattern.BLOCK]
+    assert (two["layer"], two["length"], two["depth"]) == (layers[0], len(TWO), 0)
+    for piece, data in ((at[0], ONE), (two, TWO)):
+        with Path(piece["layer"]).open("rb") as file:
+            file.seek(piece["file_offset"])
+            assert file.read(len(data)) == data
+    end = 0
+    for piece in found["pieces"]:
+        assert piece["offset"] == end
+        end += piece["length"]
+        assert piece["zero"] != (piece["offset"] in {0, 1024 * pattern.BLOCK})
+    assert end == 32 << 20
+    drawn = shell.run("disk", "map", f"{vm}:data").stdout.splitlines()
+    assert drawn[0].endswith(f"{Path(layers[0]).name} (qcow2)") and drawn[1].endswith(
+        f"└ {Path(layers[1]).name} (qcow2)"
+    )
+    assert drawn[0].index("█") > drawn[1].index("█") == 1
+
+
+def test_damage_is_found_and_mended_in_a_copy(shell: Shell, vm: str, disk: str) -> None:
+    stop(shell, vm)
+    shell.run("disk", "flatten", f"{vm}:data")
+    shell.run("disk", "check", f"{vm}:data")
+    path = file_of(shell, vm)
+    good = path.read_bytes()
+    refcounts = int.from_bytes(good[48:56], "big")
+    block = int.from_bytes(good[refcounts : refcounts + 8], "big")
+    last = max(n for n in range(0, 32768) if good[block + 2 * n : block + 2 * n + 2] == b"\0\1")
+    damaged = bytearray(good)
+    damaged[block + 2 * last : block + 2 * last + 2] = b"\0\0"  # a cluster in use that counts as free
+    path.write_bytes(damaged)
+    assert "damaged" in shell.run("disk", "check", f"{vm}:data", check=10).stdout
+    assert path.read_bytes() == bytes(damaged)
+    shell.run("disk", "check", f"{vm}:data", "--repair")
+    clean(path)
+    assert intact(shell, vm) and leftovers() == []
+
+
+def test_without_room_nothing_changes(shell: Shell, vm: str, disk: str, tmp_path: Path) -> None:
+    small = Path("/var/lib/libvirt/small")
+    small.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(small)], check=True)
+    shell.run("disk", "pool", "create", "small", "--path", str(small))
+    try:
+        old = file_of(shell, vm)
+        shell.run("disk", "move", f"{vm}:data", "--pool", "small", check=13)
+        assert file_of(shell, vm) == old and list(small.iterdir()) == []
+        pattern.write(vm, disk, TWO, at=2048)
+        stop(shell, vm)
+        told = shell.run("disk", "move", f"{vm}:data", "--pool", "small", check=10)
+        assert "No space left on device" in told.stderr
+        assert file_of(shell, vm) == old and list(small.iterdir()) == []
+        assert intact(shell, vm) and leftovers() == []
+    finally:
+        shell.run("disk", "pool", "delete", "small", "--yes")
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_ctrl_c_while_a_running_disk_moves_leaves_it_where_it_was(shell: Shell, vm: str, disk: str) -> None:
+    shell.run("disk", "limit", f"{vm}:data", "--bps", "4K")  # the copy takes long
+    old = file_of(shell, vm)
+    words = [*VMCTL, "-v", "disk", "move", f"{vm}:data", "--pool", "second"]
+    moving = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=REPO)
+    new = Path("/var/lib/libvirt/second") / old.name
+    while not (new.exists() and "<mirror" in shell.virsh("dumpxml", vm)):
+        assert moving.poll() is None, moving.communicate()
+    moving.send_signal(2)
+    assert moving.wait(30) == 130
+    moving.communicate()
+    assert file_of(shell, vm) == old and not new.exists() and "<mirror" not in shell.virsh("dumpxml", vm)
+    shell.run("disk", "limit", f"{vm}:data", "--bps", "0")
+    assert intact(shell, vm) and leftovers() == []
+
+
+def test_a_killed_move_is_settled_by_the_next_command(shell: Shell, vm: str, disk: str) -> None:
+    old = file_of(shell, vm)
+    shell.run("disk", "limit", f"{vm}:data", "--bps", "4K")
+    moving = subprocess.Popen(
+        [*VMCTL, "disk", "move", f"{vm}:data", "--pool", "second"], stderr=subprocess.DEVNULL, cwd=REPO
+    )
+    new = Path("/var/lib/libvirt/second") / old.name
+    while not (new.exists() and "<mirror" in shell.virsh("dumpxml", vm)):
+        assert moving.poll() is None
+    moving.kill()
+    moving.wait()
+    assert new.exists() and "<mirror" in shell.virsh("dumpxml", vm)
+    shell.run("disk", "limit", f"{vm}:data", "--bps", "0")
+    shell.run("disk", "move", f"{vm}:data", "--pool", "second")
+    assert not old.exists() and file_of(shell, vm) == new
+    assert intact(shell, vm) and leftovers() == []

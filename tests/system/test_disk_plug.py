@@ -1,0 +1,165 @@
+"""Disks plugged into guests and out of them, as their guests see it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system import pattern
+from tests.system.conftest import Shell, volumes
+from vmctl import disk_xml
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def vm() -> Iterator[str]:
+    """A running guest that tests plug disks into."""
+    shell, chosen = Shell(), f"plug-{os.getpid()}"
+    shell.run("create", chosen, "--image", "micro", "--wait", "agent")
+    yield chosen
+    shell.run("delete", chosen, "--yes")
+
+
+def seen(shell: Shell, vm: str) -> dict[str, int]:
+    """The guest's disks and their sizes in bytes."""
+    script = 'for d in /sys/block/[vs]d*; do echo "${d##*/} $(cat $d/size)"; done'
+    lines = shell.run("exec", vm, "--", "sh", "-c", script).stdout.splitlines()
+    return {line.split()[0]: int(line.split()[1]) * 512 for line in lines if "*" not in line}
+
+
+def targets(shell: Shell, vm: str, *flags: str) -> set[str]:
+    return {disk.target for disk in disk_xml.read(shell.virsh("dumpxml", vm, *flags))}
+
+
+@pytest.mark.parametrize("bus", ["virtio", "scsi"])
+def test_a_disk_is_plugged_in_written_taken_out_and_back_with_what_was_written(shell: Shell, vm: str, bus: str) -> None:
+    if bus == "scsi":
+        shell.run("exec", vm, "--", "modprobe", "-a", "virtio_scsi", "sd_mod")
+    before = targets(shell, vm)
+    done = shell.json("disk", "attach", vm, "32M", "--bus", bus, "--serial", f"data-{bus}")
+    assert done["there"] == "now" and done["guest"], done
+    assert seen(shell, vm)[done["guest"]] == 32 << 20
+    assert targets(shell, vm) == targets(shell, vm, "--inactive") == before | {done["target"]}
+    data = pattern.blocks(bus, 512)
+    pattern.write(vm, f"/dev/{done['guest']}", data, at=100)
+    out = shell.json("disk", "detach", f"{vm}:data-{bus}")
+    assert out["when"] == "now" and Path(out["source"]).exists()
+    assert done["guest"] not in seen(shell, vm)
+    assert targets(shell, vm) == targets(shell, vm, "--inactive") == before
+    again = shell.json("disk", "attach", vm, done["made"], "--bus", bus)
+    assert pattern.holds(shell, vm, f"/dev/{again['guest']}", data, at=100)
+    shell.run("disk", "detach", f"{vm}:{again['target']}", "--delete", "--yes")
+    assert not Path(out["source"]).exists()
+
+
+def test_a_guest_that_does_not_let_go_keeps_the_disk_and_the_wait_is_bounded(shell: Shell, vm: str, name: str) -> None:
+    """A paused guest answers nobody: the disk stays, in the definition too; let run on, the same command ends well."""
+    done = shell.json("disk", "attach", vm, "8M", "--serial", "stuck")
+    shell.run("pause", vm)
+    told = shell.run("disk", "detach", f"{vm}:stuck", "--timeout", "1", check=7)
+    assert "has not let go of it" in told.stderr
+    assert done["target"] in targets(shell, vm, "--inactive")
+    shell.run("resume", vm)
+    shell.run("disk", "detach", f"{vm}:stuck", "--delete", "--yes")
+    assert done["target"] not in targets(shell, vm) | targets(shell, vm, "--inactive")
+
+
+def test_what_a_disk_may_do_is_limited_and_freed_while_its_guest_runs(shell: Shell, vm: str) -> None:
+    done = shell.json(
+        "disk", "attach", vm, "8M", "--iops", "500", "--cache", "none", "--aio", "native", "--iothread", "1"
+    )
+    where = f"{vm}:{done['target']}"
+    (disk,) = [d for d in disk_xml.read(shell.virsh("dumpxml", vm)) if d.target == done["target"]]
+    assert (disk.limits, disk.cache, disk.aio, disk.iothread) == ({"total_iops_sec": 500}, "none", "native", 1)
+    shell.run("disk", "limit", where, "--iops", "0", "--read-bps", "1M")
+    for flags in ((), ("--inactive",)):
+        (disk,) = [d for d in disk_xml.read(shell.virsh("dumpxml", vm, *flags)) if d.target == done["target"]]
+        assert disk.limits == {"read_bytes_sec": 1 << 20}
+    assert shell.json("disk", "limit", where) == {"read_bytes_sec": 1 << 20}
+    script = f"time -p dd if=/dev/{done['guest']} of=/dev/null bs=64k count=48 2>&1"
+    took = shell.run("exec", vm, "--", "sh", "-c", f"echo 3 >/proc/sys/vm/drop_caches; {script}").stdout
+    assert float(took.split("real")[1].split()[0]) > 1.0  # 3 MiB at 1 MiB a second, after a burst
+    shell.run("disk", "limit", where, "--iops", "5", "--read-iops", "5", check=2)
+    shell.run("disk", "detach", where, "--delete", "--yes")
+
+
+def test_a_dry_run_tells_and_touches_nothing(shell: Shell, vm: str) -> None:
+    xml, there = shell.virsh("dumpxml", vm, "--inactive"), volumes(shell)
+    told = shell.run("disk", "attach", vm, "1G", "--dry-run").stdout
+    assert f"would be {vm}:vd" in told and "would make volume vmctl/" in told
+    assert "would be detached" in shell.run("disk", "detach", f"{vm}:vda", "--dry-run").stdout
+    assert shell.run("disk", "create", "new", "1G", "--dry-run").stdout == "would make vmctl/new.qcow2\n"
+    assert (shell.virsh("dumpxml", vm, "--inactive"), volumes(shell)) == (xml, there)
+
+
+def test_buses_that_take_no_disk_hot_are_told_and_wait_for_the_next_start(shell: Shell, vm: str, name: str) -> None:
+    told = shell.run("disk", "attach", vm, "8M", "--bus", "sata", check=6)
+    assert "takes no disk while the VM runs" in told.stderr
+    assert shell.run("disk", "attach", vm, "8M", "--bus", "ide", check=6)
+    for machine, bus in (("q35", "sata"), ("pc", "ide")):
+        shell.run("create", name, "--image", "micro", "--machine", machine, "--no-start")
+        assert "has no bus nvme" in shell.run("disk", "attach", name, "8M", "--bus", "nvme", check=8).stderr
+        done = shell.json("disk", "attach", name, "8M", "--bus", bus, "--serial", "cold")
+        assert done["there"] == "its next start"
+        shell.run("start", name)
+        assert done["target"] in targets(shell, name)
+        assert "lets no disk go" in shell.run("disk", "detach", f"{name}:cold", check=6).stderr
+        assert shell.json("disk", "detach", f"{name}:cold", "--next-start")["when"] == "its next stop and start"
+        shell.run("delete", name, "--yes")
+
+
+def test_what_cannot_be_attached_is_one_error_and_leaves_nothing(
+    shell: Shell, vm: str, name: str, tmp_path: Path
+) -> None:
+    xml, there = shell.virsh("dumpxml", vm, "--inactive"), volumes(shell)
+    evil = tmp_path / "evil.qcow2"
+    words = ["create", "-q", "-f", "qcow2", "-u", "-b", "/etc/passwd", "-F", "raw", str(evil), "1M"]
+    import subprocess
+
+    subprocess.run(["qemu-img", *words], check=True, timeout=30)
+    for words, code, text in (
+        ([str(evil)], 10, "/etc/passwd is in no storage pool"),
+        (["1G", "--serial", "much too long to be a serial"], 2, "serial"),
+        (["1G", "--aio", "native"], 2, "cache none or directsync"),
+        (["1G", "--target", "sda"], 2, "not one of bus virtio"),
+        (["1G", "--target", "vda"], 5, "target vda is taken"),
+        (["1G", "--serial", "root"], 5, "serial root is taken"),
+        (["nope"], 4, "nope"),
+        (["nbd://127.0.0.1:1/x"], 13, "onnect"),
+    ):
+        assert text in shell.run("disk", "attach", vm, *words, check=code).stderr
+    told = shell.run("create", name, "--image", "micro", "--disk", str(evil), check=2)
+    assert "/etc/passwd is in no storage pool" in told.stderr
+    assert (shell.virsh("dumpxml", vm, "--inactive"), volumes(shell)) == (xml, there)
+
+
+def test_two_running_vms_never_write_one_disk(shell: Shell, vm: str, name: str) -> None:
+    shell.run("disk", "create", "shared", "8M", "--format", "raw")
+    path = shell.json("disk", "show", "shared.raw")["path"]
+    shell.run("disk", "attach", vm, "shared.raw")
+    shell.run("create", name, "--image", "micro", "--no-start")
+    assert f"VM {vm} has it" in shell.run("disk", "attach", name, "shared.raw", check=5).stderr
+    # Past us: defined by another tool, by another name of the same file.
+    link = Path(path).with_name("other-name.raw")
+    link.hardlink_to(path)
+    shell.virsh("attach-disk", name, str(link), "vdz", "--config", "--driver", "qemu", "--subdriver", "raw")
+    told = shell.run("start", name, check=5)
+    assert f"running VM {vm} writes it" in told.stderr
+    shell.run("disk", "detach", f"{vm}:{path}")
+    shell.run("start", name)
+    assert f"VM {name} has it" in shell.run("disk", "attach", vm, "shared.raw", check=5).stderr
+    shell.run("stop", name, "--force", "--timeout", "0")
+    shell.virsh("detach-disk", name, "vdz", "--config")
+    first = shell.json("disk", "attach", vm, "shared.raw", "--readonly")
+    shell.run("disk", "attach", name, "shared.raw", "--readonly")
+    shell.run("start", name)
+    shell.run("disk", "detach", f"{vm}:{first['target']}")
+    shell.run("delete", name, "--yes")
+    assert Path(path).exists()  # it was never that VM's own
+    link.unlink()
+    shell.run("disk", "delete", "shared.raw", "--yes")
+    assert not Path(path).exists()
