@@ -14,6 +14,7 @@ from vmctl.errors import ImageError
 _TIMEOUT_S = 3600
 _SECTOR = 512
 _GPT_BACKUP = 33 * _SECTOR  # UEFI 2.10, 5.3: the second table, behind the last partition
+_BOOT_CODE = 440  # of the first sector; behind it the disk's number and the partitions
 _EXT_MAGIC_AT, _EXT_MAGIC = 1080, b"\x53\xef"
 
 
@@ -29,13 +30,13 @@ class Inside:
     can_shrink: bool = False
 
 
-def _run(words: Sequence[str], what: str) -> str:
+def _run(words: Sequence[str], what: str, text: str = "") -> str:
     try:
         done = subprocess.run(
             words,
             capture_output=True,
             text=True,
-            stdin=subprocess.DEVNULL,
+            input=text,
             timeout=_TIMEOUT_S,
             check=False,
             env=os.environ | {"LC_ALL": "C"},
@@ -60,7 +61,8 @@ def _read(raw: Path, offset: int, count: int) -> bytes:
 
 
 def _is_ext(raw: Path, start: int) -> bool:
-    return _read(raw, start + _EXT_MAGIC_AT, 2) == _EXT_MAGIC
+    return _read(raw, start + _BOOT_CODE = 440  # of the first sector; behind it the disk's number and the partitions
+_EXT_MAGIC_AT, 2) == _EXT_MAGIC
 
 
 def _ext_size(raw: Path, start: int) -> int:
@@ -119,7 +121,23 @@ def cut(raw: Path, found: Inside, size: int, *, what: str) -> None:
         )
     if found.needs > size:
         _run(["resize2fs", str(raw), f"{size // 1024}K"], what)
-    os.truncate(raw, size)
     if found.kind == "gpt":
-        _run(["sfdisk", "-q", "--relocate", "gpt-bak-std", str(raw)], what)
-    look(raw, what=what)
+        _cut_gpt(raw, size, what)
+    else:
+        os.truncate(raw, size)
+    if look(raw, what=what).kind != found.kind:
+        raise ImageError(f"cannot {what}: what is on it does not survive it", hint="the disk is as it was")
+
+
+def _cut_gpt(raw: Path, size: int, what: str) -> None:
+    """Write the table anew for the smaller disk: its first copy names the last sector, its second lies there.
+
+    sfdisk keeps the identities of disk and partitions, but not the boot loader's first sector.
+    """
+    lines = _run(["sfdisk", "--dump", str(raw)], what).splitlines()
+    text = "\n".join(line for line in lines if not line.startswith(("last-lba:", "device:"))) + "\n"
+    loader = _read(raw, 0, _BOOT_CODE)
+    os.truncate(raw, size)
+    _run(["sfdisk", "-q", "--wipe", "never", "--wipe-partitions", "never", str(raw)], what, text)
+    with raw.open("r+b") as file:
+        file.write(loader)

@@ -76,6 +76,11 @@ def attach(
     return replace(done, guest=disk_guest.seen(host, name, view.serial)) if plan.live else done
 
 
+def preview(host: Host, name: str, what: str, wanted: Attachment) -> str:
+    """The XML of the disk that attaching it would give the VM."""
+    return render.attached_disk(_planned(host, name, what, wanted, next_start=True).view)
+
+
 def _planned(host: Host, name: str, what: str, wanted: Attachment, *, next_start: bool) -> _Plan:
     vm = domain.find(host.conn, name)
     domain.require_persistent(vm, "attach a disk to")

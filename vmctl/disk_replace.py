@@ -18,9 +18,9 @@ from vmctl.disk_journal import Entry, sync_folder
 from vmctl.errors import Conflict, ImageError
 from vmctl.events import Progress, Reporter
 from vmctl.hosts import Host
-from vmctl.hypervisor import disks, domain
+from vmctl.hypervisor import disks, domain, storage
 from vmctl.hypervisor.disks import Job
-from vmctl.workspace import workspace
+from vmctl.workspace import clear_leftovers, is_leftover, workspace
 
 PREFIX = ".vmctl-disk-"
 _CHUNK = 16 << 20
@@ -83,8 +83,7 @@ def copy_bytes(source: Path, target: Path, moved: Callable[[float], None]) -> No
                 data = reading.read(min(_CHUNK, end - at))
                 if not data:
                     raise OSError(errno.EIO, "the file became shorter while it was read")
-                os.pwrite(writing.fileno(), data, at)
-                at += len(data)
+                at += os.pwrite(writing.fileno(), data, at)  # less than asked for on a disk almost full
                 moved(at / size)
         writing.flush()
         os.fsync(writing.fileno())
@@ -154,6 +153,20 @@ def live(
         disks.copy_and_switch(host.conn, disk.owner, disk.target, xml, moved, shallow=backing is not None)
     finally:
         disk_journal.settle(host, disk.owner, report)
+
+
+def leftovers(host: Host, *, clear: bool) -> list[str]:
+    """The folders in which killed changes made something, in the pools of this machine; ``clear``: removed."""
+    if not host.conn.local:
+        return []
+    found = []
+    for parent in map(Path, storage.folders(host.conn)):
+        before = set(parent.glob(f"{PREFIX}*"))
+        if clear:
+            clear_leftovers(parent, PREFIX)
+            before -= set(parent.glob(f"{PREFIX}*"))
+        found += sorted(str(one) for one in before if clear or is_leftover(one))
+    return found
 
 
 def job_reporter(report: Reporter, name: str) -> Callable[[Job], None]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import accel, deletion, hosts, images, kvm_device
+from vmctl import accel, deletion, disk_journal, disk_replace, hosts, images, kvm_device
 from vmctl.accel import Check
 from vmctl.errors import VmctlError
 from vmctl.events import Reporter, Step
@@ -175,6 +175,25 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     return findings or [Finding("creations", "ok", "no creation was cut off, no volume is orphaned")]
 
 
+def _disk_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
+    """Changes of disks that were killed in their middle."""
+    begun = disk_journal.unsettled(host)
+    leftover = disk_replace.leftovers(host, clear=fix)
+    if not begun and not leftover:
+        return [Finding("disks", "ok", "no change of a disk was cut off")]
+    if fix:
+        disk_journal.settle_all(host, report)
+    detail = "; ".join([*begun, *leftover])
+    return [
+        Finding(
+            "disks",
+            "mended" if fix else "failed",
+            f"a change of a disk was cut off: {detail}",
+            "" if fix else "vmctl doctor --fix keeps the file each VM names, and removes the other",
+        )
+    ]
+
+
 def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Finding, ...]:
     """All checks, on the host that ``connect`` names; without an answer from it, the ones that need none."""
     findings = _tools()
@@ -189,6 +208,7 @@ def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Findin
             ("capability-cache", lambda: _capability_cache(host, fix=fix, report=report)),
             ("networks", lambda: _networks(host, fix=fix, report=report) if not host.conn.session else []),
             ("creations", lambda: _cut_off(host, fix=fix, report=report)),
+            ("disks", lambda: _disk_changes(host, fix=fix, report=report)),
         ]
         for name, check in checks:
             try:

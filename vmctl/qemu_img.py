@@ -213,7 +213,7 @@ def _reason(code: int, limits: Limits, errors: bytes) -> str:
 
 
 def info(path: Path, format: str, *, in_use: bool = False) -> ImageInfo:
-    """Sizes and backing file of an image that is known to be of ``format``; ``in_use``: a running VM may write to it."""
+    """Sizes and backing file of an image that is known to be of ``format``, ``in_use`` by a running VM or not."""
     words = ["info", *(["-U"] if in_use else []), "-f", format, "--output=json", str(path)]
     shown = _run(words, what=f"inspect image {path}", timeout_s=_QUICK_TIMEOUT_S)
     return _info(json.loads(shown))

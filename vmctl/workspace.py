@@ -48,6 +48,18 @@ def clear_leftovers(parent: Path, prefix: str) -> None:
             os.close(handle)
 
 
+def is_leftover(folder: Path) -> bool:
+    """Whether the process that made the folder is gone."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return _locked(handle)
+    finally:
+        os.close(handle)
+
+
 def _locked(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

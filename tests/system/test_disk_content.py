@@ -185,7 +185,7 @@ def test_a_disk_is_converted_running_and_stopped(shell: Shell, vm: str, disk: st
 
 def test_a_disk_is_flattened_running_and_stopped(shell: Shell, vm: str, disk: str) -> None:
     _, base = shell.json("disk", "show", f"{vm}:data")["chain"]["layers"]
-    assert "needs it as it is" in shell.run("disk", "delete", Path(base["path"]).name, "--yes", check=5).stderr
+    assert f"VM {vm} reads it" in shell.run("disk", "delete", Path(base["path"]).name, "--yes", check=5).stderr
     shell.run("disk", "flatten", f"{vm}:data")
     assert len(shell.json("disk", "show", f"{vm}:data")["chain"]["layers"]) == 1
     assert shell.run("disk", "flatten", f"{vm}:data").stdout.strip() == f"{vm}:data is flat already"

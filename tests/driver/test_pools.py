@@ -1,0 +1,68 @@
+"""Every kind of pool, and every kind of disk, against libvirt's own schemas, by its test driver."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.driver.test_domains import define
+from tests.unit.test_disks import POOLS
+from vmctl import disk_plug, disk_xml, pools
+from vmctl.choices import Aio, Bus, Cache
+from vmctl.disk_spec import Attachment, IoLimits
+from vmctl.errors import Conflict, NotFound
+from vmctl.events import silent
+from vmctl.hosts import Host
+from vmctl.hypervisor import domain
+from vmctl.pools import NewPool
+
+SCHEMAS = Path("/usr/share/libvirt/schemas")
+
+
+@pytest.mark.parametrize("wanted", POOLS, ids=lambda pool: str(pool.type))
+def test_each_kind_of_pool_is_defined_listed_and_forgotten(host: Host, wanted: NewPool, tmp_path: Path) -> None:
+    text = pools.definition(wanted)
+    (tmp_path / "pool.xml").write_text(text)
+    done = subprocess.run(
+        ["xmllint", "--noout", "--relaxng", str(SCHEMAS / "storagepool.rng"), str(tmp_path / "pool.xml")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr + text
+    made = pools.create(host, wanted, silent, start=False)
+    assert made.name in {one.name for one in pools.list_pools(host)} and not made.active
+    with pytest.raises(Conflict):
+        pools.create(host, wanted, silent, start=False)
+    pools.delete(host, wanted.name, silent)
+    with pytest.raises(NotFound):
+        pools.show(host, wanted.name)
+
+
+def test_vmctls_own_pools_are_not_deleted(host: Host) -> None:
+    with pytest.raises(Conflict, match="vmctl's own"):
+        pools.delete(host, "vmctl", silent)
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("/dev/vg0/data", Attachment(cache=Cache.NONE, aio=Aio.IO_URING)),
+        ("nbd://[::1]/data", Attachment(limits=IoLimits(iops=100, bps=1 << 20))),
+        ("nbd+unix:///a%20b?socket=/run/x.sock", Attachment()),
+        ("iscsi://san/iqn.2024-01.org.example:x/1", Attachment(bus=Bus.SCSI)),
+        ("rbd://mon/rbd/image", Attachment(readonly=True)),
+    ],
+)
+def test_each_kind_of_disk_fits_the_schema(host: Host, source: str, wanted: Attachment) -> None:
+    """The test driver cannot attach: so the disk is put into a definition, which it checks whole."""
+    define(host.conn, "web1")
+    done = disk_plug.attach(host, "web1", source, wanted, silent, dry=True)
+    assert done.there == "its next start"
+    text = domain.xml(host.conn, "web1", inactive=True)
+    xml = disk_plug.preview(host, "web1", source, wanted)
+    domain.define(host.conn, text.replace("<disk ", f"{xml}<disk ", 1), name="web1")
+    (disk,) = [d for d in disk_xml.read(domain.xml(host.conn, "web1")) if d.target == done.target]
+    assert disk.source == done.source and disk.limits == {k: v for k, v in wanted.limits.given().items() if v}
