@@ -61,8 +61,7 @@ def _read(raw: Path, offset: int, count: int) -> bytes:
 
 
 def _is_ext(raw: Path, start: int) -> bool:
-    return _read(raw, start + _BOOT_CODE = 440  # of the first sector; behind it the disk's number and the partitions
-_EXT_MAGIC_AT, 2) == _EXT_MAGIC
+    return _read(raw, start + _EXT_MAGIC_AT, 2) == _EXT_MAGIC
 
 
 def _ext_size(raw: Path, start: int) -> int:
