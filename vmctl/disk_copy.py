@@ -80,8 +80,11 @@ def _told(
     return Rewritten(disk.ref, new, form, before, after, touches, how)
 
 
-def move(host: Host, text: str, pool: str, report: Reporter, *, keep: bool, dry: bool) -> Rewritten:
-    """Bring a disk into another pool, while its VM runs or not; it stays based on what it is based on."""
+def move(host: Host, text: str, pool: str, report: Reporter, *, keep: bool, dry: bool, bandwidth: int = 0) -> Rewritten:
+    """Bring a disk into another pool, while its VM runs or not; it stays based on what it is based on.
+
+    ``bandwidth``: most bytes copied a second while the VM runs, 0 for all there is.
+    """
     with working_on(host, text, report) as disk:
         doing = "move"
         layers = _ready(host, disk, doing, same_place=False)
@@ -99,7 +102,9 @@ def move(host: Host, text: str, pool: str, report: Reporter, *, keep: bool, dry:
             base = (layers.base.path, layers.base.format) if layers.base else None
             if disk.live:
                 size = layers.top.virtual_size
-                disk_replace.live(host, disk, new, disk.format, size, base, report, doing=what, keep=keep)
+                disk_replace.live(
+                    host, disk, new, disk.format, size, base, report, doing=what, keep=keep, bandwidth=bandwidth
+                )
             else:
                 _move_file(host, disk, new, base, report, what=what, keep=keep)
             storage.refresh(host.conn, pool)
@@ -148,8 +153,10 @@ def _copied(
     )
 
 
-def convert(host: Host, text: str, form: DiskFormat, report: Reporter, *, keep: bool, dry: bool) -> Rewritten:
-    """Give a disk another format, while its VM runs or not. The new file is based on no other."""
+def convert(
+    host: Host, text: str, form: DiskFormat, report: Reporter, *, keep: bool, dry: bool, bandwidth: int = 0
+) -> Rewritten:
+    """Give a disk another format, while its VM runs or not. The new file is based on no other. Else as ``move``."""
     with working_on(host, text, report) as disk:
         if disk.format == form:
             raise SpecError(
@@ -164,7 +171,7 @@ def convert(host: Host, text: str, form: DiskFormat, report: Reporter, *, keep: 
         if not dry:
             what, size = f"convert {disk.ref} to {form}", layers.top.virtual_size
             if disk.live:
-                disk_replace.live(host, disk, new, form, size, None, report, doing=what, keep=keep)
+                disk_replace.live(host, disk, new, form, size, None, report, doing=what, keep=keep, bandwidth=bandwidth)
             else:
                 _refuse_snapshots(disk, "convert")
 

@@ -141,6 +141,7 @@ def live(
     *,
     doing: str,
     keep: bool,
+    bandwidth: int,
 ) -> None:
     """The same for a disk that a running VM writes to all the while. ``backing``: file and format it stays based on."""
     base = Path(backing[0]) if backing else None
@@ -150,7 +151,9 @@ def live(
         new.chmod(0o600)
         moved = job_reporter(report, doing)
         xml = render.mirror(str(new), form)
-        disks.copy_and_switch(host.conn, disk.owner, disk.target, xml, moved, shallow=backing is not None)
+        disks.copy_and_switch(
+            host.conn, disk.owner, disk.target, xml, moved, shallow=backing is not None, bandwidth=bandwidth
+        )
     finally:
         disk_journal.settle(host, disk.owner, report)
 

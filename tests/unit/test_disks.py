@@ -328,7 +328,7 @@ def test_what_is_on_a_disk_decides_whether_it_shrinks(tmp_path: Path) -> None:
         found = disk_inside.look(raw, what="x")
         assert (found.kind, found.needs) == (label, needed)
         with pytest.raises(ImageError, match="partitions end"):
-            disk_inside.cut(raw, found, 5 << 20, what="x")
+            disk_inside.cut(raw, found, 4 << 20, what="x")
         before = dump(raw)
         disk_inside.cut(raw, found, 8 << 20, what="x")
         assert dump(raw) == before

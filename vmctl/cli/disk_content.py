@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from vmctl.disk_map import DiskMap
 
 KeepOption = Annotated[bool, typer.Option("--keep", help="Leave the old file where it is.")]
+BandwidthOption = Annotated[
+    str, typer.Option("--bandwidth", metavar="SIZE", help="Most bytes copied a second while its VM runs, as 50M.")
+]
+
+
+def _rate(text: str) -> int:
+    from vmctl.disk_spec import parse_bytes
+
+    return parse_bytes(text) if text else 0
 
 
 def resize(
@@ -59,6 +68,7 @@ def move(
     disk: DiskName,
     pool: Annotated[str, typer.Option("--pool", metavar="POOL", help="Pool to move it to.")],
     keep: KeepOption = False,
+    bandwidth: BandwidthOption = "",
     dry_run: DryRunOption = False,
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
@@ -67,7 +77,7 @@ def move(
     from vmctl import disk_copy
 
     with opened(connect) as host:
-        done = disk_copy.move(host, disk, pool, reporter(), keep=keep, dry=dry_run)
+        done = disk_copy.move(host, disk, pool, reporter(), keep=keep, dry=dry_run, bandwidth=_rate(bandwidth))
         ui.emit(done, output, lambda: _told(done, dry_run), lambda: [done.path])
 
 
@@ -75,6 +85,7 @@ def convert(
     disk: DiskName,
     format: Annotated[DiskFormat, typer.Option("--format", help="Format it gets.")],
     keep: KeepOption = False,
+    bandwidth: BandwidthOption = "",
     dry_run: DryRunOption = False,
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
@@ -83,7 +94,7 @@ def convert(
     from vmctl import disk_copy
 
     with opened(connect) as host:
-        done = disk_copy.convert(host, disk, format, reporter(), keep=keep, dry=dry_run)
+        done = disk_copy.convert(host, disk, format, reporter(), keep=keep, dry=dry_run, bandwidth=_rate(bandwidth))
         ui.emit(done, output, lambda: _told(done, dry_run), lambda: [done.path])
 
 

@@ -172,18 +172,27 @@ def abort_job(conn: Connection, name: str, target: str) -> None:
 
 
 def copy_and_switch(
-    conn: Connection, name: str, target: str, destination: str, moved: Callable[[Job], None], *, shallow: bool
+    conn: Connection,
+    name: str,
+    target: str,
+    destination: str,
+    moved: Callable[[Job], None],
+    *,
+    shallow: bool,
+    bandwidth: int = 0,
 ) -> None:
     """Copy a disk of a running domain to ``destination`` (the XML of a <disk>) and let the domain go on there.
 
     Undone, but for the new file, when anything ends it before the switch. ``shallow``: its backing file stays.
+    ``bandwidth`` in bytes a second, 0 for all there is.
     """
+    parameters = {libvirt.VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: bandwidth} if bandwidth else {}
     flags = libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB | libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
     flags |= libvirt.VIR_DOMAIN_BLOCK_COPY_SHALLOW if shallow else 0
     doing = f"copy disk {target} of VM {name}"
     dom = domain.handle(conn, name)
     with calling(doing):
-        dom.blockCopy(target, destination, {}, flags)
+        dom.blockCopy(target, destination, parameters, flags)
     try:
         _until(conn, name, target, doing, moved, ready=True)
         with calling(doing):
