@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmctl import disk_chain, disk_guard, disk_journal
@@ -126,9 +126,12 @@ def working_on(host: Host, text: str, report: Reporter, *, timeout_s: float = 30
         else held(host.folders.runtime, f"disk file {first.path} on {host.lock_scope}", timeout_s=timeout_s)
     )
     with lock:
-        if disk_journal.settle(host, first.owner, report) and first.vm:
-            first = locate(host, f"{first.owner}:{first.target}")
-        yield locate(host, text) if not first.vm else first
+        disk_journal.settle(host, first.owner, report)
+        # Looked at again: who had the lock before may have moved it. Of a VM's disk only the target stays the same.
+        now = locate(host, f"{first.owner}:{first.target}" if first.vm else text)
+        if now.owner != first.owner:
+            raise Conflict(f"cannot work on disk {text}: VM {now.owner} has just got it")
+        yield replace(now, ref=text)
 
 
 def folders(host: Host) -> Callable[[], tuple[str, ...]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from vmctl import disk_journal, disk_xml, qemu_img, render
 from vmctl.disk_find import Located
 from vmctl.disk_journal import Entry, sync_folder
-from vmctl.errors import Conflict, ImageError
+from vmctl.errors import Conflict, ImageError, Interrupted
 from vmctl.events import Progress, Reporter
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, storage
@@ -105,8 +105,8 @@ def to_new_file(
         made = folder / "disk"
         make(made)
         _alike(Path(disk.path), made)
-        entry = _begun(host, disk, new, form, keep=keep)
         try:
+            entry = _begun(host, disk, new, form, keep=keep)
             os.link(made, new)  # as a rename, but for a file that came there meanwhile
             sync_folder(new.parent)
             if entry is not None:
@@ -114,10 +114,18 @@ def to_new_file(
                 text = disk_xml.with_source(text, disk.target, str(new), form)
                 domain.define(host.conn, text, name=disk.owner)
         finally:
-            if entry is not None:
-                disk_journal.settle(host, disk.owner, report)
+            _settled(host, disk, report)
         if entry is None and not keep:
             disk_journal.remove_file(host, disk.path)
+
+
+def _settled(host: Host, disk: Located, report: Reporter) -> None:
+    """Settle; a Ctrl-C that comes in the middle of it waits for its end."""
+    try:
+        disk_journal.settle(host, disk.owner, report)
+    except (KeyboardInterrupt, Interrupted):
+        disk_journal.settle(host, disk.owner, report)
+        raise
 
 
 def _begun(host: Host, disk: Located, new: Path, form: str, *, keep: bool) -> Entry | None:
@@ -145,8 +153,8 @@ def live(
 ) -> None:
     """The same for a disk that a running VM writes to all the while. ``backing``: file and format it stays based on."""
     base = Path(backing[0]) if backing else None
-    _begun(host, disk, new, form, keep=keep)
     try:
+        _begun(host, disk, new, form, keep=keep)
         qemu_img.create(new, form, size, backing=base, backing_format=backing[1] if backing else "")
         new.chmod(0o600)
         moved = job_reporter(report, doing)
@@ -155,7 +163,7 @@ def live(
             host.conn, disk.owner, disk.target, xml, moved, shallow=backing is not None, bandwidth=bandwidth
         )
     finally:
-        disk_journal.settle(host, disk.owner, report)
+        _settled(host, disk, report)
 
 
 def leftovers(host: Host, *, clear: bool) -> list[str]:

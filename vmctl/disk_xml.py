@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
@@ -116,46 +117,31 @@ def read(text: str) -> tuple[DiskDevice, ...]:
 
 
 def with_source(text: str, target: str, path: str, form: str) -> str:
-    """A domain's XML whose disk ``target`` has its content in the file ``path`` of that format, on no backing file."""
-    root = ET.fromstring(text)
-    for disk in root.iterfind("devices/disk"):
-        if _attribute(disk, "target", "dev") != target:
-            continue
-        for child in [one for one in disk if one.tag in {"source", "backingStore", "mirror"}]:
-            disk.remove(child)
-        disk.set("type", "file")
-        disk.insert(0, ET.Element("source", {"file": path}))
-        driver = disk.find("driver")
-        if driver is None:
-            driver = ET.Element("driver", {"name": "qemu"})
-            disk.insert(0, driver)
-        driver.set("type", form)
-    for prefix, space in _SPACES.items():
-        ET.register_namespace(prefix, space)
-    return ET.tostring(root, encoding="unicode")
+    """A domain's XML whose disk ``target`` has its content in the file ``path`` of that format, on no backing file.
+
+    All but the disk stays to the letter: ElementTree would move the namespace of vmctl's record to the top, from where
+    libvirt loses it.
+    """
+    begin = text.index("<devices>", text.rfind("</metadata>") + 1)
+
+    def changed(match: re.Match[str]) -> str:
+        disk = ET.fromstring(match[0])
+        return match[0] if _attribute(disk, "target", "dev") != target else _changed(disk, path, form)
+
+    return text[:begin] + re.sub(r"<disk\b.*?</disk>", changed, text[begin:], flags=re.DOTALL)
 
 
-_SPACES = {"qemu": "http://libvirt.org/schemas/domain/qemu/1.0", "vmctl": "https://vmctl.dev/xmlns/vm/1"}
-
-
-def without(text: str, target: str) -> str:
-    """A domain's XML without the disk ``target``."""
-    root = ET.fromstring(text)
-    devices = root.find("devices")
-    for disk in root.findall("devices/disk"):
-        if _attribute(disk, "target", "dev") == target and devices is not None:
-            devices.remove(disk)
-    for prefix, space in _SPACES.items():
-        ET.register_namespace(prefix, space)
-    return ET.tostring(root, encoding="unicode")
-
-
-def has_scsi_controller(text: str) -> bool:
-    """Whether the domain has a virtio-scsi controller; a disk attached without gets one that few guests know."""
-    return any(
-        one.get("type") == "scsi" and one.get("model") == "virtio-scsi"
-        for one in ET.fromstring(text).iterfind("devices/controller")
-    )
+def _changed(disk: ET.Element, path: str, form: str) -> str:
+    for child in [one for one in disk if one.tag in {"source", "backingStore", "mirror"}]:
+        disk.remove(child)
+    disk.set("type", "file")
+    driver = disk.find("driver")
+    if driver is None:
+        driver = ET.Element("driver", {"name": "qemu"})
+        disk.insert(0, driver)
+    driver.set("type", form)
+    disk.insert(1, ET.Element("source", {"file": path}))
+    return ET.tostring(disk, encoding="unicode")
 
 
 def has_any_scsi_controller(text: str) -> bool:

@@ -13,14 +13,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vmctl import disk_journal, disk_replace, qemu_img
 from vmctl.cli import run
-from vmctl.hypervisor import domain, network, storage
+from vmctl.hypervisor import devices, disks, domain, network, storage
 
 CHANGES: dict[Any, tuple[str, ...]] = {
     Path: ("rename",),  # how a finished file gets its name in the store
     storage: ("ensure_pool", "create_volume", "upload", "delete_volume"),
     network: ("define", "start"),
-    domain: ("define", "start", "set_record", "set_autostart", "power_off", "undefine"),
+    domain: ("define", "start", "set_record", "set_autostart", "power_off", "undefine", "detach_disk"),
+    devices: ("attach", "detach"),
+    disks: ("resize", "unplug", "copy_and_switch", "pull"),
+    qemu_img: ("copy_known", "create", "resize", "require_equal"),
+    disk_replace: ("copy_bytes", "sync_folder"),
+    disk_journal: ("begin", "remove_file"),
 }
 
 

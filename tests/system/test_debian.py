@@ -65,6 +65,15 @@ def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def test_the_root_partition_grows_with_its_disk_while_the_guest_runs(guests: Guests, way: str) -> None:
+    before = int(guests.run(way, "sh", "-c", "df -k --output=size / | tail -n 1"))
+    guests.shell.run("wait", guests.names[way], "--for", "agent", "--timeout", "300", timeout=320)
+    disk = f"{guests.names[way]}:root"
+    done = guests.shell.json("disk", "resize", disk, f"{ROOT_GIB + 1}G", "--grow-fs")
+    assert done["after"] == (ROOT_GIB + 1) << 30 and done["grown"].startswith("ext4 on /dev/vda")
+    assert int(guests.run(way, "sh", "-c", "df -k --output=size / | tail -n 1")) > before + 900 * 1024
+
+
 def test_each_way_is_the_way_asked_for(guests: Guests, way: str) -> None:
     xml = guests.shell.virsh("dumpxml", guests.names[way])
     assert ("<kernel>" in xml) == (way == "direct")

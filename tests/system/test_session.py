@@ -55,6 +55,10 @@ def person() -> Iterator[Person]:
         shutil.copytree(Path.home() / ".cache/vmctl" / part, cache / part)
     for path in (cache.parent, cache, *cache.rglob("*")):
         os.chown(path, one.entry.pw_uid, one.entry.pw_gid)
+    # Its libvirt leases disks by virtlockd, which it starts itself; the system's in here does not.
+    config = Path(one.entry.pw_dir) / ".config/libvirt"
+    one.run("mkdir", "-p", str(config))
+    (config / "qemu.conf").write_text('lock_manager = "lockd"\n')
     one.vmctl("image", "build", "micro")
     yield one
     one.vmctl("delete", "*", "--yes", check=None)
@@ -96,6 +100,25 @@ def test_a_taken_port_is_replaced_at_start(person: Person) -> None:
     (row,) = [r for r in person.json("list") if r["name"] == "ported"]
     assert int(row["address"].partition(":")[2]) != port
     person.vmctl("delete", "ported", "--yes")
+
+
+def test_virtlockd_refuses_a_second_writer_that_our_own_check_did_not_see(person: Person) -> None:
+    """Past vmctl, by virsh; and what vmctl does with disks it does under leases as well."""
+    for name in ("lease-1", "lease-2"):
+        person.vmctl("create", name, "--image", "micro", "--no-start", "--memory", "64M")
+    made = person.json("disk", "create", "leased", "4M", "--format", "raw")
+    assert person.json("disk", "show", "leased")["leases"] == "virtlockd"
+    person.vmctl("disk", "attach", "lease-1", "leased")
+    words = ["attach-disk", "lease-2", made["path"], "vdz", "--config", "--driver", "qemu", "--subdriver", "raw"]
+    person.run("virsh", "-q", "-c", "qemu:///session", *words)
+    person.vmctl("start", "lease-1")
+    assert "running VM lease-1 writes it" in person.vmctl("start", "lease-2", check=5).stderr
+    told = person.run("virsh", "-q", "-c", "qemu:///session", "start", "lease-2", check=1).stderr
+    assert "lock" in told.lower() and made["path"] in told, told
+    person.vmctl("disk", "resize", "lease-1:leased", "8M", check=4)
+    person.vmctl("disk", "resize", f"lease-1:{made['path']}", "8M")
+    person.vmctl("delete", "lease-1", "lease-2", "--yes")
+    person.vmctl("disk", "delete", "leased", "--yes")
 
 
 def test_kvm_is_judged_for_this_user(person: Person) -> None:

@@ -204,6 +204,8 @@ def test_a_definition_gets_another_file_and_keeps_all_else() -> None:
     assert (one.source, one.format, one.backing, one.mirror) == ("/new.raw", "raw", (), "")
     assert (one.serial, one.cache, one.iothread) == ("data", "none", 2)
     assert [two.source, three.source] == ["p/v", ""]
+    record = "<metadata><v:vm xmlns:v='urn:x'><disk>a</disk></v:vm></metadata>"
+    assert record in disk_xml.with_source(XML.replace("<devices>", f"{record}<devices>"), "vdc", "/new.raw", "raw")
 
 
 def test_the_map_joins_what_goes_on_and_tells_layers() -> None:

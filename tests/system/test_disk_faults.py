@@ -1,0 +1,156 @@
+"""Changes of disks stopped by SIGKILL and SIGINT after every step: the disk is there once and holds what it held."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system import pattern
+from tests.system.conftest import Shell, volumes
+from tests.system.test_interrupted import interrupted
+from vmctl import disk_xml
+
+pytestmark = pytest.mark.system
+
+DISKS, SECOND = Path("/var/lib/libvirt/vmctl/vmctl"), Path("/var/lib/libvirt/faults")
+SIZE = 8 << 20
+
+
+@pytest.fixture(scope="module")
+def vm() -> Iterator[str]:
+    """A VM that is not started, with a linked disk ``data`` of a known content."""
+    shell, chosen = Shell(), f"fault-{os.getpid()}"
+    before = volumes(shell)
+    shell.run("disk", "pool", "create", "faults", "--path", str(SECOND))
+    shell.run("create", chosen, "--image", "micro", "--no-start")
+    raw = DISKS / "filling.raw"
+    raw.write_bytes(pattern.blocks("base", SIZE // pattern.BLOCK))
+    words = ["convert", "-f", "raw", "-O", "qcow2", str(raw), str(DISKS / "fault-base.qcow2")]
+    subprocess.run(["qemu-img", *words], check=True, timeout=60)
+    shell.run("disk", "create", "fault-top", "--backing", "fault-base")
+    top = DISKS / "fault-top.qcow2"
+    for number, at in ((1, 64 << 10), (2, 5 << 20)):
+        subprocess.run(
+            ["qemu-io", "-f", "qcow2", "-c", f"write -P {number} {at} 128k", str(top)], check=True, capture_output=True
+        )
+    raw.unlink()
+    shell.run("disk", "attach", chosen, "fault-top", "--serial", "data")
+    yield chosen
+    shell.run("disk", "detach", f"{chosen}:data", "--delete", "--yes")
+    shell.run("disk", "delete", "fault-base", "--yes")
+    shell.run("delete", chosen, "--yes")
+    shell.run("disk", "pool", "delete", "faults", "--yes")
+    assert volumes(shell) == before
+
+
+def disk_of(shell: Shell, vm: str) -> disk_xml.DiskDevice:
+    (found,) = [d for d in disk_xml.read(shell.virsh("dumpxml", vm, "--inactive")) if d.serial == "data"]
+    return found
+
+
+def content(disk: disk_xml.DiskDevice) -> str:
+    """Digest of what a guest would read in the first ``SIZE`` bytes."""
+    raw = Path("/tmp/content.raw")
+    words = ["convert", "-f", disk.format, "-O", "raw", disk.source, str(raw)]
+    subprocess.run(["qemu-img", *words], check=True, timeout=60)
+    if disk.format == "qcow2":
+        subprocess.run(["qemu-img", "check", "-q", disk.source], check=True, timeout=60)
+    return hashlib.sha256(raw.read_bytes()[:SIZE]).hexdigest()
+
+
+def files() -> set[str]:
+    """All there is of the disk, and of work on it."""
+    folders = (DISKS, SECOND, Path.home() / ".local/share/vmctl/disk-journal")
+    names = {str(one) for folder in folders if folder.exists() for one in folder.iterdir()}
+    return {one for one in names if "fault-top" in one or ".vmctl-" in one or "journal" in one}
+
+
+DATA = "VM:data"
+CHANGES = {
+    "move": (["move", DATA, "--pool", "faults"], ["move", DATA, "--pool", "vmctl"]),
+    "convert": (["convert", DATA, "--format", "raw"], ["convert", DATA, "--format", "qcow2"]),
+    "compact": (["compact", DATA], []),
+    "grow": (["resize", DATA, "+1M"], []),
+    "rebase": (["rebase", DATA, "--onto", "fault-base"], ["flatten", DATA]),
+}
+
+
+@pytest.mark.parametrize("which", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_stopped_after_every_step_the_disk_is_there_once_and_holds_what_it_held(
+    shell: Shell, vm: str, tmp_path: Path, change: str, which: str
+) -> None:
+    do, undo = ([word.replace("VM", vm) for word in words] for words in CHANGES[change])
+    want = content(disk_of(shell, vm))
+    at = 0
+    while True:
+        at += 1
+        before = disk_of(shell, vm)
+        code, steps = interrupted(tmp_path, which, at, "disk", *do)
+        if code == 0 and len(steps) < at:
+            break
+        assert code in {-signal.SIGKILL, 130}, (code, steps)
+        if which == "SIGKILL":
+            shell.run("doctor", "--fix", check=None)
+        now = disk_of(shell, vm)
+        assert files() == {now.source}, f"after {steps}"
+        assert content(now) == want, f"after {steps}"
+        if undo and (now.source, now.format) != (before.source, before.format):
+            shell.run("disk", *undo)
+    assert at >= 2 and content(disk_of(shell, vm)) == want
+    if undo:
+        shell.run("disk", *undo)
+
+
+def test_a_plug_killed_after_every_step_leaves_nothing_that_does_not_go_with_the_vm(
+    shell: Shell, name: str, tmp_path: Path
+) -> None:
+    before = volumes(shell)
+    at = 0
+    while True:
+        at += 1
+        shell.run("create", name, "--image", "micro", "--no-start")
+        code, steps = interrupted(tmp_path, "SIGKILL", at, "disk", "attach", name, "4M")
+        if code == -signal.SIGKILL:
+            shell.run("disk", "attach", name, "4M")
+        shell.run("delete", name, "--yes")
+        assert volumes(shell) == before, f"after {steps}"
+        if code == 0:
+            break
+    assert at >= 3
+
+
+def test_a_plug_interrupted_after_every_step_is_undone(shell: Shell, name: str, tmp_path: Path) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    before, xml = volumes(shell), shell.virsh("dumpxml", name)
+    at = 0
+    while True:
+        at += 1
+        code, steps = interrupted(tmp_path, "SIGINT", at, "disk", "attach", name, "4M")
+        if code == 0:
+            break
+        assert code == 130
+        assert (volumes(shell), shell.virsh("dumpxml", name)) == (before, xml), f"after {steps}"
+    assert at >= 3
+
+
+def test_two_changes_of_one_disk_at_once_are_done_one_after_the_other(shell: Shell, vm: str) -> None:
+    from tests.system.conftest import REPO, VMCTL
+
+    want = content(disk_of(shell, vm))
+    for _ in range(3):
+        both = [
+            subprocess.Popen([*VMCTL, "disk", *words], stderr=subprocess.PIPE, text=True, cwd=REPO)
+            for words in (["move", f"{vm}:data", "--pool", "faults"], ["compact", f"{vm}:data"])
+        ]
+        errors = [process.communicate(timeout=120)[1] for process in both]
+        assert [process.returncode for process in both] == [0, 0], errors
+        now = disk_of(shell, vm)
+        assert files() == {now.source} and content(now) == want
+        shell.run("disk", "move", f"{vm}:data", "--pool", "vmctl")
