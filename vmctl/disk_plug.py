@@ -72,7 +72,8 @@ def attach(
                 _plugged(host, plan, xml)
     if dry:
         return done
-    report(Step(f"{plan.source} is disk {view.target} of {name}"))
+    if plan.live:
+        report(Step(f"{name} has disk {view.target}; waiting for its guest to see it"))
     return replace(done, guest=disk_guest.seen(host, name, view.serial)) if plan.live else done
 
 
@@ -285,8 +286,9 @@ def detach(
         when = "now" if not running or live else "its next stop and start"
         done = Unplugged(name, disk.target, disk.serial, disk.source, when, kept=not delete)
         if not dry:
+            if live:
+                report(Step(f"waiting for {name} to let go of disk {disk.target}"))
             _unplug(host, vm, found, disk, live=live, timeout_s=timeout_s, delete=delete)
-            report(Step(f"disk {disk.target} of {name} is detached"))
         return done
 
 

@@ -10,7 +10,7 @@ from vmctl.disk_find import Located, chain, require_alone, require_file, require
 from vmctl.disk_replace import share_reporter
 from vmctl.disk_spec import new_size
 from vmctl.errors import Conflict, SpecError, Unsupported, WrongState
-from vmctl.events import Reporter, Step
+from vmctl.events import Reporter
 from vmctl.hosts import Host
 from vmctl.hypervisor import agent, disks, storage
 from vmctl.hypervisor.domain import State
@@ -54,7 +54,7 @@ def resize(host: Host, text: str, size: str, report: Reporter, *, grow_fs: bool,
         else:
             touches = (f"grow {disk.path or disk.ref}",) if after > before else ()
             if after > before and not dry:
-                _grow(host, disk, after, report)
+                _grow(host, disk, after)
         grown = ""
         if grow_fs:
             touches += (f"grow what is on it in VM {disk.owner}",)
@@ -85,7 +85,7 @@ def _require_growable(host: Host, disk: Located, shrinks: bool) -> None:
     agent.require(host.conn, disk.owner, f"grow what is on {disk.ref} in")
 
 
-def _grow(host: Host, disk: Located, size: int, report: Reporter) -> None:
+def _grow(host: Host, disk: Located, size: int) -> None:
     if disk.live:
         disks.resize(host.conn, disk.owner, disk.target, size)
     else:
@@ -100,7 +100,6 @@ def _grow(host: Host, disk: Located, size: int, report: Reporter) -> None:
                 storage.refresh(host.conn, disk.pool)
         else:
             storage.resize_volume(host.conn, disk.pool, disk.volume, size)
-    report(Step(f"{disk.ref} has {size} bytes now"))
 
 
 def _shrink(host: Host, disk: Located, size: int, report: Reporter) -> None:
@@ -127,4 +126,3 @@ def _shrink(host: Host, disk: Located, size: int, report: Reporter) -> None:
     disk_replace.in_place(disk, make, doing=what, equal=False)
     if disk.pool:
         storage.refresh(host.conn, disk.pool)
-    report(Step(f"{disk.ref} has {size} bytes now"))
