@@ -215,13 +215,13 @@ def test_a_deep_chain_is_rebased_onto_its_lowest_file_while_the_guest_runs(shell
 
 
 def test_compact_gives_back_what_the_guest_freed(shell: Shell, vm: str, disk: str) -> None:
-    zeros = bytes(8 << 20)
-    pattern.write(vm, disk, pattern.blocks("waste", 2048), at=4096)
+    zeros = bytes(2 << 20)
+    pattern.write(vm, disk, pattern.blocks("waste", 512), at=4096)
     pattern.write(vm, disk, zeros, at=4096)
     assert "is running" in shell.run("disk", "compact", f"{vm}:data", check=6).stderr
     stop(shell, vm)
     done = shell.json("disk", "compact", f"{vm}:data")
-    assert done["size_before"] - done["size_after"] > 6 << 20
+    assert done["size_before"] - done["size_after"] > 3 << 19
     assert len(shell.json("disk", "show", f"{vm}:data")["chain"]["layers"]) == 2  # still based on what it was
     done = shell.json("disk", "compact", f"{vm}:data", "--compress")
     clean(file_of(shell, vm))

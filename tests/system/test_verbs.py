@@ -415,8 +415,8 @@ def test_other_bad_input(shell: Shell, name: str) -> None:
 
 def test_a_start_that_fails_is_undone(shell: Shell, name: str, tmp_path: Path) -> None:
     before = volumes(shell)
-    (tmp_path / "no.qcow2").write_text("text")
-    done = shell.run("create", name, "--image", "micro", "--disk", str(tmp_path / "no.qcow2"), check=None)
+    (tmp_path / "folder.raw").mkdir()
+    done = shell.run("create", name, "--image", "micro", "--disk", str(tmp_path / "folder.raw"), check=None)
     assert done.returncode and "nothing is left of it" in done.stderr
     assert name not in shell.virsh("list", "--all", "--name").split()
     assert volumes(shell) == before
