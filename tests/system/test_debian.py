@@ -140,6 +140,17 @@ def test_a_read_only_share_is_there_and_can_be_taken_away(guests: Guests, folder
     assert "<filesystem" not in shell.virsh("dumpxml", "--inactive", name)
 
 
+def test_the_root_partition_grows_with_its_disk_while_the_guest_runs(guests: Guests) -> None:
+    name = guests.names["bios"]
+    guests.shell.run("wait", name, "--for", "cloud-init", "--timeout", "400", timeout=420)
+    guests.shell.run("wait", name, "--for", "agent", "--timeout", "300", timeout=320)
+    size = ("sh", "-c", "df -k --output=size / | tail -n 1")
+    before = int(guests.run("bios", *size))
+    done = guests.shell.json("disk", "resize", f"{name}:root", f"{ROOT_GIB + 1}G", "--grow-fs")
+    assert done["after"] == (ROOT_GIB + 1) << 30 and done["grown"].startswith("ext4 on /dev/vda")
+    assert int(guests.run("bios", *size)) > before + 900 * 1024
+
+
 def test_packages_come_from_the_public_mirror(guests: Guests) -> None:
     listed = guests.run("direct", "sh", "-c", "cat /etc/apt/sources.list.d/* /etc/apt/sources.list 2>/dev/null || true")
     assert {line.split()[1] for line in listed.splitlines() if line.startswith("URIs:")} == {
@@ -171,14 +182,3 @@ def test_the_disk_is_refused_where_the_image_has_none_that_starts(shell: Shell, 
     refused = shell.run("create", name, "--image", "micro", "--boot", "disk", check=2)
     assert "does not boot by bios from its disk" in refused.stderr
     assert name not in shell.virsh("list", "--all", "--name")
-
-
-def test_the_root_partition_grows_with_its_disk_while_the_guest_runs(guests: Guests) -> None:
-    name = guests.names["bios"]
-    guests.shell.run("wait", name, "--for", "cloud-init", "--timeout", "400", timeout=420)
-    guests.shell.run("wait", name, "--for", "agent", "--timeout", "300", timeout=320)
-    size = ("sh", "-c", "df -k --output=size / | tail -n 1")
-    before = int(guests.run("bios", *size))
-    done = guests.shell.json("disk", "resize", f"{name}:root", f"{ROOT_GIB + 1}G", "--grow-fs")
-    assert done["after"] == (ROOT_GIB + 1) << 30 and done["grown"].startswith("ext4 on /dev/vda")
-    assert int(guests.run("bios", *size)) > before + 900 * 1024

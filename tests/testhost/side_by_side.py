@@ -49,16 +49,14 @@ def asked_to_end(number: int, _frame: FrameType | None) -> None:
 def main(words: Sequence[str]) -> int:
     first, *others = split(words)
     logs = [tempfile.TemporaryFile() for _ in others]  # noqa: SIM115
-    running = [
-        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=tied)
-        for command, log in zip(others, logs, strict=True)
-    ]
-    running.insert(0, subprocess.Popen(first, preexec_fn=tied))
-
+    running: list[subprocess.Popen[bytes]] = []
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, asked_to_end)
     signal.signal(signal.SIGINT, lambda *_: None)  # the whole foreground group hears it: they end in good order
     try:
+        running.append(subprocess.Popen(first, preexec_fn=tied))
+        for command, log in zip(others, logs, strict=True):
+            running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=tied))
         return report(running, logs, others)
     except AskedToEnd as asked:
         for process in running:
