@@ -325,3 +325,40 @@ def test_a_killed_move_is_settled(shell: Shell, vm: str, disk: str, mender: str)
         shell.run(*words)
         assert not old.exists() and file_of(shell, vm) == new
     assert intact(shell, vm) and leftovers() == []
+
+
+def state(shell: Shell, vm: str) -> list[object]:
+    """All that a disk verb could change: files, definitions, pools."""
+    files = [
+        (str(path), path.stat().st_mtime_ns, path.stat().st_size, path.stat().st_ino)
+        for folder in (DISKS, Path("/var/lib/libvirt/second"))
+        for path in sorted(folder.rglob("*"))
+    ]
+    return [*files, shell.virsh("dumpxml", "--inactive", vm), shell.virsh("pool-list", "--all"), *leftovers()]
+
+
+def test_every_dry_run_tells_what_it_would_touch_and_touches_nothing(shell: Shell, vm: str, disk: str) -> None:
+    stop(shell, vm)
+    path, name = str(file_of(shell, vm)), f"{vm}:data"
+    onto = f"onto-{os.urandom(3).hex()}"
+    shell.run("disk", "create", onto, "32M")
+    try:
+        before = state(shell, vm)
+        for words in (
+            ("resize", name, "+1M"),
+            ("resize", name, "16M", "--shrink"),
+            ("move", name, "--pool", "second"),
+            ("convert", name, "--format", "raw"),
+            ("compact", name),
+            ("flatten", name),
+            ("rebase", name, "--onto", onto),
+            ("check", name, "--repair"),
+        ):
+            told = shell.run("disk", *words, "--dry-run").stdout
+            assert path in told, words
+        told = shell.run("disk", "pool", "create", "third", "--path", "/var/lib/libvirt/third", "--dry-run").stdout
+        assert "<path>/var/lib/libvirt/third</path>" in told
+        assert "would delete pool second" in shell.run("disk", "pool", "delete", "second", "--dry-run").stdout
+        assert state(shell, vm) == before
+    finally:
+        shell.run("disk", "delete", onto, "--yes", check=None)
