@@ -19,9 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where vmctl is not installed yet
+from vmctl.builder.own_mounts import CLONE_NEWNS, call, own_the_mounts
+
+CLONE_NEWUTS, CLONE_NEWIPC = 0x04000000, 0x08000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
-MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 PR_SET_PDEATHSIG = 1
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -29,31 +31,6 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def fail(reason: str, hint: str) -> NoReturn:
     sys.exit(f"cannot enter namespaces: {reason}\nhint: {hint}")
-
-
-def call(what: str, result: int) -> None:
-    if result:
-        fail(f"{what}: {os.strerror(ctypes.get_errno())}", "run this as real root; in a container, --privileged")
-
-
-def own_the_mounts() -> None:
-    """Keep every mount made from here on out of the namespace this one was copied from.
-
-    Only the mount tree's own root can be made private with all below it, and only from there does libvirt find
-    the guests' /dev again (it enters their namespaces by setns, which leads to that root). In a chroot it is out
-    of sight. So leave the chroot by the same door, and put what it showed on top of that root.
-    """
-    folder = Path.cwd()
-    root, namespace = os.open("/", os.O_RDONLY), os.open("/proc/self/ns/mnt", os.O_RDONLY)
-    call("entering the own mount namespace", libc.setns(namespace, CLONE_NEWNS))
-    call("making the mounts private", libc.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None))
-    if not os.path.samestat(os.fstat(root), os.stat("/")):  # noqa: PTH116
-        os.fchdir(root)
-        call("binding the chroot over the root", libc.mount(b".", b"/", None, MS_BIND | MS_REC, None))
-        call("entering the own mount namespace", libc.setns(namespace, CLONE_NEWNS))
-    os.close(root)
-    os.close(namespace)
-    os.chdir(folder)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,8 +43,11 @@ def main(arguments: Sequence[str]) -> int:
         fail("no command given", "enter.py [--share-network] COMMAND [ARGUMENT...]")
     if os.geteuid() != 0:
         fail("only root can make them", f"sudo {' '.join(command)}")
-    call("unshare", libc.unshare(flags))
-    own_the_mounts()
+    try:
+        call("unshare", libc.unshare(flags))
+        own_the_mounts()
+    except OSError as error:
+        fail(str(error.strerror), "run this as real root; in a container, --privileged")
 
     alive, parents_end = os.pipe()
     child = os.fork()

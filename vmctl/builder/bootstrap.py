@@ -7,6 +7,7 @@ depends on nothing else, needs no network, and is read with no host's apt config
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ _TIMEOUT_S = 1800
 _AR_MAGIC = b"!<arch>\n"
 # As root mmdebstrap mounts the host's /dev, /proc and /sys into the new system. Nobody who clears its folder away after
 # a kill may find them there. Without root it is in namespaces of its own anyway.
-_PRIVATE_MOUNTS = ("unshare", "--mount", "--propagation", "private")
+_OWN_MOUNTS = (sys.executable, str(Path(__file__).with_name("own_mounts.py")))
 _ROOTLESS_HINT = "without root, mmdebstrap needs user namespaces and newuidmap: apt-get install uidmap"
 
 
@@ -65,7 +66,7 @@ def make(
         _index(debs, paths, repository, report)
         report(Step("installing the packages"))
         command = [
-            *(_PRIVATE_MOUNTS if os.geteuid() == 0 else ()),
+            *(_OWN_MOUNTS if os.geteuid() == 0 else ()),
             "mmdebstrap",
             "--variant=apt",
             "--format=tar",

@@ -29,7 +29,6 @@ PACKAGE_OF = {
     "mmdebstrap": "mmdebstrap",
     "qemu-img": "qemu-utils",
     "sfdisk": "fdisk",
-    "unshare": "util-linux",
 }
 # An ordinary user's PATH leaves these out, and mke2fs and debugfs are there.
 _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
