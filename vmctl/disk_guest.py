@@ -9,7 +9,7 @@ from vmctl.hypervisor import agent as channel
 from vmctl.hypervisor.agent import AgentState
 from vmctl.wait import wait_until
 
-_LOOK_S = 10.0
+_LOOK_S = 60.0  # a guest that boots under emulation on a busy host takes its time
 _SEE_S = 20.0
 _GROW_S = 600.0
 

@@ -25,7 +25,9 @@ from vmctl.login import Target, Terminal
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
 
 _CONNECT_TIMEOUT_S = 20.0
-_BANNER_TIMEOUT_S = 30.0
+# For each further answer of a guest that has greeted: one that boots under emulation on a busy host may take half a
+# minute to open a session. OpenSSH's client waits for ever.
+_ANSWER_TIMEOUT_S = 120.0
 _CHUNK = 64 * 1024
 _KEEPALIVE_S = 15
 _EXIT_UNKNOWN = 255  # what OpenSSH's client returns too
@@ -41,12 +43,12 @@ def session(target: Target) -> Iterator[paramiko.Transport]:
             f"cannot reach {target}: {error}", hint="is the guest up? `vmctl wait` shows each stage"
         ) from error
     transport = paramiko.Transport(sock)
-    transport.banner_timeout = _BANNER_TIMEOUT_S
+    transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = _ANSWER_TIMEOUT_S
     kind, _, blob = target.host_key.partition(" ")
     try:
         # Ask for just the kind of key that was planted: another kind could not be compared.
         transport.get_security_options().key_types = (kind,)
-        transport.start_client(timeout=_BANNER_TIMEOUT_S)
+        transport.start_client(timeout=_ANSWER_TIMEOUT_S)
         shown = transport.get_remote_server_key()
         if shown.get_name() != kind or shown.asbytes() != base64.b64decode(blob):
             raise HostUnreachable(
@@ -100,7 +102,7 @@ def run(
     raises when waiting on has no sense: the connection itself tells that only after a quarter of an hour.
     """
     with session(target) as transport:
-        channel = transport.open_session(timeout=_CONNECT_TIMEOUT_S)
+        channel = transport.open_session(timeout=_ANSWER_TIMEOUT_S)
         if terminal is not None:
             channel.get_pty(terminal.kind, terminal.columns, terminal.rows)
         channel.exec_command(command)
