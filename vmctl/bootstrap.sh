@@ -179,6 +179,8 @@ make_venv() {
     say "installing vmctl${names:+ and its extra $names} into .venv"
     logged vmctl "mend what pip says, then run this again" "$venv/bin/python3" -m pip install \
         --disable-pip-version-check --no-input --progress-bar off --editable "$root${names:+[$names]}"
+    # Whoever may not write here, or whose Python writes no bytecode, would compile vmctl anew for each command.
+    logged vmctl "see its output above" "$venv/bin/python3" -m compileall -q "$root/vmctl"
     rm -f "$venv/.unfinished"
     echo "$wanted_digest" $all >"$stamp"
 }

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 from vmctl.errors import SpecError
 
@@ -21,8 +22,7 @@ class Settings:
     ssh_key: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Folders:
+class Folders(NamedTuple):
     """Where vmctl keeps its own few files."""
 
     config: Path

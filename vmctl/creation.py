@@ -169,7 +169,7 @@ def _make(host: Host, planned: Plan, report: Reporter, *, start_it: bool) -> Dom
     tell_accel(planned.decision, report)
     host_key = seed.new_host_key(vm.name)
     ssh = planned.record.ssh
-    record = replace(planned.record, ssh=replace(ssh, host_key=host_key.public) if ssh else None)
+    record = replace(planned.record, ssh=ssh._replace(host_key=host_key.public) if ssh else None)
     with ExitStack() as undo:
         _make_volumes(host, planned, undo)
         report(Step(f"disks of {vm.name} are made from image {planned.image.manifest.stem}"))

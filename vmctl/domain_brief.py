@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 from vmctl import record
 from vmctl.choices import Accel
@@ -13,8 +13,7 @@ from vmctl.choices import Accel
 ACCEL_OF_TYPE = {"kvm": Accel.KVM, "qemu": Accel.TCG}
 
 
-@dataclass(frozen=True, slots=True)
-class Brief:
+class Brief(NamedTuple):
     """What a list shows of a domain. ``nics`` are pairs of MAC and network or bridge."""
 
     uuid: str

@@ -83,7 +83,7 @@ def _renew_forward(host: Host, vm: Domain, report: Reporter) -> None:
     text = domain.xml(host.conn, vm.name, inactive=True)
     text = text.replace(f"hostfwd=tcp:127.0.0.1:{port}-:22", f"hostfwd=tcp:127.0.0.1:{new}-:22")
     domain.define(host.conn, text, name=vm.name)
-    domain.set_record(host.conn, vm.name, render.metadata(replace(record, ssh=replace(record.ssh, forward_port=new))))
+    domain.set_record(host.conn, vm.name, render.metadata(replace(record, ssh=record.ssh._replace(forward_port=new))))
     report(Step(f"port {port} is taken: SSH to {vm.name} goes through {new} now"))
 
 

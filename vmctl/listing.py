@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vmctl.errors import NotFound
 from vmctl.hypervisor import inventory
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
     from vmctl.record import Record
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One VM in a list. Memory in MiB, uptime in seconds (None: not running, or not known from here)."""
 
     name: str

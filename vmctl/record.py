@@ -8,22 +8,21 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 NAMESPACE = "https://vmctl.dev/xmlns/vm/1"
 PREFIX = "vmctl"
 SCHEMA = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Owned:
+class Owned(NamedTuple):
     """A volume that was made for this VM and goes with it."""
 
     pool: str
     volume: str
 
 
-@dataclass(frozen=True, slots=True)
-class SshAccess:
+class SshAccess(NamedTuple):
     """How to reach the guest by SSH. ``forward_port`` is on the host's loopback; None: at its own address.
 
     ``address`` is a static one, known from the start; "" where the network gives one.

@@ -78,6 +78,8 @@ def jsonable(value: Any) -> Any:
         if hasattr(value, "to_json"):
             return value.to_json()
         return {field.name: jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):  # a NamedTuple
+        return jsonable(value._asdict())
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, StrEnum | PurePath):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
@@ -19,14 +18,13 @@ from vmctl.ui import Verbosity
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """Where a command (or a group of commands) is, and its line in the overview."""
 
     module: str
     attribute: str
     summary: str
-    context_settings: Mapping[str, Any] = field(default_factory=dict)
+    context_settings: Mapping[str, Any] = {}
 
 
 COMMANDS: Mapping[str, Entry] = {

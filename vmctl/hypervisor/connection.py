@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import libvirt
@@ -98,8 +98,7 @@ def connect_default() -> Connection:
             raise first from None
 
 
-@dataclass(frozen=True, slots=True)
-class Versions:
+class Versions(NamedTuple):
     """Version strings of libvirt (daemon) and the hypervisor it drives."""
 
     libvirt: str

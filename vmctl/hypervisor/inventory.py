@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import libvirt
 
@@ -21,8 +20,7 @@ from vmctl.hypervisor.errors import calling
 from vmctl.hypervisor.states import State, state_of
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One domain of the inventory. ``uptime_s`` None: not running, or not to be known from here."""
 
     name: str

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import libvirt
 
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
     import ipaddress
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """An address a guest holds. ``expiry`` is seconds since the epoch, 0 for one that never ends."""
 
     mac: str
@@ -26,8 +24,7 @@ class Lease:
     expiry: int
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkFacts:
+class NetworkFacts(NamedTuple):
     """One network. ``gateway`` and ``mask`` (dotted, or a prefix length) are "" when libvirt gives it no address."""
 
     name: str
