@@ -18,6 +18,7 @@ from types import FrameType
 from typing import IO
 
 PR_SET_PDEATHSIG = 1
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -33,8 +34,9 @@ def split(words: Sequence[str]) -> list[list[str]]:
 
 
 def tied() -> None:
-    """In a new child: end when this program does."""
+    """In a new child: end when this program does, or when asked to."""
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
 
 
 class AskedToEnd(BaseException):
@@ -50,13 +52,16 @@ def main(words: Sequence[str]) -> int:
     first, *others = split(words)
     logs = [tempfile.TemporaryFile() for _ in others]  # noqa: SIM115
     running: list[subprocess.Popen[bytes]] = []
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    # Not heard while a child is made: one half made would be in no list of those to end.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    for number in ENDING:
         signal.signal(number, asked_to_end)
     signal.signal(signal.SIGINT, lambda *_: None)  # the whole foreground group hears it: they end in good order
     try:
         running.append(subprocess.Popen(first, preexec_fn=tied))
         for command, log in zip(others, logs, strict=True):
             running.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, preexec_fn=tied))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         return report(running, logs, others)
     except AskedToEnd as asked:
         for process in running:
