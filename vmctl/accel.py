@@ -211,7 +211,7 @@ def judge(seen: Observations) -> KvmFindings:
 
 _WHY = {
     Verdict.WORKS: "KVM runs guests at native speed",
-    Verdict.INTERPRETED: "this kernel's KVM interprets its guests, thousands of times slower than native",
+    Verdict.INTERPRETED: "this kernel's KVM interprets its guests, at a thousandth of native speed",
     Verdict.HANGS: "a guest under KVM hangs",
     Verdict.FAILS: "a guest under KVM fails",
     Verdict.PERMISSION: "KVM is there, but may not be opened",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from vmctl.errors import reason
 from vmctl.resources import baremetal_guest
 from vmctl.spec import Accel
 
@@ -90,7 +91,7 @@ def _run(argv: list[str], timeout_s: float) -> ProbeRun:
             stderr=subprocess.PIPE,
         )
     except OSError as error:
-        return ProbeRun(End.NOT_STARTED, -1, (), str(error))
+        return ProbeRun(End.NOT_STARTED, -1, (), reason(error))
     with process:
         try:
             out, err = process.communicate(timeout=timeout_s)

@@ -108,13 +108,15 @@ install_packages() {
     lacking=$(missing $wanted)
     [ -n "$lacking" ] || return 0
     set -- $lacking
+    count="$# packages"
+    [ $# -gt 1 ] || count="1 package"
     by_hand="apt-get install --no-install-recommends $*"
     if [ "$(id -u)" != 0 ]; then
         command -v sudo >/dev/null && { sudo -n true 2>/dev/null || { [ -t 0 ] && sudo -v; }; } ||
-            die packages "$# are missing and only root can install them" "as root: $by_hand"
+            die packages "$count missing, and only root can install what is" "as root: $by_hand"
     fi
     open_log
-    say "installing $# packages: $*"
+    say "installing $count: $*"
     # An unreachable third-party source fails this too, and need not matter: install has the last word.
     as_root apt-get -q update >>"$log" 2>&1 </dev/null ||
         say "apt-get update failed (see $log); going on with the package lists there are"

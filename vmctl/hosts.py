@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vmctl import config
 from vmctl.choices import AccelChoice
 from vmctl.config import Folders, Settings
+from vmctl.events import Reporter, Warned, silent
 from vmctl.hypervisor import connection
 from vmctl.hypervisor.connection import Connection
 from vmctl.locks import held
@@ -54,12 +55,17 @@ def holding(host: Host, name: str, *, timeout_s: float = 0.0) -> AbstractContext
     return held(host.folders.runtime, f"VM {name} on {host.lock_scope}", timeout_s=timeout_s)
 
 
-def open_host(connect: str | None = None, env: Mapping[str, str] = os.environ) -> Host:
+def open_host(connect: str | None = None, env: Mapping[str, str] = os.environ, report: Reporter = silent) -> Host:
     """Open the host that flag, environment or config name, or the one that answers. Raises HostUnreachable."""
     folders = config.folders(env)
     settings = config.load(folders.config / "config.toml")
     uri = config.chosen_uri(connect, env, settings)
-    conn = connection.connect(uri) if uri else connection.connect_default()
+
+    def fell_back(why: str) -> None:
+        text = f"using {connection.SESSION}, for {connection.SYSTEM} does not answer: {why}"
+        report(Warned(text, "-c or VMCTL_CONNECT chooses"))
+
+    conn = connection.connect(uri) if uri else connection.connect_default(fell_back)
     return Host(conn, settings, folders)
 
 

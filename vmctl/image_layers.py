@@ -95,7 +95,7 @@ def _take_step(host: Host, machine: str, manifest: Manifest, step: BuildStep, re
             machine,
             manifest,
             ["sh", "-c", _INSTALL, "sh", *step.packages],
-            f"install {len(step.packages)} packages",
+            f"install {', '.join(step.packages)}",
         )
     for number, file in enumerate(step.files):
         # Through a folder of the login user's: what the target belongs to, only root may write.

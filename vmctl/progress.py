@@ -33,12 +33,11 @@ class _Lines:
 
     def _tell(self, event: Event) -> None:
         match event:
-            case Warned(text, hint):
-                self._line(paint("note: ", "33", self._stream) + visible(text))
-                if hint:
-                    self._line(f"  mend: {visible(hint)}")
             case _ if self._verbosity is Verbosity.QUIET:
                 return
+            case Warned(text, hint):
+                mend = f" ({visible(hint)})" if hint else ""
+                self._line(paint("note: ", "33", self._stream) + visible(text) + mend)
             case Step(text):
                 self._line(visible(text))
             case StageBegan(name, elapsed_s):

@@ -116,6 +116,9 @@ def _usage(error: Exception) -> int:
     if type(error).__name__ == "Abort":
         ui.note("interrupted")
         return Interrupted.exit_code
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+        ui.write(f"{error}".rstrip() + "\n")
+        return SpecError.exit_code
     said, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
     if isinstance(code, int):
         words = said() if said is not None else ""

@@ -9,7 +9,7 @@ import typer
 
 from vmctl import ui
 from vmctl.cli import image_care, image_files
-from vmctl.cli.command import Command
+from vmctl.cli.command import Command, Group
 from vmctl.cli.options import ConnectOption, ImageName, OutputOption, YesOption, opened, refuse_unless_yes, reporter
 from vmctl.errors import HostUnreachable, VmctlError
 from vmctl.ui import Output
@@ -17,7 +17,7 @@ from vmctl.ui import Output
 if TYPE_CHECKING:
     from vmctl.manifest import Manifest
 
-app = typer.Typer(help="Images that VMs start from.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(cls=Group, help="Images that VMs start from.", no_args_is_help=True, rich_markup_mode=None)
 
 
 def _complete(incomplete: str) -> list[str]:
