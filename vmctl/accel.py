@@ -44,7 +44,7 @@ class Verdict(StrEnum):
 
 _MODULES = Path("/sys/module")
 # Verdicts that hold until something in the cache's key changes. The others may pass by themselves.
-_LASTING = {Verdict.WORKS, Verdict.INTERPRETED, Verdict.PERMISSION, Verdict.ABSENT}
+LASTING = {Verdict.WORKS, Verdict.INTERPRETED, Verdict.PERMISSION, Verdict.ABSENT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,8 @@ def _open_checks(seen: Observations) -> list[Check]:
     return checks
 
 
-def _probe_check(probe: ProbeRun) -> tuple[Verdict, Check]:
+def probe_check(probe: ProbeRun) -> tuple[Verdict, Check]:
+    """What a run of the probe guest proves. Pure."""
     name = "guest-probe"
     cycles = probe.nops_cycles
     if cycles is not None and cycles > NATIVE_NOPS_CYCLES:
@@ -205,7 +206,7 @@ def judge(seen: Observations) -> KvmFindings:
     if seen.probe is None:
         checks.append(Check("guest-probe", "skipped", "not run"))
         return KvmFindings(Verdict.FAILS, tuple(checks))
-    verdict, check = _probe_check(seen.probe)
+    verdict, check = probe_check(seen.probe)
     return KvmFindings(verdict, (*checks, check))
 
 
@@ -274,7 +275,8 @@ def _cache_key(qemu_user: str | None, qemu_binary: Path, device: Path) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _load(path: Path, key: str) -> KvmFindings | None:
+def load(path: Path, key: str) -> KvmFindings | None:
+    """Findings that were stored under the same key; None when there are none."""
     try:
         kept = json.loads(path.read_text())
         if kept["key"] != key:
@@ -284,7 +286,8 @@ def _load(path: Path, key: str) -> KvmFindings | None:
         return None  # absent, or not ours, or of another version: found out anew
 
 
-def _store(path: Path, key: str, findings: KvmFindings) -> None:
+def store(path: Path, key: str, findings: KvmFindings) -> None:
+    """Keep findings under a key that changes with whatever could change them."""
     kept = {"key": key, "verdict": findings.verdict, "evidence": [asdict(check) for check in findings.evidence]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -315,11 +318,11 @@ def examine(
     key = _cache_key(qemu_user, qemu_binary, device)
     # A file for each QEMU user: system and session connections take turns on one machine.
     path = cache_dir / f"accel-{qemu_user or 'self'}.json"
-    if not refresh and (kept := _load(path, key)):
+    if not refresh and (kept := load(path, key)):
         return kept
     findings = judge(observe(qemu_user=qemu_user, qemu_binary=qemu_binary, device=device))
-    if findings.verdict in _LASTING:
-        _store(path, key, findings)
+    if findings.verdict in LASTING:
+        store(path, key, findings)
     return findings
 
 

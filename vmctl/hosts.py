@@ -50,6 +50,11 @@ class Host:
         self.conn.close()
 
 
+def pool_folder(host: Host, leaf: str) -> str:
+    """The folder that a pool of vmctl's is made with."""
+    return str(host.folders.data / leaf) if host.conn.session else f"/var/lib/libvirt/vmctl/{leaf}"
+
+
 def holding(host: Host, name: str, *, timeout_s: float = 0.0) -> AbstractContextManager[None]:
     """Hold the name of a VM against other vmctl processes. Raises Conflict when one still has it after that time."""
     return held(host.folders.runtime, f"VM {name} on {host.lock_scope}", timeout_s=timeout_s)
@@ -86,7 +91,16 @@ def kvm_findings(host: Host, *, refresh: bool = False) -> KvmFindings:
     if not host.conn.qemu:
         return accel.not_examined("the connection does not drive QEMU")
     if not host.conn.local:
-        return accel.not_examined("the host is remote and its KVM has not been probed from here")
+        from vmctl import remote_kvm, render
+
+        pool = host.settings.pool
+        return remote_kvm.examine(
+            host.conn,
+            pool=pool,
+            pool_xml=lambda: render.pool(pool, pool_folder(host, pool)),
+            cache_dir=host.folders.cache,
+            refresh=refresh,
+        )
     facts = host.facts
     return accel.examine(
         qemu_user=qemu_user_name(facts.qemu_user),

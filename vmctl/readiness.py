@@ -106,13 +106,26 @@ class _Watch:
 
     def _touch(self, where: Address) -> bool:
         if where.forwarded:
-            return True  # the forward is QEMU's and answers before the guest does
+            return self._greeted(where)
         try:
             with socket.create_connection((where.host, where.port), timeout=_CONNECT_S):
                 self.answered = True
         except OSError as error:
             self.last_error = reason(error)
             self.answered = error.errno == errno.ECONNREFUSED
+        return self.answered
+
+    def _greeted(self, where: Address) -> bool:
+        """Whether the guest is behind the forward: QEMU accepts at once, and only the guest greets, or hangs up."""
+        try:
+            with socket.create_connection((where.host, where.port), timeout=_CONNECT_S) as sock:
+                self.answered = bool(select.select([sock], [], [], self.patience_s)[0])
+        except OSError as error:
+            self.last_error = reason(error)
+            self.answered = isinstance(error, ConnectionResetError)
+        else:
+            self.last_error = "QEMU's forward was connected to, but no guest answered behind it"
+            self.patience_s = min(_BANNER_S, self.patience_s * 1.3)
         return self.answered
 
     def _leased(self, where: Address) -> bool:
@@ -186,7 +199,10 @@ class _Watch:
                     f"DHCP lease: {held[0].address}, until {held[0].expiry}" if held else "DHCP lease: none, so far"
                 )
         else:
-            lines.append("address: none known")
+            cards = ", ".join(
+                source or "user networking" for source in {nic.source: None for nic in self.vm.facts.nics}
+            )
+            lines.append(f"address: none known; its network cards: {cards or 'none'}")
         if self.last_error:
             lines.append(f"last try: {self.last_error}")
         tail = console_tail(self.host, self.vm, _LOG_LINES)

@@ -157,6 +157,11 @@ def pull(
         ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
 
 
+def _remark(m: Manifest) -> str:
+    parts = [f"a step of {m.step_of}" if m.step_of else "", "" if m.verified else "NOT VERIFIED"]
+    return ", ".join(part for part in parts if part)
+
+
 @app.command("list", cls=Command)
 def list_(connect: ConnectOption = None, output: OutputOption = Output.TABLE) -> None:
     """List the images in the store."""
@@ -168,16 +173,17 @@ def list_(connect: ConnectOption = None, output: OutputOption = Output.TABLE) ->
             found,
             output,
             lambda: ui.columns(
-                ("NAME", "DIGEST", "OS", "FORMAT", "SIZE", "BUILT", "NOTE"),
+                ("NAME", "DIGEST", "TAGS", "OS", "FORMAT", "SIZE", "BUILT", "NOTE"),
                 [
                     (
                         m.name,
-                        m.digest[:12],
+                        m.short,
+                        ", ".join(m.tags),
                         f"{m.os} {m.os_version}".strip(),
                         m.format,
                         ui.size(m.size),
                         m.built_at,
-                        "" if m.verified else "NOT VERIFIED",
+                        _remark(m),
                     )
                     for m in found
                 ],
