@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -71,7 +72,8 @@ class _Lines:
             self._line(text)
 
     def _rewrite(self, text: str) -> None:
-        self._stream.write(f"\r\x1b[K{text}")
+        # A line that wraps could not be rewritten: each time one more would stand there.
+        self._stream.write(f"\r\x1b[K{text[: os.get_terminal_size(self._stream.fileno()).columns - 1]}")
         self._stream.flush()
         self._open_line = True
 
