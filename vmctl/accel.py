@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,12 @@ class KvmFindings:
                     return check.mend
         return ""
 
+    @property
+    def only_we_are_refused(self) -> bool:
+        """Whether QEMU's own user may open the device, and only we may not, whom guests do not run as."""
+        results = {check.name: check.result for check in self.evidence}
+        return (results.get("open-qemu-user"), results.get("open-self")) == ("ok", "failed")
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -113,6 +119,12 @@ class Observations:
 def timeout_scale(accel: Accel) -> float:
     """By how much to lengthen waits for guests under ``accel``."""
     return _TCG_PATIENCE if accel is Accel.TCG else 1.0
+
+
+def joined(here: KvmFindings, probed: KvmFindings) -> KvmFindings:
+    """What was seen here, up to a refusal that guests do not meet, with a probe by the user they run as. Pure."""
+    seen = tuple(replace(check, result="warning") if check.name == "open-self" else check for check in here.evidence)
+    return KvmFindings(probed.verdict, (*seen, *(check for check in probed.evidence if check.name != "device")))
 
 
 def not_examined(why: str) -> KvmFindings:

@@ -232,12 +232,20 @@ alive() {
     pid=$(cat "/run/$1.pid" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$1" ]
 }
 
+all_on() { # UNIT...
+    for unit in "$@"; do
+        systemctl -q is-active "$unit" && systemctl -q is-enabled "$unit" || return 1
+    done
+}
+
 start_by_systemd() {
     if systemctl cat libvirtd.service >/dev/null 2>&1; then
         sockets=libvirtd.socket
     else # split into a daemon a driver; each is started by its socket
         sockets='virtqemud.socket virtnetworkd.socket virtstoraged.socket virtnodedevd.socket virtsecretd.socket virtnwfilterd.socket'
     fi
+    # It runs, and does not answer this user: that is for group libvirt, not for systemd, to change.
+    if all_on virtlogd.socket $sockets; then return 0; fi
     say "systemctl enable --now virtlogd.socket $sockets"
     logged libvirt "systemctl status virtlogd.socket $sockets" as_root systemctl enable --now virtlogd.socket $sockets
 }

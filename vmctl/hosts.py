@@ -91,20 +91,26 @@ def kvm_findings(host: Host, *, refresh: bool = False) -> KvmFindings:
     if not host.conn.qemu:
         return accel.not_examined("the connection does not drive QEMU")
     if not host.conn.local:
-        from vmctl import remote_kvm, render
-
-        pool = host.settings.pool
-        return remote_kvm.examine(
-            host.conn,
-            pool=pool,
-            pool_xml=lambda: render.pool(pool, pool_folder(host, pool)),
-            cache_dir=host.folders.cache,
-            refresh=refresh,
-        )
+        return _through_libvirt(host, refresh=refresh)
     facts = host.facts
-    return accel.examine(
+    found = accel.examine(
         qemu_user=qemu_user_name(facts.qemu_user),
         qemu_binary=facts.emulator,
+        cache_dir=host.folders.cache,
+        refresh=refresh,
+    )
+    # QEMU may open the device, and we may not: then the probe runs as guests do, as that user.
+    return accel.joined(found, _through_libvirt(host, refresh=refresh)) if found.only_we_are_refused else found
+
+
+def _through_libvirt(host: Host, *, refresh: bool) -> KvmFindings:
+    from vmctl import remote_kvm, render
+
+    pool = host.settings.pool
+    return remote_kvm.examine(
+        host.conn,
+        pool=pool,
+        pool_xml=lambda: render.pool(pool, pool_folder(host, pool)),
         cache_dir=host.folders.cache,
         refresh=refresh,
     )
@@ -114,4 +120,6 @@ def decide_accel(host: Host, requested: AccelChoice, *, refresh: bool = False) -
     """Which accelerator to use here, and why. Raises Unsupported when what was required is not to be had."""
     from vmctl import accel
 
+    if requested is AccelChoice.TCG:  # no need to run a guest to learn what nobody wants to know
+        return accel.choose(requested, accel.not_examined("TCG was asked for"))
     return accel.choose(requested, kvm_findings(host, refresh=refresh))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import REPO, Shell, volumes
+from tests.system.conftest import REPO, Shell, environment, volumes
 from vmctl import accel, accel_probe, remote_kvm, render
 from vmctl.accel import Verdict
 from vmctl.accel_probe import End, ProbeRun
@@ -182,6 +184,28 @@ def test_kvm_elsewhere_is_judged_by_a_guest_that_ran_there(shell: Shell, name: s
         assert time.monotonic() - began < 3.0, "its firmware alone takes that long under such a KVM: not from the cache"
         told = there.run("create", name, "--image", "micro", "--no-start").stderr
         assert "note: running on TCG: this kernel's KVM interprets its guests" in told
+
+
+@needs_kvm
+def test_who_may_use_libvirt_but_not_kvm_gets_the_verdict_of_guests(shell: Shell) -> None:
+    """In group libvirt, not in group kvm: guests run as QEMU's user, who may open the device."""
+    group = grp.getgrnam("libvirt").gr_gid
+    become = ["setpriv", "--reuid=65534", "--regid=65534", f"--groups={group}"]
+    home = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    os.chown(home, 65534, group)
+    env = {"HOME": str(home), "XDG_RUNTIME_DIR": str(home), "PATH": os.environ["PATH"]}
+    command = [*become, sys.executable, "-m", "vmctl", "-c", "qemu:///system", "host", "info", "-o", "json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=REPO, timeout=120, check=True)
+    found = json.loads(done.stdout)["accel"]["kvm"]
+    assert found["verdict"] == shell.json("host", "info")["accel"]["kvm"]["verdict"], done.stdout
+    results = {check["name"]: check["result"] for check in found["evidence"]}
+    assert results["open-self"] == "warning" and "guest-probe" in results
+
+
+def test_who_asks_for_tcg_waits_for_no_probe(name: str, tmp_path: Path) -> None:
+    words = ["create", name, "--image", "micro", "--no-start", "--accel", "tcg"]
+    Shell(ELSEWHERE).run(*words, env=environment(XDG_CACHE_HOME=str(tmp_path)))
+    assert not list(tmp_path.rglob("accel-*"))
 
 
 def test_a_host_elsewhere_without_kvm_and_one_whose_guest_does_not_start() -> None:
