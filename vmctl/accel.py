@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Verdict(StrEnum):
 
 _MODULES = Path("/sys/module")
 # Verdicts that hold until something in the cache's key changes. The others may pass by themselves.
-_LASTING = {Verdict.WORKS, Verdict.INTERPRETED, Verdict.PERMISSION, Verdict.ABSENT}
+LASTING = {Verdict.WORKS, Verdict.INTERPRETED, Verdict.PERMISSION, Verdict.ABSENT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,12 @@ class KvmFindings:
                 if check.result == result and check.mend:
                     return check.mend
         return ""
+
+    @property
+    def only_we_are_refused(self) -> bool:
+        """Whether QEMU's own user may open the device, and only we may not, whom guests do not run as."""
+        results = {check.name: check.result for check in self.evidence}
+        return (results.get("open-qemu-user"), results.get("open-self")) == ("ok", "failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,12 @@ def timeout_scale(accel: Accel) -> float:
     return _TCG_PATIENCE if accel is Accel.TCG else 1.0
 
 
+def joined(here: KvmFindings, probed: KvmFindings) -> KvmFindings:
+    """What was seen here, up to a refusal that guests do not meet, with a probe by the user they run as. Pure."""
+    seen = tuple(replace(check, result="warning") if check.name == "open-self" else check for check in here.evidence)
+    return KvmFindings(probed.verdict, (*seen, *(check for check in probed.evidence if check.name != "device")))
+
+
 def not_examined(why: str) -> KvmFindings:
     """Findings where KVM could not be examined: unproven counts as not there."""
     return KvmFindings(Verdict.ABSENT, (Check("device", "skipped", why),))
@@ -153,7 +165,8 @@ def _open_checks(seen: Observations) -> list[Check]:
     return checks
 
 
-def _probe_check(probe: ProbeRun) -> tuple[Verdict, Check]:
+def probe_check(probe: ProbeRun) -> tuple[Verdict, Check]:
+    """What a run of the probe guest proves. Pure."""
     name = "guest-probe"
     cycles = probe.nops_cycles
     if cycles is not None and cycles > NATIVE_NOPS_CYCLES:
@@ -205,13 +218,13 @@ def judge(seen: Observations) -> KvmFindings:
     if seen.probe is None:
         checks.append(Check("guest-probe", "skipped", "not run"))
         return KvmFindings(Verdict.FAILS, tuple(checks))
-    verdict, check = _probe_check(seen.probe)
+    verdict, check = probe_check(seen.probe)
     return KvmFindings(verdict, (*checks, check))
 
 
 _WHY = {
     Verdict.WORKS: "KVM runs guests at native speed",
-    Verdict.INTERPRETED: "this kernel's KVM interprets its guests, thousands of times slower than native",
+    Verdict.INTERPRETED: "this kernel's KVM interprets its guests, at a thousandth of native speed",
     Verdict.HANGS: "a guest under KVM hangs",
     Verdict.FAILS: "a guest under KVM fails",
     Verdict.PERMISSION: "KVM is there, but may not be opened",
@@ -274,7 +287,8 @@ def _cache_key(qemu_user: str | None, qemu_binary: Path, device: Path) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _load(path: Path, key: str) -> KvmFindings | None:
+def load(path: Path, key: str) -> KvmFindings | None:
+    """Findings that were stored under the same key; None when there are none."""
     try:
         kept = json.loads(path.read_text())
         if kept["key"] != key:
@@ -284,7 +298,8 @@ def _load(path: Path, key: str) -> KvmFindings | None:
         return None  # absent, or not ours, or of another version: found out anew
 
 
-def _store(path: Path, key: str, findings: KvmFindings) -> None:
+def store(path: Path, key: str, findings: KvmFindings) -> None:
+    """Keep findings under a key that changes with whatever could change them."""
     kept = {"key": key, "verdict": findings.verdict, "evidence": [asdict(check) for check in findings.evidence]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -315,11 +330,11 @@ def examine(
     key = _cache_key(qemu_user, qemu_binary, device)
     # A file for each QEMU user: system and session connections take turns on one machine.
     path = cache_dir / f"accel-{qemu_user or 'self'}.json"
-    if not refresh and (kept := _load(path, key)):
+    if not refresh and (kept := load(path, key)):
         return kept
     findings = judge(observe(qemu_user=qemu_user, qemu_binary=qemu_binary, device=device))
-    if findings.verdict in _LASTING:
-        _store(path, key, findings)
+    if findings.verdict in LASTING:
+        store(path, key, findings)
     return findings
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from vmctl.errors import reason
 from vmctl.resources import baremetal_guest
 from vmctl.spec import Accel
 
@@ -71,6 +72,11 @@ def command(qemu: Path, accel: Accel, guest: Path, machine: str = _MACHINES[0]) 
     return [str(qemu), *board, *devices, *leave, "-kernel", str(guest)]
 
 
+def lines_of(said: bytes) -> tuple[str, ...]:
+    """The probe guest's words, by lines."""
+    return tuple(line.strip() for line in said.decode("ascii", "replace").splitlines() if line.strip())
+
+
 def run(qemu: Path, accel: Accel, *, guest: Path | None = None, timeout_s: float = TIMEOUT_S) -> ProbeRun:
     """Run the probe guest (or another) under ``accel``; the process is gone when this returns, however it ends."""
     found = ProbeRun(End.NOT_STARTED, -1, (), "no machine type to run it on")
@@ -90,7 +96,7 @@ def _run(argv: list[str], timeout_s: float) -> ProbeRun:
             stderr=subprocess.PIPE,
         )
     except OSError as error:
-        return ProbeRun(End.NOT_STARTED, -1, (), str(error))
+        return ProbeRun(End.NOT_STARTED, -1, (), reason(error))
     with process:
         try:
             out, err = process.communicate(timeout=timeout_s)
@@ -102,6 +108,5 @@ def _run(argv: list[str], timeout_s: float) -> ProbeRun:
         except BaseException:
             process.kill()
             raise
-    lines = tuple(line.strip() for line in out.decode("ascii", "replace").splitlines() if line.strip())
     words = [line for line in err.decode(errors="replace").splitlines() if line.strip() and "warning:" not in line]
-    return ProbeRun(end, process.returncode, lines, words[0].strip() if words else "")
+    return ProbeRun(end, process.returncode, lines_of(out), words[0].strip() if words else "")

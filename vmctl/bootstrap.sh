@@ -108,13 +108,15 @@ install_packages() {
     lacking=$(missing $wanted)
     [ -n "$lacking" ] || return 0
     set -- $lacking
+    count="$# packages"
+    [ $# -gt 1 ] || count="1 package"
     by_hand="apt-get install --no-install-recommends $*"
     if [ "$(id -u)" != 0 ]; then
         command -v sudo >/dev/null && { sudo -n true 2>/dev/null || { [ -t 0 ] && sudo -v; }; } ||
-            die packages "$# are missing and only root can install them" "as root: $by_hand"
+            die packages "$count missing, and only root can install what is" "as root: $by_hand"
     fi
     open_log
-    say "installing $# packages: $*"
+    say "installing $count: $*"
     # An unreachable third-party source fails this too, and need not matter: install has the last word.
     as_root apt-get -q update >>"$log" 2>&1 </dev/null ||
         say "apt-get update failed (see $log); going on with the package lists there are"
@@ -232,12 +234,20 @@ alive() {
     pid=$(cat "/run/$1.pid" 2>/dev/null) && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$1" ]
 }
 
+all_on() { # UNIT...
+    for unit in "$@"; do
+        systemctl -q is-active "$unit" && systemctl -q is-enabled "$unit" || return 1
+    done
+}
+
 start_by_systemd() {
     if systemctl cat libvirtd.service >/dev/null 2>&1; then
         sockets=libvirtd.socket
     else # split into a daemon a driver; each is started by its socket
         sockets='virtqemud.socket virtnetworkd.socket virtstoraged.socket virtnodedevd.socket virtsecretd.socket virtnwfilterd.socket'
     fi
+    # It runs, and does not answer this user: that is for group libvirt, not for systemd, to change.
+    if all_on virtlogd.socket $sockets; then return 0; fi
     say "systemctl enable --now virtlogd.socket $sockets"
     logged libvirt "systemctl status virtlogd.socket $sockets" as_root systemctl enable --now virtlogd.socket $sockets
 }

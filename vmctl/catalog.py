@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmctl.errors import NotFound, SpecError
+from vmctl.errors import NotFound, SpecError, reason
 from vmctl.resources import image_recipes_dir
 
 _CLOSE = 0.6
@@ -78,7 +78,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpecError(f"cannot use catalogue {path}: {error}", hint="mend it, or move it away") from error
+        raise SpecError(f"cannot use catalogue {path}: {reason(error)}", hint="mend it, or move it away") from error
 
 
 def _entries(path: Path, values: Mapping[str, Any]) -> Iterable[Entry]:

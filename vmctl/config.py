@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from vmctl.errors import SpecError
+from vmctl.errors import SpecError, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def load(path: Path) -> Settings:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SpecError(
-            f"cannot read config file {path}: {error}", hint='it is TOML: connect = "qemu:///system"'
+            f"cannot read config file {path}: {reason(error)}", hint='it is TOML: connect = "qemu:///system"'
         ) from error
     known = {field.name for field in fields(Settings)}
     problems = [f"unknown key {key!r}" for key in values if key not in known]

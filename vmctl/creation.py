@@ -129,9 +129,9 @@ def _nvram(host: Host, prefix: str) -> str:
 def tell_accel(decision: Decision, report: Reporter) -> None:
     """Say why KVM is not used although it would have been welcome: a fallback is never silent."""
     if decision.requested is AccelChoice.AUTO and decision.chosen is Accel.TCG:
-        report(Warned(f"running on TCG: {decision.reason}", decision.mend))
+        report(Warned(f"running on TCG: {decision.reason}", "mend: vmctl host info"))
     elif decision.requested is AccelChoice.KVM and decision.kvm.verdict != "works":
-        report(Warned(f"using KVM as asked: {decision.reason}", decision.mend))
+        report(Warned(f"using KVM as asked: {decision.reason}", "mend: vmctl host info"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from vmctl import disk_header, qemu_img
 from vmctl.disk_header import Window
 from vmctl.disk_header.window import Unreadable
-from vmctl.errors import ImageError, NotFound, VmctlError
+from vmctl.errors import ImageError, NotFound, VmctlError, reason
 
 _DEEPEST = 512
 _FORMATS = {"qcow2", "raw"}
@@ -78,7 +78,7 @@ def _header_problems(path: str, form: str, doing: str) -> str:
         raise NotFound(f"cannot {doing}: there is no file {path}") from error
     except OSError as error:
         raise VmctlError(
-            f"cannot {doing}: {error}", hint="files of the system's VMs are root's: sudo vmctl …"
+            f"cannot {doing}: {reason(error)}", hint="files of the system's VMs are root's: sudo vmctl …"
         ) from error
     try:
         found = disk_header.examine(Window(handle, os.lseek(handle, 0, os.SEEK_END)), form)

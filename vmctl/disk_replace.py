@@ -15,7 +15,7 @@ from pathlib import Path
 from vmctl import disk_journal, disk_xml, qemu_img, render
 from vmctl.disk_find import Located
 from vmctl.disk_journal import Entry, sync_folder
-from vmctl.errors import Conflict, ImageError, Interrupted
+from vmctl.errors import Conflict, ImageError, Interrupted, reason
 from vmctl.events import Progress, Reporter
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, storage
@@ -33,7 +33,7 @@ def _telling_os_errors(doing: str) -> Iterator[None]:
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         hint = "the disk is as it was; make room, or choose another pool" if full else "the disk is as it was"
-        raise ImageError(f"cannot {doing}: {error.strerror or error}", hint=hint) from error
+        raise ImageError(f"cannot {doing}: {reason(error)}", hint=hint) from error
 
 
 def in_place(disk: Located, make: Callable[[Path], None], *, doing: str, equal: bool = True) -> None:

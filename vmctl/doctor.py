@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vmctl import accel, deletion, disk_journal, disk_replace, hosts, images, kvm_device
 from vmctl.accel import Check
-from vmctl.errors import VmctlError
+from vmctl.errors import VmctlError, reason
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, open_host
 from vmctl.hypervisor import domain, network, storage
@@ -131,7 +131,10 @@ def _remove_bridge(bridge: str, detail: str, report: Reporter) -> Finding:
         subprocess.run(["ip", "link", "delete", bridge], check=True, capture_output=True, timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
         return Finding(
-            "networks", "failed", f"{detail}; it cannot be removed: {error}", f"as root: ip link delete {bridge}"
+            "networks",
+            "failed",
+            f"{detail}; it cannot be removed: {reason(error)}",
+            f"as root: ip link delete {bridge}",
         )
     return Finding("networks", "mended", f"{detail}; removed")
 
@@ -198,7 +201,7 @@ def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Findin
     """All checks, on the host that ``connect`` names; without an answer from it, the ones that need none."""
     findings = _tools()
     try:
-        host = open_host(connect)
+        host = open_host(connect, report=report)
     except VmctlError as error:
         return (*findings, Finding("libvirt", "failed", error.message, error.hint))
     with host:

@@ -117,6 +117,15 @@ class Interrupted(VmctlError):
     exit_code = 130
 
 
+def reason(error: Exception, *, path: bool = False) -> str:
+    """Why something failed, in words for a message: no "[Errno 2]", and the path only where nothing names it yet."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if path and error.filename else error.strerror
+    if isinstance(error, UnicodeDecodeError):
+        return "it is no text in UTF-8"
+    return f"{error}" or type(error).__name__
+
+
 def quietly(act: Callable[[], object]) -> None:
     """Undo one step. What undoing meets must not hide why there was something to undo."""
     try:

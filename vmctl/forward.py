@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from vmctl import guest
-from vmctl.errors import Conflict, HostUnreachable, SpecError, VmctlError
+from vmctl.errors import Conflict, HostUnreachable, SpecError, VmctlError, reason
 from vmctl.events import Reporter, Warned
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain
@@ -67,8 +67,8 @@ def _listen(wanted: Forward) -> socket.socket:
             errno.EACCES: "ports below 1024 are root's",
             errno.EADDRNOTAVAIL: "this machine has no such address",
         }
-        reason = reasons.get(error.errno or 0, error.strerror or str(error))
-        raise Conflict(f"cannot forward {wanted}: {reason}", hint="0 as the port takes a free one") from error
+        why = reasons.get(error.errno or 0, reason(error))
+        raise Conflict(f"cannot forward {wanted}: {why}", hint="0 as the port takes a free one") from error
 
 
 class Forwarding:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vmctl import config
 from vmctl.choices import AccelChoice
 from vmctl.config import Folders, Settings
+from vmctl.events import Reporter, Warned, silent
 from vmctl.hypervisor import connection
 from vmctl.hypervisor.connection import Connection
 from vmctl.locks import held
@@ -49,17 +50,27 @@ class Host:
         self.conn.close()
 
 
+def pool_folder(host: Host, leaf: str) -> str:
+    """The folder that a pool of vmctl's is made with."""
+    return str(host.folders.data / leaf) if host.conn.session else f"/var/lib/libvirt/vmctl/{leaf}"
+
+
 def holding(host: Host, name: str, *, timeout_s: float = 0.0) -> AbstractContextManager[None]:
     """Hold the name of a VM against other vmctl processes. Raises Conflict when one still has it after that time."""
     return held(host.folders.runtime, f"VM {name} on {host.lock_scope}", timeout_s=timeout_s)
 
 
-def open_host(connect: str | None = None, env: Mapping[str, str] = os.environ) -> Host:
+def open_host(connect: str | None = None, env: Mapping[str, str] = os.environ, report: Reporter = silent) -> Host:
     """Open the host that flag, environment or config name, or the one that answers. Raises HostUnreachable."""
     folders = config.folders(env)
     settings = config.load(folders.config / "config.toml")
     uri = config.chosen_uri(connect, env, settings)
-    conn = connection.connect(uri) if uri else connection.connect_default()
+
+    def fell_back(why: str) -> None:
+        text = f"using {connection.SESSION}, for {connection.SYSTEM} does not answer: {why}"
+        report(Warned(text, "-c or VMCTL_CONNECT chooses"))
+
+    conn = connection.connect(uri) if uri else connection.connect_default(fell_back)
     return Host(conn, settings, folders)
 
 
@@ -80,11 +91,26 @@ def kvm_findings(host: Host, *, refresh: bool = False) -> KvmFindings:
     if not host.conn.qemu:
         return accel.not_examined("the connection does not drive QEMU")
     if not host.conn.local:
-        return accel.not_examined("the host is remote and its KVM has not been probed from here")
+        return _through_libvirt(host, refresh=refresh)
     facts = host.facts
-    return accel.examine(
+    found = accel.examine(
         qemu_user=qemu_user_name(facts.qemu_user),
         qemu_binary=facts.emulator,
+        cache_dir=host.folders.cache,
+        refresh=refresh,
+    )
+    # QEMU may open the device, and we may not: then the probe runs as guests do, as that user.
+    return accel.joined(found, _through_libvirt(host, refresh=refresh)) if found.only_we_are_refused else found
+
+
+def _through_libvirt(host: Host, *, refresh: bool) -> KvmFindings:
+    from vmctl import remote_kvm, render
+
+    pool = host.settings.pool
+    return remote_kvm.examine(
+        host.conn,
+        pool=pool,
+        pool_xml=lambda: render.pool(pool, pool_folder(host, pool)),
         cache_dir=host.folders.cache,
         refresh=refresh,
     )
@@ -94,4 +120,6 @@ def decide_accel(host: Host, requested: AccelChoice, *, refresh: bool = False) -
     """Which accelerator to use here, and why. Raises Unsupported when what was required is not to be had."""
     from vmctl import accel
 
+    if requested is AccelChoice.TCG:  # no need to run a guest to learn what nobody wants to know
+        return accel.choose(requested, accel.not_examined("TCG was asked for"))
     return accel.choose(requested, kvm_findings(host, refresh=refresh))

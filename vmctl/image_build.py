@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vmctl import images
-from vmctl.errors import ImageError, NotFound
+from vmctl.errors import ImageError, NotFound, reason
 from vmctl.events import Reporter
 from vmctl.hosts import Host
 from vmctl.manifest import Manifest, NewImage
@@ -26,7 +26,7 @@ def build(host: Host, name: str, report: Reporter) -> Manifest:
         try:
             return images.add(host, _built(name, folder, report), report)
         except OSError as error:
-            raise ImageError(f"cannot build image {name}: {error}") from error
+            raise ImageError(f"cannot build image {name}: {reason(error, path=True)}") from error
 
 
 def _built(name: str, folder: Path, report: Reporter) -> NewImage:

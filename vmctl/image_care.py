@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 
 from vmctl import image_users, images, pulls
 from vmctl.errors import Conflict, ImageError, NotFound, SpecError
@@ -17,6 +18,7 @@ from vmctl.manifest import NAME, Manifest, content_digest
 
 _LOCK_TIMEOUT_S = 30.0
 DOWNLOADS_IDLE_S = 7 * 86400.0  # long enough for a laptop that was away for some days
+_UNFINISHED = timedelta(days=1)
 _LIKE_DIGEST = re.compile(r"(?:.*-)?[0-9a-f]{12}")
 
 
@@ -115,19 +117,43 @@ class Prunable:
 
 
 def outdated(known: Sequence[Manifest], kept_each: int) -> tuple[Manifest, ...]:
-    """Those behind the newest ``kept_each`` of their names, untagged; ``known`` is in ``list_images``' order."""
+    """Those behind the newest ``kept_each`` of their names, untagged; ``known`` is in ``list_images``' order. Pure.
+
+    One that is a step on the way to a newer one stays. For what is nothing but a step see idle_steps().
+    """
     seen: dict[str, int] = {}
     found = []
     for manifest in known:
+        if manifest.step_of:
+            continue
         seen[manifest.name] = seen.get(manifest.name, 0) + 1
         if seen[manifest.name] > kept_each and not manifest.tags:
             found.append(manifest)
-    return tuple(found)
+    led = {key for m in known if m not in found and not m.step_of for key in m.built_on}
+    return tuple(m for m in found if m.layer not in led)
+
+
+def idle_steps(remaining: Sequence[Manifest], now: datetime) -> tuple[Manifest, ...]:
+    """The untagged steps of recipes that led to no image that remains. Pure.
+
+    Those of the latest build of a recipe count for a day, when it has not come to its end: its next run goes on there.
+    """
+    led = {key for m in remaining if not m.step_of for key in m.built_on}
+    latest: dict[str, Manifest] = {}
+    for m in sorted(remaining, key=lambda m: m.built):
+        if m.layer:
+            latest[m.step_of or m.name] = m
+    fresh = (now - _UNFINISHED).isoformat()
+    for m in latest.values():
+        if m.step_of and m.built >= fresh:
+            led |= {m.layer, *m.built_on}
+    return tuple(m for m in remaining if m.step_of and m.layer not in led and not m.tags)
 
 
 def prunable(host: Host, report: Reporter, *, kept_each: int = 1, idle_s: float = DOWNLOADS_IDLE_S) -> Prunable:
     """What nobody needs: older images of a name on which no disk of any VM or pool is based, even indirectly.
 
+    And steps of recipes that led to no image that is left.
     While a disk is there whose chain cannot be followed, no image is. And downloads idle for ``idle_s`` seconds.
     """
     given_up = pulls.stale(host, idle_s)
@@ -141,12 +167,23 @@ def _prunable_images(host: Host, report: Reporter, kept_each: int) -> Prunable:
     if not storage.pool_exists(host.conn, pool):
         return Prunable((), (), 0)
     storage.refresh(host.conn, pool)
-    old = outdated(images.list_images(host), kept_each)
-    needed = image_users.needed(host.conn) if old else Needed({})
+    known = images.list_images(host)
+    old = outdated(known, kept_each)
+    needed = image_users.needed(host.conn) if old or any(m.step_of for m in known) else Needed({})
+    free: list[Manifest] = []
     if needed.unknown:
         text = f"no image is pruned: what {', '.join(needed.unknown[:4])} is based on cannot be read from here"
         report(Warned(text, hint="run it on the host itself, as root"))
-        old = ()
+    else:
+        free = _unneeded(host, old, needed, report)
+        free += _unneeded(host, idle_steps([m for m in known if m not in free], datetime.now(UTC)), needed, report)
+    left = tuple(volume for volume, _ in images.half_stored(host))
+    volumes = (*(volume for manifest in free for volume in manifest.volumes()), *left)
+    freed = sum(facts.allocation for facts in storage.volumes(host.conn, pool) if facts.name in volumes)
+    return Prunable(tuple(m.stem for m in free), left, freed)
+
+
+def _unneeded(host: Host, old: Sequence[Manifest], needed: Needed, report: Reporter) -> list[Manifest]:
     free = []
     for manifest in old:
         image = images.with_paths(host, manifest)
@@ -154,10 +191,7 @@ def _prunable_images(host: Host, report: Reporter, kept_each: int) -> Prunable:
             report(Step(f"image {manifest.stem} stays: {', '.join(users)} need it"))
         else:
             free.append(manifest)
-    left = tuple(volume for volume, _ in images.half_stored(host))
-    volumes = (*(volume for manifest in free for volume in manifest.volumes()), *left)
-    freed = sum(facts.allocation for facts in storage.volumes(host.conn, pool) if facts.name in volumes)
-    return Prunable(tuple(m.stem for m in free), left, freed)
+    return free
 
 
 def prune(host: Host, what: Prunable, report: Reporter, *, idle_s: float = DOWNLOADS_IDLE_S) -> None:

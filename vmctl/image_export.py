@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmctl import images, qemu_img
-from vmctl.errors import Conflict, ImageError, SpecError
+from vmctl.errors import Conflict, ImageError, SpecError, reason
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.hypervisor import storage
@@ -72,8 +72,7 @@ def export(
             _put(made, file, force=force)
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-        reason = error.strerror or str(error)
-        raise ImageError(f"cannot export to {file}: {reason}", hint="make room" if full else "") from error
+        raise ImageError(f"cannot export to {file}: {reason(error)}", hint="make room" if full else "") from error
     report(Step(f"image {image.manifest.stem} is in {file}"))
     return Exported(image.manifest.stem, str(file), chosen, file.stat().st_size, image.manifest.virtual_size)
 

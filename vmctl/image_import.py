@@ -20,7 +20,7 @@ from pathlib import Path
 from vmctl import archives, disk_header, images, qemu_img
 from vmctl.archives import Enclosed
 from vmctl.disk_header import DiskHeader, Window
-from vmctl.errors import ImageError, SpecError
+from vmctl.errors import ImageError, SpecError, reason
 from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
 from vmctl.manifest import NAME, Manifest, NewImage
@@ -103,8 +103,7 @@ def import_image(host: Host, wish: Wish, report: Reporter) -> Manifest:
             return images.add(host, _new_image(name, wish, disk, header, copied), report)
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-        reason = error.strerror or str(error)
-        raise ImageError(f"cannot import {wish.file}: {reason}", hint="make room" if full else "") from error
+        raise ImageError(f"cannot import {wish.file}: {reason(error)}", hint="make room" if full else "") from error
 
 
 @contextmanager

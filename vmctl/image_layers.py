@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from vmctl import copying, creation, deletion, guest, images, lifecycle, qemu_img, readiness
@@ -56,18 +57,22 @@ def build(host: Host, recipe: LayeredRecipe, report: Reporter) -> Manifest:
         last = number == len(wanted) - 1
         name = recipe.name if last else f"{recipe.name}.step{number + 1}"
         report(Step(f"step {number + 1} of {len(wanted)}: {recipe.steps[number].name}"))
-        made = _layer(host, recipe, recipe.steps[number], current, name, wanted[number], report)
+        made = _layer(host, recipe, number, current, name, wanted, report)
         current = images.with_paths(host, made)
-    if current.manifest.name != recipe.name:  # an earlier build's middle is this one's end
+    if done == len(wanted):
         with images.making(host, recipe.name):
-            return images.add(host, _new(current, recipe.name, wanted[-1], Path(current.disk)), report)
+            if current.manifest.name == recipe.name:  # the plain name may mean a later build, with other steps
+                return images.renew(host, current.manifest, report)
+            # An earlier build's middle, or another recipe's end, is this one's end.
+            return images.add(host, _new(current, recipe.name, wanted, Path(current.disk)), report)
     return current.manifest
 
 
 def _layer(
-    host: Host, recipe: LayeredRecipe, step: BuildStep, base: Image, name: str, key: str, report: Reporter
+    host: Host, recipe: LayeredRecipe, number: int, base: Image, name: str, keys: Sequence[str], report: Reporter
 ) -> Manifest:
-    machine = f"build-{key[:12]}"
+    """The image ``name``, which step ``number`` (from 0) makes of ``base``."""
+    machine = f"build-{keys[number][:12]}"
     with images.making(host, name) as folder:
         if domain.find_or_none(host.conn, machine) is not None:
             deletion.delete(host, machine, report)  # of a build that was killed: we hold the image's name
@@ -79,13 +84,14 @@ def _layer(
             readiness.wait_for(host, made, Goal.SSH, timeout_s=budget, report=report)
             if goal is Goal.CLOUD_INIT:  # or its package work would be in the way of ours
                 readiness.wait_for(host, made, goal, timeout_s=readiness.default_timeout_s(made, goal), report=report)
-            _take_step(host, machine, base.manifest, step, report)
+            _take_step(host, machine, base.manifest, recipe.steps[number], report)
             lifecycle.stop(host, machine, report, timeout_s=_STOP_TIMEOUT_S)
             overlay = next(disk.source for disk in domain.find(host.conn, machine).facts.disks)
             qemu_img.convert(Path(overlay), "qcow2", folder / "disk.qcow2", "qcow2")
         finally:
             quietly(lambda: deletion.delete(host, machine, report))
-        return images.add(host, _new(base, name, key, folder / "disk.qcow2"), report)
+        step_of = "" if name == recipe.name else recipe.name
+        return images.add(host, _new(base, name, keys[: number + 1], folder / "disk.qcow2", step_of), report)
 
 
 def _take_step(host: Host, machine: str, manifest: Manifest, step: BuildStep, report: Reporter) -> None:
@@ -95,7 +101,7 @@ def _take_step(host: Host, machine: str, manifest: Manifest, step: BuildStep, re
             machine,
             manifest,
             ["sh", "-c", _INSTALL, "sh", *step.packages],
-            f"install {len(step.packages)} packages",
+            f"install {', '.join(step.packages)}",
         )
     for number, file in enumerate(step.files):
         # Through a folder of the login user's: what the target belongs to, only root may write.
@@ -122,8 +128,11 @@ def _run(host: Host, machine: str, manifest: Manifest, argv: list[str], what: st
         raise GuestCommandFailed(f"cannot {what} in the build guest: exit code {code}", evidence=lines)
 
 
-def _new(base: Image, name: str, key: str, disk: Path) -> NewImage:
-    """An image like ``base`` but for its disk. Its kernel is the base's, whose modules a step leaves in place."""
+def _new(base: Image, name: str, keys: Sequence[str], disk: Path, step_of: str = "") -> NewImage:
+    """An image like ``base`` but for its disk, by the steps of these ``keys``.
+
+    Its kernel is the base's, whose modules a step leaves in place.
+    """
     kept = base.manifest
     return NewImage(
         name=name,
@@ -143,5 +152,7 @@ def _new(base: Image, name: str, key: str, disk: Path) -> NewImage:
         kernel=Path(base.kernel) if base.kernel else None,
         initrd=Path(base.initrd) if base.initrd else None,
         bzimage=Path(base.bzimage) if base.bzimage else None,
-        layer=key,
+        layer=keys[-1],
+        built_on=tuple(keys[:-1]),
+        step_of=step_of,
     )

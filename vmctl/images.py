@@ -22,7 +22,7 @@ from vmctl import render
 from vmctl.durable import written_out
 from vmctl.errors import Conflict, ImageError, NotFound, VmctlError
 from vmctl.events import Progress, Reporter, Step
-from vmctl.hosts import Host
+from vmctl.hosts import Host, pool_folder
 from vmctl.hypervisor import storage
 from vmctl.locks import held
 from vmctl.manifest import NAME, Manifest, NewImage, content_digest, is_manifest, parse
@@ -53,7 +53,7 @@ def pool_path(host: Host, leaf: str) -> str:
     """The folder of a pool of vmctl's: of the pool that is there, or the one it would be made with."""
     if storage.pool_exists(host.conn, leaf):
         return storage.pool_path(host.conn, leaf)
-    return str(host.folders.data / leaf) if host.conn.session else f"/var/lib/libvirt/vmctl/{leaf}"
+    return pool_folder(host, leaf)
 
 
 def ensure_pools(host: Host) -> None:
@@ -154,6 +154,8 @@ def _manifest(new: NewImage) -> Manifest:
         verified=new.verified,
         first_boot=new.first_boot,
         layer=new.layer,
+        built_on=new.built_on,
+        step_of=new.step_of,
         bzimage_sha256=sums.get("bzimage", ""),
     )
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmctl.errors import SpecError
+from vmctl.errors import SpecError, reason
 from vmctl.manifest import NAME
 from vmctl.spec import parse_size_mib
 
@@ -68,7 +68,7 @@ def load(path: Path) -> LayeredRecipe:
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SpecError(f"cannot read recipe {path}: {error}") from error
+        raise SpecError(f"cannot read recipe {path}: {reason(error)}") from error
     found: list[str] = []
     image = _table(values, "image", {"name", "base", "memory", "vcpus"}, "the recipe", found)
     found += [f"unknown part {key!r}" for key in values if key not in {"image", "step"}]

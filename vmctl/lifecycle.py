@@ -123,7 +123,9 @@ def stop(host: Host, name: str, report: Reporter, *, timeout_s: float | None = N
     for way in (Stopped.ACPI, Stopped.AGENT) if vm.state is not State.PAUSED else ():
         if _asked_stop(host, vm, way, budget / 2):
             return way
-        report(Step(f"{name} did not stop by {'ACPI' if way is Stopped.ACPI else 'its agent'} in {budget / 2:.0f} s"))
+        if budget:
+            means = "ACPI" if way is Stopped.ACPI else "its agent"
+            report(Step(f"{name} did not stop by {means} in {budget / 2:.3g} s"))
     if not force:
         raise WaitTimeout(
             f"cannot stop VM {name}", after_s=budget, hint=f"vmctl stop {name} --force pulls its plug at the end"

@@ -96,6 +96,11 @@ def addresses_of(host: Host, entries: Iterable[Entry]) -> Callable[[Brief | None
     return look_up
 
 
+def is_glob(pattern: str) -> bool:
+    """Whether it may mean several names."""
+    return any(letter in pattern for letter in "*?[")
+
+
 def matching(host: Host, patterns: Sequence[str]) -> tuple[str, ...]:
     """Names for what a user typed: a plain name as it is, a glob as all it matches, none twice.
 
@@ -104,7 +109,7 @@ def matching(host: Host, patterns: Sequence[str]) -> tuple[str, ...]:
     found: dict[str, None] = {}
     names: tuple[str, ...] | None = None
     for pattern in patterns:
-        if not any(letter in pattern for letter in "*?["):
+        if not is_glob(pattern):
             found[pattern] = None
             continue
         names = inventory.names(host.conn) if names is None else names

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vmctl.errors import Conflict, VmctlError, WaitTimeout
+from vmctl.errors import Conflict, VmctlError, WaitTimeout, reason
 from vmctl.wait import wait_until
 
 
@@ -22,7 +22,9 @@ def held(folder: Path, what: str, *, timeout_s: float = 0.0) -> Iterator[None]:
         path = folder / (hashlib.sha256(what.encode()).hexdigest()[:24] + ".lock")
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise VmctlError(f"cannot lock {what}: {error}", hint="is XDG_RUNTIME_DIR yours and writable?") from error
+        raise VmctlError(
+            f"cannot lock {what}: {reason(error, path=True)}", hint="is XDG_RUNTIME_DIR yours and writable?"
+        ) from error
 
     def take() -> bool:
         try:

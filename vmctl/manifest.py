@@ -22,7 +22,8 @@ class Manifest:
     ``checksum`` is what its source was checked against, "sha256:…" or "sha512:…"; "" for one made here.
     ``verified`` is False for one that was taken without a checksum, and stays so. ``boots`` names the ways it can
     start: direct, bios, uefi. ``first_boot`` names what reads the seed inside: cloud-init, ignition, or micro's init.
-    ``layer`` is the digest of the steps that led to it.
+    ``layer`` is the digest of the steps that led to it, ``built_on`` those of the steps before its last; ``step_of``
+    names the image that it is but a step of.
     ``bzimage_sha256`` is of the kernel as firmware starts it, where that is another file.
     """
 
@@ -50,6 +51,8 @@ class Manifest:
     first_boot: str = "cloud-init"
     bzimage_sha256: str = ""
     layer: str = ""
+    built_on: tuple[str, ...] = ()
+    step_of: str = ""
 
     @property
     def built_at(self) -> str:
@@ -105,7 +108,7 @@ def parse(data: bytes) -> Manifest | None:
         for one in fields(Manifest):
             if one.name in values or (one.default is MISSING and one.default_factory is MISSING):
                 kept[one.name] = values[one.name]
-        for name in ("boots", "tags"):
+        for name in ("boots", "tags", "built_on"):
             if name in kept:
                 kept[name] = tuple(kept[name])
         return Manifest(**kept)
@@ -140,6 +143,8 @@ class NewImage:
     format: str = "qcow2"
     first_boot: str = "cloud-init"
     layer: str = ""
+    built_on: tuple[str, ...] = ()
+    step_of: str = ""
 
     def files(self) -> dict[str, Path]:
         """Its files by the suffix they get in the store."""

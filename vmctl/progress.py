@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -33,12 +34,11 @@ class _Lines:
 
     def _tell(self, event: Event) -> None:
         match event:
-            case Warned(text, hint):
-                self._line(paint("note: ", "33", self._stream) + visible(text))
-                if hint:
-                    self._line(f"  mend: {visible(hint)}")
             case _ if self._verbosity is Verbosity.QUIET:
                 return
+            case Warned(text, hint):
+                mend = f" ({visible(hint)})" if hint else ""
+                self._line(paint("note: ", "33", self._stream) + visible(text) + mend)
             case Step(text):
                 self._line(visible(text))
             case StageBegan(name, elapsed_s):
@@ -72,7 +72,8 @@ class _Lines:
             self._line(text)
 
     def _rewrite(self, text: str) -> None:
-        self._stream.write(f"\r\x1b[K{text}")
+        # A line that wraps could not be rewritten: each time one more would stand there.
+        self._stream.write(f"\r\x1b[K{text[: os.get_terminal_size(self._stream.fileno()).columns - 1]}")
         self._stream.flush()
         self._open_line = True
 

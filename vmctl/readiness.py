@@ -13,7 +13,7 @@ from enum import StrEnum
 from vmctl import cloud_init
 from vmctl.accel import timeout_scale
 from vmctl.cloud_init import Outcome, Status
-from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, WrongState
+from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, WrongState, reason
 from vmctl.events import Reporter, StageBegan, StageDone, Warned
 from vmctl.guest import Address, address, console_tail, execute
 from vmctl.hosts import Host
@@ -106,13 +106,26 @@ class _Watch:
 
     def _touch(self, where: Address) -> bool:
         if where.forwarded:
-            return True  # the forward is QEMU's and answers before the guest does
+            return self._greeted(where)
         try:
             with socket.create_connection((where.host, where.port), timeout=_CONNECT_S):
                 self.answered = True
         except OSError as error:
-            self.last_error = str(error)
+            self.last_error = reason(error)
             self.answered = error.errno == errno.ECONNREFUSED
+        return self.answered
+
+    def _greeted(self, where: Address) -> bool:
+        """Whether the guest is behind the forward: QEMU accepts at once, and only the guest greets, or hangs up."""
+        try:
+            with socket.create_connection((where.host, where.port), timeout=_CONNECT_S) as sock:
+                self.answered = bool(select.select([sock], [], [], self.patience_s)[0])
+        except OSError as error:
+            self.last_error = reason(error)
+            self.answered = isinstance(error, ConnectionResetError)
+        else:
+            self.last_error = "QEMU's forward was connected to, but no guest answered behind it"
+            self.patience_s = min(_BANNER_S, self.patience_s * 1.3)
         return self.answered
 
     def _leased(self, where: Address) -> bool:
@@ -138,7 +151,7 @@ class _Watch:
                 self.host, self.vm.name, ["sh", "-c", cloud_init.SCRIPT], stdin=None, out=said.extend, err=said.extend
             )
         except (VmctlError, OSError) as error:
-            self.last_error = str(error)  # the user or the key may not be there yet
+            self.last_error = reason(error)  # the user or the key may not be there yet
             return False
         if code == cloud_init.ABSENT:
             raise Unsupported(f"cannot wait for cloud-init in VM {self.vm.name}: its image has none")
@@ -160,7 +173,7 @@ class _Watch:
             with socket.create_connection((where.host, where.port), timeout=_CONNECT_S) as sock:
                 greeting = sock.recv(64) if select.select([sock], [], [], patience)[0] else b""
         except OSError as error:
-            self.last_error = str(error)
+            self.last_error = reason(error)
             return False
         if not greeting:
             self.last_error = "connected, but no greeting yet"
@@ -186,7 +199,10 @@ class _Watch:
                     f"DHCP lease: {held[0].address}, until {held[0].expiry}" if held else "DHCP lease: none, so far"
                 )
         else:
-            lines.append("address: none known")
+            cards = ", ".join(
+                source or "user networking" for source in {nic.source: None for nic in self.vm.facts.nics}
+            )
+            lines.append(f"address: none known; its network cards: {cards or 'none'}")
         if self.last_error:
             lines.append(f"last try: {self.last_error}")
         tail = console_tail(self.host, self.vm, _LOG_LINES)
@@ -252,7 +268,7 @@ def _require_possible(vm: Domain, goal: Goal) -> None:
 def _judge(name: str, set_up: Outcome, report: Reporter) -> None:
     """Tell of a degraded set-up; raise GuestCommandFailed for a failed one."""
     if set_up.status is Status.DEGRADED:
-        report(Warned("\n".join(["cloud-init is done, but degraded:", *(f"  {line}" for line in set_up.lines)])))
+        report(Warned(f"cloud-init is done, but degraded: {'; '.join(set_up.lines)}"))
     elif set_up.status is Status.FAILED:
         raise GuestCommandFailed(
             f"cannot use VM {name} as asked: cloud-init failed in it",

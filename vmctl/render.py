@@ -96,6 +96,18 @@ class PoolView:
 
 
 @dataclass(frozen=True, slots=True)
+class ProbeView:
+    """Everything probe.xml.j2 prints: a bare-metal guest that says on its serial line what ``accel`` is worth."""
+
+    name: str
+    accel: str
+    cpu: str
+    emulator: str
+    kernel: str
+    memory_mib: int = 32
+
+
+@dataclass(frozen=True, slots=True)
 class SeedView:
     """What the guest is told at its first boot."""
 
@@ -171,6 +183,11 @@ def filesystem(view: ShareView) -> str:
 def network(view: NetworkView) -> str:
     """The XML of a network."""
     return _xml("network", net=view)
+
+
+def probe(view: ProbeView) -> str:
+    """The XML of the accelerator's probe."""
+    return _xml("probe", probe=view)
 
 
 def pool(name: str, path: str) -> str:

@@ -116,6 +116,16 @@ _HASH = r"\$[0-9a-z]{1,8}\$[!-9;-~]{4,250}"  # crypt(5)
 _SSH_KEY = r"(?:ssh-|ecdsa-|sk-)[a-z0-9@.-]+ [A-Za-z0-9+/=]+(?: [^\n\r]*)?"
 
 
+def is_public_key(line: str) -> bool:
+    """Whether it is one line of an authorized_keys file, without options."""
+    return re.fullmatch(_SSH_KEY, line) is not None
+
+
+def is_private_key(text: str) -> bool:
+    """Whether it is a private key, or has one in it: of OpenSSH, PEM or PuTTY."""
+    return re.search(r"PRIVATE KEY-----|PuTTY-User-Key-File", text) is not None
+
+
 def parse_size_mib(text: str) -> int:
     """``512``, ``512M``, ``2G``, ``1T`` (powers of 1024) in MiB. Raises SpecError."""
     match = re.fullmatch(_SIZE, text.strip())
@@ -157,7 +167,7 @@ def parse_disk(text: str) -> Disk:
         form = DiskFormat(values.get("format", DiskFormat.RAW if head.endswith((".raw", ".img")) else "qcow2"))
     except ValueError as error:
         raise SpecError(
-            f"cannot read disk {text!r}: {error}", hint="bus=virtio|scsi|sata|ide|nvme, format=qcow2|raw"
+            f"cannot read disk {text!r}: it can have bus {', '.join(Bus)} and format {', '.join(DiskFormat)}"
         ) from error
     if head.startswith("/"):
         return Disk(path=head, bus=bus, format=form)
@@ -352,9 +362,9 @@ def problems(vm: VM) -> tuple[str, ...]:
         found.append(f"the description has {len(vm.description)} characters, at most {TEXT_MAX}")
     if re.search(_NOT_XML, vm.description) or "\r" in vm.description:
         found.append("the description has control characters")
-    for key in vm.ssh_keys:
-        if re.fullmatch(_SSH_KEY, key) is None:
-            found.append(f"{key[:40]!r} is not an SSH public key line")
+    for number, key in enumerate(vm.ssh_keys, 1):
+        if not is_public_key(key):  # never quoted: it may be a private one
+            found.append(f"SSH key {number} is {'a private key' if is_private_key(key) else 'not a public key line'}")
     for command in vm.runcmd:
         if re.search(_NOT_XML, command) or not command.strip():
             found.append(f"the first-boot command {command[:40]!r} is empty or has control characters")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
@@ -134,6 +135,30 @@ def heading(text: str) -> str:
 def clear_or_blank() -> None:
     """Begin a new picture of something watched: on a clean screen, or after a blank line."""
     write("\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n")
+
+
+def emit_again(value: Any, output: Output, table: Callable[[], str], names: Callable[[], Iterable[str]]) -> None:
+    """Print one of many results that come one after the other; JSON on one line, so that a reader knows its end."""
+    if output is Output.JSON:
+        import json
+
+        print(json.dumps(jsonable(value), ensure_ascii=False))
+    else:
+        if output is Output.YAML:
+            print("---")
+        emit(value, output, table, names)
+    sys.stdout.flush()
+
+
+def require_reader() -> None:
+    """Raise BrokenPipeError when nobody reads our output any more, which otherwise shows at the next line only."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):
+        return  # not a file of the system's
+    if any(events & select.POLLERR for _, events in poll.poll(0)):
+        raise BrokenPipeError
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

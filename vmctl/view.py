@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vmctl.errors import Conflict, Unsupported, VmctlError
+from vmctl.errors import Conflict, Unsupported, VmctlError, reason
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, screen
 from vmctl.hypervisor.domain import State
@@ -79,6 +79,6 @@ def served(host: Host, name: str, *, port: int) -> Iterator[str]:
     except OSError as error:
         if error.errno in {errno.EADDRINUSE, errno.EACCES}:
             raise Conflict(f"cannot view VM {name}: port {port} is taken or not allowed", hint="--port 0") from error
-        raise VmctlError(f"cannot view VM {name}: {error}") from error
+        raise VmctlError(f"cannot view VM {name}: {reason(error)}") from error
     with server:
         yield server.url

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import grp
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import REPO, Shell
-from vmctl import accel, accel_probe
+from tests.system.conftest import REPO, Shell, environment, volumes
+from vmctl import accel, accel_probe, remote_kvm, render
 from vmctl.accel import Verdict
-from vmctl.accel_probe import End
+from vmctl.accel_probe import End, ProbeRun
+from vmctl.errors import HypervisorError
+from vmctl.hosts import Host, open_host
+from vmctl.hypervisor import console, storage
+from vmctl.hypervisor.console import Transcript
+from vmctl.resources import baremetal_guest
 from vmctl.spec import Accel
 
 pytestmark = pytest.mark.system
@@ -123,6 +131,90 @@ def test_permission_for_real(tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(QEMU)], capture_output=True, text=True, cwd=REPO, timeout=60
     )
     assert done.stdout.startswith("permission ") and "usermod" in done.stdout, done.stderr
+
+
+# The same daemon by an address that is not this machine's ordinary one: all that vmctl does on a host elsewhere.
+ELSEWHERE = "qemu+unix:///system?socket=/run/libvirt/libvirt-sock"
+
+
+@pytest.fixture
+def far() -> Iterator[Host]:
+    with open_host(ELSEWHERE) as host:
+        assert not host.conn.local
+        yield host
+
+
+def heard(host: Host, elf: Path, timeout_s: float) -> Transcript:
+    """What a bare-metal guest says on that host under TCG."""
+    volume = render.VolumeView("t-heard.elf", elf.stat().st_size, "raw", mode="0644")
+    path = storage.create_volume(host.conn, "vmctl", render.volume(volume), name=volume.name)
+    try:
+        storage.upload_bytes(host.conn, "vmctl", volume.name, elf.read_bytes())
+        view = render.ProbeView("t-heard", "qemu", "max", str(QEMU), path)
+        enough = lambda said: "done" in accel_probe.lines_of(said)  # noqa: E731
+        return console.transcript(host.conn, render.probe(view), until=enough, timeout_s=timeout_s)
+    finally:
+        storage.delete_volume(host.conn, "vmctl", volume.name)
+
+
+def test_a_guest_elsewhere_is_heard_over_its_console(shell: Shell, far: Host, tmp_path: Path) -> None:
+    found = heard(far, baremetal_guest("probe"), 60.0)
+    assert ProbeRun(End.DONE, 0, accel_probe.lines_of(found.said), "").missing == () and not found.stopped
+    (tmp_path / "deaf").mkdir()
+    assert heard(far, guest(tmp_path / "deaf", "1: jmp 1b"), 3.0).timed_out
+    died = heard(far, guest(tmp_path, "lidt zero\nud2\nzero: .word 0\n.long 0"), 60.0)
+    assert died.stopped and not died.timed_out
+    assert "t-heard" not in shell.virsh("list", "--all", "--name").split()
+
+
+def test_kvm_elsewhere_is_judged_by_a_guest_that_ran_there(shell: Shell, name: str) -> None:
+    here = shell.json("host", "info", "--refresh")["accel"]["kvm"]
+    there = Shell(ELSEWHERE)
+    before = volumes(shell)
+    found = there.json("host", "info", "--refresh")["accel"]["kvm"]
+    if Path("/dev/kvm").exists():
+        assert found["verdict"] == here["verdict"], (found, here)
+        assert found["evidence"][-1]["name"] == "guest-probe"
+    else:
+        assert found["verdict"] == "absent"
+    assert volumes(shell) == before and "vmctl-probe" not in shell.virsh("list", "--all", "--name")
+    began = time.monotonic()
+    assert there.json("host", "info")["accel"]["kvm"] == found
+    if found["verdict"] == "interpreted":
+        assert time.monotonic() - began < 3.0, "its firmware alone takes that long under such a KVM: not from the cache"
+        told = there.run("create", name, "--image", "micro", "--no-start").stderr
+        assert "note: running on TCG: this kernel's KVM interprets its guests" in told
+
+
+@needs_kvm
+def test_who_may_use_libvirt_but_not_kvm_gets_the_verdict_of_guests(shell: Shell) -> None:
+    """In group libvirt, not in group kvm: guests run as QEMU's user, who may open the device."""
+    group = grp.getgrnam("libvirt").gr_gid
+    become = ["setpriv", "--reuid=65534", "--regid=65534", f"--groups={group}"]
+    home = Path(tempfile.mkdtemp(dir="/var/tmp"))
+    os.chown(home, 65534, group)
+    env = {"HOME": str(home), "XDG_RUNTIME_DIR": str(home), "PATH": os.environ["PATH"]}
+    command = [*become, sys.executable, "-m", "vmctl", "-c", "qemu:///system", "host", "info", "-o", "json"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=REPO, timeout=120, check=True)
+    found = json.loads(done.stdout)["accel"]["kvm"]
+    assert found["verdict"] == shell.json("host", "info")["accel"]["kvm"]["verdict"], done.stdout
+    results = {check["name"]: check["result"] for check in found["evidence"]}
+    assert results["open-self"] == "warning" and "guest-probe" in results
+
+
+def test_who_asks_for_tcg_waits_for_no_probe(name: str, tmp_path: Path) -> None:
+    words = ["create", name, "--image", "micro", "--no-start", "--accel", "tcg"]
+    Shell(ELSEWHERE).run(*words, env=environment(XDG_CACHE_HOME=str(tmp_path)))
+    assert not list(tmp_path.rglob("accel-*"))
+
+
+def test_a_host_elsewhere_without_kvm_and_one_whose_guest_does_not_start() -> None:
+    def fails() -> ProbeRun:
+        raise HypervisorError("cannot run a probe: no", code=1, domain=1)
+
+    assert remote_kvm.judge(("qemu",), fails).verdict is Verdict.ABSENT
+    found = remote_kvm.judge(("qemu", "kvm"), fails)
+    assert found.verdict is Verdict.FAILS and found.mend and found.evidence[-1].detail == "cannot run a probe: no"
 
 
 def in_private_dev(mode: str, command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -57,6 +57,8 @@ def test_a_tag_is_one_more_name_and_moves(shell: Shell, stored: Callable[[], str
     shell.run("image", "tag", two, "stable")
     assert shell.run("image", "show", "stable", "-o", "name").stdout.strip() == two
     assert [m["tags"] for m in shell.json("image", "list") if m["name"] == "kept"].count(["stable"]) == 1
+    table = [line.split() for line in shell.run("image", "list").stdout.splitlines()]
+    assert table[0][:3] == ["NAME", "DIGEST", "TAGS"] and ["kept", two[-12:], "stable"] in [row[:3] for row in table]
     assert shell.run("image", "verify", "stable").stdout.strip() == two
     shell.run("image", "tag", one, "stable", "--remove", check=4)
     shell.run("image", "tag", two, "stable", "--remove")

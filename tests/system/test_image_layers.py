@@ -25,6 +25,11 @@ run = ["%s"]
 """
 
 
+def stems(shell: Shell) -> set[str]:
+    """The images of the recipe, and of its steps."""
+    return {f"{m['name']}-{m['digest'][:12]}" for m in shell.json("image", "list") if m["name"].startswith("t-web")}
+
+
 def test_only_what_changed_is_built_again(shell: Shell, name: str, tmp_path: Path) -> None:
     path = tmp_path / "web.toml"
     (tmp_path / "site").mkdir()
@@ -52,3 +57,35 @@ def test_only_what_changed_is_built_again(shell: Shell, name: str, tmp_path: Pat
         for image in shell.json("image", "list"):
             if image["name"].startswith("t-web"):
                 shell.run("image", "delete", f"{image['name']}-{image['digest'][:12]}", "--yes")
+
+
+def test_prune_takes_steps_that_led_nowhere_and_leaves_the_others(shell: Shell, tmp_path: Path) -> None:
+    path = tmp_path / "web.toml"
+    (tmp_path / "site").mkdir()
+
+    def build(word: str) -> str:
+        (tmp_path / "site/word").write_text(word)
+        path.write_text(RECIPE % "echo last > /srv/last")
+        return shell.run("image", "build", str(path)).stdout.strip()
+
+    try:
+        live = build("one")
+        of_live = stems(shell) - {live}
+        other = build("two")
+        of_other = stems(shell) - {live, other} - of_live
+        assert len(of_live) == len(of_other) == 1
+        assert build("one") == live, "nothing was built, and the plain name means the first again"
+        assert shell.run("image", "show", "t-web", "-o", "name").stdout.strip() == live
+        assert "a step of t-web" in shell.run("image", "list").stdout
+        would = set(shell.json("image", "prune", "--dry-run")["images"])
+        assert would & stems(shell) == {other, *of_other}
+        shell.run("image", "prune", "--yes")
+        assert stems(shell) == {live, *of_live}
+        shell.run("image", "delete", live, "--yes")
+        assert stems(shell) == of_live
+        # The base is as it was, so that the step is gone on from, until a day is over.
+        shell.run("image", "prune", "--yes")
+        assert stems(shell) == of_live and "1 of 2 steps" in shell.run("image", "build", str(path)).stderr
+    finally:
+        for stem in stems(shell):
+            shell.run("image", "delete", stem, "--yes")

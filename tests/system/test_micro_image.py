@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import REPO, Shell
+from tests.system.conftest import REPO, Shell, environment, volumes
 from vmctl import images, render
 from vmctl.hosts import open_host
 from vmctl.hypervisor import storage
@@ -122,3 +122,15 @@ def test_the_archive_is_what_cpio_reads(tmp_path: Path) -> None:
     tree.link("l", "a/b")
     data = cpio.archive(tree, 1)
     assert data == cpio.archive(tree, 1) and data[:6] == b"070701" and b"TRAILER!!!" in data and b"content" in data
+
+
+def test_a_build_without_a_network_says_what_it_could_not_reach(shell: Shell, tmp_path: Path) -> None:
+    """There is none in the test host, and this cache has neither lists nor packages."""
+    before = volumes(shell, "vmctl-images")
+    done = shell.run("image", "build", "micro", check=10, timeout=280, env=environment(XDG_CACHE_HOME=str(tmp_path)))
+    (error, hint) = done.stderr.splitlines()[-2:]
+    assert error.startswith("cannot fetch Debian's package lists from ") and hint.startswith("hint: is the network up?")
+    assert "apt-get" not in error and "[Errno" not in error
+    assert volumes(shell, "vmctl-images") == before and not list(tmp_path.rglob(".making-*"))
+    # No stamp that would keep the next run, with a network, from asking again.
+    assert not list(tmp_path.rglob("updated")) and not list(tmp_path.rglob("*Packages*"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +94,26 @@ def test_ctrl_c_says_so(shared_vm: GuestVM, words: list[str]) -> None:
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=20)
     assert running.returncode == 130 and "interrupted" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_work_on_several_vms(shell: Shell, shared_vm: GuestVM, name: str, number: int) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "running")
+    running = begin("wait", shared_vm.name, name, "none-such", "--for", "stopped", "-v")
+    assert running.stderr is not None
+    seen = ""
+    while seen.count("begins at") < 2:
+        line = running.stderr.readline()
+        assert line, seen
+        seen += line
+    began = time.monotonic()
+    running.send_signal(number)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and time.monotonic() - began < 8
+    last = err.splitlines()[-1]
+    assert last.startswith("cannot wait for all 3 VMs: ") and f"cut off: {shared_vm.name}, {name}" in last
+    assert "failed: none-such (cannot find VM none-such" in last
+    assert shell.virsh("domstate", name) == "running"
 
 
 def test_ctrl_c_while_a_new_vm_boots_leaves_it_and_says_so(shell: Shell, name: str) -> None:

@@ -66,6 +66,10 @@ def person() -> Iterator[Person]:
 
 def test_the_default_is_the_session_when_the_system_does_not_answer(person: Person) -> None:
     assert person.json("host", "info")["uri"] == "qemu:///session"
+    told = person.vmctl("list").stderr.splitlines()
+    assert len(told) == 1 and told[0].startswith("note: using qemu:///session, for qemu:///system does not answer: ")
+    for silent in (["-q", "list"], ["-c", "qemu:///session", "list"]):
+        assert person.vmctl(*silent).stderr == ""
 
 
 def test_a_guest_from_create_to_delete(person: Person) -> None:
@@ -84,6 +88,27 @@ def test_a_guest_from_create_to_delete(person: Person) -> None:
     assert person.json("list") == []
     pool = person.run("virsh", "-q", "-c", "qemu:///session", "vol-list", "vmctl").stdout
     assert "mine" not in pool
+
+
+def test_a_wait_for_an_address_waits_for_the_guest_and_says_why_it_was_in_vain(person: Person) -> None:
+    """QEMU's forward accepts whether or not a guest is behind it. This one has no driver for its card."""
+    words = ["create", "deaf", "--image", "micro", "--nic-model", "rtl8139", "--wait", "ip", "--timeout", "15"]
+    try:
+        told = person.vmctl(*words, check=7).stderr
+        assert "stage ip: not after" in told and "no guest answered behind it" in told
+        assert "address: 127.0.0.1 port" in told and "console, last lines:" in told
+    finally:
+        person.vmctl("delete", "deaf", "--yes", check=None)
+    xml = "<domain type='qemu'><name>foreign</name><memory>65536</memory><os><type arch='x86_64'>hvm</type></os>"
+    xml += "<devices><interface type='user'/></devices></domain>"
+    path = Path(person.entry.pw_dir) / "foreign.xml"
+    path.write_text(xml)
+    try:
+        person.run("virsh", "-q", "-c", "qemu:///session", "create", str(path))
+        told = person.vmctl("wait", "foreign", "--for", "ip", "--timeout", "1", check=7).stderr
+        assert "address: none known; its network cards: user networking" in told
+    finally:
+        person.run("virsh", "-q", "-c", "qemu:///session", "destroy", "foreign", check=None)
 
 
 def test_a_taken_port_is_replaced_at_start(person: Person) -> None:

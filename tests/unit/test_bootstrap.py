@@ -165,7 +165,7 @@ def test_another_distribution_may_go_on_without(machine: Machine) -> None:
 def test_only_what_is_missing_is_installed(machine: Machine) -> None:
     done = machine.run("true", LACKING="dnsmasq-base")
     assert done.returncode == 0, done.stderr
-    assert "installing 1 packages: dnsmasq-base" in done.stderr
+    assert "installing 1 package: dnsmasq-base" in done.stderr
     update, install = [line for line in machine.calls.read_text().splitlines() if line.startswith("apt-get")]
     assert update.endswith(" update")
     assert install.endswith(" install --no-install-recommends dnsmasq-base")
@@ -185,7 +185,7 @@ def test_without_root_or_sudo_it_says_what_root_must_do(machine: Machine) -> Non
     machine.stand_in("sudo", "exit 1")
     done = machine.run("true", LACKING="lz4")
     assert done.stderr.splitlines() == [
-        "cannot set up packages: 1 are missing and only root can install them",
+        "cannot set up packages: 1 package missing, and only root can install what is",
         "hint: as root: apt-get install --no-install-recommends lz4",
     ]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import json
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +25,7 @@ from hypothesis import strategies as st
 from tests import png
 from vmctl import config, guest, locks, networks, picture, progress, render, ui
 from vmctl.errors import Conflict, SpecError, VmctlError, WaitTimeout
-from vmctl.events import Progress, StageDone, Step, Warned
+from vmctl.events import Progress, StageBegan, StageDone, Step, Warned
 from vmctl.wait import wait_until
 
 
@@ -244,6 +248,24 @@ def test_the_rate_counts_only_what_came_since(
     ]
 
 
+def test_a_bar_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+    with open(slave, "w") as terminal:  # noqa: PTH123  a descriptor
+        monkeypatch.setattr(sys, "stderr", terminal)
+        tell = progress.reporter()
+        for done in (0, 1, 2):
+            monkeypatch.setattr(progress, "_BAR_EVERY_S", 0.0)
+            tell(Progress("an-image-with-a-long-name-0123456789ab.qcow2", done << 20, 4 << 20))
+        tell(StageBegan("a-vm-of-a-long-name-indeed: cloud-init", 1.0))
+        said = ""
+        while said.count("\r") < 4 or len(said.rpartition("\r\x1b[K")[2]) < 39:
+            said += os.read(master, 4096).decode()
+    os.close(master)
+    parts = [part for part in said.split("\r\x1b[K") if part]
+    assert len(parts) == 4 and all(len(part) == 39 for part in parts), parts
+
+
 def test_plain_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
     tell = progress.reporter()
     for event in (Step("did it"), StageDone("ssh", 1.0, 2.0, "10.0.0.1"), Progress("x", 1, 10), Progress("x", 10, 10)):
@@ -252,12 +274,14 @@ def test_plain_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did it\n" in err and "ssh" in err and "10.0.0.1" in err and "\r" not in err and "\x1b" not in err
 
 
-def test_quiet_still_warns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_note_is_one_line_with_its_mend_and_quiet_has_none(capsys: pytest.CaptureFixture[str]) -> None:
+    warned = Warned("running on TCG: reasons", "mend: vmctl host info")
+    progress.reporter()(warned)
+    assert capsys.readouterr().err == "note: running on TCG: reasons (mend: vmctl host info)\n"
     tell = progress.reporter(ui.Verbosity.QUIET)
     tell(Step("chatter"))
-    tell(Warned("running on TCG: reasons", "mend it"))
-    err = capsys.readouterr().err
-    assert "chatter" not in err and "running on TCG" in err and "mend it" in err
+    tell(warned)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from vmctl import qemu_img
 from vmctl.builder import bootstrap, cpio, debs, disk, ext4, kernel, rootfs
 from vmctl.builder.tools import require
 from vmctl.builder.tree import Entry, Kind, Tree
-from vmctl.errors import ImageError
+from vmctl.errors import ImageError, reason
 from vmctl.events import Reporter, Step
 from vmctl.manifest import NewImage
 from vmctl.resources import image_recipes_dir
@@ -87,7 +87,7 @@ def load(path: Path) -> Recipe:
             grub_cmdline=" ".join(values["grub"]["cmdline"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ImageError(f"cannot read recipe {path}: {error}") from error
+        raise ImageError(f"cannot read recipe {path}: {reason(error)}") from error
 
 
 def build(name: str, out_dir: Path, report: Reporter) -> NewImage:
@@ -111,7 +111,7 @@ def build(name: str, out_dir: Path, report: Reporter) -> NewImage:
         return _described(name, recipe, built, found)
     except OSError as error:
         hint = "make room, or set XDG_CACHE_HOME to a disk that has some" if error.errno == 28 else ""
-        raise ImageError(f"cannot {what}: {error}", hint=hint) from error
+        raise ImageError(f"cannot {what}: {reason(error, path=True)}", hint=hint) from error
 
 
 def _input_digest(sources: Path, found: list[debs.Deb]) -> str:

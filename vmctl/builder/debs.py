@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from vmctl.builder.recipe import Package
-from vmctl.builder.tools import run
+from vmctl.builder.tools import ToolFailed, run
 from vmctl.errors import ImageError
 from vmctl.events import Progress, Reporter, Step, Warned
 
@@ -31,6 +31,8 @@ _DOWNLOAD_TIMEOUT_S = 600
 _URI_LINE = re.compile(r"'(?P<uri>[^']+)' (?P<file>\S+) (?P<size>\d+) SHA256:(?P<sha256>[0-9a-f]{64})")
 _PACKAGE_URI = re.compile(r"^'[^']+' ([^_\s]+)_", re.MULTILINE)
 _BATCH = 16
+_UNFETCHED = re.compile(r"Failed to fetch (?P<uri>\S+)[ \t]+(?P<why>.+)")
+_NETWORK_HINT = "is the network up? mirrors are those of apt's sources, a proxy that of http_proxy or apt's settings"
 _SOURCES_HINT = "is the network up, and is Debian 12 (main) among apt's sources?"
 _ALIASED = ("bin/", "sbin/", "lib/", "lib32/", "lib64/", "libx32/")
 
@@ -70,6 +72,7 @@ class Apt:
         settings = {
             "APT::Architecture": architecture,
             "APT::Architectures": architecture,
+            "APT::Update::Error-Mode": "any",  # a mirror that is not reached is but a warning else
             "APT::Sandbox::User": "",  # root's apt would fetch as _apt, who cannot write into the user's cache
             "Acquire::Languages": "none",
             "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled": "false",
@@ -90,7 +93,7 @@ class Apt:
         """Bring the package lists up to date when they are a day old.
 
         A source that cannot be reached is no error yet: the packages may all come from another, or be known from
-        the last time. ``candidates`` raises if not.
+        the last time; ``candidates`` raises if not. Raises ImageError when nothing is known of any package.
         """
         if self._stamp.exists() and 0 <= now() - self._stamp.stat().st_mtime < _LISTS_FRESH_S:
             return
@@ -99,9 +102,10 @@ class Apt:
             command = ["apt-get", *self._options, "-q", "update"]
             run(command, what="fetch package lists", timeout_s=_UPDATE_TIMEOUT_S, cwd=self._folder)
         except ImageError as error:
-            report(Warned(error.message, hint="going on with the lists at hand"))
+            clearer = _unreached(error, "fetch Debian's package lists")
             if not any(self._lists.glob("*Packages*")):
-                return
+                raise clearer from error
+            report(Warned(clearer.message, hint="going on with the lists at hand"))
         self._stamp.touch()
         os.utime(self._stamp)
 
@@ -146,11 +150,22 @@ class Apt:
         what = f"fetch package {', '.join(deb.name for deb in debs)}"
         try:
             run(command, what=what, timeout_s=_DOWNLOAD_TIMEOUT_S, cwd=into)
-        except ImageError:
+        except ImageError as error:
             # The lists may name what the mirror has replaced: the next run asks again.
             self._stamp.unlink(missing_ok=True)
-            raise
+            raise _unreached(error, what) from error
         return [next(into.glob(f"{deb.name}_*.deb")) for deb in debs]
+
+
+def _unreached(error: ImageError, doing: str) -> ImageError:
+    """The same failure of apt's by its causes: which mirrors could not be reached, and why, each once."""
+    causes: dict[str, str] = {}
+    for match in _UNFETCHED.finditer(error.said if isinstance(error, ToolFailed) else ""):
+        causes.setdefault(urlsplit(match["uri"]).hostname or match["uri"], match["why"].strip())
+    if not causes:
+        return error
+    text = "; ".join(f"from {mirror}: {why}" for mirror, why in causes.items())
+    return ImageError(f"cannot {doing} {text}", hint=_NETWORK_HINT)
 
 
 def _sha256(path: Path) -> str:

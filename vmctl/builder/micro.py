@@ -11,7 +11,7 @@ from vmctl.builder.recipe import Package, Recipe
 from vmctl.builder.recipe import load as load_recipe
 from vmctl.builder.tools import require, run
 from vmctl.builder.tree import Tree
-from vmctl.errors import ImageError
+from vmctl.errors import ImageError, reason
 from vmctl.events import Reporter, Step
 from vmctl.manifest import NewImage
 from vmctl.resources import image_recipes_dir
@@ -33,7 +33,7 @@ def build(out_dir: Path, report: Reporter) -> NewImage:
         return _build(recipe, sources, out_dir, report)
     except OSError as error:
         hint = "make room, or set XDG_CACHE_HOME to a disk that has some" if error.errno == 28 else ""
-        raise ImageError(f"cannot build image micro: {error}", hint=hint) from error
+        raise ImageError(f"cannot build image micro: {reason(error, path=True)}", hint=hint) from error
 
 
 def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> NewImage:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmctl.errors import ImageError
+from vmctl.errors import ImageError, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def kind(path: Path) -> str:
     try:
         return str(tomllib.loads(path.read_text())["kind"])
     except (OSError, ValueError, KeyError) as error:
-        raise ImageError(f"cannot read recipe {path}: {error}") from error
+        raise ImageError(f"cannot read recipe {path}: {reason(error)}") from error
 
 
 def _package(values: dict[str, Any]) -> Package:
@@ -70,4 +70,4 @@ def load(path: Path) -> Recipe:
             cmdline=" ".join(values["kernel"]["cmdline"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ImageError(f"cannot read recipe {path}: {error}") from error
+        raise ImageError(f"cannot read recipe {path}: {reason(error)}") from error

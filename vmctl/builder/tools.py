@@ -36,6 +36,14 @@ _STDERR_TAIL = 300
 _GRACE_S = 20
 
 
+class ToolFailed(ImageError):
+    """A host program failed; ``said`` is all it wrote to standard error."""
+
+    def __init__(self, message: str, said: str) -> None:
+        super().__init__(message)
+        self.said = said
+
+
 def search_path(env: Mapping[str, str] = os.environ) -> str:
     """PATH with the system folders behind it."""
     return os.pathsep.join([env.get("PATH", "/usr/bin:/bin"), *_SYSTEM_FOLDERS])
@@ -85,8 +93,9 @@ def run(
     except subprocess.TimeoutExpired as error:
         raise ImageError(f"cannot {what}: {words[0]} did not end in {timeout_s:.0f} s") from error
     except subprocess.CalledProcessError as error:
-        tail = error.stderr.decode(errors="replace").strip()[-_STDERR_TAIL:] or f"exit status {error.returncode}"
-        raise ImageError(f"cannot {what}: {words[0]}: {tail}") from error
+        said = error.stderr.decode(errors="replace").strip()
+        tail = said[-_STDERR_TAIL:] or f"exit status {error.returncode}"
+        raise ToolFailed(f"cannot {what}: {words[0]}: {tail}", said) from error
     return done.stdout
 
 

@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import sys
+from itertools import takewhile
 from types import FrameType
 
 from vmctl.errors import Interrupted, SpecError, VmctlError
@@ -103,24 +104,29 @@ def run(args: list[str]) -> int:
             return _READER_GONE
         raise
     except Exception as error:  # noqa: BLE001  typer's own classes have moved between its versions
-        return _usage(error)
+        return _usage(error, args)
     if _Interrupt.pressed and result == Interrupted.exit_code:
         ui.note("interrupted")
     return result if isinstance(result, int) else 0
 
 
-def _usage(error: Exception) -> int:
+def _usage(error: Exception, args: list[str]) -> int:
     """Exit code of typer's own errors, told like all others; an abort is an interrupt. All else is a bug."""
     from vmctl import ui
 
     if type(error).__name__ == "Abort":
         ui.note("interrupted")
         return Interrupted.exit_code
+    if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+        ui.write(f"{error}".rstrip() + "\n")
+        return SpecError.exit_code
     said, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
     if isinstance(code, int):
         words = said() if said is not None else ""
         if words:
-            path = getattr(getattr(error, "ctx", None), "command_path", "vmctl")
+            # An option without its value is noticed before there is a context.
+            before = " ".join(["vmctl", *takewhile(lambda word: word[:1] != "-", args[:1])])
+            path = getattr(getattr(error, "ctx", None), "command_path", before)
             text = (words[:1].lower() + words[1:]).rstrip(".")
             ui.tell_error(SpecError(f"cannot understand the command line: {text}", hint=f"{path} --help"))
         return code

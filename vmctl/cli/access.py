@@ -9,8 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from vmctl import ui
-from vmctl.cli.options import ConnectOption, Name, UserOption, opened, reporter
+from vmctl.cli.options import ConnectOption, Name, UserOption, note, opened, reporter
 from vmctl.errors import SpecError, VmctlError
 
 _HOUR_S = 3600.0
@@ -37,10 +36,10 @@ def console(
         vm = domain.find(host.conn, name)
         domain.require(vm, frozenset({State.RUNNING, State.PAUSED}), "open the console of", f"vmctl start {name}")
         if sys.stdin.isatty():
-            ui.note(f"connected to {name}; Ctrl-] leaves")
+            note(f"connected to {name}; Ctrl-] leaves")
         terminal.attach(host.conn, vm.name, force=force)
         if sys.stdin.isatty():
-            ui.note(f"\r\nleft the console of {name}")
+            note(f"\r\nleft the console of {name}")
 
 
 def _command(words: list[str] | None) -> list[str]:

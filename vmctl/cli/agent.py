@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vmctl import ui
-from vmctl.cli.options import ConnectOption, Name, Names, on_vms, opened
+from vmctl.cli.options import ConnectOption, Name, Names, note, on_vms, opened
 from vmctl.errors import SpecError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def passwd(
     password = _password(f"New password of {user} in {name}")
     with opened(connect) as host:
         agent.set_password(host, name, user, password)
-        ui.note(f"the password of {user} in {name} is set")
+        note(f"the password of {user} in {name} is set")
 
 
 def _password(prompt: str) -> str:

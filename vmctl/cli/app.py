@@ -7,11 +7,10 @@ from importlib import import_module
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from typer.core import TyperGroup
 from typer.main import get_command
 
 from vmctl import __version__
-from vmctl.cli.command import Command
+from vmctl.cli.command import Command, GoesOn, Group
 from vmctl.cli.options import GLOBALS, ConnectOption
 from vmctl.ui import Verbosity
 
@@ -25,10 +24,11 @@ class Entry(NamedTuple):
     attribute: str
     summary: str
     context_settings: Mapping[str, Any] = {}
+    kind: type[Command] = Command
 
 
 COMMANDS: Mapping[str, Entry] = {
-    "create": Entry("create", "create", "Create a VM from an image and start it."),
+    "create": Entry("create", "create", "Create a VM from an image and start it.", kind=GoesOn),
     "list": Entry("inspect", "list_", "List VMs."),
     "show": Entry("inspect", "show", "Show everything about VMs."),
     "wait": Entry("inspect", "wait", "Wait until VMs are running, reachable or stopped."),
@@ -88,14 +88,14 @@ def _build(name: str, entry: Entry) -> Any:
     found = getattr(import_module(f"vmctl.cli.{entry.module}"), entry.attribute)
     if not isinstance(found, typer.Typer):
         alone = _typer()
-        alone.command(name, cls=Command, context_settings=dict(entry.context_settings))(found)
+        alone.command(name, cls=entry.kind, context_settings=dict(entry.context_settings))(found)
         found = alone
     built = get_command(found)
     built.name = name
     return built
 
 
-class _Group(TyperGroup):
+class _Top(Group):
     """The top of the tree, with an overview that needs no command imported."""
 
     def __init__(self, **values: Any) -> None:
@@ -120,7 +120,7 @@ def _typer(**values: Any) -> typer.Typer:
 
 app = _typer(
     name="vmctl",
-    cls=_Group,
+    cls=_Top,
     help="Virtual machines on real KVM/QEMU hosts, through libvirt.",
     no_args_is_help=True,
     add_completion=True,
@@ -136,7 +136,9 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     connect: ConnectOption = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only results, notes and errors.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only results and errors: no progress, no notes.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More progress.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")

@@ -1,12 +1,16 @@
-"""How a command of vmctl's differs from typer's own: in its usage line, and in what may follow its name."""
+"""How commands and groups of vmctl's differ from typer's own: usage, what may follow a name, what mistakes are told."""
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
-from typer.core import TyperCommand, TyperOption
+import typer
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 from vmctl.cli.options import GLOBALS
+from vmctl.cli.words import elsewhere
+from vmctl.errors import SpecError
 from vmctl.ui import Verbosity
 
 
@@ -18,8 +22,62 @@ def _sets(verbosity: Verbosity) -> Any:
     return chosen
 
 
+_CLOSE = 0.74  # of difflib: one letter wrong, too many, too few or in the wrong place; "clone" is not "console"
+
+
+class Group(TyperGroup):
+    """Knows what a command is called elsewhere, and which was meant by one that is mistyped."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is named. Raises SpecError with the ones that may have been meant."""
+        word = args[0]
+        if word not in self.commands and word[:1] != "-" and not ctx.resilient_parsing:
+            near = [f"{ctx.command_path} {one}" for one in difflib.get_close_matches(word, self.commands, 2, _CLOSE)]
+            meant = elsewhere(ctx.command_path, word, self.commands) or near
+            raise SpecError(
+                f"cannot understand the command line: no such command '{word}'",
+                hint=f"did you mean {', or '.join(meant)}?" if meant else f"{ctx.command_path} --help",
+            )
+        return super().resolve_command(ctx, args)
+
+
+def _gathering(param: Any) -> None:
+    """Let a parameter note a value that it cannot take, and go on as if none had been given."""
+    plain = param.process_value
+
+    def process_value(ctx: Any, value: Any) -> Any:
+        try:
+            return plain(ctx, value)
+        except typer.BadParameter as error:
+            error.ctx, error.param = error.ctx or ctx, error.param or param
+            words = error.format_message().rstrip(".")
+            GLOBALS.wrong.append(words[:1].lower() + words[1:])
+            GLOBALS.missing |= param.required
+            return None if param.required else plain(ctx, param.get_default(ctx))
+
+    param.process_value = process_value
+
+
 class Command(TyperCommand):
-    """Takes -q and -v after its name too, where hurried hands put them, and shows arguments without braces."""
+    """Takes -q and -v after its name too, where hurried hands put them, and shows arguments without braces.
+
+    All that is wrong with its options is told at once.
+    """
+
+    goes_on = False
+
+    def __init__(self, *args: Any, **values: Any) -> None:
+        super().__init__(*args, **values)
+        for param in self.params:
+            _gathering(param)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse. Raises one usage error with all problems, unless the command adds its own to them."""
+        GLOBALS.wrong, GLOBALS.missing = [], False
+        rest: list[str] = super().parse_args(ctx, args)
+        if GLOBALS.wrong and (GLOBALS.missing or not self.goes_on) and not ctx.resilient_parsing:
+            ctx.fail("; ".join(GLOBALS.wrong))
+        return rest
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Its parameters with the global ones."""
@@ -36,7 +94,7 @@ class Command(TyperCommand):
                     callback=_sets(verbosity),
                 )
                 for name, verbosity, text in (
-                    ("quiet", Verbosity.QUIET, "No progress, only results, notes and errors."),
+                    ("quiet", Verbosity.QUIET, "Only results and errors: no progress, no notes."),
                     ("verbose", Verbosity.VERBOSE, "More progress."),
                 )
             ),
@@ -58,3 +116,9 @@ class Command(TyperCommand):
             if rows:
                 with formatter.section(name):
                     formatter.write_dl(rows)
+
+
+class GoesOn(Command):
+    """Begins with defaults in place of what its options cannot take, and must tell of GLOBALS.wrong with its own."""
+
+    goes_on = True

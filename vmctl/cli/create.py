@@ -12,12 +12,14 @@ import typer
 from vmctl import spec, ui
 from vmctl.cli import first_boot
 from vmctl.cli.options import (
+    GLOBALS,
     ConnectOption,
     Names,
     OutputOption,
     TimeoutOption,
     YesOption,
     each,
+    note,
     opened,
     refuse_unless_yes,
     reporter,
@@ -114,8 +116,12 @@ def create(
         list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="Label. Repeatable.")
     ] = None,
     ssh_key: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Further public key to let in. Repeatable.", rich_help_panel=_FIRST_BOOT),
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|KEY",
+            help="Further public key to let in, or its .pub file. Repeatable.",
+            rich_help_panel=_FIRST_BOOT,
+        ),
     ] = None,
     runcmd: Annotated[
         list[str] | None,
@@ -176,7 +182,7 @@ def create(
 
     Example: vmctl create web1 --image micro --memory 512M --vcpus 2 --wait ssh
     """
-    problems: list[str] = []
+    problems = list(GLOBALS.wrong)
     nets = network or [""]
     size = _collected(problems, lambda: spec.parse_size_mib(memory), 512)
     root_mib = _collected(problems, lambda: spec.parse_size_mib(root_size) if root_size else None, None)
@@ -246,7 +252,7 @@ def create(
             ui.note(f"{name} was not created; what there was of it is gone again")
             raise
         if made.existed:
-            ui.note(f"{name} exists already, {made.vm.state}")
+            note(f"{name} exists already, {made.vm.state}")
         where = None
         if goal is not None:
             budget = readiness.default_timeout_s(made.vm, goal) if timeout is None else timeout

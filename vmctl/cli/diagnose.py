@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vmctl import ui
-from vmctl.cli.command import Command
+from vmctl.cli.command import Command, Group
 from vmctl.cli.options import ConnectOption, OutputOption, opened, reporter
 from vmctl.ui import Output
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from vmctl.doctor import Finding
     from vmctl.host_info import HostInfo
 
-host_app = typer.Typer(help="Hosts that VMs run on.", no_args_is_help=True, rich_markup_mode=None)
+host_app = typer.Typer(cls=Group, help="Hosts that VMs run on.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @host_app.callback()

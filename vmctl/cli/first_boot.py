@@ -6,15 +6,34 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vmctl import ui
-from vmctl.errors import SpecError
+from vmctl import spec, ui
+from vmctl.errors import SpecError, reason
 
 
-def read_keys(paths: Sequence[Path]) -> tuple[str, ...]:
-    """The public keys in these files, a line each."""
+def read_keys(given: Sequence[str]) -> tuple[str, ...]:
+    """The public keys in these files, a line each; what is a key itself is taken as it is.
+
+    Raises SpecError, which quotes nothing of what it read: it may be a private key.
+    """
     found: list[str] = []
-    for path in paths:
-        found += [line.strip() for line in _text(path, "SSH public key").splitlines() if line.strip()]
+    for one in given:
+        if spec.is_private_key(one):
+            raise SpecError("cannot use an SSH key: it is a private one", hint="give the public one, or its .pub file")
+        if spec.is_public_key(one.strip()):
+            found.append(one.strip())
+            continue
+        text = _text(Path(one), "SSH public key")
+        if spec.is_private_key(text):
+            beside = f"{one}.pub"
+            way = f"give {beside}" if Path(beside).is_file() else f"ssh-keygen -y -f {one} tells its public one"
+            raise SpecError(f"cannot use SSH key {one}: it is a private key; {way}")
+        lines = {number: line.strip() for number, line in enumerate(text.splitlines(), 1)}
+        keys = {number: line for number, line in lines.items() if line and not line.startswith("#")}
+        if wrong := [number for number, line in keys.items() if not spec.is_public_key(line)] or (
+            [1] if not keys else []
+        ):
+            raise SpecError(f"cannot use SSH key {one}: line {wrong[0]} is not an SSH public key")
+        found += keys.values()
     return tuple(found)
 
 
@@ -46,7 +65,7 @@ def _text(path: Path, what: str) -> str:
     try:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"cannot read {what} {path}: {error}") from error
+        raise SpecError(f"cannot read {what} {path}: {reason(error)}") from error
 
 
 def read_password() -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vmctl import ui
-from vmctl.cli.options import ConnectOption, Name, UserOption, opened, reporter
+from vmctl.cli.options import ConnectOption, Name, UserOption, note, opened, reporter
 
 
 def forward(
@@ -27,5 +27,5 @@ def forward(
     with opened(connect) as host, forwards.forwarding(host, name, wanted, reporter(), user=user) as running:
         for one in running.served:
             ui.write(f"{one}\n")
-        ui.note("Ctrl-C ends")
+        note("Ctrl-C ends")
         running.hold()

@@ -9,7 +9,7 @@ import typer
 
 from vmctl import ui
 from vmctl.cli import image_care, image_files
-from vmctl.cli.command import Command
+from vmctl.cli.command import Command, Group
 from vmctl.cli.options import ConnectOption, ImageName, OutputOption, YesOption, opened, refuse_unless_yes, reporter
 from vmctl.errors import HostUnreachable, VmctlError
 from vmctl.ui import Output
@@ -17,7 +17,7 @@ from vmctl.ui import Output
 if TYPE_CHECKING:
     from vmctl.manifest import Manifest
 
-app = typer.Typer(help="Images that VMs start from.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(cls=Group, help="Images that VMs start from.", no_args_is_help=True, rich_markup_mode=None)
 
 
 def _complete(incomplete: str) -> list[str]:
@@ -157,6 +157,11 @@ def pull(
         ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
 
 
+def _remark(m: Manifest) -> str:
+    parts = [f"a step of {m.step_of}" if m.step_of else "", "" if m.verified else "NOT VERIFIED"]
+    return ", ".join(part for part in parts if part)
+
+
 @app.command("list", cls=Command)
 def list_(connect: ConnectOption = None, output: OutputOption = Output.TABLE) -> None:
     """List the images in the store."""
@@ -168,16 +173,17 @@ def list_(connect: ConnectOption = None, output: OutputOption = Output.TABLE) ->
             found,
             output,
             lambda: ui.columns(
-                ("NAME", "DIGEST", "OS", "FORMAT", "SIZE", "BUILT", "NOTE"),
+                ("NAME", "DIGEST", "TAGS", "OS", "FORMAT", "SIZE", "BUILT", "NOTE"),
                 [
                     (
                         m.name,
-                        m.digest[:12],
+                        m.short,
+                        ", ".join(m.tags),
                         f"{m.os} {m.os_version}".strip(),
                         m.format,
                         ui.size(m.size),
                         m.built_at,
-                        "" if m.verified else "NOT VERIFIED",
+                        _remark(m),
                     )
                     for m in found
                 ],

@@ -54,7 +54,10 @@ def prune(
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Delete older images of a name, untagged ones that no VM and no disk needs, even indirectly; and old downloads."""
+    """Delete older images of a name, untagged ones that no VM and no disk needs, even indirectly; and old downloads.
+
+    Steps of a recipe go when no image is left that they led to.
+    """
     from vmctl import image_care
 
     with opened(connect) as host:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from vmctl import ui
-from vmctl.cli.options import ConnectOption, Name, Names, OutputOption, TimeoutOption, each, opened, reporter
+from vmctl.cli.options import ConnectOption, Name, Names, OutputOption, TimeoutOption, each, note, opened, reporter
 from vmctl.errors import SpecError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from vmctl.detail import Detail
     from vmctl.listing import Row
@@ -58,7 +58,7 @@ def list_(
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """List VMs."""
+    """List VMs. With -w, JSON is one line for each list."""
     from vmctl import listing
     from vmctl.hypervisor.states import State
 
@@ -69,18 +69,20 @@ def list_(
     labels = {key: value if sep else None for key, sep, value in (text.partition("=") for text in label or [])}
     with opened(connect, events=watch) as host:
 
-        def show() -> None:
+        def show(emit: Callable[..., None]) -> None:
             rows = listing.rows(host, states=states, labels=labels)
-            ui.emit(rows, output, lambda: _table(rows), lambda: [row.name for row in rows])
+            emit(rows, output, lambda: _table(rows), lambda: [row.name for row in rows])
 
         if not watch:
-            show()
+            show(ui.emit)
         else:
             from vmctl.hypervisor import events
 
-            for _ in events.watch(host.conn, ready=show):  # shown once nothing that comes after can be missed
-                ui.clear_or_blank()
-                show()
+            # Shown first once nothing that comes after can be missed.
+            for _ in events.watch(host.conn, ready=lambda: show(ui.emit_again), idle=ui.require_reader):
+                if output in {Output.TABLE, Output.NAME}:
+                    ui.clear_or_blank()
+                show(ui.emit_again)
 
 
 def _details(d: Detail) -> str:
@@ -195,7 +197,7 @@ def logs(
 def events(
     names: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[NAME...]", help="Only events of these VMs; globs work."),
+        typer.Argument(metavar="[NAME...]", help="Only events of these VMs; a glob also of later ones."),
     ] = None,
     count: Annotated[
         Optional[int],  # noqa: UP045
@@ -208,14 +210,19 @@ def events(
     import fnmatch
     import json
 
+    from vmctl import listing
+    from vmctl.hypervisor import domain
     from vmctl.hypervisor import events as stream
 
     with opened(connect, events=True) as host:
+        wanted = [one if listing.is_glob(one) else domain.find(host.conn, one).name for one in names or ()]
         seen = 0
-        for event in stream.watch(host.conn, ready=lambda: ui.note("watching; Ctrl-C ends")):
-            if names and not any(fnmatch.fnmatch(event.name, pattern) for pattern in names):
+        for event in stream.watch(host.conn, ready=lambda: note("watching; Ctrl-C ends"), idle=ui.require_reader):
+            if wanted and not any(fnmatch.fnmatchcase(event.name, pattern) for pattern in wanted):
                 continue
-            if output in {Output.JSON, Output.YAML}:
+            if output is Output.NAME:
+                ui.write(f"{event.name}\n")
+            elif output in {Output.JSON, Output.YAML}:
                 ui.write(json.dumps(ui.jsonable(event), ensure_ascii=False) + "\n")
             else:
                 stamp = event.time.astimezone().strftime("%H:%M:%S.%f")[:-3]

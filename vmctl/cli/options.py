@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
 
 import typer
 
 from vmctl import ui
-from vmctl.errors import PartialFailure, SpecError, VmctlError
+from vmctl.cli.many import each
+from vmctl.errors import SpecError, VmctlError
 from vmctl.ui import Output, Verbosity
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from vmctl.events import Reporter
     from vmctl.hosts import Host
 
+__all__ = ["each"]
+
 T = TypeVar("T")
-_PARALLEL = 8
 
 
 @dataclass(slots=True)
@@ -29,6 +31,8 @@ class Globals:
 
     connect: str | None = None
     verbosity: Verbosity = Verbosity.NORMAL
+    wrong: list[str] = field(default_factory=list)  # what the command line has that its options cannot take
+    missing: bool = False  # and whether something that cannot be done without is among it
 
 
 GLOBALS = Globals()
@@ -118,8 +122,15 @@ def opened(connect: str | None, *, events: bool = False) -> Iterator[Host]:
         start_loop()
     from vmctl.hosts import open_host
 
-    with open_host(connect or GLOBALS.connect) as host:
+    # Loaded only when there is something to tell.
+    with open_host(connect or GLOBALS.connect, report=lambda event: reporter()(event)) as host:
         yield host
+
+
+def note(text: str) -> None:
+    """One line beside the result, for people; not with --quiet."""
+    if GLOBALS.verbosity is not Verbosity.QUIET:
+        ui.note(text)
 
 
 def refuse_unless_yes(what: Sequence[str], *, yes: bool) -> None:
@@ -132,30 +143,6 @@ def refuse_unless_yes(what: Sequence[str], *, yes: bool) -> None:
         raise SpecError("cannot delete without being sure: there is no terminal to ask on", hint="add --yes")
     if not ui.confirm("Delete all of this?"):
         raise SpecError("nothing was deleted")
-
-
-def each(names: Sequence[str], work: Callable[[str], T], done: Callable[[str, T], None], doing: str) -> None:
-    """Do ``work`` for each name, several at a time, telling each result in the order given.
-
-    With one name its error is the error; with several, the failed ones are reported together at the end.
-    """
-    if len(names) == 1:
-        done(names[0], work(names[0]))
-        return
-    from concurrent.futures import ThreadPoolExecutor  # late: it brings logging with it
-
-    failures: dict[str, VmctlError] = {}
-    with ThreadPoolExecutor(max_workers=_PARALLEL) as pool:
-        futures = {name: pool.submit(work, name) for name in names}
-        for name, future in futures.items():
-            try:
-                result = future.result()
-            except VmctlError as error:
-                failures[name] = error
-            else:
-                done(name, result)
-    if failures:
-        raise PartialFailure(f"cannot {doing} {len(failures)} of {len(names)} VMs", failures=failures)
 
 
 def on_vms(

@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 import typer
 
 from vmctl import ui
-from vmctl.cli.options import ConnectOption, Name, opened
+from vmctl.cli.options import ConnectOption, Name, note, opened
 
 
 def view(
@@ -28,7 +28,7 @@ def view(
         ui.write(url + "\n")
         if not no_open:
             _open(url)
-        ui.note("Ctrl-C ends")
+        note("Ctrl-C ends")
         threading.Event().wait()
 
 
@@ -53,5 +53,5 @@ def screenshot(
     path = output or Path(f"{name}.png")
     with opened(connect) as host:
         size = save(host, name, path)
-        ui.note(ui.size(size))
+        note(ui.size(size))
         ui.say(str(path))

@@ -80,6 +80,12 @@ def host_facts(conn: Connection) -> HostFacts:
     )
 
 
+def text(conn: Connection) -> str:
+    """libvirt's own words on the host: CPU with microcode, versions of QEMU's machine types, users."""
+    with calling("read host capabilities"):
+        return str(conn.handle.getCapabilities()) + str(conn.handle.getLibVersion()) + str(conn.handle.getVersion())
+
+
 def cpu_models(conn: Connection) -> frozenset[str]:
     """Names of the CPU models libvirt knows for x86-64."""
     with calling("ask for CPU models"):

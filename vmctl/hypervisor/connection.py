@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -87,15 +88,17 @@ def _unreachable_hint(uri: str) -> str:
     return "check the address, then `virsh -c URI version`"
 
 
-def connect_default() -> Connection:
-    """qemu:///system if it answers to us, else qemu:///session, which needs no root."""
+def connect_default(fell_back: Callable[[str], None] = lambda _why: None) -> Connection:
+    """qemu:///system if it answers to us, else qemu:///session, which needs no root; then ``fell_back`` hears why."""
     try:
         return connect(SYSTEM)
     except HostUnreachable as first:
         try:
-            return connect(SESSION)
+            found = connect(SESSION)
         except VmctlError:
             raise first from None
+        fell_back(first.message.partition(": ")[2])
+        return found
 
 
 class Versions(NamedTuple):

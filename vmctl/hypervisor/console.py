@@ -1,22 +1,24 @@
-"""The serial console of a domain over libvirt's stream, for a terminal or a script."""
+"""The serial console of a domain over libvirt's stream, for a terminal or a script; and a domain that lives to talk."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import libvirt
 
-from vmctl.errors import Conflict, HypervisorError
+from vmctl.errors import Conflict, HypervisorError, WaitTimeout
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
 from vmctl.wait import wait_until
 
 _SEND_TIMEOUT_S = 10.0
+_LISTEN_S = 0.05
 
 
 @contextmanager
@@ -107,3 +109,58 @@ class Console:
 
     def __exit__(self, *_: object) -> None:
         self._close()
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """What a domain said on its serial line, and whether it stopped by itself, or ran out of time."""
+
+    said: bytes
+    stopped: bool
+    timed_out: bool
+
+
+def transcript(conn: Connection, xml: str, *, until: Callable[[bytes], bool], timeout_s: float) -> Transcript:
+    """Run a transient domain and listen until it has said enough, stops, or the time is over; then it is gone.
+
+    libvirt ends it too when the connection ends first. Needs no event loop: each question for the domain's state
+    brings along what its console has printed. Raises what libvirt says when it cannot be started.
+    """
+    flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_VALIDATE
+    said = bytearray()
+    with calling("run a probe"):
+        dom = conn.handle.createXML(xml, flags)
+        try:
+            stream = conn.handle.newStream(libvirt.VIR_STREAM_NONBLOCK)
+            dom.openConsole(None, stream, 0)
+            try:
+                dom.resume()  # not before somebody listens
+                stopped = wait_until(
+                    partial(_heard, dom, stream, said, until),
+                    what="the probe",
+                    timeout_s=timeout_s,
+                    interval_s=_LISTEN_S,
+                )
+            except WaitTimeout:
+                return Transcript(bytes(said), stopped=False, timed_out=True)
+            finally:
+                with suppress(libvirt.libvirtError):
+                    stream.abort()
+            return Transcript(bytes(said), stopped=stopped == "stopped", timed_out=False)
+        finally:
+            with suppress(libvirt.libvirtError):
+                dom.destroy()
+
+
+def _heard(dom: Any, stream: Any, said: bytearray, until: Callable[[bytes], bool]) -> str | None:
+    """Take what has come: "enough", "stopped", or None for neither yet."""
+    try:
+        running = dom.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
+        running = False
+    with suppress(libvirt.libvirtError):  # the stream ends with the domain
+        while isinstance(data := stream.recv(64 * 1024), bytes) and data:
+            said += data
+    return "enough" if until(bytes(said)) else None if running else "stopped"

@@ -104,10 +104,12 @@ def reboot_of(conn: Connection, name: str) -> Iterator[threading.Event]:
         yield done
 
 
-def watch(conn: Connection, ready: Callable[[], None] = lambda: None) -> Iterator[DomainEvent]:
+def watch(
+    conn: Connection, ready: Callable[[], None] = lambda: None, idle: Callable[[], None] = lambda: None
+) -> Iterator[DomainEvent]:
     """Lifecycle events and reboots of all domains from now on, until the consumer stops or the daemon goes away.
 
-    ``ready`` is called once when nothing can be missed any more.
+    ``ready`` is called once when nothing can be missed any more, ``idle`` each second in which nothing happens.
     The connection must have been opened after start_loop().
     """
     seen: queue.SimpleQueue[DomainEvent] = queue.SimpleQueue()
@@ -130,5 +132,6 @@ def watch(conn: Connection, ready: Callable[[], None] = lambda: None) -> Iterato
             try:
                 yield seen.get(timeout=1.0)
             except queue.Empty:
+                idle()
                 if not is_alive(conn):
                     raise HostUnreachable(f"cannot watch events: {conn.uri} went away") from None

@@ -1,0 +1,266 @@
+"""What the command line makes of what people type: mistakes told at once, foreign words, keys, an end by Ctrl-C."""
+
+from __future__ import annotations
+
+import ast
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from vmctl.cli import many, run, words
+from vmctl.cli.app import COMMANDS, command
+from vmctl.errors import Conflict, Interrupted, PartialFailure, SpecError
+from vmctl.wait import wait_until
+
+REPO = Path(__file__).parents[2]
+ON = ["-c", "test:///default"]
+
+
+def told(capsys: pytest.CaptureFixture[str], *line: str, code: int = 2) -> list[str]:
+    """What a command line says on stderr, by lines."""
+    assert run([*ON, *line]) == code
+    return capsys.readouterr().err.splitlines()
+
+
+def test_no_command_shows_the_help_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ([], ["image"], ["disk", "pool"]):
+        assert run(line) == 2
+        shown = capsys.readouterr()
+        assert shown.err == "" and "\\n" not in shown.out
+        assert shown.out.splitlines()[0].startswith("Usage: vmctl") and "\nCommands:\n" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("rm x", "did you mean vmctl delete?"),
+        ("ls", "did you mean vmctl list?"),
+        ("up", "did you mean vmctl create, or vmctl start?"),
+        ("destroy x", "did you mean vmctl delete, or vmctl stop --force?"),
+        ("halt x", "did you mean vmctl stop?"),
+        ("shell x", "did you mean vmctl ssh?"),
+        ("launch", "did you mean vmctl create?"),
+        ("suspend x", "did you mean vmctl pause, or vmctl save?"),
+        ("images", "did you mean vmctl image list?"),
+        ("image rm x", "did you mean vmctl image delete?"),
+        ("image ls", "did you mean vmctl image list?"),
+        ("disk pool rm x", "did you mean vmctl disk pool delete?"),
+        ("disk halt", "vmctl disk --help"),
+        ("delet x", "did you mean vmctl delete?"),
+        ("sotp x", "did you mean vmctl stop?"),
+        ("image bild", "did you mean vmctl image build?"),
+        ("clone x", "vmctl --help"),
+        ("frobnicate", "vmctl --help"),
+    ],
+)
+def test_a_word_from_elsewhere_or_mistyped(capsys: pytest.CaptureFixture[str], line: str, hint: str) -> None:
+    first, second = told(capsys, *line.split())
+    assert first.startswith("cannot understand the command line: no such command ") and second == f"hint: {hint}"
+
+
+def test_every_word_from_elsewhere_leads_to_a_command() -> None:
+    tree = command()
+    for word, meant in words._ELSEWHERE.items():
+        assert word not in COMMANDS, word
+        for way in meant.split(", or "):
+            first, *rest = way.split()
+            assert first == "--version" or first == "--help" or first in COMMANDS, way
+            if rest and rest[0][:1] != "-":
+                assert rest[0] in tree.commands[first].commands, way
+    for group, known in words._IN_GROUPS.items():
+        commands = tree.commands[group].commands
+        assert not set(known) & set(commands) and set(known.values()) <= set(commands), group
+
+
+def test_wrong_choices_are_told_with_all_other_problems(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = told(
+        capsys, "create", "web 1", "--image", "micro", "--accel", "nope", "--machine", "vax", "--vcpus", "many",
+        "--memory", "lots", "--disk", "1G,bus=floppy",
+    )  # fmt: skip
+    for said in (
+        "'nope' is not one of",
+        "'vax' is not one of",
+        "'many' is not",
+        "'web 1'",
+        "'lots'",
+        "it can have bus",
+    ):
+        assert said in line, line
+    assert line.startswith("cannot create VM: ")
+    first, second = told(capsys, "create", "--accel", "nope")
+    assert "'nope'" in first and "'NAME'" in first and "'--image'" in first and second == "hint: vmctl create --help"
+    first, _ = told(capsys, "disk", "attach", "web1", "1G", "--bus", "x", "--cache", "y")
+    assert "'x' is not one of" in first and "'y' is not one of" in first
+    (line,) = told(capsys, "create", "web 1", "--image", "micro")
+    assert "nope" not in line
+
+
+def private_key(folder: Path) -> Path:
+    path = folder / "id"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
+    return path
+
+
+def test_nothing_of_a_private_key_is_quoted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    key = private_key(tmp_path)
+    text = key.read_text()
+    cut = tmp_path / "cut"  # its first and last lines are gone: nothing tells what it is
+    cut.write_text("\n".join(text.splitlines()[1:-1]))
+    for given, said in ((str(key), f"give {key}.pub"), (text, "it is a private one"), (str(cut), "line 1 is not")):
+        (line,) = told(capsys, "create", "x", "--image", "micro", "--ssh-key", given)
+        assert said in line
+        assert not [part for part in text.split() if len(part) > 12 and part in line], line
+    Path(f"{key}.pub").unlink()
+    (line,) = told(capsys, "create", "x", "--image", "micro", "--ssh-key", str(key))
+    assert f"ssh-keygen -y -f {key}" in line
+
+
+def test_public_keys_come_from_files_or_stand_there(tmp_path: Path) -> None:
+    from vmctl.cli import first_boot
+
+    public = Path(f"{private_key(tmp_path)}.pub")
+    line = public.read_text().strip()
+    (tmp_path / "many").write_text(f"# of the team\n\n{line}\n{line}\n")
+    assert first_boot.read_keys([str(public), line, str(tmp_path / "many")]) == (line,) * 4
+    for bad in (tmp_path, tmp_path / "none"):
+        with pytest.raises(SpecError) as caught:
+            first_boot.read_keys([str(bad)])
+        assert "[Errno" not in caught.value.message
+
+
+def test_no_message_has_the_number_of_an_os_error() -> None:
+    """str() of an OSError is "[Errno 2] …": vmctl.errors.reason() is for messages."""
+    found = []
+    for path in (REPO / "vmctl").rglob("*.py"):
+        for handler in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(handler, ast.ExceptHandler) or "OSError" not in ast.unparse(handler.type or ast.Tuple()):
+                continue
+            for node in ast.walk(handler):
+                value = node.value if isinstance(node, ast.FormattedValue) else None
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "str":
+                    value = node.args[0]
+                if isinstance(value, ast.Name) and value.id == handler.name:
+                    found.append(f"{path.relative_to(REPO)}:{node.lineno}")
+    # paramiko's own errors have no number, and these say what it said.
+    assert [one for one in found if not one.startswith("vmctl/ssh.py")] == []
+
+
+def test_each_tells_in_order_and_gathers_failures() -> None:
+    def work(name: str) -> str:
+        if name == "b":
+            raise Conflict("cannot b")
+        return name * 2
+
+    results: list[str] = []
+    with pytest.raises(PartialFailure) as caught:
+        many.each(["c", "a", "b"], work, lambda name, result: results.append(name + result), "do")
+    assert results == ["ccc", "aaa"] and list(caught.value.failures) == ["b"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_reaches_all_workers_and_says_what_was_done(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "each.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from vmctl import cli\n"
+        "from vmctl.cli import many\n"
+        "from vmctl.errors import Conflict, VmctlError\n"
+        "here = Path(sys.argv[1])\n"
+        "def work(name):\n"
+        "    (here / name).touch()\n"
+        "    if name == 'v02': return 'done'\n"
+        "    if name == 'v03': raise Conflict('cannot v03')\n"
+        "    try:\n"
+        "        while True: time.sleep(0.02)\n"
+        "    finally:\n"
+        "        (here / (name + '.undone')).touch()\n"
+        "signal.signal(signal.SIGTERM, cli._terminated)\n"
+        "try:\n"
+        "    many.each([f'v{n:02}' for n in range(12)], work, lambda name, said: print(name, said), 'stop')\n"
+        "except VmctlError as error:\n"
+        "    print(error.message)\n"
+        "    sys.exit(error.exit_code)\n"
+    )
+    running = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )  # fmt: skip
+    begun = [f"v{n:02}" for n in range(10)]
+    wait_until(lambda: all((tmp_path / one).exists() for one in begun), what="the workers", timeout_s=60)
+    running.send_signal(number)
+    out, _ = running.communicate(timeout=8)  # well below the time that a stuck one may take to take itself back
+    assert running.returncode == 130, out
+    assert out.splitlines()[0] == "v02 done"
+    why = "interrupted" if number == signal.SIGINT else "stopped on request (SIGTERM)"
+    assert out.splitlines()[1] == (
+        f"cannot stop all 12 VMs: {why}; done: v02; failed: v03 (cannot v03); "
+        "cut off: v00, v01, v04, v05, v06, v07, v08, v09; not begun: v10, v11"
+    )
+    assert all((tmp_path / f"{one}.undone").exists() for one in begun if one not in {"v02", "v03"})
+
+
+def test_an_interrupt_while_nothing_runs_any_more() -> None:
+    def done(name: str, _: str) -> None:
+        if name == "a":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="cannot do all 2 VMs: interrupted; done: a"):
+        many.each(["a", "b"], lambda name: name, done, "do")
+
+
+def begin(*line: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "vmctl", *ON, *line], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPO
+    )
+
+
+@pytest.mark.parametrize("output", ["table", "json", "yaml", "name"])
+def test_a_watched_list_comes_through_a_pipe_at_once(output: str) -> None:
+    running = begin("list", "-w", "-o", output)
+    try:
+        assert running.stdout is not None
+        came = b""
+        while b"test" not in came:
+            assert select.select([running.stdout], [], [], 60)[0], f"nothing more came than {came!r}"
+            came += os.read(running.stdout.fileno(), 4096)
+    finally:
+        running.kill()
+        running.communicate()
+
+
+@pytest.mark.parametrize("line", [["list", "-w"], ["events"], ["list", "-w", "-o", "json"]])
+def test_a_closed_pipe_ends_what_watches_quietly(line: list[str]) -> None:
+    running = begin("-q", *line)
+    assert running.stdout is not None and running.stderr is not None
+    if line[0] == "list":
+        running.stdout.readline()
+    running.stdout.close()
+    assert running.wait(60) == 141
+    assert running.stderr.read() == b""
+    running.stderr.close()
+
+
+def test_events_of_a_vm_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = told(capsys, "events", "tset", code=4)
+    assert first.startswith("cannot find VM tset") and second == "hint: did you mean test?"
+
+
+def test_notes_are_for_those_who_did_not_ask_for_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    def end() -> None:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    shown: list[str] = []
+    for quiet in ([], ["-q"]):
+        threading.Thread(target=end).start()
+        assert run([*ON, *quiet, "events"]) == 130
+        shown.append(capsys.readouterr().err)
+    assert "watching" in shown[0] and "watching" not in shown[1]

@@ -1,0 +1,115 @@
+"""One piece of work on several VMs at once: results in the order given, failures together, and an end by Ctrl-C."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from vmctl.errors import Interrupted, PartialFailure, VmctlError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+T = TypeVar("T")
+_PARALLEL = 8
+_UNDO_S = 10.0  # for what was cut off to take itself back; a second Ctrl-C does not wait for it
+
+
+def each(names: Sequence[str], work: Callable[[str], T], done: Callable[[str, T], None], doing: str) -> None:
+    """Do ``work`` for each name, several at a time, telling each result in the order given.
+
+    With one name its error is the error; with several, the failed ones are reported together at the end. An interrupt
+    reaches every worker as it would reach this thread, and Interrupted says what was done and what was not.
+    """
+    if len(names) == 1:
+        done(names[0], work(names[0]))
+        return
+    from concurrent.futures import ThreadPoolExecutor  # late: it brings logging with it
+
+    hands = _Hands()
+    pool = ThreadPoolExecutor(max_workers=_PARALLEL)
+    futures: dict[str, Future[T]] = {}
+    failures: dict[str, VmctlError] = {}
+    told: set[str] = set()
+
+    def tell(name: str) -> None:
+        told.add(name)
+        try:
+            result = futures[name].result()
+        except VmctlError as error:
+            failures[name] = error
+        else:
+            done(name, result)
+
+    try:
+        for name in names:
+            futures[name] = pool.submit(hands.at, name, work)
+        for name in names:
+            futures[name].exception()  # waits; apart from the telling, which an interrupt must not repeat
+            tell(name)
+    except (KeyboardInterrupt, Interrupted) as early:
+        pool.shutdown(wait=False, cancel_futures=True)
+        hands.interrupt(futures)
+        for name in [name for name, future in futures.items() if name not in told and _has_result(future)]:
+            tell(name)
+        raise Interrupted(_left(names, futures, failures, f"{early}" or "interrupted", doing)) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    if failures:
+        raise PartialFailure(f"cannot {doing} {len(failures)} of {len(names)} VMs", failures=failures)
+
+
+class _Hands:
+    """The threads at work, by what each is working on."""
+
+    def __init__(self) -> None:
+        self._gate = threading.Lock()
+        self._busy: dict[str, int] = {}
+
+    def at(self, name: str, work: Callable[[str], T]) -> T:
+        """Do one piece."""
+        with self._gate:
+            self._busy[name] = threading.get_ident()
+        try:
+            return work(name)
+        finally:
+            with self._gate:  # an interrupt meant for this piece must not come after it
+                del self._busy[name]
+
+    def interrupt(self, futures: Mapping[str, Future[T]]) -> None:
+        """Raise KeyboardInterrupt in each thread at work, and wait, bounded, until they have taken back what they must.
+
+        Python gives Ctrl-C to the main thread alone. This is the interpreter's own way to give it to another.
+        """
+        import ctypes
+        from concurrent.futures import wait
+
+        with self._gate:
+            for ident in self._busy.values():
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(KeyboardInterrupt))
+        wait([one for one in futures.values() if not one.cancelled()], timeout=_UNDO_S)
+
+
+def _has_result(future: Future[T]) -> bool:
+    return future.done() and not future.cancelled() and not isinstance(future.exception(), KeyboardInterrupt)
+
+
+def _left(
+    names: Sequence[str],
+    futures: Mapping[str, Future[T]],
+    failures: Mapping[str, VmctlError],
+    why: str,
+    doing: str,
+) -> str:
+    """One line that says of each name how far it came."""
+    ways: dict[str, list[str]] = {"done": [], "failed": [], "cut off": [], "not begun": []}
+    for name in names:
+        if name in failures:
+            ways["failed"].append(f"{name} ({failures[name].message})")
+        elif name not in futures or futures[name].cancelled():
+            ways["not begun"].append(name)
+        else:
+            ways["done" if _has_result(futures[name]) else "cut off"].append(name)
+    parts = [f"{way}: {', '.join(found)}" for way, found in ways.items() if found]
+    return f"cannot {doing} all {len(names)} VMs: {why}; {'; '.join(parts)}"
