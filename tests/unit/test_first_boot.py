@@ -9,8 +9,8 @@ import yaml
 
 from vmctl import cloud_init, render, spec, user_data
 from vmctl.cloud_init import Status
-from vmctl.seed_disk import first_boot_is_kept
 from vmctl.errors import SpecError
+from vmctl.seed_disk import first_boot_is_kept
 from vmctl.spec import VM, Nic
 
 OURS = "#cloud-config\nhostname: web1\nruncmd:\n  - ours\nssh_keys:\n  ed25519_private: |\n    A\n    B\n"
