@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from enum import StrEnum
 from typing import Annotated, Optional
@@ -11,7 +10,7 @@ import typer
 
 from vmctl import ui
 from vmctl.cli.options import ConnectOption, Name, UserOption, opened, reporter
-from vmctl.errors import SpecError, VmctlError
+from vmctl.errors import SpecError
 
 _HOUR_S = 3600.0
 
@@ -57,14 +56,10 @@ def ssh(
     connect: ConnectOption = None,
 ) -> None:
     """Log in by SSH, with OpenSSH's client. Only the host key planted at creation is trusted."""
-    from vmctl import guest
+    from vmctl import terminal
 
     with opened(connect) as host:
-        argv = guest.openssh_argv(host, name, _command(words), user=user)
-    try:
-        os.execvp(argv[0], argv)
-    except FileNotFoundError as error:
-        raise VmctlError("cannot start ssh: it is not installed", hint="install openssh-client") from error
+        raise typer.Exit(terminal.login(host, name, _command(words), user=user, report=reporter()))
 
 
 def exec_(
@@ -110,6 +105,7 @@ def exec_(
             err=terminal.writer(2),
             user=user,
             terminal=Terminal(*terminal.size()) if tty else None,
+            report=reporter(),
         )
     raise typer.Exit(code)
 
