@@ -36,6 +36,14 @@ class Boot(StrEnum):
     DISK = "disk"
 
 
+class OnCrash(StrEnum):
+    """What becomes of a VM whose guest's kernel panics: it is kept as it is then, restarted, or powered off."""
+
+    PRESERVE = "preserve"
+    RESTART = "restart"
+    DESTROY = "destroy"
+
+
 class Machine(StrEnum):
     """QEMU machine families vmctl offers."""
 

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import IO
 
 from vmctl import guest, tarstream
-from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound, SpecError
+from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound, SpecError, VmctlError
 from vmctl.events import Progress, Reporter
 from vmctl.guest import parse_place
 from vmctl.hosts import Host
-from vmctl.hypervisor import domain
 from vmctl.tarstream import Kind, Malformed, Member
 
 _CHUNK = 256 * 1024
@@ -94,13 +93,24 @@ def copy(host: Host, sources: list[str], destination: str, report: Reporter, *, 
 
 
 @contextmanager
-def _remote(argv: list[str], *, stdin: int | None, stdout: int | None) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of OpenSSH's client, ended when the block ends early. Its errors are in ``stderr``, a file."""
+def _remote(
+    host: Host, name: str, argv: list[str], *, stdin: int | None, stdout: int | None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of OpenSSH's client, ended when the block ends early. Its errors are in ``stderr``, a file.
+
+    Raises why nothing more can be expected of the guest, when that ended it.
+    """
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(argv, stdin=stdin, stdout=stdout, stderr=errors, bufsize=0)
         process.stderr = errors
+        failures: list[VmctlError] = []
         try:
-            yield process
+            with guest.watched(host, name, process) as failures:
+                yield process
+        except VmctlError as error:
+            if failures and failures[0] is not error:
+                raise failures[0] from error
+            raise
         finally:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
@@ -110,7 +120,7 @@ def _remote(argv: list[str], *, stdin: int | None, stdout: int | None) -> Iterat
                 process.wait()
 
 
-def _ended(process: subprocess.Popen[bytes], doing: str, name: str) -> int:
+def _ended(host: Host, process: subprocess.Popen[bytes], doing: str, name: str) -> int:
     """Its exit code, when that is one a script above chose; raises what went wrong otherwise."""
     code = process.wait(_END_S)
     if code in {0, _NO_TAR, _NOT_THERE, _NO_FOLDER}:
@@ -120,6 +130,8 @@ def _ended(process: subprocess.Popen[bytes], doing: str, name: str) -> int:
     words = process.stderr.read(4096).decode("utf-8", "replace").strip().splitlines()
     reason = words[-1] if words else f"the guest's tar ended with {code}"
     if code == _SSH_FAILED:
+        if why := guest.missing(host, name):
+            raise guest.unanswered(host, name, why)
         raise HostUnreachable(f"cannot {doing}: {reason}", hint=f"vmctl wait {name} --for ssh")
     raise GuestCommandFailed(f"cannot {doing}: {reason}")
 
@@ -168,20 +180,26 @@ def _put(host: Host, paths: list[Path], name: str, destination: str, report: Rep
         ]
         alone = found[0] if len(found) == 1 and not found[0].folder else None
         about = (str(alone.size), f"{alone.mode:o}") if alone else ("", "")
-        argv = guest.openssh_argv(host, name, [_script(_TAKE, *about, destination, *bases)], user=user)
+        argv = guest.openssh_argv(host, name, [_script(_TAKE, *about, destination, *bases)], user=user, report=report)
         label = bases[0] if len(bases) == 1 else f"{len(bases)} things"
-        with _remote(argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        with _remote(host, name, argv, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
             with suppress(BrokenPipeError):  # the guest's side has ended: its exit code says why
                 _send(process, found, label, report)
-            code = _ended(process, doing, name)
+            code = _ended(host, process, doing, name)
         if code == 0:
             return
         if code != _NO_TAR:
             raise NotFound(f"cannot {doing}: it is no folder in the guest")
     from vmctl import ssh
 
-    where = guest.target(host, domain.find(host.conn, name), user=user)
-    ssh.put(where, paths, destination, lambda label, done, total: report(Progress(label, done, total)))
+    where = guest.reachable(host, name, user=user, report=report)
+    ssh.put(
+        where,
+        paths,
+        destination,
+        lambda label, done, total: report(Progress(label, done, total)),
+        guest.Vigil(host, name),
+    )
 
 
 def _send(process: subprocess.Popen[bytes], found: Sequence[_Found], label: str, report: Reporter) -> None:
@@ -258,22 +276,28 @@ def _get(host: Host, name: str, source: str, destination: Path, report: Reporter
             (source, ".") if base in {"", ".", ".."} else (posixpath.dirname(source.rstrip("/")) or ".", base)
         )
         folder = "/" if source.startswith("/") and folder in {"", "/"} else folder
-        argv = guest.openssh_argv(host, name, [_script(_GIVE, source, folder, member)], user=user)
-        with _remote(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        argv = guest.openssh_argv(host, name, [_script(_GIVE, source, folder, member)], user=user, report=report)
+        with _remote(host, name, argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
             try:
                 _receive(process, root, 0 if member == "." else 1, root.name, report)
             except Malformed as error:
-                if _ended(process, doing, name) == 0:
+                if _ended(host, process, doing, name) == 0:
                     raise GuestCommandFailed(f"cannot {doing}: what it sends is cut short or no archive") from error
-            code = _ended(process, doing, name)
+            code = _ended(host, process, doing, name)
         if code == 0:
             return
         if code != _NO_TAR:
             raise GuestCommandFailed(f"cannot {doing}: there is no such file in the guest")
     from vmctl import ssh
 
-    where = guest.target(host, domain.find(host.conn, name), user=user)
-    ssh.get(where, source, destination, lambda label, done, total: report(Progress(label, done, total)))
+    where = guest.reachable(host, name, user=user, report=report)
+    ssh.get(
+        where,
+        source,
+        destination,
+        lambda label, done, total: report(Progress(label, done, total)),
+        guest.Vigil(host, name),
+    )
 
 
 def _receive(process: subprocess.Popen[bytes], root: Path, depth: int, label: str, report: Reporter) -> None:

@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmctl.errors import NotFound, VmctlError, WrongState
+from vmctl import greeting
+from vmctl.accel import timeout_scale
+from vmctl.choices import Accel
+from vmctl.errors import HostUnreachable, NotFound, VmctlError, WaitTimeout, WrongState
+from vmctl.events import Reporter, Warned, silent
 from vmctl.hosts import Host
-from vmctl.hypervisor import domain, network, storage
+from vmctl.hypervisor import domain, inventory, network, storage
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.login import Target
 from vmctl.seed import client_key
-from vmctl.wait import pause
+from vmctl.wait import pause, wait_until
 
 if TYPE_CHECKING:
     from vmctl.login import Terminal
 
 _LOG_TAIL = 256 * 1024
 _FOLLOW_S = 0.3
+# A pause of half a minute is a snapshot, a move to another host, a full disk being enlarged.
+_PAUSED_S = 30.0
+_SILENT_S = 120.0
+_GREETING_S = 5.0
+_AGAIN_S = 0.1
+_PANIC_LINES = 5
+_LOOK_S = 1.0
 _ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|[()][A-Z0-9]|\][^\x07]*\x07|c)")
 
 
@@ -64,11 +79,102 @@ def address(host: Host, vm: Domain) -> Address | None:
     return None
 
 
+class Vigil:
+    """Whether an answer of a guest can still be expected. One for each wait; asked now and then while it is silent."""
+
+    def __init__(self, host: Host, name: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._host, self._name, self._clock = host, name, clock
+        self._paused_since: float | None = None
+
+    def __call__(self, silent_s: float = 0.0) -> None:
+        """Raises WrongState for a VM that ended, panicked or stays paused, HostUnreachable for one silent too long."""
+        try:
+            state, why = domain.state(self._host.conn, self._name)
+        except HostUnreachable:
+            state, why = State.RUNNING, ""  # libvirt's daemon went away, which says nothing of the guest
+        now = self._clock()
+        if state is not State.PAUSED:
+            self._paused_since = None
+        elif self._paused_since is None:
+            self._paused_since = now
+        paused_s = 0.0 if self._paused_since is None else now - self._paused_since
+        if state not in domain.ACTIVE or paused_s >= _PAUSED_S:
+            raise WrongState(
+                f"cannot go on in VM {self._name}: it is {domain.told(state, why)} now",
+                hint=domain.remedy(self._name, state, why),
+            )
+        if silent_s >= _SILENT_S:
+            raise unanswered(self._host, self._name, f"no sign of life for {silent_s:.0f} s")
+
+
+def unanswered(host: Host, name: str, why: str) -> VmctlError:
+    """The error for a guest that does not answer, with the reason that is to be found."""
+    vm = domain.find(host.conn, name)
+    if vm.state is not State.RUNNING:
+        text = f"cannot reach VM {name}: it is {domain.told(vm.state, vm.why)}"
+        return WrongState(text, hint=domain.remedy(name, vm.state, vm.why))
+    lines = console_tail(host, vm, _PANIC_LINES)
+    if panic := panic_line(lines):  # a guest without a driver for the panic device, or from before it was loaded
+        return WrongState(
+            f"cannot reach VM {name}: its console ends in {panic!r}",
+            hint=domain.remedy(name, vm.state, domain.PANICKED),
+        )
+    last = f"; last on its console: {lines[-1]}" if lines else ""
+    return HostUnreachable(f"cannot reach VM {name} by SSH: {why}", hint=f"`vmctl wait {name}` shows each stage{last}")
+
+
+def panic_line(lines: Sequence[str]) -> str:
+    """The last line that tells of a panic of Linux; "" without any."""
+    return next((line.strip() for line in reversed(lines) if "Kernel panic - not syncing" in line), "")
+
+
+def booting_left_s(host: Host, vm: Domain) -> float:
+    """For how long not answering may still mean that it boots; as long as `vmctl wait` waits."""
+    up = inventory.uptime_s(host.conn, vm.name)
+    return 60.0 * timeout_scale(vm.facts.accel or Accel.KVM) - (up or 0.0)
+
+
+def reachable(host: Host, name: str, *, user: str | None = None, report: Reporter = silent) -> Target:
+    """How to log in to a guest that answers SSH: one that is still booting is waited for. Raises as ``target`` does."""
+    vm = domain.find(host.conn, name)
+    domain.require(vm, frozenset({State.RUNNING}), "reach", f"vmctl start {name}")
+    left_s = booting_left_s(host, vm)
+    if left_s > 0:
+        why = missing(host, name)
+        if why:
+            await_answer(host, vm, why, report)
+    return target(host, vm, user=user)
+
+
+def missing(host: Host, name: str) -> str:
+    """Why no SSH server greets where the guest is; "" when one does."""
+    where = address(host, domain.find(host.conn, name))
+    return greeting.missing(where.host, where.port, patience_s=_GREETING_S) if where else "it has no address yet"
+
+
+def await_answer(host: Host, vm: Domain, why: str, report: Reporter) -> None:
+    """Wait for a guest that may be booting, and say so. Raises ``unanswered``; at once for one long up."""
+    left_s = booting_left_s(host, vm)
+    if left_s <= 0:
+        raise unanswered(host, vm.name, why)
+    report(Warned(f"{vm.name} does not answer yet ({why}): waiting for it to boot, at most {left_s:.0f} s"))
+    vigil, last = Vigil(host, vm.name), why
+
+    def answers() -> bool:
+        nonlocal last
+        vigil()
+        last = missing(host, vm.name)
+        return not last
+
+    try:
+        wait_until(answers, what="", timeout_s=left_s, interval_s=_AGAIN_S)
+    except WaitTimeout as error:
+        raise unanswered(host, vm.name, f"{last}, {error.after_s:.0f} s later still") from error
+
+
 def target(host: Host, vm: Domain, *, user: str | None = None) -> Target:
     """How to log in to a running guest. Raises WrongState, NotFound."""
-    if vm.state is not State.RUNNING:
-        hint = f"vmctl resume {vm.name}" if vm.state is State.PAUSED else f"vmctl start {vm.name}"
-        raise WrongState(f"cannot reach VM {vm.name}: it is {vm.state}", hint=hint)
+    domain.require(vm, frozenset({State.RUNNING}), "reach", f"vmctl start {vm.name}")
     record = vm.facts.record
     if record is None or record.ssh is None:
         raise NotFound(
@@ -98,18 +204,29 @@ def execute(
     err: Callable[[bytes], object],
     user: str | None = None,
     terminal: Terminal | None = None,
+    report: Reporter | None = None,
 ) -> int:
-    """Run a command in the guest over SSH, its words kept as they are; returns its exit code."""
+    """Run a command in the guest over SSH, its words kept as they are; returns its exit code.
+
+    With ``report`` a guest that is still booting is waited for, and the wait told.
+    """
     from vmctl import ssh
 
-    where = target(host, domain.find(host.conn, name), user=user)
+    vm = domain.find(host.conn, name)
 
-    def alive() -> None:
-        state, _ = domain.state(host.conn, name)
-        if state not in domain.ACTIVE:
-            raise WrongState(f"cannot go on in VM {name}: it is {state} now", hint=f"vmctl start {name}")
+    def attempt(where: Target) -> int:
+        words, judge = shlex.join(argv), Vigil(host, vm.name)
+        return ssh.run(where, words, stdin=stdin, out=out, err=err, terminal=terminal, judge=judge)
 
-    return ssh.run(where, shlex.join(argv), stdin=stdin, out=out, err=err, terminal=terminal, alive=alive)
+    if report is None:
+        return attempt(target(host, vm, user=user))
+    try:
+        # At once where an address is known: to ask first would cost the guest a connection for each command.
+        known = address(host, vm) is not None
+        return attempt(target(host, vm, user=user) if known else reachable(host, name, user=user, report=report))
+    except ssh.NotAnswering as error:
+        await_answer(host, vm, error.why, report)
+    return attempt(target(host, vm, user=user))
 
 
 def known_hosts(host: Host, name: str) -> Path:
@@ -117,9 +234,14 @@ def known_hosts(host: Host, name: str) -> Path:
     return host.folders.runtime / f"known_hosts.{name}"
 
 
-def openssh_argv(host: Host, name: str, words: list[str], *, user: str | None = None) -> list[str]:
-    """The OpenSSH command line for an interactive login, which trusts the planted host key and no other."""
-    where = target(host, domain.find(host.conn, name), user=user)
+def openssh_argv(
+    host: Host, name: str, words: list[str], *, user: str | None = None, report: Reporter = silent
+) -> list[str]:
+    """The OpenSSH command line for a login, which trusts the planted host key and no other.
+
+    A guest that is still booting is waited for; the client itself gives up one that shows no sign of life any more.
+    """
+    where = reachable(host, name, user=user, report=report)
     host.folders.runtime.mkdir(parents=True, exist_ok=True, mode=0o700)
     alias = f"vmctl-{name}"
     known = known_hosts(host, name)
@@ -132,11 +254,36 @@ def openssh_argv(host: Host, name: str, words: list[str], *, user: str | None = 
         "IdentityFile": str(where.key),
         "CheckHostIP": "no",
         "LogLevel": "ERROR",
+        "ConnectTimeout": "20",
+        "ServerAliveInterval": f"{_SILENT_S / 6:.0f}",
+        "ServerAliveCountMax": "6",
     }
     argv = ["ssh", "-p", str(where.port), "-l", where.user]
     for key, value in options.items():
         argv += ["-o", f"{key}={value}"]
     return [*argv, where.host, *words]
+
+
+@contextmanager
+def watched(host: Host, name: str, process: subprocess.Popen[bytes]) -> Iterator[list[VmctlError]]:
+    """Ends a client of OpenSSH's once nothing can be expected of the guest any more; the reason is in the list then."""
+    over, failures, vigil = threading.Event(), list[VmctlError](), Vigil(host, name)
+
+    def look() -> None:
+        while not over.wait(_LOOK_S):
+            try:
+                vigil()
+            except VmctlError as error:
+                failures.append(error)
+                process.kill()
+                return
+
+    watcher = threading.Thread(target=look, name="watch", daemon=True)
+    watcher.start()
+    try:
+        yield failures
+    finally:
+        over.set()
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,8 +47,11 @@ def start(host: Host, name: str, report: Reporter) -> Started:
             f"cannot start VM {name}: its creation was cut off, and it may lack parts",
             hint=f"create it again, or vmctl delete {name}",
         )
-    if vm.state is State.PAUSED:
-        raise WrongState(f"cannot start VM {name}: it is paused", hint=f"vmctl resume {name}")
+    if vm.state is State.PAUSED or vm.panicked:
+        raise WrongState(
+            f"cannot start VM {name}: it is {domain.told(vm.state, vm.why)}",
+            hint=domain.remedy(name, vm.state, vm.why),
+        )
     if vm.active:
         return Started.ALREADY
     for nic in vm.facts.nics:
@@ -115,12 +118,14 @@ def stop(host: Host, name: str, report: Reporter, *, timeout_s: float | None = N
         report(Step(f"{name} is saved: start goes on from there; stop --force drops its saved memory"))
     if not vm.active:
         return Stopped.ALREADY
-    if vm.state is State.PAUSED and not force:
-        raise WrongState(
-            f"cannot stop VM {name}: it is paused and cannot hear", hint=f"vmctl resume {name}, or stop --force"
+    deaf = vm.state is State.PAUSED or vm.panicked
+    if deaf and not force:
+        way = (
+            f"vmctl resume {name}, or stop --force" if not vm.panicked else f"vmctl stop {name} --force pulls its plug"
         )
+        raise WrongState(f"cannot stop VM {name}: it is {domain.told(vm.state, vm.why)} and cannot hear", hint=way)
     budget = default_stop_timeout_s(vm) if timeout_s is None else timeout_s
-    for way in (Stopped.ACPI, Stopped.AGENT) if vm.state is not State.PAUSED else ():
+    for way in (Stopped.ACPI, Stopped.AGENT) if not deaf else ():
         if _asked_stop(host, vm, way, budget / 2):
             return way
         if budget:
@@ -157,9 +162,14 @@ def _asked_stop(host: Host, vm: Domain, way: Stopped, timeout_s: float) -> bool:
 def _ended(host: Host, name: str, timeout_s: float) -> bool:
     def gone() -> bool:
         try:
-            return domain.state(host.conn, name)[0] not in ACTIVE
+            state, why = domain.state(host.conn, name)
         except NotFound:
             return True  # a transient one is gone altogether
+        if why == domain.PANICKED:
+            raise WrongState(
+                f"cannot go on stopping VM {name}: its guest panicked", hint=f"vmctl stop {name} --force pulls its plug"
+            )
+        return state not in ACTIVE
 
     try:
         wait_until(gone, what=f"end of VM {name}", timeout_s=max(0.0, timeout_s), interval_s=_STATE_POLL_S)
@@ -202,10 +212,12 @@ def reboot(host: Host, name: str, *, timeout_s: float | None = None) -> None:
 
 def reset(host: Host, name: str) -> None:
     """Restart it at once, without asking the guest."""
-    domain.require(
-        domain.find(host.conn, name), frozenset({State.RUNNING, State.PAUSED}), "reset", f"vmctl start {name}"
-    )
+    vm = domain.find(host.conn, name)
+    if not vm.panicked:
+        domain.require(vm, frozenset({State.RUNNING, State.PAUSED}), "reset", f"vmctl start {name}")
     domain.reset(host.conn, name)
+    if vm.panicked:
+        domain.resume(host.conn, name)  # a reset lets a stopped machine stay stopped
 
 
 def pause(host: Host, name: str) -> bool:
@@ -279,7 +291,7 @@ def rename(host: Host, name: str, new: str) -> None:
     with holding(host, new), holding(host, name):
         vm = domain.find(host.conn, name)
         hint = f"vmctl stop {name}" + (" --force drops its saved memory" if vm.state is State.SAVED else "")
-        domain.require(vm, frozenset({State.STOPPED, State.CRASHED}), "rename", hint)
+        domain.require(vm, frozenset({State.STOPPED} if vm.active else {State.STOPPED, State.CRASHED}), "rename", hint)
         if domain.find_or_none(host.conn, new) is not None:
             raise Conflict(f"cannot rename VM {name} to {new}: that name is taken")
         domain.rename(host.conn, name, new)

@@ -8,17 +8,19 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 
-from vmctl import cloud_init
+from vmctl import cloud_init, greeting
 from vmctl.accel import timeout_scale
 from vmctl.cloud_init import Outcome, Status
 from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, WrongState, reason
 from vmctl.events import Reporter, StageBegan, StageDone, Warned
-from vmctl.guest import Address, address, console_tail, execute
+from vmctl.guest import Address, address, console_tail, execute, panic_line
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, inventory, network
 from vmctl.hypervisor.domain import Domain, State
+from vmctl.hypervisor.network import Lease
 from vmctl.spec import Accel
 from vmctl.wait import wait_until
 
@@ -29,6 +31,7 @@ _LEASE_S = 3600  # what libvirt's dnsmasq grants where the network says nothing 
 _FORWARD_BANNER_S = 0.3
 _STATE_EVERY_S = 0.5
 _LOG_LINES = 15
+_TRACE_LINES = 100  # a panic's own line stands above the trace
 
 
 class Goal(StrEnum):
@@ -79,10 +82,8 @@ class _Watch:
         if now - self.looked >= _STATE_EVERY_S:
             self.state, why = domain.state(self.host.conn, self.vm.name)
             self.looked = now
-            if self.took and self.state not in domain.ACTIVE:
-                lines = console_tail(self.host, self.vm, _LOG_LINES)
-                text = f"cannot go on waiting for VM {self.vm.name}: it is {self.state} {why}".rstrip()
-                raise WrongState(text, hint="last on its console: " + (lines[-1] if lines else "nothing"))
+            if why == domain.PANICKED or (self.took and self.state not in domain.ACTIVE):
+                raise _in_vain(self.host, self.vm, self.state, why)
         return self.state
 
     def running(self) -> bool:
@@ -90,7 +91,10 @@ class _Watch:
         return self.look() is State.RUNNING
 
     def stopped(self) -> bool:
-        return domain.state(self.host.conn, self.vm.name)[0] not in domain.ACTIVE
+        state, why = domain.state(self.host.conn, self.vm.name)
+        if why == domain.PANICKED:
+            raise _in_vain(self.host, self.vm, state, why)
+        return state not in domain.ACTIVE
 
     def agent(self) -> bool:
         self.look()
@@ -164,21 +168,16 @@ class _Watch:
         return code == 0
 
     def _banner(self, where: Address) -> bool:
-        """Whether an SSH server greets. Short tries, for a lost SYN is repeated only after a second.
+        """Whether an SSH server greets.
 
         A forward accepts before the guest can: there a silent connection is soon given up, and later less soon.
         """
         patience = self.patience_s if where.forwarded else _BANNER_S
-        try:
-            with socket.create_connection((where.host, where.port), timeout=_CONNECT_S) as sock:
-                greeting = sock.recv(64) if select.select([sock], [], [], patience)[0] else b""
-        except OSError as error:
-            self.last_error = reason(error)
-            return False
-        if not greeting:
-            self.last_error = "connected, but no greeting yet"
+        why = greeting.missing(where.host, where.port, patience_s=patience)
+        if why:
+            self.last_error = why
             self.patience_s = min(_BANNER_S, self.patience_s * 1.3)
-        return greeting.startswith(b"SSH-")
+        return not why
 
     def evidence(self) -> list[str]:
         """What is known when a wait runs out."""
@@ -195,9 +194,7 @@ class _Watch:
                 held = [
                     lease for lease in network.leases(self.host.conn, self.where.network) if lease.mac == self.where.mac
                 ]
-                lines.append(
-                    f"DHCP lease: {held[0].address}, until {held[0].expiry}" if held else "DHCP lease: none, so far"
-                )
+                lines.append(f"DHCP lease: {_told(held[0], time.time())}" if held else "DHCP lease: none, so far")
         else:
             cards = ", ".join(
                 source or "user networking" for source in {nic.source: None for nic in self.vm.facts.nics}
@@ -226,7 +223,7 @@ def wait_for(
     """
     began = clock()
     watch = _Watch(host, vm, clock)
-    _require_possible(vm, goal)
+    _require_possible(host, vm, goal)
     for stage in _STAGES[goal]:
         stage_began = clock()
         report(StageBegan(stage, stage_began - began))
@@ -257,8 +254,26 @@ def wait_for(
     return watch.where
 
 
-def _require_possible(vm: Domain, goal: Goal) -> None:
+def _told(lease: Lease, now: float) -> str:
+    """A lease for people: its address, until when by this machine's clock, and how long that is from ``now``."""
+    if not lease.expiry:
+        return f"{lease.address}, for ever"
+    until = datetime.fromtimestamp(lease.expiry).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+    left = lease.expiry - now
+    return f"{lease.address}, until {until}, " + (f"{left / 60:.0f} min left" if left > 0 else "over")
+
+
+def _in_vain(host: Host, vm: Domain, state: State, why: str) -> WrongState:
+    lines = console_tail(host, vm, _TRACE_LINES)
+    last = (panic_line(lines) if why == domain.PANICKED else "") or (lines[-1] if lines else "nothing")
+    text = f"cannot go on waiting for VM {vm.name}: it is {domain.told(state, why)}"
+    return WrongState(text, hint=f"last on its console: {last}")
+
+
+def _require_possible(host: Host, vm: Domain, goal: Goal) -> None:
     """Raise at once where waiting is bound to be in vain. For a VM that others will start, wait --for running."""
+    if vm.panicked:
+        raise _in_vain(host, vm, vm.state, vm.why)
     if goal is Goal.AGENT and not vm.facts.agent:
         raise Unsupported(f"cannot wait for the agent of VM {vm.name}: it has no channel for one")
     if goal not in {Goal.RUNNING, Goal.STOPPED}:

@@ -12,7 +12,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 from vmctl.record import Record
-from vmctl.spec import VM, Accel, Bus, Disk, DiskFormat, Firmware, Graphics, Machine, NicModel, Share, ShareDriver
+from vmctl.spec import (
+    VM,
+    Accel,
+    Bus,
+    Disk,
+    DiskFormat,
+    Firmware,
+    Graphics,
+    Machine,
+    NicModel,
+    OnCrash,
+    Share,
+    ShareDriver,
+)
 
 _SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://vmctl.dev/vm")
 _TARGETS = {Bus.VIRTIO: "vd", Bus.SCSI: "sd", Bus.SATA: "sd", Bus.IDE: "hd", Bus.NVME: "nvme"}
@@ -98,6 +111,7 @@ class DomainView:
     ignition: str = ""
     shares: tuple[ShareView, ...] = ()
     shared_memory: bool = False
+    on_crash: OnCrash = OnCrash.PRESERVE
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,5 +266,6 @@ def resolve(vm: VM, *, vm_uuid: str, accel: Accel, placement: Placement, record:
         ignition=placement.ignition if vm.ignition else "",
         shares=tuple(share_view(s, d) for s, d in zip(vm.shares, placement.share_drivers, strict=True)),
         shared_memory=ShareDriver.VIRTIOFS in placement.share_drivers,
+        on_crash=vm.on_crash,
     )
     return _slotted(vm, view)

@@ -13,9 +13,13 @@ from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 from vmctl.hypervisor.domain import Domain
 
-# What cloud-init and the micro image's init print last on the console at a first boot. A boot cut off before that
-# goes on from the seed at the next one; without one cloud-init would not even begin.
-_OVER = re.compile(r"Cloud-init v\. \S+ finished at|vmctl-micro: seed done")
+# What is printed on the console when a first boot is over and all of it is on the disk. A boot cut off before that goes
+# on from the seed at the next one; without one cloud-init would not even begin, and the host key would be lost. The
+# micro image's init says so itself. cloud-init has only written, which a power cut may still undo half a minute later:
+# there the kernel's last words must follow, which it prints after all file systems are closed.
+_KEPT = re.compile(r"vmctl-micro: seed done")
+_FINISHED = re.compile(r"Cloud-init v\. \S+ finished at")
+_CLOSED = re.compile(r"reboot: (?:Power down|Restarting system|System halted)")
 
 
 def detach_used(host: Host, vm: Domain, report: Reporter) -> None:
@@ -35,6 +39,13 @@ def detach_used(host: Host, vm: Domain, report: Reporter) -> None:
 
 def _first_boot_is_over(host: Host, vm: Domain) -> bool:
     try:
-        return _OVER.search(console_text(host, vm)) is not None
+        return first_boot_is_kept(console_text(host, vm))
     except VmctlError:
         return False  # no log to tell: the seed stays
+
+
+def first_boot_is_kept(log: str) -> bool:
+    """Whether a console log shows a first boot that went to its end, and that nothing of it can be lost any more."""
+    finished = _FINISHED.search(log)
+    closed = finished is not None and _CLOSED.search(log, finished.end()) is not None
+    return closed or _KEPT.search(log) is not None

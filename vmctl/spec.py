@@ -7,7 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from vmctl.choices import Accel, AccelChoice, Boot, Bus, DiskFormat, Firmware, Graphics, Machine, NicModel, ShareDriver
+from vmctl.choices import (
+    Accel,
+    AccelChoice,
+    Boot,
+    Bus,
+    DiskFormat,
+    Firmware,
+    Graphics,
+    Machine,
+    NicModel,
+    OnCrash,
+    ShareDriver,
+)
 from vmctl.errors import SpecError
 
 __all__ = [
@@ -20,6 +32,7 @@ __all__ = [
     "Graphics",
     "Machine",
     "NicModel",
+    "OnCrash",
     "ShareDriver",
 ]
 
@@ -90,6 +103,7 @@ class VM:
     labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     description: str = ""
     autostart: bool = False
+    on_crash: OnCrash = OnCrash.PRESERVE
     ssh_keys: tuple[str, ...] = ()
     runcmd: tuple[str, ...] = ()
     user: str | None = None

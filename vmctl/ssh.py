@@ -10,16 +10,19 @@ import logging
 import os
 import posixpath
 import select
+import shlex
 import socket
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import paramiko
 
-from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound
+from vmctl import ending
+from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound, VmctlError
 from vmctl.login import Target, Terminal
 
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -30,19 +33,77 @@ _CONNECT_TIMEOUT_S = 20.0
 _ANSWER_TIMEOUT_S = 120.0
 _CHUNK = 64 * 1024
 _KEEPALIVE_S = 15
+_LOOK_S = 1.0
+_ENDING_S = 10.0  # for all that ending.SCRIPT does
 _EXIT_UNKNOWN = 255  # what OpenSSH's client returns too
 
 
+Judge = Callable[[float], object]
+
+
+class NotAnswering(HostUnreachable):
+    """Nothing there speaks SSH, and so nothing has been asked of it yet: trying again later is safe."""
+
+    def __init__(self, target: Target, why: str) -> None:
+        super().__init__(f"cannot reach {target}: {why}", hint="is the guest up? `vmctl wait` shows each stage")
+        self.why = why
+
+
+class _Watch:
+    """Closes a connection of which nothing can be expected any more: TCP itself tells that after many minutes only.
+
+    ``judge`` hears each second for how long the other side has given no sign of life, and raises when waiting on has
+    no sense. A command may be silent for days: the server itself is asked for an answer, any answer.
+    """
+
+    def __init__(self, transport: paramiko.Transport, judge: Judge) -> None:
+        self.failure: VmctlError | None = None
+        self._transport, self._judge = transport, judge
+        self._over = threading.Event()
+        self._heard: float | None = None  # before the log-in other limits hold
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
+
+    def begin(self) -> None:
+        """From now on the server is asked."""
+        self._heard = time.monotonic()
+        threading.Thread(target=self._ask, name="pulse", daemon=True).start()
+
+    def end(self) -> None:
+        """Watch no longer."""
+        self._over.set()
+
+    def _look(self) -> None:
+        while not self._over.wait(_LOOK_S):
+            try:
+                self._judge(0.0 if self._heard is None else time.monotonic() - self._heard)
+            except VmctlError as error:
+                self.failure = error
+                self._transport.close()
+                return
+
+    def _ask(self) -> None:
+        while not self._over.wait(_KEEPALIVE_S):
+            try:
+                self._transport.global_request("keepalive@openssh.com", wait=True)
+            except (paramiko.SSHException, EOFError, OSError):
+                return
+            if not self._transport.is_active():
+                return
+            self._heard = time.monotonic()
+
+
 @contextmanager
-def session(target: Target) -> Iterator[paramiko.Transport]:
-    """An authenticated connection. Raises HostUnreachable; a wrong host key is one too, and says so."""
+def session(target: Target, judge: Judge = lambda silent_s: None) -> Iterator[paramiko.Transport]:
+    """An authenticated connection. Raises HostUnreachable; a wrong host key is one too, and says so.
+
+    Raises what ``judge`` does (see _Watch), NotAnswering when no SSH server greets.
+    """
     try:
         sock = socket.create_connection((target.host, target.port), timeout=_CONNECT_TIMEOUT_S)
     except OSError as error:
-        raise HostUnreachable(
-            f"cannot reach {target}: {error}", hint="is the guest up? `vmctl wait` shows each stage"
-        ) from error
+        raise NotAnswering(target, error.strerror or str(error)) from error
     transport = paramiko.Transport(sock)
+    watch = _Watch(transport, judge)
     transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = _ANSWER_TIMEOUT_S
     kind, _, blob = target.host_key.partition(" ")
     try:
@@ -56,17 +117,25 @@ def session(target: Target) -> Iterator[paramiko.Transport]:
                 hint="something else answers at that address, or the guest made new keys",
             )
         transport.auth_publickey(target.user, paramiko.Ed25519Key.from_private_key_file(str(target.key)))
+        watch.begin()
         yield transport
+        if watch.failure is not None:
+            raise watch.failure
     except paramiko.AuthenticationException as error:
         raise HostUnreachable(
             f"cannot log in to {target}: it refuses {target.key}",
             hint=f"does {target.user} exist there, and was the VM created by this user of the host?",
         ) from error
     except (paramiko.SSHException, EOFError, OSError) as error:
+        if watch.failure is not None:
+            raise watch.failure from error
         if isinstance(error, OSError) and transport.is_active():
             raise  # not the connection's: a reader of ours that went away, a full disk
+        if not transport.remote_version:
+            raise NotAnswering(target, "no SSH server greets") from error
         raise HostUnreachable(f"cannot talk to {target}: {error or type(error).__name__}") from error
     finally:
+        watch.end()
         transport.close()
 
 
@@ -94,25 +163,55 @@ def run(
     out: Callable[[bytes], object],
     err: Callable[[bytes], object],
     terminal: Terminal | None = None,
-    alive: Callable[[], object] = lambda: None,
+    judge: Judge = lambda silent_s: None,
 ) -> int:
     """Run ``command`` by the guest's shell and return its exit code. Both streams are drained together.
 
-    ``stdin`` is a file descriptor to pass on, None for no input. ``alive`` is asked while the guest is silent, and
-    raises when waiting on has no sense: the connection itself tells that only after a quarter of an hour.
+    ``stdin`` is a file descriptor to pass on, None for no input; for ``judge`` see ``session``. Whatever ends this
+    early, Ctrl-C above all, ends the command too.
     """
-    with session(target) as transport:
+    with session(target, judge) as transport:
         channel = transport.open_session(timeout=_ANSWER_TIMEOUT_S)
         if terminal is not None:
             channel.get_pty(terminal.kind, terminal.columns, terminal.rows)
-        channel.exec_command(command)
-        if stdin is None:
-            channel.shutdown_write()
-        else:
-            threading.Thread(target=_pump, args=(channel, stdin), name="stdin", daemon=True).start()
-        _drain(channel, out, err, alive)
+        try:
+            channel.exec_command(command)
+            if stdin is None:
+                channel.shutdown_write()
+            else:
+                threading.Thread(target=_pump, args=(channel, stdin), name="stdin", daemon=True).start()
+            _drain(channel, out, err)
+        except BaseException:
+            ending = threading.Thread(target=_end_command, args=(transport, channel), name="end", daemon=True)
+            ending.start()
+            ending.join(_ENDING_S)
+            raise
         code = channel.recv_exit_status()
         return code if code >= 0 else _EXIT_UNKNOWN
+
+
+def _end_command(transport: paramiko.Transport, channel: paramiko.Channel) -> None:
+    """End the command of ``channel`` in the guest, however many processes it has become."""
+    if channel.exit_status_ready() or not transport.is_active():
+        return
+    try:
+        with transport.open_session(timeout=_ENDING_S) as other:
+            other.exec_command(shlex.join(["sh", "-c", ending.SCRIPT]))
+            other.recv_exit_status()
+    except (paramiko.SSHException, EOFError, OSError):
+        _signal(transport, channel, "INT")  # no second session for us: to whom the server passes it on
+
+
+def _signal(transport: paramiko.Transport, channel: paramiko.Channel, name: str) -> None:
+    """RFC 4254, 6.9: a signal to the remote command. No answer comes."""
+    message = paramiko.Message()
+    message.add_byte(paramiko.common.cMSG_CHANNEL_REQUEST)
+    message.add_int(channel.remote_chanid)
+    message.add_string("signal")
+    message.add_boolean(False)
+    message.add_string(name)
+    with suppress(paramiko.SSHException, EOFError, OSError):
+        transport._send_user_message(message)  # type: ignore[attr-defined]  # paramiko has no call for this request
 
 
 class Stream:
@@ -185,12 +284,10 @@ def _drain(
     channel: paramiko.Channel,
     out: Callable[[bytes], object],
     err: Callable[[bytes], object],
-    alive: Callable[[], object],
 ) -> None:
     """Hand over both streams until the command has ended and both are empty."""
     while True:
-        if not select.select([channel], [], [], 1.0)[0]:
-            alive()
+        select.select([channel], [], [], _LOOK_S)
         moved = False
         while channel.recv_ready():
             out(channel.recv(_CHUNK))
@@ -214,8 +311,8 @@ Moved = Callable[[str, int, int], None]
 
 
 @contextmanager
-def _sftp(target: Target) -> Iterator[paramiko.SFTPClient]:
-    with session(target) as transport:
+def _sftp(target: Target, judge: Judge) -> Iterator[paramiko.SFTPClient]:
+    with session(target, judge) as transport:
         client = paramiko.SFTPClient.from_transport(transport)
         if client is None:
             raise GuestCommandFailed(f"cannot copy with {target}: it offers no SFTP")
@@ -238,9 +335,9 @@ def _is_new_or_file(client: paramiko.SFTPClient, path: str) -> bool:
         return True
 
 
-def put(target: Target, sources: list[Path], destination: str, moved: Moved) -> None:
+def put(target: Target, sources: list[Path], destination: str, moved: Moved, judge: Judge) -> None:
     """Copy files and folders into the guest, as cp -r does; ``moved`` hears name, bytes so far, bytes in all."""
-    with _sftp(target) as client:
+    with _sftp(target, judge) as client:
         into = _is_dir(client, destination)
         if len(sources) > 1 and not into:
             raise NotFound(f"cannot copy {len(sources)} things to {destination}: it is no folder in the guest")
@@ -268,9 +365,9 @@ def _put_one(client: paramiko.SFTPClient, source: Path, destination: str, moved:
         raise GuestCommandFailed(f"cannot copy {source} to {destination} in the guest: {error}") from error
 
 
-def get(target: Target, source: str, destination: Path, moved: Moved) -> None:
+def get(target: Target, source: str, destination: Path, moved: Moved, judge: Judge) -> None:
     """Copy a file or folder out of the guest. A file appears under its name only when it is whole."""
-    with _sftp(target) as client:
+    with _sftp(target, judge) as client:
         name = posixpath.basename(source.rstrip("/"))
         _get_one(client, source, destination / name if destination.is_dir() and name else destination, moved)
 

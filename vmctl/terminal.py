@@ -5,19 +5,25 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
+import subprocess
 import sys
 import termios
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from vmctl import guest
 from vmctl.errors import VmctlError
+from vmctl.events import Reporter
+from vmctl.hosts import Host
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.console import Console
 
 LEAVE = b"\x1d"  # Ctrl-]
 _TURN_S = 0.1
 _SILENCE_S = 2.0
+_SSH_FAILED = 255
 
 
 @contextmanager
@@ -62,6 +68,44 @@ def writer(descriptor: int) -> Callable[[bytes], None]:
                 raise VmctlError(f"cannot write the output: {error.strerror}") from error
 
     return write
+
+
+def login(host: Host, name: str, words: list[str], *, user: str | None, report: Reporter) -> int:
+    """Give the terminal to OpenSSH's client, in a shell of the guest or for one command; returns its exit code.
+
+    Raises the reason when it ends because the guest does, panics, or no longer answers.
+    """
+    argv = guest.openssh_argv(host, name, words, user=user, report=report)
+    # A Ctrl-C is the client's: it reaches the whole foreground group. A handler, unlike ignoring, is not inherited.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        process = subprocess.Popen(argv)
+    except FileNotFoundError as error:
+        raise VmctlError("cannot start ssh: it is not installed", hint="install openssh-client") from error
+    try:
+        with guest.watched(host, name, process) as failures:
+            code = _waited(process)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if failures:
+        raise failures[0]
+    if code == _SSH_FAILED and (why := guest.missing(host, name)):
+        raise guest.unanswered(host, name, why)
+    return code if code >= 0 else 128 - code
+
+
+def _waited(process: subprocess.Popen[bytes]) -> int:
+    """Its end; where it stops itself (~^Z), we stop with it, so that the shell takes over."""
+    while True:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        if not os.WIFSTOPPED(status):
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return process.returncode
+        os.kill(os.getpid(), signal.SIGSTOP)
+        process.send_signal(signal.SIGCONT)
 
 
 def attach(conn: Connection, name: str, *, force: bool) -> None:

@@ -21,7 +21,8 @@ _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 def _screen(host: Host, name: str, doing: str) -> Screen:
     vm = domain.find(host.conn, name)
-    domain.require(vm, frozenset({State.RUNNING, State.PAUSED}), doing, f"vmctl start {name}")
+    if not vm.panicked:  # its last words are on it
+        domain.require(vm, frozenset({State.RUNNING, State.PAUSED}), doing, f"vmctl start {name}")
     found = screen.screen(host.conn, name)
     if not found.video:
         raise Unsupported(

@@ -88,6 +88,16 @@ bool write_text(const char *path, const char *text, mode_t mode)
     return write_file(path, text, strlen(text), mode);
 }
 
+/* All that was written to the root so far is on its disk when this returns true: no power cut takes it away again. */
+bool settle(void)
+{
+    int fd = open("/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool good = fd >= 0 && syncfs(fd) == 0;
+    if (fd >= 0)
+        close(fd);
+    return good;
+}
+
 /* A fork whose two sides share root and working folder: when process 1 moves into the real root, its children follow. */
 pid_t fork_same_root(void)
 {

@@ -2,8 +2,9 @@
  *
  * The order is made for one number, the time until sshd answers. Two processes run side by side from the
  * start: one loads the network driver and gets an address, the other loads the disk driver, mounts the root,
- * applies the seed and starts sshd. Whatever nobody waits for (agent, power button, random numbers, growing the
- * file system) begins when sshd listens, at low priority.
+ * applies the seed and starts sshd. What a command in the guest relies on (all mounts, the identity, a root as large as
+ * its disk) is there before sshd listens; whatever nobody waits for (agent, power button, random numbers) begins then, at
+ * low priority.
  *
  * The process that was /init of the initramfs stays process 1: it moves the root under itself instead of
  * executing another init. See micro.h for the other parts.
@@ -198,17 +199,13 @@ static bool enter_root(const char *disk)
     return chdir("/root") == 0 && mount(".", "/", NULL, MS_MOVE, NULL) == 0 && chroot(".") == 0 && chdir("/") == 0;
 }
 
+/* All before sshd: what a command writes to /tmp must not vanish under a file system mounted a moment later. */
 static void mount_rest(void)
 {
     mount("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755");
     mkdir("/run/vmctl", 0755);
     mkdir("/dev/pts", 0755);
     mount("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "gid=5,mode=0620,ptmxmode=0666");
-}
-
-/* Behind the first answer: nobody waits for these. */
-static void mount_extras(void)
-{
     mkdir("/dev/shm", 01777);
     mount("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777");
@@ -261,15 +258,25 @@ static void name_virtio_ports(void)
         closedir(ports);
 }
 
-/* What `vmctl share` wrote into fstab. */
-static void mount_shares(void)
+/* What `vmctl share` wrote into fstab. Returns the process that mounts it, -1 without any. */
+static pid_t mount_shares(void)
 {
     char *table = read_file("/etc/fstab", NULL);
-    if (table && strstr(table, " virtiofs ") && fork() == 0) {
+    bool any = table && strstr(table, " virtiofs ");
+    free(table);
+    pid_t pid = any ? fork() : -1;
+    if (pid == 0) {
         execl("/bin/mount", "mount", "-a", "-t", "virtiofs", (char *)NULL);
         _exit(127);
     }
-    free(table);
+    return pid;
+}
+
+/* For its end, but not for ever: a guest that can be reached without it is better than one that cannot. */
+static void await(pid_t pid)
+{
+    for (int waited = 0; pid > 0 && waited < 10000 && waitpid(pid, NULL, WNOHANG) == 0; waited += 2)
+        nap_ms(2);
 }
 
 /* Waits for sshd and network, then for the drivers nobody was waiting for. A child of process 1; its end is the sign. */
@@ -282,24 +289,28 @@ static void late_main(int network_up)
     raised(network_up, 2000); /* an absent network must not keep the power button dead for long */
     load_modules("late");
     name_virtio_ports();
-    mount_extras();
-    mount_shares();
 }
 
-static void grow_root(const char *disk)
+/* Returns the process that lets the root fill its disk, 0 when it does already. */
+static pid_t grow_root(const char *disk)
 {
     uint64_t bytes = 0;
     uint8_t super[0x154];
     int fd = open(disk, O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || ioctl(fd, _IOR(0x12, 114, size_t), &bytes) != 0 || pread(fd, super, sizeof super, 1024) != sizeof super)
-        return;
-    close(fd);
+    bool known = fd >= 0 && ioctl(fd, _IOR(0x12, 114, size_t), &bytes) == 0 &&
+                 pread(fd, super, sizeof super, 1024) == sizeof super;
+    if (fd >= 0)
+        close(fd);
+    if (!known)
+        return 0;
     uint32_t blocks;
     memcpy(&blocks, super + 4, 4);
     uint64_t size = (uint64_t)blocks << (10 + super[0x18]);
-    if (bytes < size + (1 << 20) || fork() != 0)
-        return;
-    setpriority(PRIO_PROCESS, 0, 10);
+    if (bytes < size + (1 << 20))
+        return 0;
+    pid_t pid = fork();
+    if (pid != 0)
+        return pid;
     int log = open("/var/log/resize2fs.log", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     dup2(log, 1);
     dup2(log, 2);
@@ -368,7 +379,7 @@ static void obey(uint32_t signal_number)
     }
 }
 
-static void late_is_done(const char *disk, int network_up)
+static void late_is_done(int network_up)
 {
     open_buttons();
     if (access(AGENT_PORT, F_OK) == 0) {
@@ -384,15 +395,14 @@ static void late_is_done(const char *disk, int network_up)
     }
     say("press Enter for a shell");
     run_commands(network_up);
-    grow_root(disk);
 }
 
-static void reap(pid_t late, const char *disk, int network_up)
+static void reap(pid_t late, int network_up)
 {
     int status;
     for (pid_t pid; (pid = waitpid(-1, &status, WNOHANG)) > 0;) {
         if (pid == late)
-            late_is_done(disk, network_up);
+            late_is_done(network_up);
         for (int i = 0; i < SERVICES; i++)
             if (pid == services[i].pid)
                 ended(&services[i], status);
@@ -414,7 +424,7 @@ static int restart_due(void)
     return timeout_ms;
 }
 
-static void __attribute__((noreturn)) supervise(pid_t late, const char *disk, int network_up)
+static void __attribute__((noreturn)) supervise(pid_t late, int network_up)
 {
     watched[0] = (struct pollfd){signalfd(-1, &handled, SFD_CLOEXEC | SFD_NONBLOCK), POLLIN, 0};
     for (;;) {
@@ -422,7 +432,7 @@ static void __attribute__((noreturn)) supervise(pid_t late, const char *disk, in
         struct signalfd_siginfo info;
         while (read(watched[0].fd, &info, sizeof info) == sizeof info)
             obey(info.ssi_signo);
-        reap(late, disk, network_up);
+        reap(late, network_up);
         for (nfds_t i = 1; i < watching; i++)
             if (power_pressed(watched[i].fd))
                 power(RB_POWER_OFF, "power button");
@@ -464,16 +474,19 @@ int main(int count, char **words)
         for (;;)
             pause();
     mount_rest();
-    seed_apply_keys();
-    services[SSHD].wanted = true;
-    start(&services[SSHD]);
+    pid_t growing = grow_root(disk), sharing = mount_shares();
     seed_apply_identity();
     eventfd_write(seed_ready, 1);
+    seed_apply_keys();
+    await(growing);
+    await(sharing);
+    services[SSHD].wanted = true;
+    start(&services[SSHD]);
 
     pid_t late = fork();
     if (late == 0) {
         late_main(network_up);
         _exit(0);
     }
-    supervise(late, disk, network_up);
+    supervise(late, network_up);
 }

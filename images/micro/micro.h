@@ -28,6 +28,7 @@ void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 char *read_file(const char *path, size_t *length);
 bool write_file(const char *path, const void *data, size_t length, mode_t mode);
 bool write_text(const char *path, const char *text, mode_t mode);
+bool settle(void);
 pid_t fork_same_root(void);
 void nap_ms(int milliseconds);
 long now_ms(void);

@@ -166,8 +166,10 @@ static void write_host_key(void)
     }
     if (armored)
         say("seed: ssh_keys: ed25519_private is not an unencrypted OpenSSH ed25519 key");
-    if (access(HOST_KEY, F_OK) == 0)
+    struct stat present;
+    if (stat(HOST_KEY, &present) == 0 && present.st_size > 0) /* a power cut can leave an empty one */
         return;
+    unlink(HOST_KEY);
     say("making a host key");
     pid_t pid = fork();
     if (pid == 0) {
@@ -218,14 +220,14 @@ static void name_ignored_keys(void)
     }
 }
 
-/* What sshd must find when it starts. */
+/* What only sshd must find when it starts. */
 void seed_apply_keys(void)
 {
     write_host_key();
     write_authorized_keys();
 }
 
-/* The rest, which goes on beside sshd's start. */
+/* Who this machine is. */
 void seed_apply_identity(void)
 {
     const char *instance = yaml_text(meta_data, "instance-id");
@@ -287,7 +289,9 @@ static pid_t start_tee(int *input)
     return pid;
 }
 
-/* In a process of its own, after network and sshd; records the instance when done, so a cut boot runs them again. */
+/* In a process of its own, after network and sshd; records the instance when done, so a cut boot runs them again.
+ * The record comes after what it speaks of, and "seed done" after both, on the disk too: vmctl reads that line in the
+ * console log and takes the seed away at the next start, and then nobody can plant the host key again. */
 void seed_run_commands(int network_up)
 {
     const struct node *commands = yaml_get(user_data, "runcmd");
@@ -310,12 +314,13 @@ void seed_run_commands(int network_up)
         }
         close(output);
     }
-    if (first_boot)
-        write_text(INSTANCE_FILE, instance ? instance : "", 0644);
+    bool settled = settle();
+    if (first_boot && settled)
+        settled = write_text(INSTANCE_FILE, instance ? instance : "", 0644) && settle();
     /* Exit codes, one a line. Not waiting for the tee: a command left in the background may keep its pipe open. */
     write_text("/run/vmctl/seed-done", done, 0644);
-    if (first_boot)
-        say("seed done"); /* vmctl reads this line in the console log, and takes the seed away at the next start */
+    if (seed_disk[0] && settled) /* at a later boot too: the power may have gone just before it was said at the first */
+        say("seed done");
     if (tee > 0)
         waitpid(tee, NULL, 0);
 }

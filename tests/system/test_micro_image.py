@@ -37,11 +37,43 @@ def test_binary_data_survives_the_way_in_and_out(shared_vm: GuestVM) -> None:
 
 
 def test_the_root_file_system_grows_to_its_disk(make_vm: Callable[..., GuestVM]) -> None:
+    """Before the first command: one that unpacks a lot at once must not meet a full disk."""
     guest = make_vm(root_size_mib=600)
-    script = (
-        "for i in $(seq 50); do test $(df -m / | awk 'NR==2 {print $2}') -gt 400 && exit 0; sleep 0.2; done; exit 1"
-    )
-    guest.run("sh", "-c", script)
+    assert int(guest.run("sh", "-c", "df -m / | awk 'NR==2 {print $2}'").stdout) > 400
+
+
+SECONDS_AFTER_BOOT = r"""
+#include <stdio.h>
+#include <sys/stat.h>
+#include <time.h>
+static double seconds(struct timespec time) { return time.tv_sec + time.tv_nsec / 1e9; }
+int main(int count, char **words)
+{
+    struct timespec now, up;
+    struct stat found;
+    clock_gettime(CLOCK_REALTIME, &now);
+    clock_gettime(CLOCK_BOOTTIME, &up);
+    for (int i = 1; i < count && stat(words[i], &found) == 0; i++)
+        printf("%f\n", seconds(up) - seconds(now) + seconds(found.st_ctim));
+}
+"""
+
+
+def test_what_commands_rely_on_is_there_before_sshd(
+    shell: Shell, make_vm: Callable[..., GuestVM], tmp_path: Path
+) -> None:
+    """A file written to /tmp by the first command must not vanish under a mount that comes a moment later."""
+    build = ["gcc", "-static", "-O", "-x", "c", "-", "-o", str(tmp_path / "made")]
+    subprocess.run(build, input=SECONDS_AFTER_BOOT, text=True, check=True, timeout=60)
+    guest = make_vm()
+    shell.run("cp", str(tmp_path / "made"), f"{guest.name}:/root/made")
+    ticks = "for pid in $(pidof dropbear); do cut -d ' ' -f 22 /proc/$pid/stat; done | sort -n | head -n 1"
+    begun = int(guest.run("sh", "-c", ticks).stdout) / 100
+    for folder in ("/tmp", "/dev/shm", "/sys/fs/cgroup", "/dev/pts"):
+        guest.run("grep", f" {folder} ", "/proc/mounts")
+        if folder != "/sys/fs/cgroup":  # its times are not those of its mount
+            made = float(guest.run("/root/made", folder).stdout)
+            assert made < begun + 0.011, f"{folder} was mounted at {made}, sshd began at {begun}"
 
 
 def test_two_guests_reach_each_other(make_vm: Callable[..., GuestVM]) -> None:

@@ -223,6 +223,19 @@ def test_the_seed_goes_when_it_has_been_used(shell: Shell, name: str) -> None:
     assert "seed" not in shell.run("start", name).stderr
 
 
+def test_a_power_cut_right_after_the_first_boot_loses_nothing(shell: Shell, name: str) -> None:
+    """Once "seed done" is said the seed may go, and nobody could plant the host key again."""
+    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    wait_until(lambda: "seed done" in shell.run("logs", name).stdout, what="its first boot", timeout_s=120)
+    shell.virsh("destroy", name)
+    assert "no longer needs its seed" in shell.run("start", name).stderr
+    shell.run("wait", name, "--for", "ssh")
+    assert shell.run("exec", name, "--", "sh", "-c", "hostname; cat /var/lib/vmctl/instance-id").stdout.split() == [
+        name,
+        shell.json("show", name)["uuid"],
+    ]
+
+
 def test_cp_writes_into_devices_and_through_links(shell: Shell, shared_vm: GuestVM, tmp_path: Path) -> None:
     here, there = tmp_path / "file", f"/root/{tmp_path.name}"
     here.write_text("hello\n")

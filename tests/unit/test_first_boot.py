@@ -10,6 +10,7 @@ import yaml
 from vmctl import cloud_init, render, spec, user_data
 from vmctl.cloud_init import Status
 from vmctl.errors import SpecError
+from vmctl.seed_disk import first_boot_is_kept
 from vmctl.spec import VM, Nic
 
 OURS = "#cloud-config\nhostname: web1\nruncmd:\n  - ours\nssh_keys:\n  ed25519_private: |\n    A\n    B\n"
@@ -114,3 +115,19 @@ def test_network_config_says_what_was_asked() -> None:
 def test_how_cloud_init_went(result: str, status: str, log: str, expected: Status, line: str) -> None:
     found = cloud_init.read(f"{result}\n--vmctl--\n{status}\n--vmctl--\n{log}")
     assert found.status is expected and (not line or any(line in one for one in found.lines))
+
+
+@pytest.mark.parametrize(
+    ("log", "kept"),
+    [
+        ("vmctl-micro: seed done\n", True),
+        ("Cloud-init v. 22.4.2 finished at Mon\n", False),  # written, and not yet on the disk
+        ("Cloud-init v. 22.4.2 finished at Mon\n[   99.1] reboot: Power down\n", True),
+        ("Cloud-init v. 22.4.2 finished at Mon\n[   99.1] reboot: Restarting system\n", True),
+        ("[   20.1] reboot: Power down\n[    0.0] Linux\nCloud-init v. 22.4.2 finished at Mon\n", False),
+        ("[   20.1] reboot: Power down\n", False),
+        ("", False),
+    ],
+)
+def test_a_seed_goes_only_when_nothing_of_it_can_be_lost(log: str, kept: bool) -> None:
+    assert first_boot_is_kept(log) is kept

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from enum import StrEnum
 from typing import Annotated, Optional
@@ -10,7 +9,7 @@ from typing import Annotated, Optional
 import typer
 
 from vmctl.cli.options import ConnectOption, Name, UserOption, note, opened, reporter
-from vmctl.errors import SpecError, VmctlError
+from vmctl.errors import SpecError
 
 _HOUR_S = 3600.0
 
@@ -56,14 +55,10 @@ def ssh(
     connect: ConnectOption = None,
 ) -> None:
     """Log in by SSH, with OpenSSH's client. Only the host key planted at creation is trusted."""
-    from vmctl import guest
+    from vmctl import terminal
 
     with opened(connect) as host:
-        argv = guest.openssh_argv(host, name, _command(words), user=user)
-    try:
-        os.execvp(argv[0], argv)
-    except FileNotFoundError as error:
-        raise VmctlError("cannot start ssh: it is not installed", hint="install openssh-client") from error
+        raise typer.Exit(terminal.login(host, name, _command(words), user=user, report=reporter()))
 
 
 def exec_(
@@ -109,6 +104,7 @@ def exec_(
             err=terminal.writer(2),
             user=user,
             terminal=Terminal(*terminal.size()) if tty else None,
+            report=reporter(),
         )
     raise typer.Exit(code)
 

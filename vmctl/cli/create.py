@@ -25,7 +25,7 @@ from vmctl.cli.options import (
     reporter,
 )
 from vmctl.errors import SpecError
-from vmctl.spec import AccelChoice, Boot, Firmware, Graphics, Machine, NicModel
+from vmctl.spec import AccelChoice, Boot, Firmware, Graphics, Machine, NicModel, OnCrash
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -164,6 +164,9 @@ def create(
     ] = None,
     tpm: Annotated[bool, typer.Option("--tpm", help="A TPM 2.0 of its own (swtpm).", rich_help_panel=_MACHINE)] = False,
     autostart: Annotated[bool, typer.Option("--autostart", help="Start it with its host.")] = False,
+    on_crash: Annotated[
+        OnCrash, typer.Option(help="When its kernel panics: keep it as it is then, restart it, or power it off.")
+    ] = OnCrash.PRESERVE,
     no_start: Annotated[bool, typer.Option("--no-start", help="Define it only.")] = False,
     wait: Annotated[
         str | None, typer.Option(metavar="GOAL", help="Wait until running, ip, ssh, agent or cloud-init.")
@@ -219,6 +222,7 @@ def create(
         agent=agent,
         runcmd=tuple(runcmd or ()),
         autostart=autostart,
+        on_crash=on_crash,
         memory_mib=size,
         root_size_mib=root_mib,
         disks=disks,

@@ -49,9 +49,9 @@ def state(conn: Connection, name: str) -> AgentState:
 
 def require(conn: Connection, name: str, doing: str) -> None:
     """Raise WrongState, Unsupported or GuestCommandFailed unless there is an agent to ask."""
-    if (now := domain.state(conn, name)[0]) is not domain.State.RUNNING:
-        hint = f"vmctl resume {name}" if now is domain.State.PAUSED else f"vmctl start {name}"
-        raise WrongState(f"cannot {doing} VM {name}: it is {now}", hint=hint)
+    now, why = domain.state(conn, name)
+    if now is not domain.State.RUNNING:
+        raise WrongState(f"cannot {doing} VM {name}: it is {domain.told(now, why)}", hint=domain.remedy(name, now, why))
     found = state(conn, name)
     if found is AgentState.NONE:
         raise Unsupported(

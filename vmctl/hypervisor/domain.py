@@ -13,9 +13,9 @@ from vmctl.domain_xml import DomainFacts
 from vmctl.errors import Conflict, NotFound, Unsupported, VmctlError, WrongState
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
-from vmctl.hypervisor.states import ACTIVE, State, state_of
+from vmctl.hypervisor.states import ACTIVE, PANICKED, State, remedy, state_of, told
 
-__all__ = ["ACTIVE", "State"]
+__all__ = ["ACTIVE", "PANICKED", "State", "remedy", "told"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,11 @@ class Domain:
     def active(self) -> bool:
         """Whether a QEMU process runs for it."""
         return self.id is not None
+
+    @property
+    def panicked(self) -> bool:
+        """Whether its guest's kernel panicked, and QEMU keeps what there is of it."""
+        return self.why == PANICKED
 
 
 def handle(conn: Connection, name: str) -> Any:
@@ -303,9 +308,9 @@ def agent_ping(conn: Connection, name: str, *, timeout_s: int) -> bool:
 def require(domain: Domain, allowed: frozenset[State], doing: str, hint: str = "") -> None:
     """Raise WrongState unless the domain is in one of the ``allowed`` states."""
     if domain.state not in allowed:
-        if domain.state is State.PAUSED and hint.startswith("vmctl start"):
-            hint = f"vmctl resume {domain.name}"
-        raise WrongState(f"cannot {doing} VM {domain.name}: it is {domain.state}", hint=hint)
+        if hint.startswith("vmctl start"):
+            hint = remedy(domain.name, domain.state, domain.why)
+        raise WrongState(f"cannot {doing} VM {domain.name}: it is {told(domain.state, domain.why)}", hint=hint)
 
 
 def require_persistent(domain: Domain, doing: str) -> None:

@@ -9,7 +9,8 @@ import libvirt
 
 class State(StrEnum):
     """Domain states in vmctl's words. ``saved`` is shut off with a saved memory image; ``creating`` is defined
-    by a create that is still at it, or that was cut off."""
+    by a create that is still at it, or that was cut off; ``crashed`` is a guest whose kernel panicked, kept as it was
+    then (its reason is PANICKED), or a machine whose QEMU is gone."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -21,6 +22,9 @@ class State(StrEnum):
     CREATING = "creating"
 
 
+PANICKED = "guest panicked"
+
+# Of these more can be expected; a panicked guest only waits for someone to look at it.
 ACTIVE = frozenset({State.RUNNING, State.PAUSED, State.STOPPING, State.SUSPENDED})
 
 _STATES = {
@@ -56,4 +60,18 @@ def state_of(code: int, reason: int, *, saved: bool = False) -> tuple[State, str
         return State.CRASHED, ""
     if state is State.STOPPED and reason == libvirt.VIR_DOMAIN_SHUTOFF_FAILED:
         return state, "failed to start"
+    if state is State.CRASHED:
+        return state, PANICKED if reason == libvirt.VIR_DOMAIN_CRASHED_PANICKED else ""
     return state, _PAUSED_WHY.get(reason, "") if state is State.PAUSED else ""
+
+
+def told(state: State, why: str) -> str:
+    """A state for people, with its reason unless it is the one they think of."""
+    return f"{state} ({why})" if why and why != _PAUSED_WHY[libvirt.VIR_DOMAIN_PAUSED_USER] else str(state)
+
+
+def remedy(name: str, state: State, why: str) -> str:
+    """What makes a VM in that state run."""
+    if why == PANICKED:
+        return f"vmctl logs {name} shows how; vmctl reset {name} restarts it"
+    return f"vmctl resume {name}" if state is State.PAUSED else f"vmctl start {name}"

@@ -307,8 +307,13 @@ static int plant(void)
     if (!find_seed() || !is_plain())
         return 0;
     plant_hostname();
-    if (plant_host_key() && plant_user(user_name()) && plant_keys(user_name()))
+    if (plant_host_key() && plant_user(user_name()) && plant_keys(user_name())) {
+        if (fork() == 0) { /* on the disk long before cloud-init is through, and sshd need not wait for it */
+            settle();
+            _exit(0);
+        }
         return 0;
+    }
     say("cannot plant what the seed says: %s; cloud-init will", strerror(errno));
     return 1;
 }

@@ -1,0 +1,192 @@
+"""Guests that panic, are paused, or have not booted yet: whatever waits for them ends, with the reason."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import REPO, VMCTL, Shell
+from vmctl.pytest_qemu import GuestVM
+from vmctl.wait import wait_until
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
+PANIC = "(sleep 1; echo c >/proc/sysrq-trigger) </dev/null >/dev/null 2>&1 &"
+
+
+def begin(*words: str, **options: object) -> subprocess.Popen[str]:
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([*VMCTL, *words], text=True, cwd=REPO, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def panic(shell: Shell, name: str) -> None:
+    """Let the guest's kernel panic, and see it."""
+    shell.run("exec", name, "--", "sh", "-c", PANIC)
+    wait_until(lambda: shell.json("show", name)["state"] == "crashed", what="the panic", timeout_s=60)
+
+
+@pytest.fixture
+def panicked(shell: Shell, name: str) -> Iterator[str]:
+    """A VM whose guest panicked."""
+    shell.run("create", name, "--image", "micro", "--graphics", "vnc", "--wait", "agent")
+    panic(shell, name)
+    yield name
+
+
+def test_a_panic_ends_all_that_waits_at_once_and_says_so(shell: Shell, name: str, tmp_path: Path) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    with (tmp_path / "endless").open("wb") as file:
+        file.truncate(8 << 30)
+    events = begin("events", name, "--count", "1", "-o", "json")
+    assert events.stderr is not None and "watching" in events.stderr.readline()
+    waiting = [
+        begin("exec", name, "--", "sh", "-c", "echo up; sleep 1000"),
+        begin("ssh", name, "echo up; sleep 1000"),
+        begin("exec", "-t", name, "--", "sh", "-c", "echo up; sleep 1000"),
+    ]
+    for one in waiting:
+        assert one.stdout is not None and one.stdout.readline().strip() == "up"
+    waiting.append(begin("cp", str(tmp_path / "endless"), f"{name}:/root/endless"))
+    waiting.append(begin("wait", name, "--for", "stopped"))
+    arriving = ["exec", name, "--", "sh", "-c", "ls -d /root/.vmctl-*"]
+    wait_until(lambda: shell.run(*arriving, check=None).stdout, what="the copy", timeout_s=60)
+    shell.run("exec", name, "--", "sh", "-c", PANIC)
+    for one in waiting:
+        _, err = one.communicate(timeout=30)
+        words = " ".join(map(str, one.args[3:5]))  # type: ignore[index]
+        assert one.returncode == 6 and "it is crashed (guest panicked)" in err, f"{words}: {one.returncode} {err}"
+        assert "Traceback" not in err
+    out, _ = events.communicate(timeout=20)
+    assert '"event": "crashed"' in out and "guest panicked" in out
+
+
+def test_what_can_be_done_with_a_panicked_guest(shell: Shell, panicked: str, tmp_path: Path) -> None:
+    name = panicked
+    assert shell.virsh("domstate", "--reason", name) == "crashed (panicked)"
+    (row,) = [row for row in shell.json("list") if row["name"] == name]
+    assert row["state"] == "crashed" and name in shell.run("list", "-s", "crashed", "-o", "name").stdout.split()
+    assert shell.json("show", name)["why"] == "guest panicked"
+    assert re.search(r"^state +crashed \(guest panicked\)", shell.run("show", name).stdout, re.MULTILINE)
+    assert "Kernel panic - not syncing" in shell.run("logs", name, "-n", "60").stdout
+    shell.run("screenshot", name, "-o", str(tmp_path / "last.png"))
+    for goal in ("ssh", "agent", "running", "stopped"):
+        told = shell.run("wait", name, "--for", goal, check=6, timeout=20).stderr
+        assert "it is crashed (guest panicked)" in told and "last on its console" in told and "Kernel panic" in told
+    for words in (["exec", name, "--", "true"], ["ssh", name, "true"], ["cp", f"{name}:/etc/passwd", str(tmp_path)]):
+        told = shell.run(*words, check=6, timeout=20).stderr
+        assert "it is crashed (guest panicked)" in told and f"vmctl reset {name}" in told
+    for verb in ("start", "resume", "pause", "save", "reboot", "freeze"):
+        told = shell.run(verb, name, check=6, timeout=20).stderr
+        assert "crashed (guest panicked)" in told and f"vmctl reset {name}" in told, f"{verb}: {told}"
+    assert "pulls its plug" in shell.run("stop", name, check=6, timeout=20).stderr
+    shell.run("rename", name, f"{name}x", check=6)
+
+    shell.run("reset", name)
+    assert shell.json("show", name)["state"] == "running"
+    shell.run("wait", name, "--for", "agent")
+    assert shell.run("exec", name, "--", "hostname").stdout == f"{name}\n"
+    panic(shell, name)
+    began = time.monotonic()
+    assert "by force" in shell.run("stop", name, "--force").stdout
+    assert time.monotonic() - began < 15, "it was asked to power off by itself"
+    assert shell.json("show", name)["state"] == "stopped"
+    assert "booted" in shell.run("start", name).stdout
+
+
+def test_a_panic_while_it_is_being_stopped(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    # Deaf, so that the stop waits: process 1, which hears the button, sleeps.
+    shell.run("exec", name, "--", "sh", "-c", "kill -STOP 1; sleep 1; " + PANIC.replace("sleep 1", "sleep 5"))
+    told = shell.run("stop", name, "--timeout", "60", check=6, timeout=50).stderr
+    assert "its guest panicked" in told
+    shell.run("delete", name, "--yes")
+
+
+@pytest.mark.parametrize(("choice", "state"), [("restart", "running"), ("destroy", "crashed")])
+def test_another_end_of_a_panic_can_be_chosen(shell: Shell, name: str, choice: str, state: str) -> None:
+    shell.run("create", name, "--image", "micro", "--on-crash", choice, "--wait", "agent")
+    boot = shell.run("exec", name, "--", "cat", "/proc/sys/kernel/random/boot_id").stdout
+    shell.run("exec", name, "--", "sh", "-c", PANIC)
+    if choice == "destroy":
+        wait_until(lambda: shell.json("show", name)["state"] == state, what="its end", timeout_s=60)
+        shell.run("wait", name, "--for", "stopped", timeout=20)
+        assert "booted" in shell.run("start", name).stdout
+        return
+    wait_until(
+        lambda: (
+            shell.run("exec", name, "--", "cat", "/proc/sys/kernel/random/boot_id", check=None).stdout not in {boot, ""}
+        ),
+        what="the next boot",
+        timeout_s=120,
+    )
+
+
+def test_a_paused_guest_holds_nobody_for_ever_and_a_quiet_command_runs_on(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    quiet = begin("exec", name, "--", "sh", "-c", "sleep 40; echo done")
+    assert quiet.wait(120) == 0  # longer than any sign of life is waited for between two of them
+    lasting = begin("exec", name, "--", "sh", "-c", "echo up; sleep 20; echo done")
+    assert lasting.stdout is not None and lasting.stdout.readline() == "up\n"
+    shell.run("pause", name)
+    shell.run("resume", name)  # a short pause ends nothing
+    assert lasting.communicate(timeout=120)[0] == "done\n" and lasting.returncode == 0
+    stuck = [begin("exec", name, "--", "sh", "-c", "echo up; sleep 1000"), begin("ssh", name, "echo up; sleep 1000")]
+    for one in stuck:
+        assert one.stdout is not None and one.stdout.readline() == "up\n"
+    shell.run("pause", name)
+    for one in stuck:
+        _, err = one.communicate(timeout=90)
+        assert one.returncode == 6 and "it is paused now" in err and f"hint: vmctl resume {name}" in err
+
+
+@pytest.mark.parametrize("verb", ["exec", "ssh", "cp"])
+def test_right_after_create(shell: Shell, name: str, tmp_path: Path, verb: str) -> None:
+    """A guest still booting is waited for, and the wait is told."""
+    words = {
+        "exec": ["exec", name, "--", "hostname"],
+        "ssh": ["ssh", name, "hostname"],
+        "cp": ["cp", f"{name}:/etc/hostname", str(tmp_path / "got")],
+    }
+    shell.run("create", name, "--image", "micro")
+    done = shell.run(*words[verb], timeout=200, stdin=subprocess.DEVNULL)
+    assert f"{name} does not answer yet" in done.stderr and "waiting for it to boot" in done.stderr
+    assert "Errno" not in done.stderr
+    assert (tmp_path / "got").read_text() if verb == "cp" else done.stdout == f"{name}\n"
+
+
+def test_one_that_is_long_up_and_does_not_answer(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    # So that its sshd is not started again.
+    shell.run("exec", name, "--", "sh", "-c", "(sleep 1; kill -STOP 1; killall dropbear) </dev/null >/dev/null 2>&1 &")
+    pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
+    began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / 100
+    wait_until(
+        lambda: float(Path("/proc/uptime").read_text().split()[0]) - began > 181,
+        what="its time to boot to be over", timeout_s=200, interval_s=1.0,
+    )  # fmt: skip
+    for words in (["exec", name, "--", "true"], ["ssh", name, "true"], ["cp", f"{name}:/etc/passwd", "/dev/null"]):
+        told = shell.run(*words, check=3, timeout=30).stderr
+        assert f"cannot reach VM {name} by SSH: Connection refused" in told and f"`vmctl wait {name}`" in told
+
+
+@pytest.mark.parametrize("options", [[], ["-t"]])
+@pytest.mark.parametrize("command", ["exec sleep 4000", "sleep 4000 & sleep 4001", "trap '' INT TERM HUP; sleep 4000"])
+def test_ctrl_c_ends_the_command_in_the_guest(
+    shell: Shell, shared_vm: GuestVM, options: list[str], command: str
+) -> None:
+    running = begin("exec", *options, shared_vm.name, "--", "sh", "-c", f"echo up; {command}")
+    assert running.stdout is not None and running.stdout.readline().strip() == "up"
+
+    def look() -> str:
+        return shell.run("exec", shared_vm.name, "--", "sh", "-c", "pgrep -f '[s]leep 400'", check=None).stdout
+
+    wait_until(look, what="the command in the guest", timeout_s=30)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=30)
+    assert running.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    assert look() == ""

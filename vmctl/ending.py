@@ -1,0 +1,32 @@
+"""A shell script for the guest that ends what runs beside it for the same SSH connection.
+
+A server passes a signal of the client on to one process only, or to none (dropbear to the shell, OpenSSH for root);
+and when a connection is gone, processes without a terminal never hear of it.
+"""
+
+# All processes below the nearest SSH server above this shell are the connection's; this shell's own are left alone.
+SCRIPT = r"""
+list() {
+    cat /proc/[0-9]*/stat 2>/dev/null | awk -v self=$$ '
+        {
+            rest = name = $0
+            sub(/^[^(]*\(/, "", name); sub(/\)[^)]*$/, "", name)
+            sub(/^.*\) /, "", rest); split(rest, part, " ")
+            if (part[1] != "Z") { up[$1] = part[2]; called[$1] = name }
+        }
+        END {
+            for (top = self; top > 1 && called[top] !~ /^(sshd|dropbear)/; top = up[top]) mine = top
+            if (top <= 1) exit
+            for (pid in up) {
+                for (at = pid; at > 1 && at != mine && up[at] != top; at = up[at]);
+                if (at > 1 && at != mine) print pid
+            }
+        }'
+}
+for signal in INT TERM KILL; do
+    found=$(list)
+    [ "$found" ] || exit 0
+    kill -s $signal $found 2>/dev/null || sudo -n kill -s $signal $found 2>/dev/null
+    for turn in 1 2 3 4 5 6 7 8; do [ "$(list)" ] || exit 0; sleep 0.2; done
+done
+"""
