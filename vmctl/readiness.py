@@ -196,9 +196,8 @@ class _Watch:
                 ]
                 lines.append(f"DHCP lease: {_told(held[0], time.time())}" if held else "DHCP lease: none, so far")
         else:
-            cards = ", ".join(
-                source or "user networking" for source in {nic.source: None for nic in self.vm.facts.nics}
-            )
+            sources = dict.fromkeys(nic.source for nic in self.vm.facts.nics)
+            cards = ", ".join("user networking" if source == "user" else source for source in sources)
             lines.append(f"address: none known; its network cards: {cards or 'none'}")
         if self.last_error:
             lines.append(f"last try: {self.last_error}")

@@ -137,7 +137,7 @@ def is_public_key(line: str) -> bool:
 
 def is_private_key(text: str) -> bool:
     """Whether it is a private key, or has one in it: of OpenSSH, PEM or PuTTY."""
-    return re.search(r"PRIVATE KEY-----|PuTTY-User-Key-File", text) is not None
+    return re.search(r"PRIVATE KEY ?----|PuTTY-User-Key-File", text) is not None
 
 
 def parse_size_mib(text: str) -> int:

@@ -150,7 +150,7 @@ def heard(host: Host, elf: Path, timeout_s: float) -> Transcript:
     path = storage.create_volume(host.conn, "vmctl", render.volume(volume), name=volume.name)
     try:
         storage.upload_bytes(host.conn, "vmctl", volume.name, elf.read_bytes())
-        view = render.ProbeView("t-heard", "qemu", "max", str(QEMU), path)
+        view = render.ProbeView("t-heard", "qemu", "kvm64", str(QEMU), path)
         enough = lambda said: "done" in accel_probe.lines_of(said)  # noqa: E731
         return console.transcript(host.conn, render.probe(view), until=enough, timeout_s=timeout_s)
     finally:

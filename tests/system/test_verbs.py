@@ -462,7 +462,7 @@ def test_several_names_and_globs(shell: Shell, names: Callable[[], str]) -> None
 
 def test_events(shell: Shell, name: str) -> None:
     watcher = subprocess.Popen(
-        [*VMCTL, "events", name, "--count", "3", "-o", "json"],
+        [*VMCTL, "events", f"{name}*", "--count", "3", "-o", "json"],  # a glob, for there is no VM of that name yet
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -18,7 +18,7 @@ def read_keys(given: Sequence[str]) -> tuple[str, ...]:
     found: list[str] = []
     for one in given:
         if spec.is_private_key(one):
-            raise SpecError("cannot use an SSH key: it is a private one", hint="give the public one, or its .pub file")
+            raise SpecError("cannot use an SSH key: it is a private one; give the public one, or its .pub file")
         if spec.is_public_key(one.strip()):
             found.append(one.strip())
             continue

@@ -41,6 +41,7 @@ def _details(m: Manifest) -> str:
             ("virtual size", ui.size(m.virtual_size)),
             ("size", ui.size(m.size)),
             ("tags", ", ".join(m.tags)),
+            ("step of", m.step_of),
             ("default user", m.default_user),
             ("starts by", ", ".join(m.boots)),
             ("kernel", f"direct boot, sha256 {m.kernel_sha256}" if m.kernel_sha256 else ""),
