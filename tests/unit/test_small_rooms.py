@@ -296,3 +296,14 @@ def test_a_signal_while_modules_are_loaded_ends_it_with_one_line(module: str, nu
     done = subprocess.run([sys.executable, "-c", script, "version"], capture_output=True, text=True, timeout=60)
     said = "interrupted\n" if number == signal.SIGINT else "stopped on request (SIGTERM)\n"
     assert (done.returncode, done.stderr) == (130, said)
+
+
+def test_who_may_not_look_into_a_folder_cannot_share_it_by_9p(tmp_path: Path) -> None:
+    from vmctl.share import barred_at
+
+    (tmp_path / "closed/in").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o700)
+    found = barred_at(tmp_path / "closed/in", "nobody")
+    assert found is not None and (tmp_path / "closed").is_relative_to(found)
+    assert barred_at(Path("/usr"), "nobody") is None
+    assert barred_at(tmp_path / "closed/in", "root") is None
