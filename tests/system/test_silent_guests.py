@@ -171,11 +171,12 @@ def test_right_after_create(shell: Shell, name: str, tmp_path: Path, verb: str) 
     assert (tmp_path / "got").read_text() if verb == "cp" else done.stdout == f"{name}\n"
 
 
-@pytest.mark.parametrize("options", [[], ["-t"]])
+@pytest.mark.parametrize("options", [[], ["-t"], ["--via", "agent"]])
 @pytest.mark.parametrize("command", ["exec sleep 4000", "sleep 4000 & sleep 4001", "trap '' INT TERM HUP; sleep 4000"])
 def test_ctrl_c_ends_the_command_in_the_guest(
     shell: Shell, shared_vm: GuestVM, options: list[str], command: str
 ) -> None:
+    shell.run("wait", shared_vm.name, "--for", "agent")
     running = begin("exec", *options, shared_vm.name, "--", "sh", "-c", f"echo up; {command}")
     assert running.stdout is not None and running.stdout.readline().strip() == "up"
 
@@ -186,7 +187,7 @@ def test_ctrl_c_ends_the_command_in_the_guest(
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=30)
     assert running.returncode == 130 and "interrupted" in err and "Traceback" not in err
-    assert look() == ""
+    wait_until(lambda: not look(), what="its end", timeout_s=10 if options[:1] == ["--via"] else 0)
 
 
 def test_one_that_is_long_up_and_does_not_answer(shell: Shell, old: str) -> None:
