@@ -54,6 +54,8 @@ def test_a_panic_ends_all_that_waits_at_once_and_says_so(shell: Shell, name: str
         assert one.stdout is not None and one.stdout.readline().strip() == "up"
     waiting.append(begin("cp", str(tmp_path / "endless"), f"{name}:/root/endless"))
     waiting.append(begin("wait", name, "--for", "stopped"))
+    waiting.append(begin("forward", name, "0:22"))
+    assert waiting[-1].stdout is not None and " -> 22" in waiting[-1].stdout.readline()
     arriving = ["exec", name, "--", "sh", "-c", "ls -d /root/.vmctl-*"]
     wait_until(lambda: shell.run(*arriving, check=None).stdout, what="the copy", timeout_s=60)
     shell.run("exec", name, "--", "sh", "-c", PANIC)
