@@ -68,6 +68,22 @@ def test_a_panic_ends_all_that_waits_at_once_and_says_so(shell: Shell, name: str
     assert '"event": "crashed"' in out and "guest panicked" in out
 
 
+def test_a_panic_that_no_driver_tells_of(shell: Shell, name: str) -> None:
+    """libvirt goes on calling it running; that it gives no sign of life, and its console, tell."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.run("exec", name, "--", "rmmod", "pvpanic_mmio")
+    waiting = [
+        begin(verb, name, *words) for verb, words in (("exec", ["--", "sleep", "1000"]), ("ssh", ["sleep 1000"]))
+    ]
+    look = ["exec", name, "--", "sh", "-c", "pgrep -f '[s]leep 1000' | wc -l"]
+    wait_until(lambda: int(shell.run(*look).stdout) >= 2, what="the commands", timeout_s=60)
+    shell.run("exec", name, "--", "sh", "-c", PANIC)
+    for one in waiting:
+        _, err = one.communicate(timeout=240)
+        assert one.returncode == 6 and "its console ends in" in err and "Kernel panic - not syncing" in err, err
+    assert shell.virsh("domstate", name) == "running"
+
+
 def test_what_can_be_done_with_a_panicked_guest(shell: Shell, panicked: str, tmp_path: Path) -> None:
     name = panicked
     assert shell.virsh("domstate", "--reason", name) == "crashed (panicked)"
