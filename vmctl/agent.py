@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vmctl.errors import GuestCommandFailed, SpecError, VmctlError, WaitTimeout, quietly
+from vmctl import ending
+from vmctl.errors import GuestCommandFailed, Interrupted, SpecError, VmctlError, WaitTimeout, quietly
 from vmctl.hosts import Host
 from vmctl.hypervisor import agent
 from vmctl.hypervisor.agent import AgentState
@@ -99,6 +100,7 @@ def execute(
     ask = _Asked(host, name, "run a command by the agent of")
     folder = ask.quick("/bin/sh", "-c", "umask 077; d=$(mktemp -d) && cd $d && : >in && : >out && : >err && echo $d")
     handles: list[int] = []
+    started: Mapping[str, Any] = {}
     try:
         if stdin is not None:
             _feed(ask, f"{folder}/in", stdin)
@@ -108,6 +110,10 @@ def execute(
             streams.append(_Stream(ask, f"{folder}/{part}", sink))
             handles.append(streams[-1].handle)
         return _followed(ask, started["pid"], streams, argv[0], timeout_s)
+    except (KeyboardInterrupt, Interrupted, BrokenPipeError):
+        end = ["-c", ending.SCRIPT, "sh", str(started["pid"])] if started else []
+        quietly(lambda: end and ask("guest-exec", path="/bin/sh", arg=end))
+        raise
     finally:
         for handle in handles:
             quietly(lambda handle=handle: ask("guest-file-close", handle=handle))  # type: ignore[misc]

@@ -82,7 +82,9 @@ def plan(host: Host, vm: VM) -> Plan:
         console_log=log,
         ssh=SshAccess(vm.user or image.manifest.default_user, "", port, first_boot.static_address(vm)),
         creating=True,
+        mounts={resolve.share_tag(one.mount): one.mount for one in vm.shares},
     )
+    ways = tuple(share.way(host, one, image.manifest) for one in vm.shares)
     direct = first_boot.starts_directly(vm, image.manifest)
     placement = resolve.Placement(
         root=f"{folder}/{prefix}.qcow2",
@@ -96,7 +98,7 @@ def plan(host: Host, vm: VM) -> Plan:
         network=host.settings.network,
         forward_port=port,
         ignition=f"{folder}/{prefix}-ignition.json",
-        share_drivers=tuple(share.driver(host, one) for one in vm.shares),
+        share_ways=ways,
     )
     return Plan(vm, vm_uuid, decision, image, placement, record)
 
@@ -222,8 +224,8 @@ def _define(host: Host, planned: Plan, record: Record, report: Reporter) -> tupl
 
 def _mounts(planned: Plan) -> tuple[str, ...]:
     """Commands for the first boot that mount the shared folders, then and at each later boot."""
-    pairs = zip(planned.vm.shares, planned.placement.share_drivers, strict=True)
-    return tuple(share.mount_command(one, driver) for one, driver in pairs)
+    pairs = zip(planned.vm.shares, planned.placement.share_ways, strict=True)
+    return tuple(share.mount_command(one, way.driver) for one, way in pairs)
 
 
 def _kernel(vm: VM, image: Image) -> str:

@@ -6,14 +6,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vmctl.agent import GuestAddress, glance
-from vmctl.choices import AccelChoice
+from vmctl.choices import AccelChoice, ShareDriver
 from vmctl.domain_brief import Brief
 from vmctl.domain_xml import DiskFacts, NicFacts
 from vmctl.hosts import Host, decide_accel
-from vmctl.hypervisor import domain, inventory
+from vmctl.hypervisor import devices, domain, inventory
+from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.inventory import Entry
 from vmctl.hypervisor.states import State
 from vmctl.listing import addresses_of, shown_state
+from vmctl.resources import readonly_virtiofsd
+
+
+@dataclass(frozen=True, slots=True)
+class ShareFacts:
+    """One folder of the host in the guest. ``mount`` "": vmctl did not put it there; ``live``: it is plugged in now."""
+
+    folder: str
+    mount: str
+    readonly: bool
+    driver: ShareDriver
+    live: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +54,7 @@ class Detail:
     ssh_host_key: str
     disks: tuple[DiskFacts, ...]
     nics: tuple[NicFacts, ...]
+    shares: tuple[ShareFacts, ...]
     graphics: str
     agent: bool
     agent_state: str
@@ -89,6 +103,7 @@ def detail(host: Host, name: str) -> Detail:
         ssh_host_key=ssh.host_key if ssh else "",
         disks=facts.disks,
         nics=facts.nics,
+        shares=_shares(host, vm),
         graphics=facts.graphics,
         agent=facts.agent,
         agent_state=agent.state,
@@ -97,4 +112,21 @@ def detail(host: Host, name: str) -> Detail:
         persistent=vm.persistent,
         spec_digest=record.spec_digest if record else "",
         host=host.conn.host,
+    )
+
+
+def _shares(host: Host, vm: Domain) -> tuple[ShareFacts, ...]:
+    """Those it has now, and those it has from its next start on."""
+    now = {one.tag: one for one in devices.shares(host.conn, vm.name, live=True)} if vm.active else {}
+    later = {one.tag: one for one in devices.shares(host.conn, vm.name)} if vm.persistent else {}
+    mounts = vm.facts.record.mounts if vm.facts.record else {}
+    return tuple(
+        ShareFacts(
+            one.folder,
+            mounts.get(tag, ""),
+            one.readonly or one.guard.endswith(f"/{readonly_virtiofsd().name}"),
+            ShareDriver.VIRTIOFS if one.virtiofs else ShareDriver.P9,
+            tag in now,
+        )
+        for tag, one in (later | now).items()
     )

@@ -1,13 +1,15 @@
-"""A shell script for the guest that ends what runs beside it for the same SSH connection.
+"""A shell script for the guest that ends a command, however many processes it has become.
 
 A server passes a signal of the client on to one process only, or to none (dropbear to the shell, OpenSSH for root);
 and when a connection is gone, processes without a terminal never hear of it.
 """
 
 # All processes below the nearest SSH server above this shell are the connection's; this shell's own are left alone.
+# With a process given instead: that one and all below it.
 SCRIPT = r"""
+root=${1-}
 list() {
-    cat /proc/[0-9]*/stat 2>/dev/null | awk -v self=$$ '
+    cat /proc/[0-9]*/stat 2>/dev/null | awk -v self=$$ -v root="$root" '
         {
             rest = name = $0
             sub(/^[^(]*\(/, "", name); sub(/\)[^)]*$/, "", name)
@@ -15,8 +17,10 @@ list() {
             if (part[1] != "Z") { up[$1] = part[2]; called[$1] = name }
         }
         END {
-            for (top = self; top > 1 && called[top] !~ /^(sshd|dropbear)/; top = up[top]) mine = top
+            top = root
+            if (!top) for (top = self; top > 1 && called[top] !~ /^(sshd|dropbear)/; top = up[top]) mine = top
             if (top <= 1) exit
+            if (root in up) print root
             for (pid in up) {
                 for (at = pid; at > 1 && at != mine && up[at] != top; at = up[at]);
                 if (at > 1 && at != mine) print pid

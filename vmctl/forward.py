@@ -17,7 +17,6 @@ from vmctl import guest
 from vmctl.errors import Conflict, HostUnreachable, SpecError, VmctlError, reason
 from vmctl.events import Reporter, Warned
 from vmctl.hosts import Host
-from vmctl.hypervisor import domain
 from vmctl.ssh import Stream, Tunnel, tunnel
 from vmctl.wait import pause
 
@@ -136,10 +135,10 @@ def forwarding(
 
     Raises Conflict for a port that is not to be had, HostUnreachable when the guest does not let us in.
     """
-    where = guest.target(host, domain.find(host.conn, name), user=user)
+    where = guest.reachable(host, name, user=user, report=report)
     with ExitStack() as stack:
         listeners = [stack.enter_context(_listen(one)) for one in wanted]
-        through = stack.enter_context(tunnel(where))
+        through = stack.enter_context(tunnel(where, guest.Vigil(host, name)))
         work = Forwarding(name, through, report)
         for listener, one in zip(listeners, wanted, strict=True):
             served = replace(one, port=listener.getsockname()[1])

@@ -36,7 +36,10 @@ class SshAccess(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One VM's record. ``creating`` is set until its creation went through to the end."""
+    """One VM's record. ``creating`` is set until its creation went through to the end.
+
+    ``mounts`` has the guest's folder for each shared folder's tag, which alone the domain knows.
+    """
 
     image: str
     image_digest: str
@@ -48,6 +51,7 @@ class Record:
     ssh: SshAccess | None = None
     console_log: Owned | None = None
     creating: bool = False
+    mounts: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
 
@@ -83,5 +87,6 @@ def read(element: ET.Element) -> Record | None:
         ),
         console_log=None if log is None else Owned(log.get("pool", ""), log.get("name", "")),
         creating=element.get("creating") == "yes",
+        mounts={item.get("tag", ""): item.get("mount", "") for item in element.iter(_tag("share"))},
         schema=int(element.get("schema", "0")),
     )

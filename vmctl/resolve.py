@@ -66,6 +66,14 @@ class UserNet:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareWay:
+    """How a folder is shared. ``guard`` is a program in virtiofsd's place that keeps it read-only."""
+
+    driver: ShareDriver
+    guard: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ShareView:
     """A shared folder; the guest mounts it by its ``tag``."""
 
@@ -73,6 +81,7 @@ class ShareView:
     tag: str
     driver: ShareDriver
     readonly: bool
+    guard: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +138,17 @@ class Placement:
     network: str
     forward_port: int | None
     ignition: str = ""
-    share_drivers: tuple[ShareDriver, ...] = ()
+    share_ways: tuple[ShareWay, ...] = ()
 
 
-def share_view(share: Share, driver: ShareDriver) -> ShareView:
-    """A shared folder as rendered. The tag goes by the place in the guest; 9p allows 31 letters."""
-    tag = "share-" + hashlib.sha256(share.mount.encode()).hexdigest()[:12]
-    return ShareView(share.folder, tag, driver, share.readonly)
+def share_tag(mount: str) -> str:
+    """What a shared folder is called between host and guest, by its place in the guest; 9p allows 31 letters."""
+    return "share-" + hashlib.sha256(mount.encode()).hexdigest()[:12]
+
+
+def share_view(share: Share, way: ShareWay) -> ShareView:
+    """A shared folder as rendered."""
+    return ShareView(share.folder, share_tag(share.mount), way.driver, share.readonly, way.guard)
 
 
 def identity(host: str, name: str, taken: Collection[str]) -> str:
@@ -264,8 +277,8 @@ def resolve(vm: VM, *, vm_uuid: str, accel: Accel, placement: Placement, record:
         secure_boot=vm.firmware is Firmware.UEFI_SECURE,
         tpm=vm.tpm,
         ignition=placement.ignition if vm.ignition else "",
-        shares=tuple(share_view(s, d) for s, d in zip(vm.shares, placement.share_drivers, strict=True)),
-        shared_memory=ShareDriver.VIRTIOFS in placement.share_drivers,
+        shares=tuple(share_view(s, d) for s, d in zip(vm.shares, placement.share_ways, strict=True)),
+        shared_memory=any(way.driver is ShareDriver.VIRTIOFS for way in placement.share_ways),
         on_crash=vm.on_crash,
     )
     return _slotted(vm, view)

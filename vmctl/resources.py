@@ -28,3 +28,8 @@ def image_recipes_dir() -> Path:
 def baremetal_guest(name: str) -> Path:
     """The compiled bare-metal guest ``name``; the build hook makes it when the package is built."""
     return _PACKAGE / "baremetal" / f"{name}.elf"
+
+
+def readonly_virtiofsd() -> Path:
+    """The script that libvirt starts in virtiofsd's place for a folder that is to be read-only."""
+    return _PACKAGE / "virtiofsd-readonly"

@@ -2,6 +2,9 @@
 
 9p needs a guest whose kernel has it. Debian's cloud kernel, the micro image's too, is built without (CONFIG_NET_9P is
 not set); Debian's general kernel, that of debian-12, has it as modules.
+
+Read-only is kept by the host. libvirt tells virtiofsd so from 11.0 on; before that a script of ours in virtiofsd's
+place gives it a view of the host in which the folder is mounted read-only.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ import os
 import pwd
 import shlex
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import guest, render, resolve
+from vmctl import guest, images, render, resolve
 from vmctl.choices import ShareDriver
 from vmctl.errors import Conflict, GuestCommandFailed, NotFound, SpecError, Unsupported, VmctlError
 from vmctl.events import Reporter, Step, Warned
@@ -23,22 +26,37 @@ from vmctl.hosts import Host, holding, qemu_user_name
 from vmctl.hypervisor import capabilities, devices, domain
 from vmctl.hypervisor.devices import SharedFolder
 from vmctl.hypervisor.domain import Domain, State
+from vmctl.manifest import Manifest
+from vmctl.resolve import ShareWay
+from vmctl.resources import readonly_virtiofsd
 from vmctl.spec import Share, share_problems
 from vmctl.wait import wait_until
 
 _UNPLUG_S = 10.0
+_PROFILES = Path("/sys/kernel/security/apparmor/profiles")
 _DAEMONS = Path("/usr/share/qemu/vhost-user")  # docs/interop/vhost-user.json in QEMU: who offers which daemon
 
 
-def driver(host: Host, share: Share) -> ShareDriver:
-    """How this folder can be shared there. Raises SpecError, NotFound or Unsupported when it cannot be at all."""
+def way(host: Host, share: Share, manifest: Manifest | None) -> ShareWay:
+    """How this folder can be shared there. Raises SpecError, NotFound or Unsupported when it cannot be at all.
+
+    ``manifest`` is of the image in the guest, None where that is not known.
+    """
     if found := share_problems(share):
         raise SpecError(f"cannot share {share.folder}", problems=found)
     if host.conn.local and not Path(share.folder).is_dir():
         raise NotFound(f"cannot share {share.folder}: there is no such folder on {host.conn.host}")
     virtiofs = host.conn.qemu and capabilities.offers_virtiofs(host.conn) and (not host.conn.local or _daemon_there())
-    if virtiofs and not (share.readonly and not capabilities.virtiofs_can_be_readonly(host.conn)):
-        return ShareDriver.VIRTIOFS
+    if virtiofs and (not share.readonly or capabilities.virtiofs_can_be_readonly(host.conn)):
+        return ShareWay(ShareDriver.VIRTIOFS)
+    if virtiofs and host.conn.local and not _confined():
+        return ShareWay(ShareDriver.VIRTIOFS, str(readonly_virtiofsd()))
+    if manifest is not None and manifest.first_boot == "micro":
+        raise Unsupported(
+            f"cannot share {share.folder}: there is no {'read-only ' if share.readonly else ''}virtiofs on that host,"
+            f" and no 9p in the kernel of image {manifest.name}",
+            hint="a guest of image debian-12 takes it by 9p",
+        )
     # virtiofsd runs as root; 9p is QEMU's own, and QEMU sees what its user may see.
     user = qemu_user_name(host.facts.qemu_user) if host.conn.qemu and host.conn.local else None
     if user is not None and (barred := barred_at(Path(share.folder), user)):
@@ -46,7 +64,17 @@ def driver(host: Host, share: Share) -> ShareDriver:
             f"cannot share {share.folder} by 9p: QEMU runs as {user}, who may not look into {barred}",
             hint=f"chmod o+rx {shlex.quote(str(barred))}, or share another folder",
         )
-    return ShareDriver.P9
+    return ShareWay(ShareDriver.P9)
+
+
+def _confined() -> bool:
+    """Whether AppArmor keeps libvirtd from starting programs out of vmctl's folder."""
+    try:
+        return any("virt" in line and "(enforce)" in line for line in _PROFILES.read_text().splitlines())
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # AppArmor is there, and only root may look
 
 
 def _daemon_there() -> bool:
@@ -77,7 +105,7 @@ def barred_at(folder: Path, user: str) -> Path | None:
 
 def fstab_command(share: Share, how: ShareDriver) -> str:
     """A shell command for the guest that makes it mount the folder at each boot; doing it again changes nothing."""
-    tag = resolve.share_view(share, how).tag
+    tag = resolve.share_tag(share.mount)
     options = "nofail" + (",ro" if share.readonly else "")
     options += ",trans=virtio,version=9p2000.L,msize=262144" if how is ShareDriver.P9 else ""
     place = "".join(f"\\{ord(c):03o}" if c in " \t\\#" else c for c in share.mount)  # fstab(5)
@@ -87,7 +115,7 @@ def fstab_command(share: Share, how: ShareDriver) -> str:
 
 def mount_command(share: Share, how: ShareDriver) -> str:
     """The same, and it is mounted at once."""
-    tag = resolve.share_view(share, how).tag
+    tag = resolve.share_tag(share.mount)
     mount = f"{{ grep -q '^{tag} ' /proc/mounts || mount {shlex.quote(share.mount)}; }}"
     return f"{fstab_command(share, how)} && {mount}"
 
@@ -126,8 +154,8 @@ def share(host: Host, name: str, wanted: Share, report: Reporter) -> Shared:
     with holding(host, name, timeout_s=30.0):
         vm = domain.find(host.conn, name)
         domain.require_persistent(vm, "share a folder with")
-        how = driver(host, wanted)
-        view = resolve.share_view(wanted, how)
+        chosen = way(host, wanted, _manifest(host, vm))
+        how, view = chosen.driver, resolve.share_view(wanted, chosen)
         here = devices.shares(host.conn, name)
         if view.tag in {one.tag for one in here}:
             raise Conflict(f"cannot share {wanted.folder}: VM {name} has a share at {wanted.mount} already")
@@ -139,6 +167,7 @@ def share(host: Host, name: str, wanted: Share, report: Reporter) -> Shared:
             if how is ShareDriver.VIRTIOFS:
                 devices.share_memory(host.conn, name)
             devices.attach(host.conn, name, xml, live=False)
+            _remember(host, vm, {view.tag: wanted.mount})
         except VmctlError:
             if live:
                 devices.detach(host.conn, name, xml)
@@ -148,6 +177,23 @@ def share(host: Host, name: str, wanted: Share, report: Reporter) -> Shared:
     command = mount_command(wanted, how)
     done = _told(host, vm, command if live else fstab_command(wanted, how), report)
     return Shared(name, how, view.tag, there, done, command)
+
+
+def _manifest(host: Host, vm: Domain) -> Manifest | None:
+    """What the guest was made from, as far as that is still known."""
+    record = vm.facts.record
+    try:
+        return images.find(host, f"{record.image}-{record.image_digest}").manifest if record else None
+    except VmctlError:
+        return None
+
+
+def _remember(host: Host, vm: Domain, add: dict[str, str], forget: str = "") -> None:
+    """Write into the VM's record where the guest has a share; a VM that is not vmctl's has none."""
+    record = vm.facts.record
+    if record is not None:
+        kept = {tag: mount for tag, mount in record.mounts.items() if tag != forget}
+        domain.set_record(host.conn, vm.name, render.metadata(replace(record, mounts=kept | add)))
 
 
 def _told(host: Host, vm: Domain, command: str, report: Reporter) -> bool:
@@ -197,7 +243,7 @@ def unshare(host: Host, name: str, mount: str, report: Reporter) -> Unshared:
     with holding(host, name, timeout_s=30.0):
         vm = domain.find(host.conn, name)
         domain.require_persistent(vm, "take a share from")
-        tag = resolve.share_view(Share("", mount), ShareDriver.VIRTIOFS).tag
+        tag = resolve.share_tag(mount)
         later = [one for one in devices.shares(host.conn, name) if one.tag == tag]
         now = [one for one in devices.shares(host.conn, name, live=True) if one.tag == tag] if vm.active else []
         if not (later or now):
@@ -206,6 +252,7 @@ def unshare(host: Host, name: str, mount: str, report: Reporter) -> Unshared:
         done = _forgotten(host, vm, mount, command, report)
         for one in later:
             devices.detach(host.conn, name, one.xml, live=False)
+        _remember(host, vm, {}, forget=tag)
         # Never under a guest that may have it mounted. QEMU can unplug no 9p device.
         left = bool(now) and not (done and all(one.virtiofs and _unplugged(host, name, one, report) for one in now))
     gone = "its next stop and start" if left else "now"

@@ -120,17 +120,17 @@ def session(target: Target, judge: Judge = lambda silent_s: None) -> Iterator[pa
         watch.begin()
         yield transport
         if watch.failure is not None:
-            raise watch.failure
+            raise EOFError  # why is told below
     except paramiko.AuthenticationException as error:
         raise HostUnreachable(
             f"cannot log in to {target}: it refuses {target.key}",
             hint=f"does {target.user} exist there, and was the VM created by this user of the host?",
         ) from error
-    except (paramiko.SSHException, EOFError, OSError) as error:
+    except (paramiko.SSHException, EOFError, OSError, VmctlError) as error:
         if watch.failure is not None:
             raise watch.failure from error
-        if isinstance(error, OSError) and transport.is_active():
-            raise  # not the connection's: a reader of ours that went away, a full disk
+        if isinstance(error, VmctlError) or isinstance(error, OSError) and transport.is_active():
+            raise  # not the connection's end: a reader of ours that went away, a full disk
         if not transport.remote_version:
             raise NotAnswering(target, "no SSH server greets") from error
         raise HostUnreachable(f"cannot talk to {target}: {error or type(error).__name__}") from error
@@ -273,9 +273,9 @@ class Tunnel:
 
 
 @contextmanager
-def tunnel(target: Target) -> Iterator[Tunnel]:
+def tunnel(target: Target, judge: Judge) -> Iterator[Tunnel]:
     """A connection for forwards inside the block. Raises as ``session`` does."""
-    with session(target) as transport:
+    with session(target, judge) as transport:
         transport.set_keepalive(_KEEPALIVE_S)
         yield Tunnel(transport, target)
 

@@ -100,7 +100,10 @@ def login(host: Host, name: str, words: list[str], *, user: str | None, report: 
 def _waited(process: subprocess.Popen[bytes]) -> int:
     """Its end; where it stops itself (~^Z), we stop with it, so that the shell takes over."""
     while True:
-        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        try:
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+        except ChildProcessError:  # who watches it saw the end first
+            return process.wait()
         if not os.WIFSTOPPED(status):
             process.returncode = os.waitstatus_to_exitcode(status)
             return process.returncode

@@ -59,12 +59,22 @@ CASES = {
             disks=(parse_disk("1G"), parse_disk("/srv/a&b.raw,bus=scsi"), parse_disk("/srv/c.qcow2,bus=sata")),
             nics=(Nic(), Nic("default", NicModel.E1000E), Nic("lab", mac="52:54:00:aa:bb:cc")),
             graphics=Graphics.VNC,
-            shares=(Share("/srv/a&b 'c'", "/mnt/a"), Share("/srv/ro", "/mnt/ro", readonly=True)),
+            shares=(
+                Share("/srv/a&b 'c'", "/mnt/a"),
+                Share("/srv/ro", "/mnt/ro", readonly=True),
+                Share("/srv/kept", "/mnt/kept", readonly=True),
+            ),
             labels={"role": "<web>", "tier": ""},
             description='says "hello" & <bye>\nsecond line',
         ),
         Accel.TCG,
-        {"share_drivers": (ShareDriver.VIRTIOFS, ShareDriver.P9)},
+        {
+            "share_ways": (
+                resolve.ShareWay(ShareDriver.VIRTIOFS),
+                resolve.ShareWay(ShareDriver.P9),
+                resolve.ShareWay(ShareDriver.VIRTIOFS, "/opt/vmctl/virtiofsd-readonly"),
+            )
+        },
     ),
     "bare": (
         VM("web1", "micro", console=False, rng=False, balloon=False, agent=False, nics=()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -53,6 +54,8 @@ def test_a_panic_ends_all_that_waits_at_once_and_says_so(shell: Shell, name: str
         assert one.stdout is not None and one.stdout.readline().strip() == "up"
     waiting.append(begin("cp", str(tmp_path / "endless"), f"{name}:/root/endless"))
     waiting.append(begin("wait", name, "--for", "stopped"))
+    waiting.append(begin("forward", name, "0:22"))
+    assert waiting[-1].stdout is not None and " -> 22" in waiting[-1].stdout.readline()
     arriving = ["exec", name, "--", "sh", "-c", "ls -d /root/.vmctl-*"]
     wait_until(lambda: shell.run(*arriving, check=None).stdout, what="the copy", timeout_s=60)
     shell.run("exec", name, "--", "sh", "-c", PANIC)
@@ -63,6 +66,22 @@ def test_a_panic_ends_all_that_waits_at_once_and_says_so(shell: Shell, name: str
         assert "Traceback" not in err
     out, _ = events.communicate(timeout=20)
     assert '"event": "crashed"' in out and "guest panicked" in out
+
+
+def test_a_panic_that_no_driver_tells_of(shell: Shell, name: str) -> None:
+    """libvirt goes on calling it running; that it gives no sign of life, and its console, tell."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.run("exec", name, "--", "rmmod", "pvpanic_mmio")
+    waiting = [
+        begin(verb, name, *words) for verb, words in (("exec", ["--", "sleep", "1000"]), ("ssh", ["sleep 1000"]))
+    ]
+    look = ["exec", name, "--", "sh", "-c", "pgrep -f '[s]leep 1000' | wc -l"]
+    wait_until(lambda: int(shell.run(*look).stdout) >= 2, what="the commands", timeout_s=60)
+    shell.run("exec", name, "--", "sh", "-c", PANIC)
+    for one in waiting:
+        _, err = one.communicate(timeout=240)
+        assert one.returncode == 6 and "its console ends in" in err and "Kernel panic - not syncing" in err, err
+    assert shell.virsh("domstate", name) == "running"
 
 
 def test_what_can_be_done_with_a_panicked_guest(shell: Shell, panicked: str, tmp_path: Path) -> None:
@@ -100,9 +119,10 @@ def test_what_can_be_done_with_a_panicked_guest(shell: Shell, panicked: str, tmp
 
 def test_a_panic_while_it_is_being_stopped(shell: Shell, name: str) -> None:
     shell.run("create", name, "--image", "micro", "--wait", "agent")
-    # Deaf, so that the stop waits: process 1, which hears the button, sleeps.
-    shell.run("exec", name, "--", "sh", "-c", "kill -STOP 1; sleep 1; " + PANIC.replace("sleep 1", "sleep 5"))
-    told = shell.run("stop", name, "--timeout", "60", check=6, timeout=50).stderr
+    # Without its power button, so that the stop waits.
+    deaf = "cd /sys/bus/acpi/drivers/button && for one in *:*; do echo $one >unbind; done"
+    shell.run("exec", name, "--", "sh", "-c", f"{deaf}; {PANIC.replace('sleep 1', 'sleep 8')}")
+    told = shell.run("stop", name, "--timeout", "100", check=6, timeout=90).stderr
     assert "its guest panicked" in told
     shell.run("delete", name, "--yes")
 
@@ -126,8 +146,17 @@ def test_another_end_of_a_panic_can_be_chosen(shell: Shell, name: str, choice: s
     )
 
 
-def test_a_paused_guest_holds_nobody_for_ever_and_a_quiet_command_runs_on(shell: Shell, name: str) -> None:
+@pytest.fixture(scope="module")
+def old() -> Iterator[str]:
+    """A VM for tests that take their time."""
+    shell, name = Shell(), f"old-{os.getpid()}"
     shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    yield name
+    shell.run("delete", name, "--yes")
+
+
+def test_a_paused_guest_holds_nobody_for_ever_and_a_quiet_command_runs_on(shell: Shell, old: str) -> None:
+    name = old
     quiet = begin("exec", name, "--", "sh", "-c", "sleep 40; echo done")
     assert quiet.wait(120) == 0  # longer than any sign of life is waited for between two of them
     lasting = begin("exec", name, "--", "sh", "-c", "echo up; sleep 20; echo done")
@@ -142,6 +171,7 @@ def test_a_paused_guest_holds_nobody_for_ever_and_a_quiet_command_runs_on(shell:
     for one in stuck:
         _, err = one.communicate(timeout=90)
         assert one.returncode == 6 and "it is paused now" in err and f"hint: vmctl resume {name}" in err
+    shell.run("resume", name)
 
 
 @pytest.mark.parametrize("verb", ["exec", "ssh", "cp"])
@@ -159,26 +189,12 @@ def test_right_after_create(shell: Shell, name: str, tmp_path: Path, verb: str) 
     assert (tmp_path / "got").read_text() if verb == "cp" else done.stdout == f"{name}\n"
 
 
-def test_one_that_is_long_up_and_does_not_answer(shell: Shell, name: str) -> None:
-    shell.run("create", name, "--image", "micro", "--wait", "ssh")
-    # So that its sshd is not started again.
-    shell.run("exec", name, "--", "sh", "-c", "(sleep 1; kill -STOP 1; killall dropbear) </dev/null >/dev/null 2>&1 &")
-    pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
-    began = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / 100
-    wait_until(
-        lambda: float(Path("/proc/uptime").read_text().split()[0]) - began > 181,
-        what="its time to boot to be over", timeout_s=200, interval_s=1.0,
-    )  # fmt: skip
-    for words in (["exec", name, "--", "true"], ["ssh", name, "true"], ["cp", f"{name}:/etc/passwd", "/dev/null"]):
-        told = shell.run(*words, check=3, timeout=30).stderr
-        assert f"cannot reach VM {name} by SSH: Connection refused" in told and f"`vmctl wait {name}`" in told
-
-
-@pytest.mark.parametrize("options", [[], ["-t"]])
+@pytest.mark.parametrize("options", [[], ["-t"], ["--via", "agent"]])
 @pytest.mark.parametrize("command", ["exec sleep 4000", "sleep 4000 & sleep 4001", "trap '' INT TERM HUP; sleep 4000"])
 def test_ctrl_c_ends_the_command_in_the_guest(
     shell: Shell, shared_vm: GuestVM, options: list[str], command: str
 ) -> None:
+    shell.run("wait", shared_vm.name, "--for", "agent")
     running = begin("exec", *options, shared_vm.name, "--", "sh", "-c", f"echo up; {command}")
     assert running.stdout is not None and running.stdout.readline().strip() == "up"
 
@@ -189,4 +205,17 @@ def test_ctrl_c_ends_the_command_in_the_guest(
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=30)
     assert running.returncode == 130 and "interrupted" in err and "Traceback" not in err
-    assert look() == ""
+    wait_until(lambda: not look(), what="its end", timeout_s=10 if options[:1] == ["--via"] else 0)
+
+
+def test_one_that_is_long_up_and_does_not_answer(shell: Shell, old: str) -> None:
+    """Last, for by then it is no longer one that may be booting."""
+    wait_until(
+        lambda: shell.json("show", old)["uptime_s"] > 182, what="its boot to be over", timeout_s=200, interval_s=1.0
+    )
+    shell.run(
+        "exec", old, "--", "sh", "-c", "mv /usr/sbin/dropbear /root/; sync; sleep 1; killall dropbear", check=None
+    )
+    for words in (["exec", old, "--", "true"], ["ssh", old, "true"], ["cp", f"{old}:/etc/passwd", "/dev/null"]):
+        told = shell.run(*words, check=3, timeout=60).stderr
+        assert f"cannot reach VM {old} by SSH: Connection refused" in told and f"`vmctl wait {old}`" in told

@@ -7,6 +7,7 @@ import ipaddress
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -24,8 +25,9 @@ from hypothesis import strategies as st
 
 from tests import png
 from vmctl import config, guest, locks, networks, picture, progress, render, ui
-from vmctl.errors import Conflict, SpecError, VmctlError, WaitTimeout
+from vmctl.errors import Conflict, HostUnreachable, SpecError, VmctlError, WaitTimeout, WrongState
 from vmctl.events import Progress, StageBegan, StageDone, Step, Warned
+from vmctl.hypervisor.domain import State
 from vmctl.wait import wait_until
 
 
@@ -320,3 +322,68 @@ def test_a_signal_while_modules_are_loaded_ends_it_with_one_line(module: str, nu
     done = subprocess.run([sys.executable, "-c", script, "version"], capture_output=True, text=True, timeout=60)
     said = "interrupted\n" if number == signal.SIGINT else "stopped on request (SIGTERM)\n"
     assert (done.returncode, done.stderr) == (130, said)
+
+
+def test_who_may_not_look_into_a_folder_cannot_share_it_by_9p(tmp_path: Path) -> None:
+    from vmctl.share import barred_at
+
+    (tmp_path / "closed/in").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o700)
+    found = barred_at(tmp_path / "closed/in", "nobody")
+    assert found is not None and (tmp_path / "closed").is_relative_to(found)
+    assert barred_at(Path("/usr"), "nobody") is None
+    assert barred_at(tmp_path / "closed/in", "root") is None
+
+
+def test_a_lease_is_told_by_the_clock_on_the_wall() -> None:
+    from vmctl.hypervisor.network import Lease
+    from vmctl.readiness import _told
+
+    text = _told(Lease("52:54:00:00:00:01", "10.0.0.5", "", 1_795_638_292), 1_795_638_292 - 1500)
+    assert re.fullmatch(r"10\.0\.0\.5, until 2026-11-2\d \d\d:\d\d:\d\d \S+, 25 min left", text), text
+    assert _told(Lease("", "10.0.0.5", "", 1_000_000_000), 1_795_638_292).endswith(", over")
+    assert _told(Lease("", "10.0.0.5", "", 0), 0.0) == "10.0.0.5, for ever"
+
+
+def test_a_panic_is_found_above_its_trace() -> None:
+    lines = ["[1.0] Kernel panic - not syncing: old", "boot", "[9.5] Kernel panic - not syncing: new", "[9.5] </TASK>"]
+    assert guest.panic_line(lines) == "[9.5] Kernel panic - not syncing: new"
+    assert guest.panic_line(["login:"]) == ""
+
+
+def test_when_a_guests_answer_is_no_longer_to_be_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short pause is nothing; a long one, an end, a panic and a long silence are; a lost daemon tells nothing."""
+    states: list[object] = []
+
+    def state(_conn: object, _name: str) -> tuple[State, str]:
+        found = states.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found  # type: ignore[return-value]
+
+    now = [0.0]
+    monkeypatch.setattr(guest.domain, "state", state)
+    vigil = guest.Vigil(SimpleNamespace(conn=None), "web1", clock=lambda: now[0])  # type: ignore[arg-type]
+
+    def at(seconds: float, found: object, silent_s: float = 0.0) -> None:
+        now[0] = seconds
+        states.append(found)
+        vigil(silent_s)
+
+    at(0, (State.RUNNING, ""))
+    at(1, (State.PAUSED, "asked"))
+    at(30, (State.PAUSED, "asked"))
+    at(31, (State.RUNNING, ""))
+    at(32, (State.PAUSED, "asked"))
+    at(60, HostUnreachable("cannot ask"))
+    at(61, (State.PAUSED, "asked"))
+    with pytest.raises(WrongState, match="it is paused now"):
+        at(91, (State.PAUSED, "asked"))
+    with pytest.raises(WrongState, match=r"crashed \(guest panicked\)"):
+        at(92, (State.CRASHED, "guest panicked"))
+    with pytest.raises(WrongState, match="it is stopped now"):
+        at(93, (State.STOPPED, ""))
+    monkeypatch.setattr(guest, "unanswered", lambda _host, _name, why: HostUnreachable(why))
+    at(94, (State.RUNNING, ""), silent_s=119.0)
+    with pytest.raises(HostUnreachable, match="no sign of life for 120 s"):
+        at(95, (State.RUNNING, ""), silent_s=120.0)

@@ -91,6 +91,11 @@ def _details(d: Detail) -> str:
         f"{x.target}  {x.source or 'empty'}  {x.format}{'  read-only' if x.readonly else ''}" for x in d.disks
     )
     nics = "\n".join(f"{x.mac}  {x.source}  {x.model}" for x in d.nics)
+    shares = "\n".join(
+        f"{x.folder} -> {x.mount or '?'}  {x.driver}{'  read-only' if x.readonly else ''}"
+        + ("" if x.live or d.uptime_s is None else "  from its next start on")
+        for x in d.shares
+    )
     labels = "\n".join(f"{key}={value}" for key, value in d.labels.items())
     state = f"{d.state} ({d.why})" if d.why else d.state.value
     return ui.fields(
@@ -111,6 +116,7 @@ def _details(d: Detail) -> str:
             ("ssh", f"{d.ssh_user}, host key {d.ssh_host_key}" if d.ssh_host_key else ""),
             ("disks", disks),
             ("nics", nics),
+            ("shares", shares),
             ("graphics", "" if d.graphics == "none" else d.graphics),
             ("agent", _AGENT.get(d.agent_state, d.agent_state)),
             ("console log", d.console_log),

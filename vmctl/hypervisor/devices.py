@@ -15,11 +15,16 @@ from vmctl.hypervisor.errors import calling
 
 @dataclass(frozen=True, slots=True)
 class SharedFolder:
-    """A folder of the host that a domain has. ``xml`` is its device, by which libvirt finds it."""
+    """A folder of the host that a domain has. ``xml`` is its device, by which libvirt finds it.
+
+    ``guard`` is the program in virtiofsd's place, "" for the usual one.
+    """
 
     folder: str
     tag: str
     virtiofs: bool
+    readonly: bool
+    guard: str
     xml: str
 
 
@@ -35,7 +40,10 @@ def shares(conn: Connection, name: str, *, live: bool = False) -> tuple[SharedFo
         if source is not None and target is not None:
             virtiofs = one.find("driver[@type='virtiofs']") is not None
             text = ET.tostring(one, encoding="unicode")
-            found.append(SharedFolder(source.get("dir", ""), target.get("dir", ""), virtiofs, text))
+            binary = one.find("binary")
+            guard = "" if binary is None else binary.get("path", "")
+            readonly = one.find("readonly") is not None
+            found.append(SharedFolder(source.get("dir", ""), target.get("dir", ""), virtiofs, readonly, guard, text))
     return tuple(found)
 
 
