@@ -193,6 +193,7 @@ def _take(host: Host, file: Path, entry: Entry, expected: Checksum | None, repor
         user=entry.default_user,
         boots=entry.boots,
         osinfo=entry.osinfo,
+        architecture=entry.architecture,
         source=entry.url,
         checked=str(expected or ""),
     )
