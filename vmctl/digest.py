@@ -1,7 +1,8 @@
-"""The digest of an image's disk: BLAKE3, whose tree all processors work on. The only place that imports blake3.
+"""The digest of an image's disk: BLAKE3. The only place that imports blake3.
 
-SHA-256 would take longer than the disk's whole copy does. `b3sum FILE` prints the same digits. A bare digest, as older
-stores have, is a SHA-256.
+SHA-256 would take longer than the disk's whole copy does. One thread is through before the disk has written all, and
+several wait for each other at every block where processors are busy. `b3sum FILE` prints the same digits. A bare
+digest, as older stores have, is a SHA-256.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 _PREFIX = "blake3:"
-_BLOCK = 4 << 20  # enough for several threads, and no more than caches hold
+_BLOCK = 1 << 20  # a processor's cache holds it
 
 
 class Summing(Protocol):
@@ -33,7 +34,7 @@ class Digest:
         if self._prefix:
             from blake3 import blake3  # late: most commands hash nothing
 
-            self._summing: Summing = blake3(max_threads=blake3.AUTO)
+            self._summing: Summing = blake3()
         else:
             self._summing = hashlib.sha256()
 

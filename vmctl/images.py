@@ -261,8 +261,7 @@ def _bring(host: Host, name: str, path: Path, report: Reporter) -> None:
         else:
             path.chmod(0o644)
             path.rename(folder / name)
-        with written_out([folder]):
-            return
+        return
     with path.open("rb") as file:
         _put(host, name, file, path.stat().st_size, report)
 
@@ -278,6 +277,9 @@ def _tell(host: Host, name: str, text: bytes, made_in: Path, report: Reporter) -
     with written_out([path]):  # before it has its name, by which the image exists
         pass
     _bring(host, name, path, report)
+    # Once for all names: a file system's journal keeps their order, and each wait for it is one for all who write.
+    with written_out([folder]):
+        pass
 
 
 def _put(host: Host, name: str, source: IO[bytes], size: int, report: Reporter) -> None:

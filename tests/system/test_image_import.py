@@ -192,9 +192,9 @@ def test_a_vmdk_extent_that_is_a_host_file(shell: Shell, secret: Path, tmp_path:
     qemu_img("create", "-f", "vmdk", tmp_path / "b.vmdk", "1M")
     hidden = _with(_with(tmp_path / "b.vmdk", 12, bytes(8)), 512, text.encode().ljust(1024, b"\0"))
     refused(shell, hidden, because="in other files")
-    # What is refused is no fancy: qemu-img itself hands out the file.
-    qemu_img("convert", "-f", "vmdk", "-O", "raw", tmp_path / "a.vmdk", tmp_path / "stolen")
-    assert SECRET in (tmp_path / "stolen").read_bytes()
+    if kind == "FLAT":  # what is refused is no fancy: qemu-img itself hands out the file
+        qemu_img("convert", "-f", "vmdk", "-O", "raw", tmp_path / "a.vmdk", tmp_path / "stolen")
+        assert SECRET in (tmp_path / "stolen").read_bytes()
 
 
 def test_a_vmdk_parent(shell: Shell, secret: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.system.conftest import Shell
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
 RECIPE = """
 [image]
