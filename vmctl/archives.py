@@ -11,7 +11,9 @@ from typing import IO, Any
 
 from vmctl import ovf
 from vmctl.errors import ImageError
-from vmctl.tar_reader import BLOCK, GZIP, Malformed, Member, members
+from vmctl.tar_reader import BLOCK, FREE_OF_RATIO, GZIP, HIGHEST_RATIO, Malformed, Member, members
+
+__all__ = ["FREE_OF_RATIO", "HIGHEST_RATIO", "Enclosed", "is_archive", "open_disk"]
 
 _MOST_TEXT = 1 << 20
 _BOX_SEED = "seed.img"  # of boxes vmctl made: for the first boot, no part of the image
@@ -106,7 +108,7 @@ def _ova(texts: dict[str, bytes], names: list[str]) -> _Wanted:
 def _box(text: bytes, _names: list[str]) -> _Wanted:
     try:
         values: Any = json.loads(text)
-        provider = values.get("provider")
+        provider = str(values.get("provider"))
         disks = values.get("disks") or []
         disk = str(disks[0].get("path", "")) if disks else ""
         form = str((disks[0] if disks else values).get("format", ""))

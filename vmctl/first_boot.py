@@ -9,6 +9,8 @@ from vmctl.manifest import Manifest
 from vmctl.seed import KeyPair
 from vmctl.spec import VM, Boot, Firmware, Nic
 
+_ARCHITECTURE = "x86_64"  # of every VM; the domain's template says it
+
 
 def static_address(vm: VM) -> str:
     """Where the guest is by its own configuration; "" when the first card's network tells."""
@@ -29,6 +31,8 @@ def starts_directly(vm: VM, manifest: Manifest) -> bool:
 def image_problems(vm: VM, manifest: Manifest) -> list[str]:
     """What is asked of the image that it cannot do."""
     found = []
+    if manifest.architecture != _ARCHITECTURE:
+        found.append(f"the image is for {manifest.architecture}, and VMs are {_ARCHITECTURE}")
     if vm.firmware not in manifest.boots and not starts_directly(vm, manifest):
         ways = ", ".join("a kernel started directly" if way == "direct" else way for way in manifest.boots)
         where = " beside a TPM" if vm.tpm else " from its disk" if vm.boot is Boot.DISK else ""

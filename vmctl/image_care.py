@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
-from vmctl import image_users, images, pulls
+from vmctl import digest, image_users, images, pulls
 from vmctl.errors import Conflict, ImageError, NotFound, SpecError
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
@@ -87,7 +88,7 @@ def _differences(host: Host, manifest: Manifest, report: Reporter) -> list[str]:
     for volume, digits in told.items():
         if digits:
             try:
-                if _sum(host, volume, report) != digits:
+                if _digest(host, volume, digits, report) != digits:
                     different.append(f"{volume} is not what it was")
             except NotFound:
                 different.append(f"{volume} is missing")
@@ -96,11 +97,26 @@ def _differences(host: Host, manifest: Manifest, report: Reporter) -> list[str]:
     return different
 
 
-def _sum(host: Host, volume: str, report: Reporter) -> str:
-    pool, summed = host.settings.image_pool, hashlib.sha256()
-    size = storage.volume(host.conn, pool, volume).allocation
-    storage.read(host.conn, pool, volume, summed.update, lambda done: report(Progress(volume, done, max(size, done))))
-    return summed.hexdigest()
+def _digest(host: Host, volume: str, like: str, report: Reporter) -> str:
+    """The digest of a volume, of the kind that ``like`` is of. Raises NotFound."""
+    pool = host.settings.image_pool
+    facts = storage.volume(host.conn, pool, volume)
+    size = facts.allocation
+
+    def moved(done: int) -> None:
+        report(Progress(volume, done, max(size, done)))
+
+    path = Path(facts.path)
+    try:
+        if host.conn.local and host.conn.qemu and os.access(path, os.R_OK):
+            return digest.of_file(path, like, moved)
+    except FileNotFoundError as error:
+        raise NotFound(f"cannot read volume {volume}: it is not there") from error
+    except OSError as error:
+        raise ImageError(f"cannot read volume {volume}: {error.strerror}") from error
+    found = digest.Digest(like)
+    storage.read(host.conn, pool, volume, found.update, moved)
+    return str(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmctl import images, qemu_img
+from vmctl.durable import written_as_it_grows, written_out
 from vmctl.errors import Conflict, ImageError, SpecError, reason
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
@@ -60,8 +61,10 @@ def export(
     chosen = format_for(file, format, compress=compress)
     image = images.find(host, name)
     file = file.absolute()
-    if file.is_dir() or (file.exists() and not force):
-        raise Conflict(f"cannot export to {file}: it exists", hint="" if file.is_dir() else "add --force")
+    if file.exists() and not file.is_file():
+        raise Conflict(f"cannot export to {file}: it exists, and is no regular file")
+    if file.exists() and not force:
+        raise Conflict(f"cannot export to {file}: it exists", hint="add --force")
     if image.manifest.boots == ("direct",):
         text = f"image {image.manifest.stem} starts by direct kernel boot only, and its kernel is not in the disk"
         report(Warned(text, hint="`vmctl image show` names kernel and command line"))
@@ -69,6 +72,8 @@ def export(
         with workspace(file.parent, ".vmctl-export-") as folder:
             with _disk(host, image, folder, report) as handle:
                 made = _make(handle, image.manifest, folder, chosen, report, compress=compress)
+            with written_out([made]):
+                pass
             _put(made, file, force=force)
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
@@ -140,13 +145,15 @@ def _converted(
     compress: bool = False,
 ) -> Path:
     target, size = folder / f"disk.{format}", manifest.virtual_size
-    qemu_img.copy(
-        qemu_img.Source(handle, manifest.format),
-        target,
-        format,
-        what=f"export image {manifest.stem}",
-        options=options,
-        compress=compress,
-        moved=lambda share: report(Progress(f"writing {format}", int(share * size), size)),
-    )
+    with written_as_it_grows(target):
+        qemu_img.copy(
+            qemu_img.Source(handle, manifest.format),
+            target,
+            format,
+            what=f"export image {manifest.stem}",
+            options=options,
+            compress=compress,
+            offload=format in {"qcow2", "raw"},  # others know of none
+            moved=lambda share: report(Progress(f"writing {format}", int(share * size), size)),
+        )
     return target

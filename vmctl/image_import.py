@@ -20,6 +20,7 @@ from pathlib import Path
 from vmctl import archives, disk_header, images, qemu_img
 from vmctl.archives import Enclosed
 from vmctl.disk_header import DiskHeader, Window
+from vmctl.durable import written_as_it_grows
 from vmctl.errors import ImageError, SpecError, reason
 from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
@@ -27,6 +28,7 @@ from vmctl.manifest import NAME, Manifest, NewImage
 
 BOOTS = ("bios", "uefi")
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
+_ARCHITECTURE = re.compile(r"[a-z0-9_]{1,20}")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _CHUNK = 1 << 20
 _KEPT_FREE = 64 << 20  # of the disk the store is on
@@ -37,6 +39,7 @@ _LONGEST_NAME = 48
 class Wish:
     """A file to import, and what the user says of it. ``name``, ``format`` and ``user`` may be "": found out.
 
+    ``architecture`` is as `uname -m` says it; no disk tells its own, and "" is taken for this machine's.
     ``checked`` is what the file was checked against already; ``source`` where it came from, if from elsewhere.
     """
 
@@ -51,6 +54,7 @@ class Wish:
     osinfo: str = ""
     source: str = ""
     checked: str = ""
+    architecture: str = ""
     most_bytes: int = disk_header.DEFAULT_MOST_BYTES
 
 
@@ -74,6 +78,8 @@ def problems(wish: Wish) -> list[str]:
         found.append("the checksum is not sha256: with 64 hex digits or sha512: with 128")
     if not wish.boots or set(wish.boots) - set(BOOTS):
         found.append(f"--boots takes {' and '.join(BOOTS)}, not {','.join(wish.boots)!r}")
+    if wish.architecture and not _ARCHITECTURE.fullmatch(wish.architecture):
+        found.append(f"{wish.architecture!r} is no architecture, such as x86_64 or aarch64")
     if wish.user and not _USER.fullmatch(wish.user):
         found.append(f"{wish.user!r} is no user name")
     if wish.most_bytes <= 0:
@@ -188,22 +194,31 @@ def _copy(handle: int, disk: Enclosed, folder: Path, wish: Wish, report: Reporte
         )
     report(Step(f"{wish.file.name} is {header.format}, {header.virtual_size >> 20} MiB"))
     target = folder / "disk.qcow2"
-    qemu_img.copy(
-        source,
-        target,
-        "qcow2",
-        what=what,
-        limits=qemu_img.Limits(file_size=_room(folder)),
-        moved=lambda share: report(
-            Progress(f"copying {wish.file.name}", int(share * header.virtual_size), header.virtual_size)
-        ),
-    )
+    with written_as_it_grows(target):
+        qemu_img.copy(
+            source,
+            target,
+            "qcow2",
+            what=what,
+            limits=_limits(folder, disk.size),
+            moved=lambda share: report(
+                Progress(f"copying {wish.file.name}", int(share * header.virtual_size), header.virtual_size)
+            ),
+        )
     with _opened(target) as written:
         window = Window(written, os.fstat(written).st_size)
         result = disk_header.check(window, what=what, asked="qcow2", most_bytes=wish.most_bytes)
     if result.virtual_size != header.virtual_size:
         raise ImageError(f"cannot {what}: its copy came out {result.virtual_size} bytes large")
     return header, target
+
+
+def _limits(folder: Path, size: int) -> qemu_img.Limits:
+    """What a copy of ``size`` bytes may grow to: compressed clusters can be bombs, as archives can."""
+    free, dense = _room(folder), max(archives.FREE_OF_RATIO, archives.HIGHEST_RATIO * size)
+    if dense < free:
+        return qemu_img.Limits(file_size=dense, allowed=f"allowed to a file of {size >> 10} KiB")
+    return qemu_img.Limits(file_size=free)
 
 
 def _new_image(name: str, wish: Wish, disk: Enclosed, header: DiskHeader, copied: Path) -> NewImage:
@@ -214,7 +229,7 @@ def _new_image(name: str, wish: Wish, disk: Enclosed, header: DiskHeader, copied
         virtual_size=header.virtual_size,
         os_name=wish.os_name,
         os_version=wish.os_version,
-        architecture=os.uname().machine,
+        architecture=wish.architecture or os.uname().machine,
         default_user=wish.user or ("vagrant" if disk.kind == "box" else "root"),
         source=wish.source or f"{wish.file.resolve()}{inside}",
         boots=wish.boots,

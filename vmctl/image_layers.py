@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +29,15 @@ elif command -v apk >/dev/null; then apk add "$@"
 elif command -v pacman >/dev/null; then pacman -Sy --noconfirm "$@"
 else echo "no package manager that vmctl knows" >&2; exit 1
 fi
+"""
+# Owner and mode are given on the way: the target may be a folder that is there, of another's and with more in it.
+_PLACE = """
+set -e
+cd "$1"
+chown -R 0:0 "./$2"
+[ -z "$4" ] || chmod "$4" "./$2"
+mkdir -p "$(dirname "$3")"
+if [ -d "./$2" ]; then cp -aT "./$2" "$3"; else cp -a "./$2" "$3"; fi
 """
 # What makes two machines of one image the same machine, and what let this build in.
 _SEAL = """
@@ -108,11 +116,13 @@ def _take_step(host: Host, machine: str, manifest: Manifest, step: BuildStep, re
         passage = f"/tmp/vmctl-build/{number}"
         _run(host, machine, manifest, ["sh", "-c", 'mkdir -p -m 777 "$1" /tmp/vmctl-build', "sh", passage], "make room")
         copying.copy(host, [str(file.source)], f"{machine}:{passage}/", report)
-        target = shlex.quote(file.target)
-        mode = f"&& chmod {file.mode} {target}" if file.mode else ""
-        place = f'mkdir -p "$(dirname {target})" && cp -a {passage}/{shlex.quote(file.source.name)} {target} '
-        owner = f"&& chown -R 0:0 {target} "
-        _run(host, machine, manifest, ["sh", "-c", place + owner + mode], f"put {file.target}")
+        _run(
+            host,
+            machine,
+            manifest,
+            ["sh", "-c", _PLACE, "sh", passage, file.source.name, file.target, file.mode],
+            f"put {file.target}",
+        )
     for command in step.commands:
         _run(host, machine, manifest, ["sh", "-c", command], f"run {command!r}")
     _run(host, machine, manifest, ["sh", "-c", _SEAL], "clean up")

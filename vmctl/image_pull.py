@@ -20,7 +20,6 @@ from vmctl.manifest import NAME, Manifest
 # Longer than any sensible download; whoever waits may press Ctrl-C.
 _WAIT_FOR_ANOTHER_S = 24 * 3600.0
 _PATIENCE = Patience()
-_SUFFIX = re.compile(r"\.(qcow2|img|raw)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +85,8 @@ def _entry(host: Host, what: str, name: str) -> Entry:
         name = name or entry.name
     else:
         web.check_url(what)
-        stem = _SUFFIX.sub("", checksums.file_name(what)).lower()
-        name = name or re.sub(r"[^a-z0-9.-]+", "-", stem).strip(".-")
-        entry = Entry(name, "", "", "x86_64", what, "root", ("bios",))
+        name = name or image_import.name_for(Path(checksums.file_name(what)))
+        entry = Entry(name, "unknown", "", "x86_64", what, "", ("bios",))  # its user goes by what it is
     if not re.fullmatch(NAME, name):
         raise SpecError(
             f"cannot call an image {name!r}: a name is up to 48 of a-z, 0-9, '.' and '-'", hint="give one: --name NAME"
@@ -193,6 +191,7 @@ def _take(host: Host, file: Path, entry: Entry, expected: Checksum | None, repor
         user=entry.default_user,
         boots=entry.boots,
         osinfo=entry.osinfo,
+        architecture=entry.architecture,
         source=entry.url,
         checked=str(expected or ""),
     )

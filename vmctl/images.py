@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from vmctl import render
+from vmctl import digest, render
 from vmctl.durable import written_out
 from vmctl.errors import Conflict, ImageError, NotFound, VmctlError
 from vmctl.events import Progress, Reporter, Step
@@ -129,8 +129,10 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
-def _manifest(new: NewImage) -> Manifest:
-    sums = {suffix: _sha256(path) for suffix, path in new.files().items()}
+def _manifest(new: NewImage, report: Reporter) -> Manifest:
+    sums = {suffix: _sha256(path) for suffix, path in new.files().items() if suffix != "qcow2"}
+    size = new.disk.stat().st_size
+    sums["qcow2"] = digest.of_file(new.disk, moved=lambda done: report(Progress("digest", done, size)))
     return Manifest(
         name=new.name,
         digest=content_digest(sums, new.cmdline),
@@ -141,7 +143,7 @@ def _manifest(new: NewImage) -> Manifest:
         default_user=new.default_user,
         virtual_size=new.virtual_size,
         size=sum(path.stat().st_size for path in new.files().values()),
-        disk_sha256=sums["qcow2"],
+        disk_digest=sums["qcow2"],
         kernel_sha256=sums.get("kernel", ""),
         initrd_sha256=sums.get("initrd", ""),
         cmdline=new.cmdline,
@@ -199,7 +201,7 @@ def _clear_half_stored(host: Host, name: str) -> None:
 def add(host: Host, new: NewImage, report: Reporter) -> Manifest:
     """Put an image into the store, under the lock of ``making``. One of the same content is there already: it stays."""
     with written_out(new.files().values()):
-        manifest = _manifest(new)
+        manifest = _manifest(new, report)
     present = next((m for m in list_images(host) if (m.name, m.digest) == (manifest.name, manifest.digest)), None)
     if present is None:
         _store(host, manifest, new, report)
@@ -261,8 +263,7 @@ def _bring(host: Host, name: str, path: Path, report: Reporter) -> None:
         else:
             path.chmod(0o644)
             path.rename(folder / name)
-        with written_out([folder]):
-            return
+        return
     with path.open("rb") as file:
         _put(host, name, file, path.stat().st_size, report)
 
@@ -278,6 +279,9 @@ def _tell(host: Host, name: str, text: bytes, made_in: Path, report: Reporter) -
     with written_out([path]):  # before it has its name, by which the image exists
         pass
     _bring(host, name, path, report)
+    # Once for all names: a file system's journal keeps their order, and each wait for it is one for all who write.
+    with written_out([folder]):
+        pass
 
 
 def _put(host: Host, name: str, source: IO[bytes], size: int, report: Reporter) -> None:

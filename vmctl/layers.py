@@ -136,7 +136,10 @@ def _file(what: str, values: Any, folder: Path, found: list[str]) -> File:
         found.append(f"{what}: a file is not {{ from = …, to = … }}")
         return File(folder, "")
     found += [f"{what}: unknown key {key!r} of a file" for key in values if key not in {"from", "to", "mode"}]
-    file = File(folder / values["from"], values["to"], str(values.get("mode", "")))
+    source = folder / values["from"]
+    if source.name == "..":
+        source = source.resolve()  # it needs a name in the guest
+    file = File(source, values["to"], str(values.get("mode", "")))
     if not file.source.exists():
         found.append(f"{what}: there is no file {file.source}")
     if not file.target.startswith("/") or ".." in file.target.split("/") or "\n" in file.target:

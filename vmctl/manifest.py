@@ -23,7 +23,7 @@ class Manifest:
     ``verified`` is False for one that was taken without a checksum, and stays so. ``boots`` names the ways it can
     start: direct, bios, uefi. ``first_boot`` names what reads the seed inside: cloud-init, ignition, or micro's init.
     ``layer`` is the digest of the steps that led to it, ``built_on`` those of the steps before its last; ``step_of``
-    names the image that it is but a step of.
+    names the image that it is but a step of. ``disk_digest`` is as vmctl.digest writes it.
     ``bzimage_sha256`` is of the kernel as firmware starts it, where that is another file.
     """
 
@@ -36,7 +36,7 @@ class Manifest:
     default_user: str
     virtual_size: int
     size: int
-    disk_sha256: str
+    disk_digest: str
     kernel_sha256: str
     initrd_sha256: str
     cmdline: str
@@ -70,9 +70,9 @@ class Manifest:
         return f"{self.name}-{self.short}"
 
     def sums(self) -> dict[str, str]:
-        """The sha256 of its files by suffix; "" for those it does not have."""
+        """The digests of its files by suffix, sha256 but for the disk's; "" for those it does not have."""
         return {
-            "qcow2": self.disk_sha256,
+            "qcow2": self.disk_digest,
             "kernel": self.kernel_sha256,
             "initrd": self.initrd_sha256,
             "bzimage": self.bzimage_sha256,
@@ -88,7 +88,7 @@ class Manifest:
 
 
 def content_digest(sums: Mapping[str, str], cmdline: str) -> str:
-    """The digest of an image from the sha256 of its files by suffix ("": there is none) and its command line."""
+    """The digest of an image from those of its files by suffix ("": there is none) and its command line."""
     parts = [sums.get(suffix, "") for suffix in ("qcow2", "kernel", "initrd")]
     if bzimage := sums.get("bzimage", ""):  # came later: images without one keep their digests
         parts.append(bzimage)
@@ -104,6 +104,8 @@ def parse(data: bytes) -> Manifest | None:
     """A manifest from its JSON; None for one cut short or of another shape, which makes the image not exist."""
     try:
         values = json.loads(data)
+        if "disk_sha256" in values:  # its name while it was one
+            values["disk_digest"] = values["disk_sha256"]
         kept: dict[str, Any] = {}
         for one in fields(Manifest):
             if one.name in values or (one.default is MISSING and one.default_factory is MISSING):

@@ -98,12 +98,16 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a qemu-img that reads a file of unknown origin may use: memory and file size in bytes, CPU and wall time."""
+    """What a qemu-img that reads a file of unknown origin may use: memory and file size in bytes, CPU and wall time.
+
+    ``allowed`` says which MiB those of ``file_size`` are.
+    """
 
     memory: int = 2 << 30
     cpu_s: int = 3600
     file_size: int = _UNLIMITED
     wall_s: float = 3600.0
+    allowed: str = "that are free"
 
     def words(self) -> list[str]:
         """The command in front of qemu-img. It also dies with us, which a plain child would not."""
@@ -131,11 +135,18 @@ def copy(
     what: str,
     options: str = "",
     compress: bool = False,
+    offload: bool = False,
     limits: Limits | None = None,
     moved: Callable[[float], None] = lambda _share: None,
 ) -> None:
-    """Copy a disk into a new file, under limits; ``moved`` hears the share that is done."""
+    """Copy a disk into a new file, under limits; ``moved`` hears the share that is done.
+
+    With ``offload`` the kernel copies where it can (on some file systems it only notes that two files share blocks),
+    and nobody looks for zeros: for sources in which there are none that could be left out.
+    """
     words = ["convert", "-p", "-O", target_format]
+    if offload and not compress:
+        words.append("-C")
     if options:
         words += ["-o", options]
     if compress:
@@ -206,7 +217,7 @@ def _reason(code: int, limits: Limits, errors: bytes) -> str:
     writing = "error while" in tail and "error while reading" not in tail
     if code == -signal.SIGXFSZ or (writing and any(os.strerror(number) in tail for number in told)):
         limited = limits.file_size < _UNLIMITED
-        return f"the result takes more than the {limits.file_size >> 20} MiB that are free" if limited else _FULL
+        return f"the result takes more than the {limits.file_size >> 20} MiB {limits.allowed}" if limited else _FULL
     if code in {-signal.SIGXCPU, -signal.SIGKILL}:
         return f"qemu-img used more than {limits.cpu_s} s of CPU time, or was killed"
     return tail or f"qemu-img exit status {code}"

@@ -17,8 +17,8 @@ CHUNK = 1 << 20
 GZIP = b"\x1f\x8b"
 _MOST_MEMBERS = 64
 _MOST_RECORD = 64 << 10  # of a long name or a pax record
-_FREE_OF_RATIO = 256 << 20  # up to here anything may be as dense as it likes
-_HIGHEST_RATIO = 100
+FREE_OF_RATIO = 256 << 20  # up to here anything may be as dense as it likes
+HIGHEST_RATIO = 100
 _MOST_SPARSE_BLOCKS = 4096  # 21 pieces each
 _REGULAR = {b"0", b"\0", b"7", b"S"}
 _REFUSED = {
@@ -95,8 +95,8 @@ class _Gzipped:
         total = self.offset + len(self._ready)
         if total > self._most:
             raise Malformed(f"it unpacks to more than {self._most >> 20} MiB")
-        if total > _FREE_OF_RATIO and total > _HIGHEST_RATIO * self._taken:
-            raise Malformed(f"it unpacks to more than {_HIGHEST_RATIO} times its size")
+        if total > FREE_OF_RATIO and total > HIGHEST_RATIO * self._taken:
+            raise Malformed(f"it unpacks to more than {HIGHEST_RATIO} times its size")
         return True
 
     def skip(self, count: int) -> int:

@@ -43,6 +43,8 @@ def _mapping(text: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         raise ValueError(f"is no YAML{where}: {getattr(error, 'problem', None) or error}") from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
     if found is None:
         return {}
     if not isinstance(found, dict):
@@ -74,7 +76,7 @@ def network_config_problems(text: str) -> list[str]:
     except ValueError as error:
         return [f"the network-config {error}"]
     inner = values.get("network", values)
-    if not isinstance(inner, dict) or inner.get("version") not in {1, 2}:
+    if not isinstance(inner, dict) or inner.get("version") not in (1, 2):
         return ["the network-config has no `version: 2` (or 1)"]
     if inner["version"] == 2 and not any(key in inner for key in ("ethernets", "bonds", "bridges", "vlans")):
         return ["the network-config of version 2 has no ethernets, bonds, bridges or vlans"]
@@ -87,7 +89,10 @@ def ignition_problems(text: str) -> list[str]:
         values = json.loads(text)
     except ValueError as error:
         return [f"the Ignition config is no JSON: {error}"]
-    version = values.get("ignition", {}).get("version", "") if isinstance(values, dict) else ""
+    except RecursionError:
+        return ["the Ignition config is nested too deeply"]
+    about = values.get("ignition") if isinstance(values, dict) else None
+    version = about.get("version", "") if isinstance(about, dict) else ""
     if not str(version).startswith(_IGNITION_MAJOR):
         return ["the Ignition config has no ignition.version of 2.x or 3.x (Butane YAML must be transpiled first)"]
     return []

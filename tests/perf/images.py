@@ -1,8 +1,9 @@
 """How fast `vmctl image import` and `export` are beside bare `qemu-img convert` of the same file on the same disk.
 
-In turns, in one run, from the page cache to the store's own disk, and each side's time ends when its result is on the
-disk: an import is not done while a power cut can undo it. What vmctl does beside (starting, its own look at the
-header, the sha256 of what it stores) is in its time.
+Like beside like, in turns, from the page cache to the store's own disk. Each side's time ends when its result is on the
+disk: bare qemu-img is followed by `sync -d RESULT`, and so is vmctl, which has done it by then. What vmctl does beside
+(starting, its own look at the header, the digest of what it stores) is in its time. Two disks are tried: one
+full of content that cannot be compressed, and, where the store has it, Debian's, most of which is empty.
 
 Usage, as root: python tests/perf/images.py [ROUNDS [MIB]]
 """
@@ -10,6 +11,7 @@ Usage, as root: python tests/perf/images.py [ROUNDS [MIB]]
 from __future__ import annotations
 
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -18,30 +20,98 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from vmctl.errors import NotFound
 from vmctl.hosts import open_host
 from vmctl.images import ensure_pools, find, pool_path
 
 VMCTL = [sys.executable, "-m", "vmctl", "-q"]
+NAME = "perf-image"
 TIMEOUT_S = 600.0
-OPTIONS = {"qcow2": [], "raw": [], "vmdk": [], "vdi": [], "qcow2 -c": ["-c"]}
+IMPORTED = ("raw", "qcow2", "vmdk")
+EXPORTED = {"qcow2": [], "raw": [], "vmdk": [], "vdi": [], "qcow2 -c": ["-c"]}
 
 
-def timed(command: list[str]) -> float:
-    """Seconds until a command has ended and what it wrote is on the disk."""
-    began = time.monotonic()
+def cpu_s() -> float:
+    """Seconds of processor time of all children so far."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def timed(command: list[str], result: Callable[[], Path]) -> tuple[float, float]:
+    """Wall and processor seconds until a command has ended and its result is on the disk."""
+    os.sync()  # what others have written before is not to be waited for inside
+    before, began = cpu_s(), time.monotonic()
     subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S)
-    os.sync()
-    return time.monotonic() - began
+    subprocess.run(["sync", "-d", str(result())], check=True, timeout=TIMEOUT_S)
+    return time.monotonic() - began, cpu_s() - before
 
 
-def measure(rounds: int, qemu: Callable[[], float], ours: Callable[[], float], name: str) -> None:
-    """Take turns, and print medians and their ratio."""
-    bare, own = [], []
-    for _ in range(rounds):
-        bare.append(qemu())
-        own.append(ours())
-    one, two = statistics.median(bare), statistics.median(own)
-    print(f"{name:<18} qemu-img {one:6.2f} s   vmctl {two:6.2f} s   speed of qemu-img's {one / two:.2f}", flush=True)
+def measure(rounds: int, sides: list[Callable[[], tuple[float, float]]], name: str) -> None:
+    """Take turns, each side first in every other round, and print what each took and the ratio of their times."""
+    taken: list[list[tuple[float, float]]] = [[], []]
+    for number in range(rounds):
+        for which in (0, 1) if number % 2 else (1, 0):
+            taken[which].append(sides[which]())
+    middle = [[statistics.median(values) for values in zip(*side, strict=True)] for side in taken]
+    least = [min(wall for wall, _ in side) for side in taken]
+    told = [
+        f"{who} {wall:5.2f} s (least {low:5.2f}, CPU {cpu:5.2f})"
+        for who, (wall, cpu), low in zip(("qemu-img", "vmctl"), middle, least, strict=True)
+    ]
+    ratios = f"{middle[0][0] / middle[1][0]:.2f} (of the least {least[0] / least[1]:.2f})"
+    print(f"{name:<22} {'   '.join(told)}   speed of qemu-img's {ratios}", flush=True)
+
+
+def forget() -> None:
+    """Take the image out of the store."""
+    subprocess.run([*VMCTL, "image", "delete", NAME, "--yes"], capture_output=True, check=False, timeout=TIMEOUT_S)
+
+
+def full(path: Path, mib: int) -> None:
+    """A raw disk of bytes that nothing can make fewer."""
+    with path.open("wb") as file:
+        for _ in range(mib):
+            file.write(os.urandom(1 << 20))
+        file.seek(510)
+        file.write(b"\x55\xaa")
+
+
+def compare(what: str, raw: Path, store: Path, rounds: int) -> None:
+    """Both directions of one disk, in all forms."""
+    folder, out, ours = raw.parent, raw.parent / "out", raw.parent / "ours"
+
+    def stored() -> Path:
+        return next(store.glob(f"{NAME}-*.qcow2"))
+
+    for kind in IMPORTED:
+        source = folder / f"{NAME}.{kind}"
+        if kind != "raw":
+            subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", kind, raw, source], check=True)
+
+        def bare(kind: str = kind, source: Path = source) -> tuple[float, float]:
+            out.unlink(missing_ok=True)
+            return timed(["qemu-img", "convert", "-f", kind, "-O", "qcow2", str(source), str(out)], lambda: out)
+
+        def own(source: Path = source) -> tuple[float, float]:
+            forget()
+            return timed([*VMCTL, "image", "import", str(source)], stored)
+
+        measure(rounds, [bare, own], f"import {what} {kind}")
+    disk = str(stored())
+    for form, options in EXPORTED.items():
+        plain = form.split()[0]
+
+        def bare_out(plain: str = plain, options: list[str] = options) -> tuple[float, float]:
+            out.unlink(missing_ok=True)
+            return timed(["qemu-img", "convert", "-f", "qcow2", "-O", plain, *options, disk, str(out)], lambda: out)
+
+        def own_out(plain: str = plain, options: list[str] = options) -> tuple[float, float]:
+            ours.unlink(missing_ok=True)
+            more = ["--compress"] if options else []
+            return timed([*VMCTL, "image", "export", NAME, str(ours), "--format", plain, *more], lambda: ours)
+
+        measure(rounds, [bare_out, own_out], f"export {what} {form}")
+    forget()
 
 
 def main() -> None:
@@ -51,48 +121,18 @@ def main() -> None:
     with open_host() as host:
         ensure_pools(host)
         store = Path(pool_path(host, host.settings.image_pool))
+        try:
+            debian = find(host, "debian-12").disk
+        except NotFound:
+            debian = ""
+    for what in ("full", "debian") if debian else ("full",):
         with tempfile.TemporaryDirectory(prefix=".perf-", dir=store) as name:
-            folder = Path(name)
-            raw = folder / "perf-image.raw"
-            with raw.open("wb") as file:
-                # A third is content that does not compress, a third text, a third empty, as in an installed disk.
-                for _ in range(mib // 3):
-                    file.write(os.urandom(1 << 20))
-                for number in range(mib // 3):
-                    file.write((f"line {number} of a text\n".encode() * 65536)[: 1 << 20])
-                file.seek(510)
-                file.write(b"\x55\xaa")
-                file.truncate(mib << 20)
-            for kind in ("raw", "qcow2", "vmdk"):
-                source, out = folder / f"perf-image.{kind}", folder / "out"
-                if kind != "raw":
-                    timed(["qemu-img", "convert", "-f", "raw", "-O", kind, str(raw), str(source)])
-
-                def qemu(kind: str = kind, source: Path = source, out: Path = out) -> float:
-                    out.unlink(missing_ok=True)
-                    return timed(["qemu-img", "convert", "-f", kind, "-O", "qcow2", str(source), str(out)])
-
-                def ours(source: Path = source) -> float:
-                    subprocess.run([*VMCTL, "image", "delete", "perf-image", "--yes"], capture_output=True, check=False)
-                    return timed([*VMCTL, "image", "import", str(source)])
-
-                measure(rounds, qemu, ours, f"import {kind}")
-            disk = find(host, "perf-image").disk
-            for form, options in OPTIONS.items():
-                target, out = folder / "ours", folder / "out"
-                plain = form.split()[0]
-
-                def qemu_out(plain: str = plain, options: list[str] = options, out: Path = out) -> float:
-                    out.unlink(missing_ok=True)
-                    return timed(["qemu-img", "convert", "-f", "qcow2", "-O", plain, *options, disk, str(out)])
-
-                def ours_out(plain: str = plain, options: list[str] = options, target: Path = target) -> float:
-                    target.unlink(missing_ok=True)
-                    more = ["--compress"] if options else []
-                    return timed([*VMCTL, "image", "export", "perf-image", str(target), "--format", plain, *more])
-
-                measure(rounds, qemu_out, ours_out, f"export {form}")
-        subprocess.run([*VMCTL, "image", "delete", "perf-image", "--yes"], check=True, capture_output=True)
+            raw = Path(name) / f"{NAME}.raw"
+            if what == "full":
+                full(raw, mib)
+            else:
+                subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", debian, raw], check=True)
+            compare(what, raw, store, rounds)
 
 
 if __name__ == "__main__":

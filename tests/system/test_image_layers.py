@@ -8,7 +8,7 @@ import pytest
 
 from tests.system.conftest import Shell
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
 RECIPE = """
 [image]
@@ -18,9 +18,10 @@ memory = "256M"
 [[step]]
 name = "files"
 files = [{ from = "site", to = "/srv/site", mode = "0750" }]
-run = ["echo built > /srv/how"]
+run = ["echo built > /srv/how; mkdir /srv/theirs; touch /srv/theirs/old; chown -R 7:7 /srv/theirs"]
 [[step]]
 name = "last"
+files = [{ from = "site", to = "/srv/site" }, { from = "one", to = "/srv/theirs/", mode = "0640" }]
 run = ["%s"]
 """
 
@@ -34,6 +35,7 @@ def test_only_what_changed_is_built_again(shell: Shell, name: str, tmp_path: Pat
     path = tmp_path / "web.toml"
     (tmp_path / "site").mkdir()
     (tmp_path / "site/a b").write_text("content")
+    (tmp_path / "one").write_text("one")
     path.write_text(RECIPE % "echo one > /srv/last")
     try:
         first = shell.run("image", "build", str(path)).stderr
@@ -48,9 +50,12 @@ def test_only_what_changed_is_built_again(shell: Shell, name: str, tmp_path: Pat
         assert not [vm for vm in shell.json("list") if vm["name"].startswith("build-")]
 
         shell.run("create", name, "--image", "t-web", "--wait", "ssh")
-        look = "cat '/srv/site/a b' /srv/how /srv/last; stat -c '%a %u' /srv/site; cat /etc/machine-id; hostname"
+        look = "cat '/srv/site/a b' /srv/how /srv/last; stat -c '%u' /srv/theirs /srv/theirs/old; "
+        look += "stat -c '%a %u' /srv/theirs/one; ls /srv/site; cat /etc/machine-id; hostname"
         lines = shell.run("exec", name, "--", "sh", "-c", look).stdout.splitlines()
-        assert lines[0] == "contentbuilt" and lines[1:3] == ["two", "750 0"] and lines[4] == name
+        assert lines[0] == "contentbuilt" and lines[1] == "two"
+        # A folder that was there keeps its owner, and one that is put again is not put into itself.
+        assert lines[2:6] == ["7", "7", "640 0", "a b"] and lines[7] == name
         shell.run("image", "verify", "t-web")
     finally:
         shell.run("delete", name, "--yes", "--missing-ok")

@@ -133,6 +133,14 @@ def test_a_pull_by_alias_keeps_what_the_catalogue_knows(puller: Puller) -> None:
     assert "NOT VERIFIED" not in puller.shell.run("image", "list").stdout
 
 
+def test_an_image_for_another_architecture_is_known_as_one(puller: Puller) -> None:
+    puller.catalogue(ENTRY.format(name=puller.name, url=puller.web.url).replace("x86_64", "aarch64"))
+    puller.run("pull", puller.name)
+    assert puller.shell.json("image", "show", puller.name)["architecture"] == "aarch64"
+    refused = puller.shell.run("create", f"{puller.name}-vm", "--image", puller.name, check=2).stderr
+    assert "the image is for aarch64" in refused
+
+
 def test_what_the_store_has_is_not_downloaded_again(puller: Puller) -> None:
     first = puller.run("pull", puller.name).stdout
     again = puller.run("pull", puller.name)

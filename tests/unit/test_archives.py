@@ -181,6 +181,7 @@ def test_a_long_name_record_is_not_read_into_memory(tmp_path: Path) -> None:
         ({"provider": "libvirt", "disks": [{"path": "../../etc/shadow"}]}, "is not in it"),
         ({"provider": "libvirt", "disks": 7}, "not a Vagrant box's"),
         ([1], "not a Vagrant box's"),
+        ({"provider": []}, "for \\[\\], not for libvirt"),
         ({"provider": "libvirt", "format": "nbd"}, "unknown format 'nbd'"),
     ],
 )

@@ -29,6 +29,10 @@ def import_(
     boots: Annotated[
         str, typer.Option("--boots", metavar="LIST", help="How it can start: bios, uefi or both.")
     ] = "bios",
+    arch: Annotated[
+        str,
+        typer.Option("--arch", metavar="ARCH", help="Its architecture, as `uname -m` says; default: this machine's."),
+    ] = "",
     max_size: Annotated[
         str, typer.Option("--max-size", metavar="SIZE", help="Largest disk taken, such as 100G.")
     ] = "2T",
@@ -47,6 +51,7 @@ def import_(
         os_version=os_version,
         user=user,
         boots=tuple(boots.split(",")),
+        architecture=arch,
         most_bytes=spec.parse_size_mib(max_size) << 20,
     )
     with opened(connect) as host:
