@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -41,16 +41,19 @@ def _folder(host: Host) -> Path:
 
 def begin(host: Host, entry: Entry) -> None:
     """Write an entry, on the disk for good before this returns."""
-    folder = _folder(host)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"{uuid4()}.json"
+    write(_folder(host) / f"{uuid4()}.json", asdict(entry))
+
+
+def write(path: Path, values: Mapping[str, object]) -> None:
+    """Put values into a file, whole or not at all, on the disk for good."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     making = path.with_suffix(".making")
     with making.open("w") as file:
-        json.dump(asdict(entry), file)
+        json.dump(values, file)
         file.flush()
         os.fsync(file.fileno())
     making.replace(path)
-    sync_folder(folder)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
