@@ -192,6 +192,16 @@ def drop_unneeded(host: Host, paths: Collection[str], seen: Seen | None = None) 
             return
 
 
+def shared(host: Host, name: str, one: Snapshot) -> bool:
+    """Whether somebody else's disks are based on files of a snapshot, of which libvirt would not know."""
+    seen = view(host, name)
+    files = files_of(host, seen, also=one.files)
+    real = {os.path.realpath(path) for path in one.files}
+    return any(base in real and top not in files.own for top, base in files.bases.items()) or bool(
+        real & {*files.others}
+    )
+
+
 def only_of(host: Host, vm: Domain) -> tuple[str, ...]:
     """The files that snapshots made and that only this VM needs, on top of disks that are its own: they go with it."""
     seen = view(host, vm.name)
@@ -219,11 +229,18 @@ def settle(host: Host, name: str, report: Reporter, *, merging: bool = False) ->
         if domain.find_or_none(host.conn, name) is not None:
             _end(host, entry)
         drop_unneeded(host, entry.files)
-        if entry.layers and not merging:
-            continue
-        if entry.layers:
-            tidy_up(host, name, report, layers=entry.layers, files=entry.files)
-        path.unlink(missing_ok=True)
+        if not entry.layers or _tidied(host, entry, report, merging=merging):
+            path.unlink(missing_ok=True)
+
+
+def _tidied(host: Host, entry: Entry, report: Reporter, *, merging: bool) -> bool:
+    """Whether the layers of a change are in order; ``merging`` brings them into it."""
+    if domain.find_or_none(host.conn, entry.vm) is None:
+        return True
+    if merging:
+        tidy_up(host, entry.vm, report, layers=entry.layers, files=entry.files)
+        return True
+    return plan_tidy(host, view(host, entry.vm), layers=entry.layers, files=entry.files) == ((), ())
 
 
 def _end(host: Host, entry: Entry) -> None:

@@ -10,7 +10,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from uuid import uuid4
 
-from vmctl import agent, disk_chain, domain_job, render, resolve, snapshot_journal, snapshot_layers, snapshot_plan
+from vmctl import (
+    agent,
+    disk_chain,
+    domain_job,
+    render,
+    resolve,
+    snapshot_journal,
+    snapshot_layers,
+    snapshot_plan,
+    snapshot_xml,
+)
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, Interrupted, NotFound, SpecError, Unsupported, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step
@@ -420,13 +430,17 @@ def delete_expired(host: Host, names: Collection[str], report: Reporter, *, dry:
 
 def _remove(host: Host, vm: Domain, one: Snapshot, report: Reporter) -> None:
     _require_deletable(host, vm, one)
-    if one.kind == "internal" or (snapshot_plan.libvirts_own(_version(host)) and not one.aside):
+    by_libvirt = snapshot_plan.libvirts_own(_version(host)) and not one.aside
+    if one.kind == "internal" or (by_libvirt and not snapshot_layers.shared(host, vm.name, one)):
         snapshots.delete(host.conn, vm.name, one.name)
         report(Step(f"snapshot {vm.name}.{one.name} is deleted"))
         return
     files = (*one.aside, *_overlays(one))
     entry = Entry(host.conn.uri, vm.name, "delete", one.name, files, tuple(sorted(one.files)))
     path = snapshot_journal.begin(host, entry)
+    xml = snapshot_xml.without_overlays(one.xml)
+    if xml != one.xml:
+        snapshots.redefine(host.conn, vm.name, xml, current=one.current)
     snapshots.forget(host.conn, vm.name, one.name)
     snapshot_layers.drop_unneeded(host, one.aside)
     try:

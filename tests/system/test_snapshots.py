@@ -34,12 +34,18 @@ def journal() -> list[Path]:
     return list((Path.home() / ".local/share/vmctl/snapshot-journal").glob("*"))
 
 
+def device(vm: str) -> str:
+    """The guest's name of its second disk, which changes when the seed is taken away: it is the one of 16 MiB."""
+    script = "for d in /sys/block/vd*; do [ $(cat $d/size) = 32768 ] && echo /dev/${d##*/}; done; true"
+    return Shell().run("exec", vm, "--", "sh", "-c", script).stdout.strip()
+
+
 def put(vm: str, seed: str, *, at: int = 0) -> None:
-    pattern.write(vm, "/dev/vdc", pattern.blocks(seed, BLOCKS), at=at)
+    pattern.write(vm, device(vm), pattern.blocks(seed, BLOCKS), at=at)
 
 
 def holds(shell: Shell, vm: str, seed: str, *, at: int = 0) -> bool:
-    return pattern.holds(shell, vm, "/dev/vdc", pattern.blocks(seed, BLOCKS), at=at)
+    return pattern.holds(shell, vm, device(vm), pattern.blocks(seed, BLOCKS), at=at)
 
 
 def up(shell: Shell, vm: str) -> None:
@@ -116,3 +122,150 @@ def test_disks_alone_stopped_and_running_oldest_middle_newest(shell: Shell, vm: 
     clean(shell, vm)
     up(shell, vm)
     assert holds(shell, vm, "front 2", at=BLOCKS * 10)
+
+
+def test_branches_keep_what_they_need(shell: Shell, vm: str) -> None:
+    """root - a - b, back to a, then c: each of the two branches can go while the other stays whole."""
+    put(vm, "a")
+    shell.run("snapshot", "create", f"{vm}.a")
+    put(vm, "b")
+    shell.run("snapshot", "create", f"{vm}.b")
+    put(vm, "beyond b")
+    shell.run("snapshot", "revert", f"{vm}.a", "--yes")
+    put(vm, "c")
+    shell.run("snapshot", "create", f"{vm}.c", "--no-memory")
+    put(vm, "beyond c")
+    drawn = shell.run("snapshot", "tree", vm).stdout
+    drawn_names = [line.strip(" │├└─").split("  ")[0] for line in drawn.splitlines()[1:]]
+    assert drawn_names == ["a", "b", "c", "* you are here"]
+    shell.run("snapshot", "delete", f"{vm}.a", "--yes")
+    assert holds(shell, vm, "beyond c")
+    shell.run("snapshot", "revert", f"{vm}.b", "--yes")
+    assert holds(shell, vm, "b")
+    shell.run("snapshot", "revert", f"{vm}.c", "--yes", "--start")
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "240", timeout=300)
+    assert holds(shell, vm, "c")
+    put(vm, "beyond c")
+    shell.run("snapshot", "delete", f"{vm}.b", "--yes")
+    assert holds(shell, vm, "beyond c")
+    shell.run("snapshot", "delete", f"{vm}.c", "--yes")
+    assert holds(shell, vm, "beyond c")
+    assert not [path for path in POOL.iterdir() if ".snap-" in path.name], "the two branches are one again"
+    shell.virsh("destroy", vm)
+    clean(shell, vm)
+
+
+def test_a_clone_on_a_snapshots_file_keeps_it(shell: Shell, vm: str) -> None:
+    put(vm, "base")
+    held = sources(shell, vm)["vdc"]
+    shell.run("snapshot", "create", f"{vm}.base", "--no-memory")
+    put(vm, "later")
+    shell.run("disk", "create", "clone-top", "--backing", held)
+    want = subprocess.run(
+        ["qemu-img", "convert", "-O", "raw", str(POOL / "clone-top.qcow2"), "/tmp/want.raw"], check=True
+    )
+    assert want.returncode == 0
+    shell.run("snapshot", "delete", f"{vm}.base", "--yes")
+    assert holds(shell, vm, "later") and Path(held).exists()
+    subprocess.run(["qemu-img", "compare", "-F", "raw", str(POOL / "clone-top.qcow2"), "/tmp/want.raw"], check=True)
+    shell.run("disk", "delete", "clone-top", "--yes")
+
+
+def test_safety_and_reuse_and_max_and_expiry(shell: Shell, vm: str) -> None:
+    put(vm, "one")
+    shell.run("snapshot", "create", f"{vm}.one", "--expiry", "7d")
+    put(vm, "two")
+    refused = shell.run("snapshot", "revert", f"{vm}.one", check=2)
+    assert "what was written to disk vdc since" in refused.stderr and "--safety" in refused.stderr
+    done = shell.json("snapshot", "revert", f"{vm}.one", "--safety")
+    assert holds(shell, vm, "one") and done["lost"] == []
+    shell.run("snapshot", "revert", f"{vm}.{done['safety']}", "--yes")
+    assert holds(shell, vm, "two")
+    shell.run("snapshot", "create", f"{vm}.one", check=5)
+    shell.run("snapshot", "create", f"{vm}.one", "--reuse", "--no-memory")
+    rows = {one["name"]: one for one in shell.json("snapshot", "list", vm)}
+    assert (
+        set(rows) == {"one", done["safety"]} and not rows["one"]["memory"] and rows["one"]["parent"] == done["safety"]
+    )
+    assert holds(shell, vm, "two")
+    shell.run("snapshot", "create", vm, "--max", "2", "--no-memory")
+    assert len(names(shell, vm)) == 2 and done["safety"] not in names(shell, vm)
+    shell.run("snapshot", "create", f"{vm}.short", "--expiry", "1m", "--no-memory")
+    assert shell.json("snapshot", "delete", "--expired", vm, "--yes") == []
+    assert holds(shell, vm, "two")
+
+
+def test_internal_ones_and_virshs(shell: Shell, vm: str) -> None:
+    put(vm, "inside")
+    done = shell.run("snapshot", "create", f"{vm}.inside", "--internal")
+    assert "internal, memory and disks" in done.stderr
+    put(vm, "later")
+    refused = shell.run("snapshot", "create", f"{vm}.out", "--external", check=8)
+    assert "--internal can be taken here" in refused.stderr
+    shell.virsh("snapshot-create-as", vm, "by-virsh")
+    put(vm, "latest")
+    rows = {one["name"]: one for one in shell.json("snapshot", "list", vm)}
+    assert rows["inside"]["ours"] and not rows["by-virsh"]["ours"]
+    shell.run("snapshot", "revert", f"{vm}.inside", "--yes")
+    assert holds(shell, vm, "inside")
+    shell.run("snapshot", "revert", f"{vm}.by-virsh", "--yes")
+    assert holds(shell, vm, "later")
+    shell.run("snapshot", "delete", f"{vm}.inside", f"{vm}.by-virsh", "--yes")
+    assert names(shell, vm) == [] and holds(shell, vm, "later")
+    # Now external ones that virsh makes, with files where it likes.
+    shell.virsh("snapshot-create-as", vm, "ext", "--disk-only", "--atomic")
+    put(vm, "upon ext")
+    shell.virsh("snapshot-create-as", vm, "mem", "--memspec", f"file={POOL}/{vm}.mem,snapshot=external")
+    put(vm, "upon mem")
+    shell.run("snapshot", "revert", f"{vm}.mem", "--yes")
+    assert holds(shell, vm, "upon ext")
+    shell.run("snapshot", "delete", f"{vm}.ext", "--yes")
+    assert holds(shell, vm, "upon ext")
+    shell.run("snapshot", "revert", f"{vm}.mem", "--yes")
+    assert holds(shell, vm, "upon ext")
+
+
+def test_every_dry_run_touches_nothing_and_tells_all(shell: Shell, vm: str) -> None:
+    put(vm, "one")
+
+    def state() -> tuple[object, ...]:
+        files = {path: path.stat().st_mtime_ns for path in POOL.iterdir() if "console" not in path.name}
+        xml = [shell.virsh("dumpxml", vm, *flags) for flags in ((), ("--inactive",))]
+        return set(files), xml, shell.virsh("snapshot-list", vm, "--tree"), journal()
+
+    before = state()
+    told = shell.run("snapshot", "create", f"{vm}.one", "--dry-run").stdout
+    assert state() == before and told.count("would make") == 3 and f"would change VM {vm}" in told
+    shell.run("snapshot", "create", f"{vm}.one")
+    put(vm, "two")
+    before = state()
+    told = shell.run("snapshot", "revert", f"{vm}.one", "--dry-run").stdout
+    assert state() == before and told.count("would lose") == 3 and told.count("would delete") == 2
+    assert told.count("would make") == 2 and f"would stop VM {vm}" in told and "would read" in told
+    made, gone = told_files(told, "make"), told_files(told, "delete")
+    assert len(made) == 2 and all(Path(one).exists() for one in gone)
+    told = shell.run("snapshot", "delete", f"{vm}.one", "--dry-run").stdout
+    assert state() == before and told.count("would merge") == 2 and told.count("would delete") == 1
+    there = set(map(str, POOL.iterdir()))
+    shell.run("snapshot", "delete", f"{vm}.one", "--yes")
+    now = set(map(str, POOL.iterdir()))
+    assert there - now == told_files(told, "delete") | told_files(told, "merge")
+    assert holds(shell, vm, "two")
+
+
+def told_files(text: str, verb: str) -> set[str]:
+    return {line.split()[2] for line in text.splitlines() if line.startswith(f"would {verb} ")}
+
+
+def test_diff_tells_how_much(shell: Shell, vm: str) -> None:
+    shell.run("snapshot", "create", f"{vm}.one", "--no-memory", "--freeze")
+    put(vm, "two", at=256)
+    shell.run("exec", vm, "--", "sync")
+    shell.run("disk", "attach", vm, "4M")
+    found = shell.json("snapshot", "diff", f"{vm}.one")
+    changed = {one["target"]: one["changed"] for one in found["disks"]}
+    assert 64 * 4096 <= changed["vdc"] < 1 << 20
+    assert any("vdd" in line and line.startswith("+") for line in found["config"])
+    shell.run("snapshot", "create", f"{vm}.two", "--no-memory")
+    between = shell.json("snapshot", "diff", f"{vm}.one", f"{vm}.two")
+    assert {one["target"]: one["changed"] for one in between["disks"]}["vdc"] == changed["vdc"]

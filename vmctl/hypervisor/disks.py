@@ -239,6 +239,14 @@ def commit(conn: Connection, name: str, target: str, base: str, top: str, moved:
     except BaseException:
         abort_job(conn, name, target)
         raise
+    left = find(conn, name, target, inactive=False)
+    if top in {left.source, *left.backing}:  # a job that failed is over, too
+        raise HypervisorError(
+            f"cannot {doing}: the job failed",
+            code=libvirt.VIR_ERR_OPERATION_FAILED,
+            domain=libvirt.VIR_FROM_QEMU,
+            hint="is there room for it? libvirt's log says more",
+        )
 
 
 def _until(conn: Connection, name: str, target: str, doing: str, moved: Callable[[Job], None], *, ready: bool) -> None:

@@ -1,0 +1,226 @@
+"""Snapshots taken, gone back to and deleted while something dies at every step: it happened, or all is as it was.
+
+After each fault: what the disk reads is what was written, by digest; every file is whole; the VM starts; `doctor --fix`
+leaves no file that nobody needs. The table of faults tried and survived is printed at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.system import pattern
+from tests.system.conftest import Shell
+from tests.system.test_interrupted import interrupted
+from vmctl import disk_xml, snapshot_xml
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
+
+POOL = Path("/var/lib/libvirt/vmctl/vmctl")
+JOURNAL = Path.home() / ".local/share/vmctl/snapshot-journal"
+BLOCKS = 256
+DEADLY = {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}
+COUNTS: dict[tuple[str, str], list[int]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    """Prints what was tried, and what of it went well, when all is over."""
+    yield
+    lines = [f"{'operation':<24} {'fault':<10} {'tried':>5} {'survived':>8}"]
+    lines += [f"{op:<24} {fault:<10} {n[0]:>5} {n[1]:>8}" for (op, fault), n in sorted(COUNTS.items())]
+    print("\n" + "\n".join(lines))
+    if where := os.environ.get("FAULT_TABLE"):
+        Path(where).write_text("\n".join(lines) + "\n")
+
+
+@dataclass
+class Machine:
+    """A VM whose second disk is written to from the host while it is stopped."""
+
+    shell: Shell
+    name: str
+    states: dict[str, str] = field(default_factory=dict)
+
+    def disk(self) -> str:
+        text = self.shell.virsh("dumpxml", self.name, "--inactive")
+        return [one.source for one in disk_xml.read(text) if not one.readonly][-1]
+
+    def write(self, seed: str) -> None:
+        """Fill the disk with blocks of that seed."""
+        filling = Path("/tmp/filling.raw")
+        filling.write_bytes(pattern.blocks(seed, BLOCKS))
+        words = ["-f", "qcow2", "-c", f"write -q -s {filling} 0 {BLOCKS * pattern.BLOCK}", self.disk()]
+        subprocess.run(["qemu-io", *words], check=True, capture_output=True, timeout=60)
+
+    def snapshots(self) -> dict[str, snapshot_xml.Snapshot]:
+        names = self.shell.virsh("snapshot-list", self.name, "--name").split()
+        return {one: snapshot_xml.read(self.shell.virsh("snapshot-dumpxml", self.name, one)) for one in names}
+
+    def settled(self) -> None:
+        """What `doctor --fix` leaves is in order."""
+        if self.shell.virsh("domstate", self.name) != "shut off":
+            self.shell.virsh("destroy", self.name)
+        self.shell.run("doctor", "--fix", check=None)
+        assert not list(JOURNAL.glob("*")), [one.read_text() for one in JOURNAL.glob("*")]
+        text = self.shell.virsh("dumpxml", self.name, "--inactive")
+        there = {one.source for one in disk_xml.read(text) if not one.readonly}
+        aside: set[str] = set()
+        for one in self.snapshots().values():
+            there |= one.files
+            aside |= set(one.aside)
+        needed = {path for top in there for path in chain(top)}
+        files = {str(one) for one in POOL.iterdir() if ".snap-" in one.name}
+        assert files <= needed | aside, f"orphans: {files - needed - aside}"
+        assert {path for path in needed | aside if not Path(path).exists()} == set()
+        for path in needed:
+            subprocess.run(["qemu-img", "check", "-q", path], check=True, timeout=60)
+
+    def startable(self) -> None:
+        self.shell.virsh("start", self.name, "--paused")
+        self.shell.virsh("destroy", self.name)
+
+
+def chain(path: str) -> list[str]:
+    words = ["qemu-img", "info", "--backing-chain", "--output=json", path]
+    told = json.loads(subprocess.run(words, check=True, capture_output=True, timeout=60).stdout)
+    return [one["filename"] for one in told]
+
+
+def content(path: str) -> str:
+    """Digest of what a guest would read."""
+    raw = Path("/tmp/content.raw")
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, str(raw)], check=True, timeout=60)
+    return hashlib.sha256(raw.read_bytes()[: BLOCKS * pattern.BLOCK]).hexdigest()
+
+
+def of(seed: str) -> str:
+    return hashlib.sha256(pattern.blocks(seed, BLOCKS)).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    """A stopped VM with a history: snapshots one and two, and something later."""
+    shell, name = Shell(), f"fault-{os.getpid()}"
+    before = set(POOL.iterdir())
+    shell.run("create", name, "--image", "micro", "--disk", "8M", "--no-start")
+    found = Machine(shell, name)
+    for seed in ("one", "two"):
+        found.write(seed)
+        shell.run("snapshot", "create", f"{name}.{seed}")
+    found.write("now")
+    yield found
+    shell.run("delete", name, "--yes")
+    assert set(POOL.iterdir()) == before and not list(JOURNAL.glob("*"))
+
+
+def held(machine: Machine, one: snapshot_xml.Snapshot) -> str:
+    return content(one.disks[-1].file)
+
+
+def counted(op: str, fault: str) -> list[int]:
+    return COUNTS.setdefault((op, fault), [0, 0])
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGINT", "LIBVIRTD"])
+def test_create_of_a_stopped_vm(machine: Machine, tmp_path: Path, fault: str) -> None:
+    shell, at = machine.shell, 0
+    while True:
+        at += 1
+        code, steps = interrupted(tmp_path, fault, at, "snapshot", "create", f"{machine.name}.new")
+        if len(steps) < at and not (fault == "LIBVIRTD" and steps):
+            break
+        count = counted("create, stopped", fault)
+        count[0] += 1
+        awake(shell)
+        machine.settled()
+        assert content(machine.disk()) == of("now"), steps
+        found = machine.snapshots()
+        assert {"one", "two"} <= set(found) and held(machine, found["one"]) == of("one"), steps
+        if "new" in found:
+            assert held(machine, found["new"]) == of("now")
+            shell.run("snapshot", "delete", f"{machine.name}.new", "--yes")
+        elif fault in DEADLY:
+            assert code == DEADLY[fault]
+        machine.startable()
+        count[1] += 1
+    assert at > 2
+    if "new" in machine.snapshots():
+        shell.run("snapshot", "delete", f"{machine.name}.new", "--yes")
+
+
+def awake(shell: Shell) -> None:
+    """libvirtd answers again."""
+    for _ in range(100):
+        if subprocess.run(["virsh", "-q", "uri"], capture_output=True, timeout=60).returncode == 0:
+            return
+    raise AssertionError("libvirtd does not answer")
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGINT", "LIBVIRTD"])
+def test_revert_of_a_stopped_vm(machine: Machine, tmp_path: Path, fault: str) -> None:
+    shell, at = machine.shell, 0
+    while True:
+        at += 1
+        shell.run("snapshot", "create", f"{machine.name}.safe")
+        code, steps = interrupted(tmp_path, fault, at, "snapshot", "revert", f"{machine.name}.one", "--yes")
+        over = len(steps) < at
+        awake(shell)
+        machine.settled()
+        assert content(machine.disk()) in {of("now"), of("one")}, steps
+        if over:
+            assert code == 0 and content(machine.disk()) == of("one")
+        found = machine.snapshots()
+        assert (held(machine, found["one"]), held(machine, found["two"])) == (of("one"), of("two")), steps
+        machine.startable()
+        shell.run("snapshot", "revert", f"{machine.name}.safe", "--yes")
+        assert content(machine.disk()) == of("now"), steps
+        shell.run("snapshot", "delete", f"{machine.name}.safe", "--yes")
+        assert content(machine.disk()) == of("now"), steps
+        if over:
+            break
+        count = counted("revert, stopped", fault)
+        count[0] += 1
+        count[1] += 1
+    assert at > 3
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGINT", "LIBVIRTD"])
+def test_delete_of_the_middle(machine: Machine, tmp_path: Path, fault: str) -> None:
+    """The one between has a branch: what it holds is needed by both, or by one alone."""
+    shell, at = machine.shell, 0
+    while True:
+        at += 1
+        shell.run("snapshot", "create", f"{machine.name}.middle")
+        machine.write("after middle")
+        shell.run("snapshot", "create", f"{machine.name}.upper")
+        machine.write("beyond")
+        code, steps = interrupted(tmp_path, fault, at, "snapshot", "delete", f"{machine.name}.middle", "--yes")
+        over = len(steps) < at
+        awake(shell)
+        machine.settled()
+        assert content(machine.disk()) == of("beyond"), steps
+        found = machine.snapshots()
+        assert held(machine, found["upper"]) == of("after middle"), steps
+        assert held(machine, found["two"]) == of("two"), steps
+        machine.startable()
+        if "middle" in found:
+            assert not over and held(machine, found["middle"]) == of("now"), steps
+            shell.run("snapshot", "delete", f"{machine.name}.middle", "--yes")
+        shell.run("snapshot", "delete", f"{machine.name}.upper", "--yes")
+        assert content(machine.disk()) == of("beyond"), steps
+        machine.write("now")
+        if over:
+            break
+        count = counted("delete, stopped", fault)
+        count[0] += 1
+        count[1] += 1
+    assert at > 4
