@@ -72,14 +72,17 @@ def _owned(host: Host, vm: Domain) -> frozenset[str]:
 
 
 def files_of(host: Host, seen: View, also: Iterable[str] = ()) -> Files:
-    """Who needs which file of a VM's; ``also`` are its own besides."""
+    """Who needs which file of a VM's; ``also`` are its own besides, and they alone and what they are based on may go.
+
+    A disk that was detached stays, though a snapshot made its file.
+    """
     more = {os.path.realpath(one) for one in also}
     owned = _owned(host, seen.vm)
     pinned = {os.path.realpath(path) for one in seen.found for path in one.files}
     overlays = {os.path.realpath(disk.overlay) for one in seen.found for disk in one.external if disk.overlay}
     known = owned | pinned | more
     own: list[str] = []
-    for start in sorted(seen.tops | pinned | more | {one for one in overlays if Path(one).exists()}):
+    for start in sorted(seen.tops | pinned | more):
         chain = seen.chain(start)
         deepest = max((n for n, path in enumerate(chain) if path in known or OURS.search(path)), default=-1)
         own += [path for path in chain[: deepest + 1] if path not in own]
@@ -88,7 +91,8 @@ def files_of(host: Host, seen: View, also: Iterable[str] = ()) -> Files:
         for path in one.files:
             mine.setdefault(os.path.realpath(path), set()).add(one.name)
     others = {path for path, names in seen.seen.named.items() if names - {seen.vm.name}}
-    made = frozenset(path for path in own if OURS.search(path) or path in overlays | owned)
+    given_up = {path for one in more for path in seen.chain(one)}
+    made = frozenset(path for path in own if path in given_up and (OURS.search(path) or path in overlays | owned))
     return Files(seen.seen.bases, {path: frozenset(pins) for path, pins in mine.items()}, others, own, made)
 
 
@@ -153,21 +157,18 @@ def _spellings(seen: View, path: str) -> set[str]:
     return {path} | {one for one in named if one and os.path.realpath(one) == path}
 
 
-def plan_tidy(
-    host: Host, seen: View, *, layers: Collection[str], files: Collection[str]
-) -> tuple[tuple[str, ...], tuple[Merge, ...]]:
-    """What can go, and what can be made one, of these and the VM's own files."""
-    there = [one for one in (*layers, *files) if Path(one).exists() and not one.endswith((".memory", ".nvram"))]
-    return tidy(files_of(host, seen, also=there))
+def plan_tidy(host: Host, seen: View, layers: Collection[str]) -> tuple[tuple[str, ...], tuple[Merge, ...]]:
+    """Which of these files can go, and which of the VM's own can be made one."""
+    return tidy(files_of(host, seen, also=[one for one in layers if Path(one).exists()]))
 
 
-def tidy_up(host: Host, name: str, report: Reporter, *, layers: Collection[str], files: Collection[str]) -> None:
+def tidy_up(host: Host, name: str, report: Reporter, layers: Collection[str]) -> None:
     """Remove what nobody needs of these and of the VM's own files, and make one what can be one."""
     if domain.find_or_none(host.conn, name) is None:
         return
     while True:
         seen = view(host, name)
-        gone, merges = plan_tidy(host, seen, layers=layers, files=files)
+        gone, merges = plan_tidy(host, seen, layers)
         for path in gone:
             remove_file(host, path)
         if not merges:
@@ -206,7 +207,8 @@ def only_of(host: Host, vm: Domain) -> tuple[str, ...]:
     """The files that snapshots made and that only this VM needs, on top of disks that are its own: they go with it."""
     seen = view(host, vm.name)
     aside = [path for one in seen.found for path in one.aside if Path(path).exists()]
-    owned, files = _owned(host, vm), files_of(host, seen)
+    tops = {one.source for one in seen.defined} | {path for one in seen.found for path in one.files}
+    owned, files = _owned(host, vm), files_of(host, seen, also=[one for one in tops if one])
     going = [path for path in files.own if path in files.made - owned and owned & set(seen.chain(path))]
     bases = dict(seen.seen.bases)
     mine: list[str] = []
@@ -238,9 +240,9 @@ def _tidied(host: Host, entry: Entry, report: Reporter, *, merging: bool) -> boo
     if domain.find_or_none(host.conn, entry.vm) is None:
         return True
     if merging:
-        tidy_up(host, entry.vm, report, layers=entry.layers, files=entry.files)
+        tidy_up(host, entry.vm, report, entry.layers)
         return True
-    return plan_tidy(host, view(host, entry.vm), layers=entry.layers, files=entry.files) == ((), ())
+    return plan_tidy(host, view(host, entry.vm), entry.layers) == ((), ())
 
 
 def _end(host: Host, entry: Entry) -> None:

@@ -226,7 +226,7 @@ class Merge:
 class Files:
     """Files and who needs them: ``bases`` of each, ``mine`` pins of this VM (its disks now, its snapshots), ``others``.
 
-    Of ``own`` files the content may be moved, of ``made`` ones the file itself may go.
+    Of ``own`` files the content may be moved, and those of them that are ``made`` may go when nobody needs them.
     """
 
     bases: Mapping[str, str]
@@ -239,34 +239,32 @@ class Files:
 def tidy(files: Files) -> tuple[tuple[str, ...], tuple[Merge, ...]]:
     """Which files can go at once, and which two can become one: those that no snapshot, VM or other disk needs."""
     bases = dict(files.bases)
-    mine = {path: set(pins) for path, pins in files.mine.items()}
-    gone: list[str] = []
-    merges: list[Merge] = []
+    mine = {path: set(pins) for path, pins in files.mine.items() if pins}
     own = [path for path in files.own if path not in files.others]
-    changed = True
-    while changed:
-        changed = False
-        for path in own:
-            if path in gone or mine.get(path) or any(path == merge.top for merge in merges):
-                continue
-            above = [top for top, base in bases.items() if base == path]
-            if not above and path in files.made:
-                gone.append(path)
-            elif len(above) == 1 and above[0] in own:
-                top = above[0]
-                merges.append(Merge(path, top))
-                mine[path] = mine.pop(top, set())
-                for one, base in bases.items():
-                    if base == top:
-                        bases[one] = path
-                bases.pop(top)
-                changed = True
-                continue
-            else:
-                continue
+    gone: list[str] = []
+    while free := [
+        path for path in own if path in files.made and path not in {*gone, *mine} and path not in bases.values()
+    ]:
+        gone += free
+        for path in free:
             bases.pop(path, None)
-            changed = True
+    merges: list[Merge] = []
+    left = [path for path in own if path not in gone]
+    while step := _mergeable(left, mine, bases):
+        merges.append(step)
+        if pins := mine.pop(step.top, None):
+            mine[step.base] = pins
+        bases = {one: step.base if base == step.top else base for one, base in bases.items() if one != step.top}
+        left.remove(step.top)
     return tuple(gone), tuple(merges)
+
+
+def _mergeable(own: Sequence[str], mine: Mapping[str, object], bases: Mapping[str, str]) -> Merge | None:
+    for path in own:
+        above = [top for top, base in bases.items() if base == path]
+        if path not in mine and len(above) == 1 and above[0] in own:
+            return Merge(path, above[0])
+    return None
 
 
 @dataclass(frozen=True, slots=True)

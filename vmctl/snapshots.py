@@ -384,15 +384,11 @@ def planned_delete(host: Host, vm: Domain, one: Snapshot) -> Deleted:
         return Deleted(vm.name, one.name, tuple(f"free its blocks in {path}" for path in sorted(one.files)))
     seen = snapshot_layers.view(host, vm.name)
     seen = replace(seen, found=tuple(other for other in seen.found if other.name != one.name))
-    gone, merges = snapshot_layers.plan_tidy(host, seen, layers=one.files, files=(*one.aside, *_overlays(one)))
+    gone, merges = snapshot_layers.plan_tidy(host, seen, one.files)
     told = [f"delete {path}" for path in one.aside if Path(path).exists()]
     told += [f"merge {step.top} into {step.base}, and delete it" for step in merges]
     told += [f"delete {path}" for path in gone]
     return Deleted(vm.name, one.name, tuple(told))
-
-
-def _overlays(one: Snapshot) -> list[str]:
-    return [disk.overlay for disk in one.external if disk.overlay]
 
 
 def _require_deletable(host: Host, vm: Domain, one: Snapshot) -> None:
@@ -435,8 +431,7 @@ def _remove(host: Host, vm: Domain, one: Snapshot, report: Reporter) -> None:
         snapshots.delete(host.conn, vm.name, one.name)
         report(Step(f"snapshot {vm.name}.{one.name} is deleted"))
         return
-    files = (*one.aside, *_overlays(one))
-    entry = Entry(host.conn.uri, vm.name, "delete", one.name, files, tuple(sorted(one.files)))
+    entry = Entry(host.conn.uri, vm.name, "delete", one.name, one.aside, tuple(sorted(one.files)))
     path = snapshot_journal.begin(host, entry)
     xml = snapshot_xml.without_overlays(one.xml)
     if xml != one.xml:
@@ -444,7 +439,7 @@ def _remove(host: Host, vm: Domain, one: Snapshot, report: Reporter) -> None:
     snapshots.forget(host.conn, vm.name, one.name)
     snapshot_layers.drop_unneeded(host, one.aside)
     try:
-        snapshot_layers.tidy_up(host, vm.name, report, layers=entry.layers, files=files)
+        snapshot_layers.tidy_up(host, vm.name, report, entry.layers)
     except (VmctlError, KeyboardInterrupt) as error:
         hint = "the snapshot is gone; its files wait to be merged, which vmctl doctor --fix does"
         if isinstance(error, VmctlError):
