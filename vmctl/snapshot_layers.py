@@ -12,7 +12,15 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import agent, disk_chain, disk_journal, disk_xml, image_users, qemu_img, snapshot_journal, snapshot_xml
+from vmctl import (
+    disk_chain,
+    disk_xml,
+    image_users,
+    qemu_img,
+    snapshot_journal,
+    snapshot_settle,
+    snapshot_xml,
+)
 from vmctl.disk_find import folders
 from vmctl.disk_journal import remove_file
 from vmctl.disk_replace import job_reporter, share_reporter
@@ -26,9 +34,6 @@ from vmctl.image_users import Seen
 from vmctl.snapshot_journal import Entry
 from vmctl.snapshot_plan import OURS, Files, Merge, tidy
 from vmctl.snapshot_xml import Snapshot
-from vmctl.wait import wait_until
-
-_JOB_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,23 +181,6 @@ def tidy_up(host: Host, name: str, report: Reporter, layers: Collection[str]) ->
         merge(host, seen, merges[0], report)
 
 
-def drop_unneeded(host: Host, paths: Collection[str], seen: Seen | None = None) -> None:
-    """Remove those of the files that nothing names and nothing is based on."""
-    there = [os.path.realpath(path) for path in paths if Path(path).exists()]
-    if not there:
-        return
-    seen = seen or image_users.look(host.conn)
-    bases = dict(seen.bases)
-    while True:
-        free = [path for path in there if not seen.named.get(path) and path not in bases.values()]
-        for path in free:
-            remove_file(host, path)
-            there.remove(path)
-            bases.pop(path, None)
-        if not free:
-            return
-
-
 def shared(host: Host, name: str, one: Snapshot) -> bool:
     """Whether somebody else's disks are based on files of a snapshot, of which libvirt would not know."""
     seen = view(host, name)
@@ -224,14 +212,9 @@ def only_of(host: Host, vm: Domain) -> tuple[str, ...]:
 
 def settle(host: Host, name: str, report: Reporter, *, merging: bool = False) -> None:
     """Bring what was begun on snapshots of a VM, whose name is held, to its end. ``merging``: also what takes long."""
+    snapshot_settle.settle(host, name, report)
     for path, entry in snapshot_journal.entries(host):
-        if entry.vm != name:
-            continue
-        report(Step(f"ending the {entry.doing} of snapshot {entry.vm}.{entry.snapshot}, which was cut off"))
-        if domain.find_or_none(host.conn, name) is not None:
-            _end(host, entry)
-        drop_unneeded(host, entry.files)
-        if not entry.layers or _tidied(host, entry, report, merging=merging):
+        if entry.vm == name and _tidied(host, entry, report, merging=merging):
             path.unlink(missing_ok=True)
 
 
@@ -243,42 +226,6 @@ def _tidied(host: Host, entry: Entry, report: Reporter, *, merging: bool) -> boo
         tidy_up(host, entry.vm, report, entry.layers)
         return True
     return plan_tidy(host, view(host, entry.vm), entry.layers) == ((), ())
-
-
-def _end(host: Host, entry: Entry) -> None:
-    name = entry.vm
-    wait_until(
-        lambda: domain.job_progress(host.conn, name) is None,
-        what=f"end of the job of VM {name}",
-        timeout_s=_JOB_TIMEOUT_S,
-    )
-    if entry.frozen:
-        quietly(lambda: agent.thaw(host, name))
-    if entry.keep:
-        for one in snapshots.snapshots(host.conn, name):
-            if one.name == entry.snapshot and one.kept is None and set(entry.files) & _overlays(one):
-                keep(host, name, one, kept_of(entry))
-    if entry.nvram and not domain.find(host.conn, name).active:
-        now = {disk.source for disk in disks.disks(host.conn, name, inactive=True)}
-        if now & set(entry.files) and Path(entry.nvram[0]).exists():
-            put_nvram(*entry.nvram)
-
-
-def _overlays(one: Snapshot) -> set[str]:
-    return {disk.overlay for disk in one.external} | {one.memory_file}
-
-
-def kept_of(entry: Entry) -> snapshot_xml.Kept:
-    """What an entry says is to be kept of its snapshot."""
-    from datetime import datetime
-
-    expires = datetime.fromisoformat(entry.expires) if entry.expires else None
-    return snapshot_xml.Kept("" if entry.keep == "-" else entry.keep, expires)
-
-
-def keep(host: Host, name: str, one: Snapshot, kept: snapshot_xml.Kept) -> None:
-    """Write down what vmctl keeps of a snapshot."""
-    snapshots.redefine(host.conn, name, snapshot_xml.with_kept(one.xml, kept), current=one.current)
 
 
 def rename(host: Host, vm: str, name: str, new: str) -> None:
@@ -317,18 +264,6 @@ def write_aside(path: str, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(handle)
-
-
-def put_nvram(copy: str, place: str) -> None:
-    """Put a copy of UEFI variables in the place of the file a VM has, whole or not at all."""
-    was = Path(place).stat() if Path(place).exists() else None
-    new = Path(f"{place}.new")
-    new.write_bytes(Path(copy).read_bytes())
-    if was is not None:
-        new.chmod(was.st_mode & 0o7777)
-        os.chown(new, was.st_uid, was.st_gid)
-    new.replace(place)
-    disk_journal.sync_folder(Path(place).parent)
 
 
 def settle_all(host: Host, report: Reporter) -> None:

@@ -22,6 +22,7 @@ from vmctl import (
     snapshot_journal,
     snapshot_layers,
     snapshot_plan,
+    snapshot_settle,
     snapshot_xml,
     snapshots,
 )
@@ -207,10 +208,10 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
         domain.define(host.conn, found.moved(found.definition), name=vm.name)
         known.redefine(host.conn, vm.name, one.xml, current=True)
         if nvram:
-            snapshot_layers.put_nvram(*nvram)
+            snapshot_settle.put_nvram(*nvram)
         _run(host, found, saved, start=start)
         undo.pop_all()
-    snapshot_layers.drop_unneeded(host, found.old)
+    snapshot_settle.drop_unneeded(host, found.old)
     path.unlink(missing_ok=True)
 
 

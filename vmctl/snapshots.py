@@ -19,6 +19,7 @@ from vmctl import (
     snapshot_journal,
     snapshot_layers,
     snapshot_plan,
+    snapshot_settle,
     snapshot_xml,
 )
 from vmctl.disk_xml import DiskDevice
@@ -316,7 +317,7 @@ def _take(host: Host, plan: _Plan, order: Order, report: Reporter) -> None:
     try:
         _frozen(host, vm.name, lambda: _call(host, plan, name, order, report), freeze=order.wanted.freeze)
         (made,) = [one for one in snapshots.snapshots(host.conn, vm.name) if one.name == name]
-        snapshot_layers.keep(host, vm.name, made, Kept(plan.nvram, expires))
+        snapshot_settle.keep(host, vm.name, made, Kept(plan.nvram, expires))
     except BaseException:
         _settled(host, vm.name, report)
         raise
@@ -437,7 +438,7 @@ def _remove(host: Host, vm: Domain, one: Snapshot, report: Reporter) -> None:
     if xml != one.xml:
         snapshots.redefine(host.conn, vm.name, xml, current=one.current)
     snapshots.forget(host.conn, vm.name, one.name)
-    snapshot_layers.drop_unneeded(host, one.aside)
+    snapshot_settle.drop_unneeded(host, one.aside)
     try:
         snapshot_layers.tidy_up(host, vm.name, report, entry.layers)
     except (VmctlError, KeyboardInterrupt) as error:

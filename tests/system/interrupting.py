@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vmctl import disk_journal, disk_replace, qemu_img, snapshot_journal, snapshot_layers
+from vmctl import disk_journal, disk_replace, qemu_img, snapshot_journal, snapshot_layers, snapshot_settle
 from vmctl.cli import run
 from vmctl.hypervisor import devices, disks, domain, network, snapshots, storage
 
@@ -34,7 +34,8 @@ CHANGES: dict[Any, tuple[str, ...]] = {
     disk_journal: ("begin", "remove_file"),
     snapshots: ("take", "redefine", "forget", "restore"),
     snapshot_journal: ("begin",),
-    snapshot_layers: ("put_nvram", "write_aside", "remove_file"),
+    snapshot_layers: ("write_aside", "remove_file"),
+    snapshot_settle: ("put_nvram", "remove_file"),
 }
 
 
