@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vmctl import agent, disk_journal, image_users, snapshot_journal, snapshot_xml
 from vmctl.disk_journal import remove_file
-from vmctl.errors import quietly
+from vmctl.errors import WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, snapshots
@@ -40,11 +40,19 @@ def settle(host: Host, name: str, report: Reporter) -> None:
             path.unlink(missing_ok=True)
 
 
+def _idle(host: Host, name: str) -> bool:
+    """Whether libvirt works on no job of the domain: a snapshot is taken to its end though vmctl was killed."""
+    try:
+        return domain.job_progress(host.conn, name) is None
+    except WrongState:
+        return True  # it does not run
+
+
 def _end(host: Host, entry: Entry) -> None:
     name = entry.vm
     wait_until(
-        lambda: domain.job_progress(host.conn, name) is None,
-        what=f"end of the job of VM {name}",
+        lambda: _idle(host, name),
+        what=f"cannot settle VM {name}: a job of it is not over",
         timeout_s=_JOB_TIMEOUT_S,
     )
     if entry.frozen:

@@ -11,7 +11,6 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from xml.sax.saxutils import escape, quoteattr
 
 from vmctl import disk_xml
 
@@ -84,6 +83,13 @@ class Snapshot:
         return tuple(one for one in (self.memory_file, nvram) if one)
 
 
+def _escaped(text: str) -> str:
+    """As xml.sax.saxutils does, which brings half the standard library with it."""
+    for char, word in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
+        text = text.replace(char, word)
+    return text
+
+
 def _kept(root: ET.Element) -> Kept | None:
     found = root.find(f"domain/metadata/{_TAG}")
     if found is None:
@@ -145,8 +151,8 @@ def definition(snapshot: Snapshot) -> str:
 def with_kept(text: str, kept: Kept) -> str:
     """A snapshot's XML that keeps this."""
     text = _ELEMENT.sub("", text)
-    expires = f" expires={quoteattr(kept.expires.isoformat())}" if kept.expires else ""
-    nvram = f" nvram={quoteattr(kept.nvram)}" if kept.nvram else ""
+    expires = f' expires="{kept.expires.isoformat()}"' if kept.expires else ""
+    nvram = f' nvram="{_escaped(kept.nvram)}"' if kept.nvram else ""
     element = f'<vmctlsnap:snapshot xmlns:vmctlsnap="{NAMESPACE}"{expires}{nvram}/>'
     span = _span(text, "domain")
     if span is None:
@@ -161,7 +167,7 @@ def with_kept(text: str, kept: Kept) -> str:
 
 def with_name(text: str, name: str) -> str:
     """A snapshot's XML under another name."""
-    return re.sub(r"<name>.*?</name>", lambda _: f"<name>{escape(name)}</name>", text, count=1)
+    return re.sub(r"<name>.*?</name>", lambda _: f"<name>{_escaped(name)}</name>", text, count=1)
 
 
 def without_overlays(text: str) -> str:
