@@ -1,7 +1,7 @@
 """How long a revert to a snapshot with memory takes: vmctl's beside virsh's of an internal one, turn by turn.
 
 Two micro VMs of the same make, running, each with a snapshot. `vmctl snapshot revert` is timed from its exec to its
-end, the VM running again; so is `virsh snapshot-revert` of the internal one, which is the only kind libvirt 9.0 reverts to.
+end, the VM running again; so is `virsh snapshot-revert` of the internal one, the only kind libvirt 9.0 reverts to.
 Then the same of a snapshot fifty deep, taken as often.
 
 Usage, as root: python tests/perf/snapshots.py [ROUNDS [DEPTH]]
