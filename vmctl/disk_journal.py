@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-from vmctl import disk_xml, render
+from vmctl import disk_xml
 from vmctl.errors import quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
@@ -126,6 +126,8 @@ def _follow(host: Host, entry: Entry) -> None:
 
 def _own(host: Host, entry: Entry) -> None:
     """If the old file was the VM's own, so is the new one."""
+    from vmctl import render
+
     vm = domain.find(host.conn, entry.vm)
     old = pools.pool_of_path(host.conn, entry.old)
     if vm.facts.record is None or old is None or Owned(*old) not in vm.facts.record.owned:

@@ -16,7 +16,6 @@ from uuid import uuid4
 from vmctl import (
     disk_guard,
     disk_xml,
-    lifecycle,
     qemu_img,
     resolve,
     snapshot_journal,
@@ -29,7 +28,7 @@ from vmctl import (
 from vmctl.errors import Interrupted, NotFound, Unsupported, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
-from vmctl.hypervisor import connection, disks, domain
+from vmctl.hypervisor import disks, domain
 from vmctl.hypervisor import snapshots as known
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.snapshot_journal import Entry
@@ -171,20 +170,23 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
 def _safety(host: Host, vm: Domain, report: Reporter) -> str:
     there = [one.name for one in known.snapshots(host.conn, vm.name)]
     name = snapshot_plan.free_name(datetime.now(UTC), there, "before-revert")
-    return snapshots.taken(host, vm, name, snapshots.Order(description="before a revert"), report).name
+    from vmctl import snapshot_create  # late, and so is lifecycle: a test harness reverts before each of its tests
+
+    order = snapshot_create.Order(description="before a revert")
+    return snapshot_create.taken(host, vm, name, order, report).name
 
 
 def _by_libvirt(host: Host, one: Snapshot) -> bool:
     """libvirt's own way needs nothing of ours beside it, and a libvirt that has one."""
-    version = tuple(int(part) for part in connection.versions(host.conn).libvirt.split("."))
-    return snapshot_plan.libvirts_own(version) and not (one.kept and one.kept.nvram)
+    return snapshot_plan.libvirts_own(snapshots.version(host)) and not (one.kept and one.kept.nvram)
 
 
 def _libvirts(host: Host, found: _Plan, start: bool | None) -> None:
     memory = found.one.memory != "no"
     known.revert(host.conn, found.vm.name, found.one.name, running=None if memory and start is None else start or None)
-    if start is False and domain.find(host.conn, found.vm.name).active:
-        lifecycle.power_off(host, found.vm.name)
+    now = domain.find(host.conn, found.vm.name)
+    if start is False and now.active:
+        _stop(host, now)
 
 
 def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None) -> None:
@@ -200,7 +202,7 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
         for new, file, form in found.fresh.values():
             qemu_img.create(Path(new), "qcow2", None, backing=Path(file), backing_format=form)
         if vm.active:
-            lifecycle.power_off(host, vm.name)
+            _stop(host, vm)
         elif vm.state is State.SAVED:
             domain.drop_saved(host.conn, vm.name)
         current = [other for other in known.snapshots(host.conn, vm.name) if other.current]
@@ -213,6 +215,14 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
         undo.pop_all()
     snapshot_settle.drop_unneeded(host, found.old)
     path.unlink(missing_ok=True)
+
+
+def _stop(host: Host, vm: Domain) -> None:
+    """End the VM at once: nothing of what it has is kept."""
+    from vmctl import lifecycle
+
+    if not domain.kill(host.conn, vm.name):
+        lifecycle.power_off(host, vm.name)
 
 
 def _back(host: Host, found: _Plan, current: Sequence[Snapshot]) -> None:

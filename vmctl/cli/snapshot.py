@@ -75,17 +75,17 @@ def create(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Take a snapshot of a VM, running or not, and say of which kind. Expired ones of that VM go then."""
-    from vmctl import snapshot_plan, snapshots
+    from vmctl import snapshot_create, snapshot_plan
     from vmctl.snapshot_plan import Kind, Wanted
 
     if internal and external:
         raise SpecError("cannot take a snapshot: --internal and --external exclude each other")
     kind = Kind.INTERNAL if internal else Kind.EXTERNAL if external else None
-    order = snapshots.Order(
+    order = snapshot_create.Order(
         Wanted(kind, memory, freeze), description, snapshot_plan.span(expiry) if expiry else None, reuse, most, live
     )
     with opened(connect) as host:
-        done = snapshots.create(host, name, order, reporter(), dry=dry_run)
+        done = snapshot_create.create(host, name, order, reporter(), dry=dry_run)
         full = f"{done.vm}.{done.name}"
 
         def told() -> str:
