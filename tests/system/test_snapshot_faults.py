@@ -224,3 +224,126 @@ def test_delete_of_the_middle(machine: Machine, tmp_path: Path, fault: str) -> N
         count[0] += 1
         count[1] += 1
     assert at > 4
+
+
+@pytest.fixture(scope="module")
+def guest() -> Iterator[str]:
+    """A running guest with a disk of 16 MiB."""
+    shell, name = Shell(), f"fault-{os.getpid()}-live"
+    before = set(POOL.iterdir())
+    shell.run("create", name, "--image", "micro", "--disk", "16M", "--wait", "ssh", timeout=300)
+    yield name
+    shell.run("delete", name, "--yes")
+    assert set(POOL.iterdir()) == before and not list(JOURNAL.glob("*"))
+
+
+def device(shell: Shell, vm: str) -> str:
+    script = "for d in /sys/block/vd*; do [ $(cat $d/size) = 32768 ] && echo /dev/${d##*/}; done; true"
+    return shell.run("exec", vm, "--", "sh", "-c", script).stdout.strip()
+
+
+def ensure_up(shell: Shell, vm: str) -> None:
+    if shell.virsh("domstate", vm) != "running":
+        shell.run("start", vm)
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "240", timeout=300)
+
+
+LIVE = {
+    "create, running": ["create", "VM.new"],
+    "revert, running": ["revert", "VM.held", "--yes"],
+    "delete, running": ["delete", "VM.middle", "--yes"],
+}
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGINT", "LIBVIRTD", "QEMU"])
+@pytest.mark.parametrize("op", sorted(LIVE))
+def test_of_a_running_vm(guest: str, tmp_path: Path, op: str, fault: str) -> None:
+    """The guest has written a pattern before, and reads it after, in the VM as it is or from the snapshot."""
+    shell, at = Shell(), 0
+    words = [word.replace("VM", guest) for word in LIVE[op]]
+    while True:
+        at += 2  # every other step: each costs a guest's start here, and the next parameter takes none of the same code
+        machine = Machine(shell, guest)
+        ensure_up(shell, guest)
+        pattern.write(guest, device(shell, guest), pattern.blocks("held", 64))
+        shell.run("snapshot", "create", f"{guest}.held", "--reuse")
+        pattern.write(guest, device(shell, guest), pattern.blocks("middle", 64), at=64)
+        if op.startswith("delete"):
+            shell.run("snapshot", "create", f"{guest}.middle", "--no-memory")
+            pattern.write(guest, device(shell, guest), pattern.blocks("after", 64), at=128)
+        _code, steps = interrupted(tmp_path, fault, at, "snapshot", *words)
+        over = len(steps) < at if fault in DEADLY else not steps or len(steps) < 1
+        awake(shell)
+        shell.run("doctor", "--fix", check=None)
+        assert not list(JOURNAL.glob("*"))
+        ensure_up(shell, guest)
+        disk = device(shell, guest)
+        assert pattern.holds(shell, guest, disk, pattern.blocks("held", 64)), steps
+        later = pattern.holds(shell, guest, disk, pattern.blocks("middle", 64), at=64)
+        assert later or op.startswith("revert"), steps
+        if op.startswith("delete"):
+            assert pattern.holds(shell, guest, disk, pattern.blocks("after", 64), at=128), steps
+        shell.run("snapshot", "revert", f"{guest}.held", "--yes")
+        assert shell.virsh("domstate", guest) == "running"
+        assert pattern.holds(shell, guest, disk, pattern.blocks("held", 64)), steps
+        assert not pattern.holds(shell, guest, disk, pattern.blocks("middle", 64), at=64), steps
+        machine.settled()
+        for extra in set(machine.snapshots()) - {"held"}:
+            shell.run("snapshot", "delete", f"{guest}.{extra}", "--yes")
+        if not over:
+            count = counted(op, fault)
+            count[0] += 1
+            count[1] += 1
+        if over or at >= 8:
+            break
+
+
+def test_no_room_in_the_pool(tmp_path: Path) -> None:
+    """Full when one is taken, and full in the middle of a merge: nothing is lost, and with room it goes on."""
+    shell, name, small = Shell(), f"fault-{os.getpid()}-small", Path("/var/lib/libvirt/small")
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=11M,mode=0711", "small", str(small)], check=True)
+    machine = Machine(shell, name)
+    try:
+        shell.run("disk", "pool", "create", "small", "--path", str(small))
+        shell.run("create", name, "--image", "micro", "--no-start")
+        shell.run("disk", "create", "small/full", "8M")
+        shell.run("disk", "attach", name, "small/full")
+        top = machine.disk()
+        words = ["-f", "qcow2", "-c", "write -q -P 1 0 4M", top]
+        subprocess.run(["qemu-io", *words], check=True, capture_output=True)
+        count = counted("create, no room", "ENOSPC")
+        count[0] += 1
+        filler = small / "filler"
+        subprocess.run(f"cat /dev/zero >{filler} 2>/dev/null", shell=True, check=False)
+        done = shell.run("snapshot", "create", f"{name}.one", check=None)
+        assert done.returncode and done.stderr.startswith(("cannot", "snapshot")), done.stderr
+        assert machine.disk() == top and not list(JOURNAL.glob("*")) and not machine.snapshots()
+        assert sorted(small.iterdir()) == [filler, small / "full.qcow2"]
+        filler.unlink()
+        count[1] += 1
+        count = counted("delete, no room", "ENOSPC")
+        count[0] += 1
+        shell.run("snapshot", "create", f"{name}.one")
+        words = ["-f", "qcow2", "-c", "write -q -P 2 4M 4M", machine.disk()]
+        subprocess.run(["qemu-io", *words], check=True, capture_output=True)
+        want = whole(machine.disk())
+        done = shell.run("snapshot", "delete", f"{name}.one", "--yes", check=None)
+        assert done.returncode == 10 and "doctor --fix" in done.stderr, done.stderr
+        assert whole(machine.disk()) == want
+        machine.startable()
+        subprocess.run(["mount", "-o", "remount,size=64M", str(small)], check=True)
+        machine.settled()
+        assert machine.disk() == top and whole(top) == want
+        count[1] += 1
+    finally:
+        shell.run("delete", name, "--yes", check=None)
+        shell.run("disk", "pool", "delete", "small", "--yes", check=None)
+        subprocess.run(["umount", "-l", str(small)], check=False)
+
+
+def whole(path: str) -> str:
+    """Digest of all a guest would read."""
+    raw = Path("/tmp/whole.raw")
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, str(raw)], check=True, timeout=60)
+    return hashlib.sha256(raw.read_bytes()).hexdigest()

@@ -269,3 +269,81 @@ def test_diff_tells_how_much(shell: Shell, vm: str) -> None:
     shell.run("snapshot", "create", f"{vm}.two", "--no-memory")
     between = shell.json("snapshot", "diff", f"{vm}.one", f"{vm}.two")
     assert {one["target"]: one["changed"] for one in between["disks"]}["vdc"] == changed["vdc"]
+
+
+def test_a_renamed_vm_goes_back_under_its_new_name(shell: Shell, vm: str, name: str) -> None:
+    put(vm, "one")
+    shell.run("snapshot", "create", f"{vm}.one")
+    put(vm, "two")
+    shell.virsh("destroy", vm)
+    shell.run("rename", vm, f"{vm}-b")
+    try:
+        shell.run("snapshot", "revert", f"{vm}-b.one", "--yes")
+        assert shell.virsh("domstate", f"{vm}-b") == "running"
+        assert holds(shell, f"{vm}-b", "one")
+        shell.virsh("destroy", f"{vm}-b")
+    finally:
+        shell.run("rename", f"{vm}-b", vm)
+    moved = shell.run("disk", "move", f"{vm}:vdc", "--pool", "default", check=None)
+    assert moved.returncode in {4, 5}, moved.stderr
+
+
+@pytest.mark.timeout(1500)
+def test_fifty_deep_and_flatten_mends_it(shell: Shell, vm: str) -> None:
+    shell.virsh("destroy", vm)
+    for number in range(50):
+        shell.run("snapshot", "create", f"{vm}.d{number}")
+    up(shell, vm)
+    put(vm, "now")
+    assert len(names(shell, vm)) == 50
+    shell.run("disk", "flatten", f"{vm}:{target(shell, vm)}", timeout=400)
+    assert holds(shell, vm, "now")
+    assert len(backing(sources(shell, vm)[target(shell, vm)])) == 1
+    shell.run("snapshot", "delete", f"{vm}.d25", f"{vm}.d0", f"{vm}.d49", "--yes", timeout=400)
+    assert holds(shell, vm, "now") and len(names(shell, vm)) == 47
+    shell.run("snapshot", "create", f"{vm}.top", "--no-memory")
+    shell.run("snapshot", "revert", f"{vm}.d30", "--yes", "--start", timeout=400)
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "240", timeout=300)
+    assert not holds(shell, vm, "now")
+    shell.run("snapshot", "revert", f"{vm}.top", "--yes", timeout=400)
+    clean(shell, vm)
+    up(shell, vm)
+    assert holds(shell, vm, "now")
+
+
+def target(shell: Shell, vm: str) -> str:
+    """The target of the second disk."""
+    return sorted(sources(shell, vm))[-1]
+
+
+def backing(path: str) -> list[str]:
+    words = ["qemu-img", "info", "-U", "--backing-chain", "--output=json", path]
+    return [one["filename"] for one in json.loads(subprocess.run(words, check=True, capture_output=True).stdout)]
+
+
+def test_the_variables_of_uefi_are_kept_and_put_back(shell: Shell, vm: str, tmp_path: Path) -> None:
+    shell.virsh("destroy", vm)
+    text = shell.virsh("dumpxml", vm, "--inactive")
+    begin, end = text.index("<os>"), text.index("</os>")
+    xml = tmp_path / "uefi.xml"
+    boot = "<os firmware='efi'><type arch='x86_64' machine='q35'>hvm</type><boot dev='hd'/>"
+    xml.write_text(text[:begin] + boot + text[end:])
+    shell.virsh("define", str(xml))
+    shell.virsh("start", vm)
+    nvram = Path(shell.virsh("dumpxml", vm).partition("<nvram")[2].partition(">")[2].partition("<")[0])
+    refused = shell.run("snapshot", "create", f"{vm}.in", "--internal", check=8)
+    assert "UEFI" in refused.stderr
+    shell.run("snapshot", "create", f"{vm}.live")
+    shell.virsh("destroy", vm)
+    nvram.write_bytes(b"one" + nvram.read_bytes()[3:])
+    one = nvram.read_bytes()
+    shell.run("snapshot", "create", f"{vm}.one")
+    nvram.write_bytes(b"two" + one[3:])
+    owner = nvram.stat().st_uid
+    shell.run("snapshot", "revert", f"{vm}.one", "--yes")
+    assert nvram.read_bytes() == one and nvram.stat().st_uid == owner
+    told = shell.run("snapshot", "revert", f"{vm}.live", "--dry-run").stdout
+    assert f"would write {nvram}" in told
+    shell.run("snapshot", "revert", f"{vm}.live", "--yes")
+    assert nvram.read_bytes()[:3] != b"one" and shell.virsh("domstate", vm) == "running"
+    assert shell.json("snapshot", "show", f"{vm}.one")["nvram"].endswith(".nvram")
