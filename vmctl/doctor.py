@@ -14,8 +14,8 @@ from vmctl import (
     deletion,
     disk_journal,
     disk_replace,
-    domain_files,
     hosts,
+    image_users,
     images,
     kvm_device,
     snapshot_journal,
@@ -166,13 +166,14 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     if not storage.pool_exists(host.conn, host.settings.pool):
         return findings or [Finding("creations", "ok", "no creation was cut off")]
     known = {o.volume for f in facts if f.record for o in f.record.owned}
-    attached = {path for _, text in domain.all_texts(host.conn) for path in domain_files.named(text)}
+    attached = image_users.needed(host.conn).users  # the layers below disks and snapshots too
     folder = images.pool_path(host, host.settings.pool)
     storage.refresh(host.conn, host.settings.pool)
     orphans = [
         v
         for v in storage.volume_names(host.conn, host.settings.pool)
-        if not any(v == k or v.startswith(f"{k}.") for k in known) and f"{folder}/{v}" not in attached
+        if not any(v == k or v.startswith(f"{k}.") for k in known)
+        and not {f"{folder}/{v}", os.path.realpath(f"{folder}/{v}")} & attached.keys()
     ]
     if orphans:
         findings.append(
