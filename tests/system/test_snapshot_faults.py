@@ -136,7 +136,7 @@ def test_create_of_a_stopped_vm(machine: Machine, tmp_path: Path, fault: str) ->
     while True:
         at += 1
         code, steps = interrupted(tmp_path, fault, at, "snapshot", "create", f"{machine.name}.new")
-        if len(steps) < at and not (fault == "LIBVIRTD" and steps):
+        if finished(fault, steps, at):
             break
         count = counted("create, stopped", fault)
         count[0] += 1
@@ -157,6 +157,11 @@ def test_create_of_a_stopped_vm(machine: Machine, tmp_path: Path, fault: str) ->
         shell.run("snapshot", "delete", f"{machine.name}.new", "--yes")
 
 
+def finished(fault: str, steps: list[str], at: int) -> bool:
+    """Whether there was no such step any more. A signal logs all steps before it, a killed daemon the one it met."""
+    return len(steps) < at if fault in DEADLY else not steps
+
+
 def awake(shell: Shell) -> None:
     """libvirtd answers again."""
     for _ in range(100):
@@ -172,7 +177,7 @@ def test_revert_of_a_stopped_vm(machine: Machine, tmp_path: Path, fault: str) ->
         at += 1
         shell.run("snapshot", "create", f"{machine.name}.safe")
         code, steps = interrupted(tmp_path, fault, at, "snapshot", "revert", f"{machine.name}.one", "--yes")
-        over = len(steps) < at
+        over = finished(fault, steps, at)
         awake(shell)
         machine.settled()
         assert content(machine.disk()) in {of("now"), of("one")}, steps
@@ -204,7 +209,7 @@ def test_delete_of_the_middle(machine: Machine, tmp_path: Path, fault: str) -> N
         shell.run("snapshot", "create", f"{machine.name}.upper")
         machine.write("beyond")
         code, steps = interrupted(tmp_path, fault, at, "snapshot", "delete", f"{machine.name}.middle", "--yes")
-        over = len(steps) < at
+        over = finished(fault, steps, at)
         awake(shell)
         machine.settled()
         assert content(machine.disk()) == of("beyond"), steps
@@ -272,7 +277,7 @@ def test_of_a_running_vm(guest: str, tmp_path: Path, op: str, fault: str) -> Non
             shell.run("snapshot", "create", f"{guest}.middle", "--no-memory")
             pattern.write(guest, device(shell, guest), pattern.blocks("after", 64), at=128)
         _code, steps = interrupted(tmp_path, fault, at, "snapshot", *words)
-        over = len(steps) < at if fault in DEADLY else not steps or len(steps) < 1
+        over = finished(fault, steps, at)
         awake(shell)
         shell.run("doctor", "--fix", check=None)
         assert not list(JOURNAL.glob("*"))
