@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import disk_journal, image_users, resolve, snapshot_layers, spec
+from vmctl import disk_journal, image_users, resolve, snapshot_layers, snapshot_settle, spec
 from vmctl.events import Reporter, Warned
 from vmctl.guest import known_hosts
 from vmctl.hosts import Host, holding
@@ -105,6 +105,7 @@ def delete(host: Host, name: str, report: Reporter) -> None:
     Works on what a killed create or delete left, too. Raises Conflict while another vmctl works on that name.
     """
     with holding(host, name):
+        snapshot_settle.settle(host, name, report)
         what = doomed(host, name)
         if what.vm is not None:
             remove(host, what.vm, report)

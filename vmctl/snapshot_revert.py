@@ -16,6 +16,7 @@ from uuid import uuid4
 from vmctl import (
     disk_guard,
     disk_xml,
+    domain_files,
     qemu_img,
     resolve,
     snapshot_journal,
@@ -83,7 +84,7 @@ def _plan(host: Host, vm: Domain, ref: Ref) -> _Plan:
     definition = snapshot_xml.definition(one)
     if not definition or any(not disk.file for disk in one.external):
         raise Unsupported(f"cannot {doing}: libvirt kept no definition with it")
-    if missing := [path for path in (*one.files, *one.aside) if not Path(path).exists()]:
+    if missing := [path for path in domain_files.named(one.xml) if path.startswith("/") and not Path(path).exists()]:
         raise NotFound(f"cannot {doing}: {', '.join(sorted(missing))} is not there any more")
     prefix = resolve.volume_prefix(vm.name, vm.uuid)
     fresh = {

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from vmctl import (
+    domain_files,
     snapshot_journal,
     snapshot_layers,
     snapshot_plan,
@@ -123,7 +124,8 @@ def show(host: Host, text: str) -> Shown:
     """Everything about a snapshot. Raises NotFound."""
     ref, one = named(host, text)
     children = tuple(other.name for other in snapshots.snapshots(host.conn, ref.vm) if other.parent == one.name)
-    missing = [path for path in sorted({*one.files, *one.aside}) if host.conn.local and not Path(path).exists()]
+    named_ = sorted(path for path in domain_files.named(one.xml) if path.startswith("/"))
+    missing = [path for path in named_ if host.conn.local and not Path(path).exists()]
     why = f"cannot: {', '.join(missing)} is not there any more" if missing else ""
     nvram = one.kept.nvram if one.kept else ""
     return Shown(listed(ref.vm, one), children, one.disks, one.memory_file, nvram, why)
