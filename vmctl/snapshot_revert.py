@@ -193,7 +193,7 @@ def _libvirts(host: Host, found: _Plan, start: bool | None) -> None:
 def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None) -> None:
     vm, one = found.vm, found.one
     memory = one.memory == "external" and start is not False
-    saved = found.moved(known.saved_xml(host.conn, one.memory_file)) if memory else ""
+    saved = _saved(host, found) if memory else ""
     fresh = tuple(new for new, _file, _form in found.fresh.values())
     nvram = (one.kept.nvram, vm.facts.nvram) if one.kept and one.kept.nvram and vm.facts.nvram else ()
     entry = Entry(host.conn.uri, vm.name, "revert", one.name, (*fresh, *found.old), nvram=nvram)
@@ -216,6 +216,17 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
         undo.pop_all()
     snapshot_settle.drop_unneeded(host, found.old)
     path.unlink(missing_ok=True)
+
+
+def _saved(host: Host, found: _Plan) -> str:
+    """The XML to restore the memory with. Raises Unsupported where libvirt would refuse it, with nothing changed yet."""
+    text = known.saved_xml(host.conn, found.one.memory_file)
+    if (was := snapshot_xml.name(text)) != found.vm.name:
+        raise Unsupported(
+            f"cannot revert to snapshot {found.vm.name}.{found.one.name}: its memory is that of a VM called {was}",
+            hint=f"vmctl rename {found.vm.name} {was}; or --no-start, which puts back the disks alone",
+        )
+    return found.moved(text)
 
 
 def _stop(host: Host, vm: Domain) -> None:

@@ -165,6 +165,11 @@ def with_kept(text: str, kept: Kept) -> str:
     return f"{text[:at]}<metadata>{element}</metadata>{text[at:]}"
 
 
+def name(text: str) -> str:
+    """The name in a domain's XML."""
+    return ET.fromstring(text).findtext("name") or ""
+
+
 def with_name(text: str, name: str) -> str:
     """A snapshot's XML under another name."""
     return re.sub(r"<name>.*?</name>", lambda _: f"<name>{_escaped(name)}</name>", text, count=1)
