@@ -219,7 +219,7 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
 
 
 def _saved(host: Host, found: _Plan) -> str:
-    """The XML to restore the memory with. Raises Unsupported where libvirt would refuse it, with nothing changed yet."""
+    """The XML to restore the memory with. Raises Unsupported where libvirt would refuse it."""
     text = known.saved_xml(host.conn, found.one.memory_file)
     if (was := snapshot_xml.name(text)) != found.vm.name:
         raise Unsupported(
