@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from vmctl import image_users, resolve, spec
+from vmctl import disk_journal, image_users, resolve, snapshot_layers, snapshot_settle, spec
 from vmctl.events import Reporter, Warned
 from vmctl.guest import known_hosts
 from vmctl.hosts import Host, holding
-from vmctl.hypervisor import domain, storage
+from vmctl.hypervisor import disks, domain, storage
 from vmctl.hypervisor.domain import Domain
 from vmctl.lifecycle import power_off
 from vmctl.record import Owned
@@ -16,24 +17,30 @@ from vmctl.record import Owned
 
 @dataclass(frozen=True, slots=True)
 class Doomed:
-    """What a delete destroys: the VM, and the volumes that are its own. ``vm`` None: only left-overs are there."""
+    """What a delete destroys: the VM, the volumes that are its own, and the ``files`` of its snapshots.
+
+    ``vm`` None: only left-overs are there.
+    """
 
     name: str
     vm: Domain | None
     volumes: tuple[Owned, ...]
+    files: tuple[str, ...] = ()
 
     @property
     def lines(self) -> list[str]:
         """What to show before asking."""
         what = [f"VM {self.name} ({self.vm.state})"] if self.vm else [f"left-overs of VM {self.name}"]
-        return [*what, *(f"volume {owned.volume}" for owned in self.volumes)]
+        files = [f"file {path}" for path in self.files]
+        return [*what, *(f"volume {owned.volume}" for owned in self.volumes), *files]
 
 
 def doomed(host: Host, name: str) -> Doomed:
     """What deleting ``name`` would destroy. Raises NotFound when there is nothing."""
     vm = domain.find_or_none(host.conn, name)
     if vm is not None:
-        return Doomed(vm.name, vm, _deletable(host, vm))
+        files = _of_snapshots(host, vm)
+        return Doomed(vm.name, vm, _deletable(host, vm, files), files)
     volumes = _leftovers(host, name)
     if not volumes:
         raise domain.absent(host.conn, name)
@@ -59,8 +66,13 @@ def _with_prefix(host: Host, prefix: str) -> tuple[Owned, ...]:
     )
 
 
-def _deletable(host: Host, vm: Domain) -> tuple[Owned, ...]:
-    """The VM's own volumes that nobody else uses."""
+def _of_snapshots(host: Host, vm: Domain) -> tuple[str, ...]:
+    """The files that snapshots made and that only this VM needs."""
+    return snapshot_layers.only_of(host, vm) if host.conn.local and disks.has_snapshots(host.conn, vm.name) else ()
+
+
+def _deletable(host: Host, vm: Domain, files: tuple[str, ...]) -> tuple[Owned, ...]:
+    """The VM's own volumes that nobody else uses, once ``files`` are gone."""
     record = vm.facts.record
     if record is None or not record.owned:
         return ()
@@ -81,7 +93,7 @@ def _deletable(host: Host, vm: Domain) -> tuple[Owned, ...]:
     free = []
     for one in owned:
         path = f"{storage.pool_path(host.conn, one.pool)}/{one.volume}"
-        users = set(needed.by(path)) - {vm.name}
+        users = set(needed.by(path)) - {vm.name, *(Path(file).name for file in files)}
         if path not in used and f"{one.pool}/{one.volume}" not in used and not users:
             free.append(one)
     return tuple(free)
@@ -93,6 +105,7 @@ def delete(host: Host, name: str, report: Reporter) -> None:
     Works on what a killed create or delete left, too. Raises Conflict while another vmctl works on that name.
     """
     with holding(host, name):
+        snapshot_settle.settle(host, name, report)
         what = doomed(host, name)
         if what.vm is not None:
             remove(host, what.vm, report)
@@ -103,11 +116,14 @@ def delete(host: Host, name: str, report: Reporter) -> None:
 
 def remove(host: Host, vm: Domain, report: Reporter) -> None:
     """Take a VM apart, its definition last: whatever interrupts this, a second delete finds the rest."""
-    volumes = _deletable(host, vm)
+    files = _of_snapshots(host, vm)
+    volumes = _deletable(host, vm, files)
     kept = [o for o in vm.facts.record.owned if o not in volumes] if vm.facts.record else []
     if vm.active:
         power_off(host, vm.name)
     known_hosts(host, vm.name).unlink(missing_ok=True)
+    for path in files:
+        disk_journal.remove_file(host, path)
     for owned in volumes:
         storage.delete_volume(host.conn, owned.pool, owned.volume)
     for owned in kept:

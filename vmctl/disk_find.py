@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import disk_chain, disk_guard, disk_journal
+from vmctl import disk_chain, disk_guard, disk_journal, snapshot_settle
 from vmctl.choices import DiskFormat
 from vmctl.disk_chain import Chain
 from vmctl.disk_spec import Ref, parse_ref
@@ -127,6 +127,7 @@ def working_on(host: Host, text: str, report: Reporter, *, timeout_s: float = 30
     )
     with lock:
         disk_journal.settle(host, first.owner, report)
+        snapshot_settle.settle(host, first.owner, report)
         # Looked at again: who had the lock before may have moved it. Of a VM's disk only the target stays the same.
         now = locate(host, f"{first.owner}:{first.target}" if first.vm else text)
         if now.owner != first.owner:

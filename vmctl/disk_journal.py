@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-from vmctl import disk_xml, render
+from vmctl import disk_xml
 from vmctl.errors import quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
@@ -41,16 +41,19 @@ def _folder(host: Host) -> Path:
 
 def begin(host: Host, entry: Entry) -> None:
     """Write an entry, on the disk for good before this returns."""
-    folder = _folder(host)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"{uuid4()}.json"
+    write(_folder(host) / f"{uuid4()}.json", asdict(entry))
+
+
+def write(path: Path, values: Mapping[str, object]) -> None:
+    """Put values into a file, whole or not at all, on the disk for good."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     making = path.with_suffix(".making")
     with making.open("w") as file:
-        json.dump(asdict(entry), file)
+        json.dump(values, file)
         file.flush()
         os.fsync(file.fileno())
     making.replace(path)
-    sync_folder(folder)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -123,6 +126,8 @@ def _follow(host: Host, entry: Entry) -> None:
 
 def _own(host: Host, entry: Entry) -> None:
     """If the old file was the VM's own, so is the new one."""
+    from vmctl import render
+
     vm = domain.find(host.conn, entry.vm)
     old = pools.pool_of_path(host.conn, entry.old)
     if vm.facts.record is None or old is None or Owned(*old) not in vm.facts.record.owned:

@@ -15,7 +15,7 @@ from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, SpecError, Unsupported, WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
-from vmctl.hypervisor import capabilities, devices, disks, domain, storage
+from vmctl.hypervisor import capabilities, devices, disks, domain, snapshots, storage
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.record import Owned
 
@@ -184,7 +184,10 @@ def _refuse_a_base(host: Host, vm: Domain, found: Located, what: str) -> None:
     from vmctl import image_users  # late: it reads every pool
 
     users = image_users.needed(host.conn).by(os.path.realpath(found.path))
-    if others := [one for one in users if one not in {vm.name, found.volume}]:
+    others = [one for one in users if one not in {vm.name, found.volume}]
+    for one in snapshots.snapshots(host.conn, vm.name):
+        others += [f"snapshot {vm.name}.{one.name}"] if found.path in one.files else []
+    if others:
         raise Conflict(
             f"cannot attach {what} to VM {vm.name}: {', '.join(others)} needs it as it is",
             hint=f"vmctl disk create NEW --backing {what} makes one to write to",

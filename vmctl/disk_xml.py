@@ -113,7 +113,12 @@ def _read(disk: ET.Element) -> DiskDevice:
 
 def read(text: str) -> tuple[DiskDevice, ...]:
     """The disks of a domain's XML, in its order."""
-    return tuple(_read(disk) for disk in ET.fromstring(text).iterfind("devices/disk"))
+    return read_element(ET.fromstring(text))
+
+
+def read_element(domain: ET.Element) -> tuple[DiskDevice, ...]:
+    """The same of a parsed <domain>."""
+    return tuple(_read(disk) for disk in domain.iterfind("devices/disk"))
 
 
 def with_source(text: str, target: str, path: str, form: str) -> str:

@@ -9,7 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import accel, deletion, disk_journal, disk_replace, hosts, images, kvm_device
+from vmctl import (
+    accel,
+    deletion,
+    disk_journal,
+    disk_replace,
+    hosts,
+    image_users,
+    images,
+    kvm_device,
+    snapshot_journal,
+    snapshot_layers,
+)
 from vmctl.accel import Check
 from vmctl.errors import VmctlError, reason
 from vmctl.events import Reporter, Step
@@ -158,13 +169,14 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     if not storage.pool_exists(host.conn, host.settings.pool):
         return findings or [Finding("creations", "ok", "no creation was cut off")]
     known = {o.volume for f in facts if f.record for o in f.record.owned}
-    attached = {disk.source for f in facts for disk in f.disks}
+    attached = image_users.needed(host.conn).users  # the layers below disks and snapshots too
     folder = images.pool_path(host, host.settings.pool)
     storage.refresh(host.conn, host.settings.pool)
     orphans = [
         v
         for v in storage.volume_names(host.conn, host.settings.pool)
-        if not any(v == k or v.startswith(f"{k}.") for k in known) and f"{folder}/{v}" not in attached
+        if not any(v == k or v.startswith(f"{k}.") for k in known)
+        and not {f"{folder}/{v}", os.path.realpath(f"{folder}/{v}")} & attached.keys()
     ]
     if orphans:
         findings.append(
@@ -197,6 +209,20 @@ def _disk_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     ]
 
 
+def _snapshot_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
+    """Changes of snapshots that were cut off, and their files that nobody needs."""
+    begun = snapshot_journal.unsettled(host)
+    if not begun:
+        return [Finding("snapshots", "ok", "no change of a snapshot was cut off")]
+    if fix:
+        snapshot_layers.settle_all(host, report)
+        begun = snapshot_journal.unsettled(host) or begun
+    mended = fix and not snapshot_journal.unsettled(host)
+    mend = "" if mended else "vmctl doctor --fix removes what nobody needs and merges what can be one"
+    detail = f"a change of a snapshot was cut off: {'; '.join(begun)}"
+    return [Finding("snapshots", "mended" if mended else "failed", detail, mend)]
+
+
 def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Finding, ...]:
     """All checks, on the host that ``connect`` names; without an answer from it, the ones that need none."""
     findings = _tools()
@@ -212,6 +238,7 @@ def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Findin
             ("networks", lambda: _networks(host, fix=fix, report=report) if not host.conn.session else []),
             ("creations", lambda: _cut_off(host, fix=fix, report=report)),
             ("disks", lambda: _disk_changes(host, fix=fix, report=report)),
+            ("snapshots", lambda: _snapshot_changes(host, fix=fix, report=report)),
         ]
         for name, check in checks:
             try:

@@ -6,9 +6,28 @@ import xml.etree.ElementTree as ET
 
 
 def named(text: str) -> frozenset[str]:
-    """Paths, and POOL/VOLUME for volumes, of disks, their backing chains, kernels and initial ramdisks."""
+    """Paths, and POOL/VOLUME for volumes, of disks, their backing chains, kernels and initial ramdisks.
+
+    Of a snapshot: what holds its state. Neither the overlays that were made when it was taken, which may be long gone,
+    nor chains as they were then: what a file is based on now, its header tells.
+    """
+    root = ET.fromstring(text)
+    if root.tag != "domainsnapshot":
+        return _named(root)
+    found = {memory.get("file", "") for memory in root.iterfind("memory")}
+    for part in ("domain", "inactiveDomain"):
+        for domain in root.iterfind(part):
+            for disk in domain.iterfind("devices/disk"):
+                for below in disk.findall("backingStore"):
+                    disk.remove(below)
+            found |= _named(domain)
+    found |= {one.get("nvram", "") for one in root.iterfind("domain/metadata/*")}
+    return frozenset(found - {""})
+
+
+def _named(root: ET.Element) -> frozenset[str]:
     found = set()
-    for element in ET.fromstring(text).iter():
+    for element in root.iter():
         if element.tag == "source":
             found |= {element.get("file", ""), element.get("dev", "")}
             if element.get("volume"):

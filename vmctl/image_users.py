@@ -39,31 +39,59 @@ def chains(named: Mapping[str, Iterable[str]], bases: Mapping[str, str]) -> dict
     return {path: frozenset(users) for path, users in found.items()}
 
 
-def needed(conn: Connection) -> Needed:
-    """Who needs which file on the host."""
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Files of a host as they hang together: what each is based on, which VMs name it, and the ends left unknown.
+
+    ``volumes``: what is based on a file by the name of the volume, for those in pools.
+    """
+
+    bases: Mapping[str, str]
+    named: Mapping[str, frozenset[str]]
+    volumes: Mapping[str, frozenset[str]]
+    unknown: tuple[str, ...]
+
+
+def look(conn: Connection) -> Seen:
+    """What is there on the host."""
     volumes = storage.all_volumes(conn)
     bases = {_real(conn, v.path): _real(conn, v.backing) for v in volumes if v.backing}
     in_pools = {_real(conn, v.path) for v in volumes}
     paths = {f"{v.pool}/{v.name}": v.path for v in volumes}
-    named: dict[str, set[str]] = {}
+    based: dict[str, set[str]] = {}
     for volume in volumes:
         if volume.backing:
-            named.setdefault(_real(conn, volume.backing), set()).add(volume.name)
+            based.setdefault(_real(conn, volume.backing), set()).add(volume.name)
+    named: dict[str, set[str]] = {}
     unknown, raw = set(), set[str]()
     for name, text in domain.all_texts(conn):
         raw |= domain_files.raw(text)
         for source in domain_files.named(text):
             named.setdefault(_real(conn, paths.get(source, source)), set()).add(name)
-    open_ends = [path for path in named if path.startswith("/") and path not in in_pools and path not in raw]
+    open_ends = [path for path in {*based, *named} if path.startswith("/") and path not in in_pools | raw]
     for folder in storage.sleeping_folders(conn):
         found = _files(folder) if conn.local else None
         if found is None:
             unknown.add(folder)
         for path in found or ():
-            named.setdefault(path, set()).add(Path(path).name)
+            based.setdefault(path, set()).add(Path(path).name)
             open_ends.append(path)
     _follow(conn, open_ends, bases, unknown)
-    return Needed(chains(named, bases), tuple(sorted(unknown)))
+    return Seen(bases, _frozen(named), _frozen(based), tuple(sorted(unknown)))
+
+
+def _frozen(sets: Mapping[str, set[str]]) -> dict[str, frozenset[str]]:
+    return {path: frozenset(names) for path, names in sets.items()}
+
+
+def needed(conn: Connection) -> Needed:
+    """Who needs which file on the host."""
+    seen = look(conn)
+    both = {
+        path: seen.named.get(path, frozenset()) | seen.volumes.get(path, frozenset())
+        for path in {*seen.named, *seen.volumes}
+    }
+    return Needed(chains(both, seen.bases), seen.unknown)
 
 
 def _real(conn: Connection, path: str) -> str:

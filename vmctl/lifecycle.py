@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from dataclasses import replace
 from enum import StrEnum
 
-from vmctl import disk_guard, networks, render, spec
+from vmctl import disk_guard, domain_job, networks, render, spec
 from vmctl.accel import timeout_scale
-from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, VmctlError, WaitTimeout, WrongState, quietly
-from vmctl.events import Progress, Reporter, Step
+from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, WaitTimeout, WrongState
+from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import disks, domain, events
 from vmctl.hypervisor.domain import ACTIVE, Domain, State
@@ -250,36 +249,8 @@ def save(host: Host, name: str, report: Reporter) -> bool:
         return False
     domain.require(vm, frozenset({State.RUNNING, State.PAUSED}), "save", f"vmctl start {name}")
     domain.require_persistent(vm, "save")
-    failure: list[VmctlError] = []
-
-    def work() -> None:
-        try:
-            domain.save(host.conn, name)
-        except VmctlError as error:
-            failure.append(error)
-
-    worker = threading.Thread(target=work, name="save", daemon=True)
-    worker.start()
-    try:
-        while worker.is_alive():
-            worker.join(0.1)
-            _report_job(host, name, report)
-    except BaseException:
-        quietly(lambda: domain.abort_job(host.conn, name))
-        worker.join(_POWER_OFF_TIMEOUT_S)
-        raise
-    if failure:
-        raise failure[0]
+    domain_job.blocking(host, name, lambda: domain.save(host.conn, name), report, f"memory of {name}")
     return True
-
-
-def _report_job(host: Host, name: str, report: Reporter) -> None:
-    try:
-        progress = domain.job_progress(host.conn, name)
-    except VmctlError:
-        return  # the job, and the process with it, has just ended
-    if progress is not None and progress.total:
-        report(Progress(f"memory of {name}", progress.done, progress.total))
 
 
 def rename(host: Host, name: str, new: str) -> None:

@@ -52,14 +52,18 @@ def _run(words: Sequence[str], *, what: str, timeout_s: float) -> bytes:
     return done.stdout
 
 
-def create(path: Path, format: str, size: int, *, backing: Path | None = None, backing_format: str = "") -> None:
-    """Make an empty image of ``size`` bytes, or an overlay on ``backing``, whose format must then be given."""
+def create(path: Path, format: str, size: int | None, *, backing: Path | None = None, backing_format: str = "") -> None:
+    """Make an empty image of ``size`` bytes, or an overlay on ``backing``, whose format must then be given.
+
+    ``size`` None: that of ``backing``.
+    """
     if backing is not None and not backing_format:
         raise ImageError(f"cannot create image {path}: the format of {backing} is not given")
     words = ["create", "-q", "-f", format]
     if backing is not None:
         words += ["-b", str(backing), "-F", backing_format]
-    _run([*words, str(path), str(size)], what=f"create image {path}", timeout_s=_QUICK_TIMEOUT_S)
+    words += [str(path)] if size is None else [str(path), str(size)]
+    _run(words, what=f"create image {path}", timeout_s=_QUICK_TIMEOUT_S)
 
 
 def convert(source: Path, source_format: str, target: Path, target_format: str, *, compress: bool = False) -> None:
@@ -354,3 +358,25 @@ def rebase(path: Path, format: str, backing: Path | None, backing_format: str, *
     """Base an overlay on another file (None: on none), its content unchanged: what differs is copied into it first."""
     onto = ["-b", "" if backing is None else str(backing), *(["-F", backing_format] if backing else [])]
     _run(["rebase", "-q", "-f", format, *onto, str(path)], what=what, timeout_s=_COPY_TIMEOUT_S)
+
+
+def repoint(path: Path, format: str, backing: Path, backing_format: str, *, what: str) -> None:
+    """Base an overlay on another file that reads the same as its base; nothing is copied or looked at."""
+    words = ["rebase", "-q", "-u", "-f", format, "-b", str(backing), "-F", backing_format, str(path)]
+    _run(words, what=what, timeout_s=_QUICK_TIMEOUT_S)
+
+
+def commit(
+    path: Path, format: str, base: Path, *, what: str, moved: Callable[[float], None] = lambda _share: None
+) -> None:
+    """Bring what an overlay holds into ``base``, the file it is based on; the overlay stays, and reads the same.
+
+    Its chain must be known to be good.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        limits = Limits(memory=8 << 30, cpu_s=86400, wall_s=86400.0)
+        words = ["commit", "-p", "-d", "-f", format, "-b", str(base), str(path)]
+        _limited(words, Source(handle, format), limits, what, moved)
+    finally:
+        os.close(handle)

@@ -108,6 +108,26 @@ class ProbeView:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotDiskView:
+    """A disk in snapshot.xml.j2: ``kind`` is internal, external (with its new file) or no."""
+
+    target: str
+    kind: str
+    overlay: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotView:
+    """Everything snapshot.xml.j2 prints."""
+
+    name: str
+    description: str
+    memory: str
+    memory_file: str
+    disks: tuple[SnapshotDiskView, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SeedView:
     """What the guest is told at its first boot."""
 
@@ -208,6 +228,11 @@ def attached_disk(view: AttachedView) -> str:
 def mirror(path: str, form: str) -> str:
     """The XML of the file that a running disk is copied to."""
     return _xml("mirror", path=path, format=form)
+
+
+def snapshot(view: SnapshotView) -> str:
+    """The XML of a snapshot to be taken."""
+    return _xml("snapshot", snapshot=view)
 
 
 def volume(view: VolumeView) -> str:

@@ -10,7 +10,7 @@ from vmctl.errors import VmctlError
 from vmctl.events import Reporter, Step
 from vmctl.guest import console_text
 from vmctl.hosts import Host
-from vmctl.hypervisor import domain, storage
+from vmctl.hypervisor import domain, snapshots, storage
 from vmctl.hypervisor.domain import Domain
 
 # What is printed on the console when a first boot is over and all of it is on the disk. A boot cut off before that goes
@@ -31,6 +31,8 @@ def detach_used(host: Host, vm: Domain, report: Reporter) -> None:
     disk = next((disk for disk in vm.facts.disks if disk.source.endswith(f"/{seed.volume}")), None)
     if disk is not None:
         domain.detach_disk(host.conn, vm.name, disk.target)
+    if any(f"/{seed.volume}" in one.xml for one in snapshots.snapshots(host.conn, vm.name)):
+        return  # who goes back to one of these needs it; it goes with the VM, or at a start after them
     storage.delete_volume(host.conn, seed.pool, seed.volume)
     kept = tuple(one for one in record.owned if one != seed)
     domain.set_record(host.conn, vm.name, render.metadata(replace(record, owned=kept)))

@@ -175,7 +175,7 @@ done
 cd "$root"
 if [ "${1-}" = --figures-only ]; then
     # A report, not a test: a machine that others share may be slow today.
-    for bench in "commands.py 7" "boot.py 3"; do
+    for bench in "commands.py 7" "boot.py 3" "snapshots.py 3 10"; do
         # shellcheck disable=SC2086  name and rounds are two words
         "$root/.venv/bin/python3" tests/perf/$bench || echo "no figures from tests/perf/$bench" >&2
     done

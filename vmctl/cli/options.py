@@ -133,16 +133,19 @@ def note(text: str) -> None:
         ui.note(text)
 
 
-def refuse_unless_yes(what: Sequence[str], *, yes: bool) -> None:
+def refuse_unless_yes(
+    what: Sequence[str], *, yes: bool, question: str = "Delete all of this?", hint: str = "add --yes"
+) -> None:
     """Show what will be destroyed and ask; without a terminal only --yes goes on. Raises SpecError."""
     if yes:
         return
     for line in what:
         ui.note(f"  {line}")
     if not ui.interactive():
-        raise SpecError("cannot delete without being sure: there is no terminal to ask on", hint="add --yes")
-    if not ui.confirm("Delete all of this?"):
-        raise SpecError("nothing was deleted")
+        verb = question.split()[0].lower()
+        raise SpecError(f"cannot {verb} without being sure: there is no terminal to ask on", hint=hint)
+    if not ui.confirm(question):
+        raise SpecError("nothing was done")
 
 
 def on_vms(

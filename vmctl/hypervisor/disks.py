@@ -221,6 +221,34 @@ def pull(conn: Connection, name: str, target: str, base: str, moved: Callable[[J
         raise
 
 
+def commit(conn: Connection, name: str, target: str, base: str, top: str, moved: Callable[[Job], None]) -> None:
+    """Bring what ``top``, a file of a running domain's disk, holds into ``base``, the one below it, and go on without.
+
+    Ended in its middle it leaves a disk of the same content on the same backing chain; ``base`` alone may have changed.
+    """
+    doing = f"commit {top} of VM {name}"
+    dom = domain.handle(conn, name)
+    active = find(conn, name, target, inactive=False).source == top
+    with calling(doing):
+        dom.blockCommit(target, base, top, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0)
+    try:
+        _until(conn, name, target, doing, moved, ready=active)
+        if active:
+            with calling(doing):
+                dom.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
+    except BaseException:
+        abort_job(conn, name, target)
+        raise
+    left = find(conn, name, target, inactive=False)
+    if top in {left.source, *left.backing}:  # a job that failed is over, too
+        raise HypervisorError(
+            f"cannot {doing}: the job failed",
+            code=libvirt.VIR_ERR_OPERATION_FAILED,
+            domain=libvirt.VIR_FROM_QEMU,
+            hint="is there room for it? libvirt's log says more",
+        )
+
+
 def _until(conn: Connection, name: str, target: str, doing: str, moved: Callable[[Job], None], *, ready: bool) -> None:
     """Wait for a job to be ready to be switched over, or to end. Raises WrongState when the domain stops meanwhile."""
     dom = domain.handle(conn, name)

@@ -1,0 +1,354 @@
+"""Snapshots taken, gone back to and deleted while something dies at every step: it happened, or all is as it was.
+
+After each fault: what the disk reads is what was written, by digest; every file is whole; the VM starts; `doctor --fix`
+leaves no file that nobody needs. The table of faults tried and survived is printed at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.system import pattern
+from tests.system.conftest import Shell
+from tests.system.test_interrupted import interrupted
+from vmctl import disk_xml, snapshot_xml
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
+
+POOL = Path("/var/lib/libvirt/vmctl/vmctl")
+JOURNAL = Path.home() / ".local/share/vmctl/snapshot-journal"
+BLOCKS = 256
+DEADLY = {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}
+COUNTS: dict[tuple[str, str], list[int]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    """Prints what was tried, and what of it went well, when all is over."""
+    yield
+    lines = [f"{'operation':<24} {'fault':<10} {'tried':>5} {'survived':>8}"]
+    lines += [f"{op:<24} {fault:<10} {n[0]:>5} {n[1]:>8}" for (op, fault), n in sorted(COUNTS.items())]
+    print("\n" + "\n".join(lines))
+    if where := os.environ.get("FAULT_TABLE"):
+        Path(where).write_text("\n".join(lines) + "\n")
+
+
+@dataclass
+class Machine:
+    """A VM whose second disk is written to from the host while it is stopped."""
+
+    shell: Shell
+    name: str
+    states: dict[str, str] = field(default_factory=dict)
+
+    def disk(self) -> str:
+        text = self.shell.virsh("dumpxml", self.name, "--inactive")
+        return [one.source for one in disk_xml.read(text) if not one.readonly][-1]
+
+    def write(self, seed: str) -> None:
+        """Fill the disk with blocks of that seed."""
+        filling = Path("/tmp/filling.raw")
+        filling.write_bytes(pattern.blocks(seed, BLOCKS))
+        words = ["-f", "qcow2", "-c", f"write -q -s {filling} 0 {BLOCKS * pattern.BLOCK}", self.disk()]
+        subprocess.run(["qemu-io", *words], check=True, capture_output=True, timeout=60)
+
+    def snapshots(self) -> dict[str, snapshot_xml.Snapshot]:
+        names = self.shell.virsh("snapshot-list", self.name, "--name").split()
+        return {one: snapshot_xml.read(self.shell.virsh("snapshot-dumpxml", self.name, one)) for one in names}
+
+    def settled(self) -> None:
+        """What `doctor --fix` leaves is in order."""
+        if self.shell.virsh("domstate", self.name) != "shut off":
+            self.shell.virsh("destroy", self.name)
+        self.shell.run("doctor", "--fix", check=None)
+        assert not list(JOURNAL.glob("*")), [one.read_text() for one in JOURNAL.glob("*")]
+        text = self.shell.virsh("dumpxml", self.name, "--inactive")
+        there = {one.source for one in disk_xml.read(text) if not one.readonly}
+        aside: set[str] = set()
+        for one in self.snapshots().values():
+            there |= one.files
+            aside |= set(one.aside)
+        needed = {path for top in there for path in chain(top)}
+        files = {str(one) for one in POOL.iterdir() if ".snap-" in one.name}
+        assert files <= needed | aside, f"orphans: {files - needed - aside}"
+        assert {path for path in needed | aside if not Path(path).exists()} == set()
+        for path in needed:
+            subprocess.run(["qemu-img", "check", "-q", path], check=True, timeout=60)
+
+    def startable(self) -> None:
+        self.shell.virsh("start", self.name, "--paused")
+        self.shell.virsh("destroy", self.name)
+
+
+def chain(path: str) -> list[str]:
+    words = ["qemu-img", "info", "--backing-chain", "--output=json", path]
+    told = json.loads(subprocess.run(words, check=True, capture_output=True, timeout=60).stdout)
+    return [one["filename"] for one in told]
+
+
+def content(path: str) -> str:
+    """Digest of what a guest would read."""
+    raw = Path("/tmp/content.raw")
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, str(raw)], check=True, timeout=60)
+    return hashlib.sha256(raw.read_bytes()[: BLOCKS * pattern.BLOCK]).hexdigest()
+
+
+def of(seed: str) -> str:
+    return hashlib.sha256(pattern.blocks(seed, BLOCKS)).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    """A stopped VM with a history: snapshots one and two, and something later."""
+    shell, name = Shell(), f"fault-{os.getpid()}"
+    before = set(POOL.iterdir())
+    shell.run("create", name, "--image", "micro", "--disk", "8M", "--no-start")
+    found = Machine(shell, name)
+    for seed in ("one", "two"):
+        found.write(seed)
+        shell.run("snapshot", "create", f"{name}.{seed}")
+    found.write("now")
+    yield found
+    shell.run("delete", name, "--yes")
+    assert set(POOL.iterdir()) == before and not list(JOURNAL.glob("*"))
+
+
+def held(machine: Machine, one: snapshot_xml.Snapshot) -> str:
+    return content(one.disks[-1].file)
+
+
+def counted(op: str, fault: str) -> list[int]:
+    return COUNTS.setdefault((op, fault), [0, 0])
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGINT", "LIBVIRTD"])
+def test_create_of_a_stopped_vm(machine: Machine, tmp_path: Path, fault: str) -> None:
+    shell, at = machine.shell, 0
+    while True:
+        at += 1
+        code, steps = interrupted(tmp_path, fault, at, "snapshot", "create", f"{machine.name}.new")
+        if finished(fault, steps, at):
+            break
+        count = counted("create, stopped", fault)
+        count[0] += 1
+        awake(shell)
+        machine.settled()
+        assert content(machine.disk()) == of("now"), steps
+        found = machine.snapshots()
+        assert {"one", "two"} <= set(found) and held(machine, found["one"]) == of("one"), steps
+        if "new" in found:
+            assert held(machine, found["new"]) == of("now")
+            shell.run("snapshot", "delete", f"{machine.name}.new", "--yes")
+        elif fault in DEADLY:
+            assert code == DEADLY[fault]
+        machine.startable()
+        count[1] += 1
+    assert at > 2
+    if "new" in machine.snapshots():
+        shell.run("snapshot", "delete", f"{machine.name}.new", "--yes")
+
+
+def finished(fault: str, steps: list[str], at: int) -> bool:
+    """Whether there was no such step any more. A signal logs all steps before it, a killed daemon the one it met."""
+    return len(steps) < at if fault in DEADLY else not steps
+
+
+def awake(shell: Shell) -> None:
+    """libvirtd answers again."""
+    for _ in range(100):
+        if subprocess.run(["virsh", "-q", "uri"], capture_output=True, timeout=60).returncode == 0:
+            return
+    raise AssertionError("libvirtd does not answer")
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGINT", "LIBVIRTD"])
+def test_revert_of_a_stopped_vm(machine: Machine, tmp_path: Path, fault: str) -> None:
+    shell, at = machine.shell, 0
+    while True:
+        at += 1
+        shell.run("snapshot", "create", f"{machine.name}.safe")
+        code, steps = interrupted(tmp_path, fault, at, "snapshot", "revert", f"{machine.name}.one", "--yes")
+        over = finished(fault, steps, at)
+        awake(shell)
+        machine.settled()
+        assert content(machine.disk()) in {of("now"), of("one")}, steps
+        if over:
+            assert code == 0 and content(machine.disk()) == of("one")
+        found = machine.snapshots()
+        assert (held(machine, found["one"]), held(machine, found["two"])) == (of("one"), of("two")), steps
+        machine.startable()
+        shell.run("snapshot", "revert", f"{machine.name}.safe", "--yes")
+        assert content(machine.disk()) == of("now"), steps
+        shell.run("snapshot", "delete", f"{machine.name}.safe", "--yes")
+        assert content(machine.disk()) == of("now"), steps
+        if over:
+            break
+        count = counted("revert, stopped", fault)
+        count[0] += 1
+        count[1] += 1
+    assert at > 3
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGINT", "LIBVIRTD"])
+def test_delete_of_the_middle(machine: Machine, tmp_path: Path, fault: str) -> None:
+    """The one between has a branch: what it holds is needed by both, or by one alone."""
+    shell, at = machine.shell, 0
+    while True:
+        at += 1
+        shell.run("snapshot", "create", f"{machine.name}.middle")
+        machine.write("after middle")
+        shell.run("snapshot", "create", f"{machine.name}.upper")
+        machine.write("beyond")
+        code, steps = interrupted(tmp_path, fault, at, "snapshot", "delete", f"{machine.name}.middle", "--yes")
+        over = finished(fault, steps, at)
+        awake(shell)
+        machine.settled()
+        assert content(machine.disk()) == of("beyond"), steps
+        found = machine.snapshots()
+        assert held(machine, found["upper"]) == of("after middle"), steps
+        assert held(machine, found["two"]) == of("two"), steps
+        machine.startable()
+        if "middle" in found:
+            assert not over and held(machine, found["middle"]) == of("now"), steps
+            shell.run("snapshot", "delete", f"{machine.name}.middle", "--yes")
+        shell.run("snapshot", "delete", f"{machine.name}.upper", "--yes")
+        assert content(machine.disk()) == of("beyond"), steps
+        machine.write("now")
+        if over:
+            break
+        count = counted("delete, stopped", fault)
+        count[0] += 1
+        count[1] += 1
+    assert at > 4
+
+
+@pytest.fixture(scope="module")
+def guest() -> Iterator[str]:
+    """A running guest with a disk of 16 MiB."""
+    shell, name = Shell(), f"fault-{os.getpid()}-live"
+    before = set(POOL.iterdir())
+    shell.run("create", name, "--image", "micro", "--disk", "16M", "--wait", "ssh", timeout=300)
+    yield name
+    shell.run("delete", name, "--yes")
+    assert set(POOL.iterdir()) == before and not list(JOURNAL.glob("*"))
+
+
+def device(shell: Shell, vm: str) -> str:
+    script = "for d in /sys/block/vd*; do [ $(cat $d/size) = 32768 ] && echo /dev/${d##*/}; done; true"
+    return shell.run("exec", vm, "--", "sh", "-c", script).stdout.strip()
+
+
+def ensure_up(shell: Shell, vm: str) -> None:
+    if shell.virsh("domstate", vm) != "running":
+        shell.run("start", vm)
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "240", timeout=300)
+
+
+LIVE = {
+    "create, running": ["create", "VM.new"],
+    "revert, running": ["revert", "VM.held", "--yes"],
+    "delete, running": ["delete", "VM.middle", "--yes"],
+}
+
+
+@pytest.mark.parametrize("fault", ["SIGKILL", "SIGINT", "LIBVIRTD", "QEMU"])
+@pytest.mark.parametrize("op", sorted(LIVE))
+def test_of_a_running_vm(guest: str, tmp_path: Path, op: str, fault: str) -> None:
+    """The guest has written a pattern before, and reads it after, in the VM as it is or from the snapshot."""
+    shell, at = Shell(), 0
+    words = [word.replace("VM", guest) for word in LIVE[op]]
+    while True:
+        at += 2  # every other step: each costs a guest's start here, and the next parameter takes none of the same code
+        machine = Machine(shell, guest)
+        ensure_up(shell, guest)
+        pattern.write(guest, device(shell, guest), pattern.blocks("held", 64))
+        shell.run("snapshot", "create", f"{guest}.held", "--reuse")
+        pattern.write(guest, device(shell, guest), pattern.blocks("middle", 64), at=64)
+        if op.startswith("delete"):
+            shell.run("snapshot", "create", f"{guest}.middle", "--no-memory")
+            pattern.write(guest, device(shell, guest), pattern.blocks("after", 64), at=128)
+        _code, steps = interrupted(tmp_path, fault, at, "snapshot", *words)
+        over = finished(fault, steps, at)
+        awake(shell)
+        shell.run("doctor", "--fix", check=None)
+        assert not list(JOURNAL.glob("*"))
+        ensure_up(shell, guest)
+        disk = device(shell, guest)
+        assert pattern.holds(shell, guest, disk, pattern.blocks("held", 64)), steps
+        later = pattern.holds(shell, guest, disk, pattern.blocks("middle", 64), at=64)
+        assert later or op.startswith("revert"), steps
+        if op.startswith("delete"):
+            assert pattern.holds(shell, guest, disk, pattern.blocks("after", 64), at=128), steps
+        shell.run("snapshot", "revert", f"{guest}.held", "--yes")
+        assert shell.virsh("domstate", guest) == "running"
+        assert pattern.holds(shell, guest, disk, pattern.blocks("held", 64)), steps
+        assert not pattern.holds(shell, guest, disk, pattern.blocks("middle", 64), at=64), steps
+        machine.settled()
+        for extra in set(machine.snapshots()) - {"held"}:
+            shell.run("snapshot", "delete", f"{guest}.{extra}", "--yes")
+        if not over:
+            count = counted(op, fault)
+            count[0] += 1
+            count[1] += 1
+        if over or at >= 8:
+            break
+
+
+def test_no_room_in_the_pool(tmp_path: Path) -> None:
+    """Full when one is taken, and full in the middle of a merge: nothing is lost, and with room it goes on."""
+    shell, name, small = Shell(), f"fault-{os.getpid()}-small", Path("/var/lib/libvirt/small")
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=11M,mode=0711", "small", str(small)], check=True)
+    machine = Machine(shell, name)
+    try:
+        shell.run("disk", "pool", "create", "small", "--path", str(small))
+        shell.run("create", name, "--image", "micro", "--no-start")
+        shell.run("disk", "create", "small/full", "8M")
+        shell.run("disk", "attach", name, "small/full")
+        top = machine.disk()
+        words = ["-f", "qcow2", "-c", "write -q -P 1 0 4M", top]
+        subprocess.run(["qemu-io", *words], check=True, capture_output=True)
+        count = counted("create, no room", "ENOSPC")
+        count[0] += 1
+        filler = small / "filler"
+        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64k"], check=False, capture_output=True)
+        done = shell.run("snapshot", "create", f"{name}.one", check=None)
+        assert done.returncode and done.stderr.startswith(("cannot", "snapshot")), done.stderr
+        assert machine.disk() == top and not list(JOURNAL.glob("*")) and not machine.snapshots()
+        assert sorted(small.iterdir()) == [filler, small / "full.qcow2"]
+        filler.unlink()
+        count[1] += 1
+        count = counted("delete, no room", "ENOSPC")
+        count[0] += 1
+        shell.run("snapshot", "create", f"{name}.one")
+        words = ["-f", "qcow2", "-c", "write -q -P 2 4M 4M", machine.disk()]
+        subprocess.run(["qemu-io", *words], check=True, capture_output=True)
+        want = whole(machine.disk())
+        done = shell.run("snapshot", "delete", f"{name}.one", "--yes", check=None)
+        assert done.returncode == 10 and "doctor --fix" in done.stderr, done.stderr
+        assert whole(machine.disk()) == want
+        machine.startable()
+        subprocess.run(["mount", "-o", "remount,size=64M", str(small)], check=True)
+        machine.settled()
+        assert machine.disk() == top and whole(top) == want
+        count[1] += 1
+    finally:
+        shell.run("delete", name, "--yes", check=None)
+        shell.run("disk", "pool", "delete", "small", "--yes", check=None)
+        subprocess.run(["umount", "-l", str(small)], check=False)
+
+
+def whole(path: str) -> str:
+    """Digest of all a guest would read."""
+    raw = Path("/tmp/whole.raw")
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, str(raw)], check=True, timeout=60)
+    return hashlib.sha256(raw.read_bytes()).hexdigest()

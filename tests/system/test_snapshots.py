@@ -1,0 +1,354 @@
+"""Snapshots of real guests: what was written before is there after a revert, whatever kind, chain and branch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system import pattern
+from tests.system.conftest import Shell
+from vmctl import disk_xml
+
+pytestmark = pytest.mark.system
+
+POOL = Path("/var/lib/libvirt/vmctl/vmctl")
+BLOCKS = 64
+
+
+@pytest.fixture
+def vm(shell: Shell, name: str) -> Iterator[str]:
+    """A running guest with a second disk of 16 MiB, /dev/vdc; all files are gone with it."""
+    before = set(POOL.iterdir())
+    shell.run("create", name, "--image", "micro", "--disk", "16M", "--wait", "ssh")
+    yield name
+    shell.run("delete", name, "--yes")
+    assert set(POOL.iterdir()) == before
+    assert not journal()
+
+
+def journal() -> list[Path]:
+    return list((Path.home() / ".local/share/vmctl/snapshot-journal").glob("*"))
+
+
+def device(vm: str) -> str:
+    """The guest's name of its second disk, which changes when the seed is taken away: it is the one of 16 MiB."""
+    script = "for d in /sys/block/vd*; do [ $(cat $d/size) = 32768 ] && echo /dev/${d##*/}; done; true"
+    return Shell().run("exec", vm, "--", "sh", "-c", script).stdout.strip()
+
+
+def put(vm: str, seed: str, *, at: int = 0) -> None:
+    pattern.write(vm, device(vm), pattern.blocks(seed, BLOCKS), at=at)
+
+
+def holds(shell: Shell, vm: str, seed: str, *, at: int = 0) -> bool:
+    return pattern.holds(shell, vm, device(vm), pattern.blocks(seed, BLOCKS), at=at)
+
+
+def up(shell: Shell, vm: str) -> None:
+    """Started and reachable."""
+    shell.run("start", vm)
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "240", timeout=300)
+
+
+def sources(shell: Shell, vm: str, *flags: str) -> dict[str, str]:
+    return {one.target: one.source for one in disk_xml.read(shell.virsh("dumpxml", vm, *flags)) if not one.readonly}
+
+
+def clean(shell: Shell, vm: str) -> None:
+    """Of a stopped VM: every file of its chains is whole."""
+    for path in sources(shell, vm, "--inactive").values():
+        chain = json.loads(
+            subprocess.run(
+                ["qemu-img", "info", "--backing-chain", "--output=json", path], check=True, capture_output=True
+            ).stdout
+        )
+        for layer in chain:
+            subprocess.run(["qemu-img", "check", "-q", layer["filename"]], check=True)
+
+
+def names(shell: Shell, vm: str) -> list[str]:
+    return [one["name"] for one in shell.json("snapshot", "list", vm)]
+
+
+def test_memory_and_disks_come_back_as_often_as_one_likes(shell: Shell, vm: str) -> None:
+    put(vm, "one")
+    shell.run("exec", vm, "--", "sh", "-c", "echo in-memory >/run/mark; (sleep 100000 & echo $! >/run/pid)")
+    done = shell.run("snapshot", "create", f"{vm}.one", "--description", "with a process")
+    assert "external, memory and disks vda, vdc" in done.stderr
+    for turn in range(3):
+        put(vm, f"later {turn}")
+        shell.run("exec", vm, "--", "sh", "-c", "rm /run/mark; kill $(cat /run/pid)")
+        files = set(POOL.iterdir())
+        shell.run("snapshot", "revert", f"{vm}.one", "--yes")
+        assert shell.virsh("domstate", vm) == "running"
+        assert shell.run("exec", vm, "--", "sh", "-c", "cat /run/mark; kill -0 $(cat /run/pid)").stdout == "in-memory\n"
+        assert holds(shell, vm, "one")
+        assert len(set(POOL.iterdir())) == len(files), "a revert leaves files"
+    (one,) = shell.json("snapshot", "list", vm)
+    assert one["memory"] and one["current"] and one["ours"] and one["kind"] == "external"
+    shell.run("snapshot", "delete", f"{vm}.one", "--yes")
+    assert holds(shell, vm, "one")
+    assert all(".snap-" not in path for path in sources(shell, vm).values())
+    shell.virsh("destroy", vm)
+    clean(shell, vm)
+
+
+def test_disks_alone_stopped_and_running_oldest_middle_newest(shell: Shell, vm: str) -> None:
+    for turn in range(4):
+        put(vm, f"state {turn}", at=BLOCKS * turn)
+        put(vm, f"front {turn}", at=BLOCKS * 10)
+        shell.run("snapshot", "create", f"{vm}.s{turn}", "--no-memory", "--freeze")
+    put(vm, "now", at=BLOCKS * 10)
+    shell.run("snapshot", "delete", f"{vm}.s1", "--yes")
+    shell.run("snapshot", "delete", f"{vm}.s0", "--yes")
+    shell.run("snapshot", "delete", f"{vm}.s3", "--yes")
+    assert names(shell, vm) == ["s2"]
+    assert all(holds(shell, vm, f"state {turn}", at=BLOCKS * turn) for turn in range(4))
+    assert holds(shell, vm, "now", at=BLOCKS * 10)
+    shell.virsh("destroy", vm)
+    clean(shell, vm)
+    shell.run("snapshot", "revert", f"{vm}.s2", "--yes")
+    assert shell.virsh("domstate", vm) == "shut off"
+    up(shell, vm)
+    assert all(holds(shell, vm, f"state {turn}", at=BLOCKS * turn) for turn in range(3))
+    assert holds(shell, vm, "front 2", at=BLOCKS * 10) and not holds(shell, vm, "state 3", at=BLOCKS * 3)
+    shell.virsh("destroy", vm)
+    shell.run("snapshot", "delete", f"{vm}.s2", "--yes")
+    assert all(".snap-" not in path for path in sources(shell, vm, "--inactive").values())
+    clean(shell, vm)
+    up(shell, vm)
+    assert holds(shell, vm, "front 2", at=BLOCKS * 10)
+
+
+def test_branches_keep_what_they_need(shell: Shell, vm: str) -> None:
+    """root - a - b, back to a, then c: each of the two branches can go while the other stays whole."""
+    put(vm, "a")
+    shell.run("snapshot", "create", f"{vm}.a")
+    put(vm, "b")
+    shell.run("snapshot", "create", f"{vm}.b")
+    put(vm, "beyond b")
+    shell.run("snapshot", "revert", f"{vm}.a", "--yes")
+    put(vm, "c")
+    shell.run("snapshot", "create", f"{vm}.c", "--no-memory")
+    put(vm, "beyond c")
+    drawn = shell.run("snapshot", "tree", vm).stdout
+    drawn_names = [line.strip(" │├└─").split("  ")[0] for line in drawn.splitlines()[1:]]
+    assert drawn_names == ["a", "b", "c", "* you are here"]
+    shell.run("snapshot", "delete", f"{vm}.a", "--yes")
+    assert holds(shell, vm, "beyond c")
+    shell.run("snapshot", "revert", f"{vm}.b", "--yes")
+    assert holds(shell, vm, "b")
+    shell.run("snapshot", "revert", f"{vm}.c", "--yes", "--start")
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "240", timeout=300)
+    assert holds(shell, vm, "c")
+    put(vm, "beyond c")
+    shell.run("snapshot", "delete", f"{vm}.b", "--yes")
+    assert holds(shell, vm, "beyond c")
+    shell.run("snapshot", "delete", f"{vm}.c", "--yes")
+    assert holds(shell, vm, "beyond c")
+    assert not [path for path in POOL.iterdir() if ".snap-" in path.name], "the two branches are one again"
+    shell.virsh("destroy", vm)
+    clean(shell, vm)
+
+
+def test_a_clone_on_a_snapshots_file_keeps_it(shell: Shell, vm: str) -> None:
+    put(vm, "base")
+    held = sources(shell, vm)["vdc"]
+    shell.run("snapshot", "create", f"{vm}.base", "--no-memory")
+    put(vm, "later")
+    shell.run("disk", "create", "clone-top", "--backing", held)
+    want = subprocess.run(
+        ["qemu-img", "convert", "-O", "raw", str(POOL / "clone-top.qcow2"), "/tmp/want.raw"], check=True
+    )
+    assert want.returncode == 0
+    shell.run("snapshot", "delete", f"{vm}.base", "--yes")
+    assert holds(shell, vm, "later") and Path(held).exists()
+    subprocess.run(["qemu-img", "compare", "-F", "raw", str(POOL / "clone-top.qcow2"), "/tmp/want.raw"], check=True)
+    shell.run("disk", "delete", "clone-top", "--yes")
+
+
+def test_safety_and_reuse_and_max_and_expiry(shell: Shell, vm: str) -> None:
+    put(vm, "one")
+    shell.run("snapshot", "create", f"{vm}.one", "--expiry", "7d")
+    put(vm, "two")
+    refused = shell.run("snapshot", "revert", f"{vm}.one", check=2)
+    assert "what was written to disk vdc since" in refused.stderr and "--safety" in refused.stderr
+    done = shell.json("snapshot", "revert", f"{vm}.one", "--safety")
+    assert holds(shell, vm, "one") and done["lost"] == []
+    shell.run("snapshot", "revert", f"{vm}.{done['safety']}", "--yes")
+    assert holds(shell, vm, "two")
+    shell.run("snapshot", "create", f"{vm}.one", check=5)
+    shell.run("snapshot", "create", f"{vm}.one", "--reuse", "--no-memory")
+    rows = {one["name"]: one for one in shell.json("snapshot", "list", vm)}
+    assert (
+        set(rows) == {"one", done["safety"]} and not rows["one"]["memory"] and rows["one"]["parent"] == done["safety"]
+    )
+    assert holds(shell, vm, "two")
+    shell.run("snapshot", "create", vm, "--max", "2", "--no-memory")
+    assert len(names(shell, vm)) == 2 and done["safety"] not in names(shell, vm)
+    shell.run("snapshot", "create", f"{vm}.short", "--expiry", "1m", "--no-memory")
+    assert shell.json("snapshot", "delete", "--expired", vm, "--yes") == []
+    assert holds(shell, vm, "two")
+
+
+def test_internal_ones_and_virshs(shell: Shell, vm: str) -> None:
+    put(vm, "inside")
+    done = shell.run("snapshot", "create", f"{vm}.inside", "--internal")
+    assert "internal, memory and disks" in done.stderr
+    put(vm, "later")
+    refused = shell.run("snapshot", "create", f"{vm}.out", "--external", check=8)
+    assert "--internal can be taken here" in refused.stderr
+    shell.virsh("snapshot-create-as", vm, "by-virsh")
+    put(vm, "latest")
+    rows = {one["name"]: one for one in shell.json("snapshot", "list", vm)}
+    assert rows["inside"]["ours"] and not rows["by-virsh"]["ours"]
+    shell.run("snapshot", "revert", f"{vm}.inside", "--yes")
+    assert holds(shell, vm, "inside")
+    shell.run("snapshot", "revert", f"{vm}.by-virsh", "--yes")
+    assert holds(shell, vm, "later")
+    shell.run("snapshot", "delete", f"{vm}.inside", f"{vm}.by-virsh", "--yes")
+    assert names(shell, vm) == [] and holds(shell, vm, "later")
+    # Now external ones that virsh makes, with files where it likes.
+    shell.virsh("snapshot-create-as", vm, "ext", "--disk-only", "--atomic")
+    put(vm, "upon ext")
+    shell.virsh("snapshot-create-as", vm, "mem", "--memspec", f"file={POOL}/{vm}.mem,snapshot=external")
+    put(vm, "upon mem")
+    shell.run("snapshot", "revert", f"{vm}.mem", "--yes")
+    assert holds(shell, vm, "upon ext")
+    shell.run("snapshot", "delete", f"{vm}.ext", "--yes")
+    assert holds(shell, vm, "upon ext")
+    shell.run("snapshot", "revert", f"{vm}.mem", "--yes")
+    assert holds(shell, vm, "upon ext")
+
+
+def test_every_dry_run_touches_nothing_and_tells_all(shell: Shell, vm: str) -> None:
+    put(vm, "one")
+
+    def state() -> tuple[object, ...]:
+        files = {path: path.stat().st_mtime_ns for path in POOL.iterdir() if "console" not in path.name}
+        xml = [shell.virsh("dumpxml", vm, *flags) for flags in ((), ("--inactive",))]
+        return set(files), xml, shell.virsh("snapshot-list", vm, "--tree"), journal()
+
+    before = state()
+    told = shell.run("snapshot", "create", f"{vm}.one", "--dry-run").stdout
+    assert state() == before and told.count("would make") == 3 and f"would change VM {vm}" in told
+    shell.run("snapshot", "create", f"{vm}.one")
+    put(vm, "two")
+    before = state()
+    told = shell.run("snapshot", "revert", f"{vm}.one", "--dry-run").stdout
+    assert state() == before and told.count("would lose") == 3 and told.count("would delete") == 2
+    assert told.count("would make") == 2 and f"would stop VM {vm}" in told and "would read" in told
+    made, gone = told_files(told, "make"), told_files(told, "delete")
+    assert len(made) == 2 and all(Path(one).exists() for one in gone)
+    told = shell.run("snapshot", "delete", f"{vm}.one", "--dry-run").stdout
+    assert state() == before and told.count("would merge") == 2 and told.count("would delete") == 1
+    there = set(map(str, POOL.iterdir()))
+    shell.run("snapshot", "delete", f"{vm}.one", "--yes")
+    now = set(map(str, POOL.iterdir()))
+    assert there - now == told_files(told, "delete") | told_files(told, "merge")
+    assert holds(shell, vm, "two")
+
+
+def told_files(text: str, verb: str) -> set[str]:
+    return {line.split()[2] for line in text.splitlines() if line.startswith(f"would {verb} ")}
+
+
+def test_diff_tells_how_much(shell: Shell, vm: str) -> None:
+    shell.run("snapshot", "create", f"{vm}.one", "--no-memory", "--freeze")
+    put(vm, "two", at=256)
+    shell.run("exec", vm, "--", "sync")
+    shell.run("disk", "attach", vm, "4M")
+    found = shell.json("snapshot", "diff", f"{vm}.one")
+    changed = {one["target"]: one["changed"] for one in found["disks"]}
+    assert 64 * 4096 <= changed["vdc"] < 1 << 20
+    assert any("vdd" in line and line.startswith("+") for line in found["config"])
+    shell.run("snapshot", "create", f"{vm}.two", "--no-memory")
+    between = shell.json("snapshot", "diff", f"{vm}.one", f"{vm}.two")
+    assert {one["target"]: one["changed"] for one in between["disks"]}["vdc"] == changed["vdc"]
+
+
+def test_a_renamed_vm_gets_its_disks_back_and_under_its_old_name_its_memory(shell: Shell, vm: str) -> None:
+    put(vm, "one")
+    shell.run("snapshot", "create", f"{vm}.one")
+    put(vm, "two")
+    shell.virsh("destroy", vm)
+    shell.run("rename", vm, f"{vm}-b")
+    try:
+        before = sources(shell, f"{vm}-b", "--inactive")
+        refused = shell.run("snapshot", "revert", f"{vm}-b.one", "--yes", check=8)
+        assert f"vmctl rename {vm}-b {vm}" in refused.stderr and sources(shell, f"{vm}-b", "--inactive") == before
+        shell.run("snapshot", "revert", f"{vm}-b.one", "--yes", "--no-start")
+        up(shell, f"{vm}-b")
+        assert holds(shell, f"{vm}-b", "one")
+        shell.virsh("destroy", f"{vm}-b")
+    finally:
+        shell.run("rename", f"{vm}-b", vm)
+    shell.run("snapshot", "revert", f"{vm}.one", "--yes")
+    assert shell.virsh("domstate", vm) == "running" and holds(shell, vm, "one")
+    refused = shell.run("disk", "convert", f"{vm}:{target(shell, vm)}", "--format", "raw", check=5)
+    assert "has snapshots" in refused.stderr
+
+
+@pytest.mark.timeout(1500)
+def test_fifty_deep_and_flatten_mends_it(shell: Shell, vm: str) -> None:
+    shell.virsh("destroy", vm)
+    for number in range(50):
+        shell.run("snapshot", "create", f"{vm}.d{number}")
+    up(shell, vm)
+    put(vm, "now")
+    assert len(names(shell, vm)) == 50
+    shell.run("disk", "flatten", f"{vm}:{target(shell, vm)}", timeout=400)
+    assert holds(shell, vm, "now")
+    assert len(backing(sources(shell, vm)[target(shell, vm)])) == 1
+    shell.run("snapshot", "delete", f"{vm}.d25", f"{vm}.d0", f"{vm}.d49", "--yes", timeout=400)
+    assert holds(shell, vm, "now") and len(names(shell, vm)) == 47
+    shell.run("snapshot", "create", f"{vm}.top", "--no-memory")
+    shell.run("snapshot", "revert", f"{vm}.d30", "--yes", "--start", timeout=400)
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "240", timeout=300)
+    assert not holds(shell, vm, "now")
+    shell.run("snapshot", "revert", f"{vm}.top", "--yes", timeout=400)
+    clean(shell, vm)
+    up(shell, vm)
+    assert holds(shell, vm, "now")
+
+
+def target(shell: Shell, vm: str) -> str:
+    """The target of the second disk."""
+    return sorted(sources(shell, vm))[-1]
+
+
+def backing(path: str) -> list[str]:
+    words = ["qemu-img", "info", "-U", "--backing-chain", "--output=json", path]
+    return [one["filename"] for one in json.loads(subprocess.run(words, check=True, capture_output=True).stdout)]
+
+
+def test_the_variables_of_uefi_are_kept_and_put_back(shell: Shell, vm: str, tmp_path: Path) -> None:
+    shell.virsh("destroy", vm)
+    text = shell.virsh("dumpxml", vm, "--inactive")
+    begin, end = text.index("<os>"), text.index("</os>")
+    xml = tmp_path / "uefi.xml"
+    boot = "<os firmware='efi'><type arch='x86_64' machine='q35'>hvm</type><boot dev='hd'/>"
+    xml.write_text(text[:begin] + boot + text[end:])
+    shell.virsh("define", str(xml))
+    shell.virsh("start", vm)
+    nvram = Path(shell.virsh("dumpxml", vm).partition("<nvram")[2].partition(">")[2].partition("<")[0])
+    refused = shell.run("snapshot", "create", f"{vm}.in", "--internal", check=8)
+    assert "UEFI" in refused.stderr
+    shell.run("snapshot", "create", f"{vm}.live")
+    shell.virsh("destroy", vm)
+    nvram.write_bytes(b"one" + nvram.read_bytes()[3:])
+    one = nvram.read_bytes()
+    shell.run("snapshot", "create", f"{vm}.one")
+    nvram.write_bytes(b"two" + one[3:])
+    owner = nvram.stat().st_uid
+    shell.run("snapshot", "revert", f"{vm}.one", "--yes")
+    assert nvram.read_bytes() == one and nvram.stat().st_uid == owner
+    told = shell.run("snapshot", "revert", f"{vm}.live", "--dry-run").stdout
+    assert f"would write {nvram}" in told
+    shell.run("snapshot", "revert", f"{vm}.live", "--yes")
+    assert nvram.read_bytes()[:3] != b"one" and shell.virsh("domstate", vm) == "running"
+    assert shell.json("snapshot", "show", f"{vm}.one")["nvram"].endswith(".nvram")

@@ -1,0 +1,108 @@
+"""Snapshots as libvirt knows them: read, taken, described anew, forgotten; and memory brought back from a file."""
+
+from __future__ import annotations
+
+import libvirt
+
+from vmctl import snapshot_xml
+from vmctl.errors import NotFound
+from vmctl.hypervisor import domain
+from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.errors import calling
+from vmctl.snapshot_xml import Snapshot
+
+
+def snapshots(conn: Connection, name: str) -> tuple[Snapshot, ...]:
+    """All snapshots of a domain, oldest first."""
+    with calling(f"list the snapshots of VM {name}"):
+        dom = domain.handle(conn, name)
+        try:
+            all_ = dom.listAllSnapshots()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:  # a driver without any, such as LXC's
+                return ()
+            raise
+        current = dom.snapshotCurrent().getName() if all_ and dom.hasCurrentSnapshot() else ""
+        found = []
+        for one in all_:
+            try:
+                text = one.getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_SNAPSHOT:  # deleted since the list was made
+                    raise
+                continue
+            found.append(snapshot_xml.read(text, current=one.getName() == current))
+    return tuple(sorted(found, key=lambda one: (one.created, one.name)))
+
+
+def names(conn: Connection) -> tuple[str, ...]:
+    """VM.SNAPSHOT of all there are."""
+    with calling("list snapshots"):
+        return tuple(f"{dom.name()}.{name}" for dom in conn.handle.listAllDomains() for name in dom.snapshotListNames())
+
+
+def take(conn: Connection, name: str, xml: str, *, disks_only: bool, live: bool) -> None:
+    """Take a snapshot, checked against libvirt's schema; blocks until done."""
+    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_VALIDATE
+    if disks_only:
+        flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
+    if live:
+        flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_LIVE
+    with calling(f"take a snapshot of VM {name}"):
+        domain.handle(conn, name).snapshotCreateXML(xml, flags)
+
+
+def redefine(conn: Connection, name: str, xml: str, *, current: bool) -> None:
+    """Describe a snapshot anew: only what libvirt knows of it changes. ``current``: the VM is there now."""
+    flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
+    flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if current else 0
+    with calling(f"describe a snapshot of VM {name}"):
+        domain.handle(conn, name).snapshotCreateXML(xml, flags)
+
+
+def _delete(conn: Connection, name: str, snapshot: str, flags: int) -> None:
+    with calling(f"delete snapshot {name}.{snapshot}"):
+        try:
+            domain.handle(conn, name).snapshotLookupByName(snapshot).delete(flags)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN_SNAPSHOT:
+                raise NotFound(f"cannot delete snapshot {name}.{snapshot}: there is none") from error
+            raise
+
+
+def forget(conn: Connection, name: str, snapshot: str) -> None:
+    """Let libvirt forget a snapshot; its children become its parent's, and all files stay."""
+    _delete(conn, name, snapshot, libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
+
+
+def delete(conn: Connection, name: str, snapshot: str) -> None:
+    """Have libvirt delete a snapshot with what it holds."""
+    _delete(conn, name, snapshot, 0)
+
+
+def revert(conn: Connection, name: str, snapshot: str, *, running: bool | None) -> None:
+    """Have libvirt revert to a snapshot. ``running``: whether the VM runs then; None: as it was."""
+    flags = libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_FORCE
+    if running is not None:
+        flags |= libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_RUNNING if running else libvirt.VIR_DOMAIN_SNAPSHOT_REVERT_PAUSED
+    with calling(f"revert to snapshot {name}.{snapshot}"):
+        dom = domain.handle(conn, name)
+        dom.revertToSnapshot(dom.snapshotLookupByName(snapshot), flags)
+
+
+def saved_xml(conn: Connection, path: str) -> str:
+    """The XML of the domain whose memory is saved in a file. Raises what libvirt says of a file that is no such."""
+    with calling(f"read the saved memory {path}"):
+        return str(conn.handle.saveImageGetXMLDesc(path, libvirt.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE))
+
+
+def restore(conn: Connection, path: str, xml: str, *, doing: str, paused: bool | None) -> None:
+    """Let a domain go on from the memory saved in a file, with the disks that ``xml`` names.
+
+    ``paused``: whether it stays paused; None: as it was.
+    """
+    flags = 0
+    if paused is not None:
+        flags = libvirt.VIR_DOMAIN_SAVE_PAUSED if paused else libvirt.VIR_DOMAIN_SAVE_RUNNING
+    with calling(doing):
+        conn.handle.restoreFlags(path, xml, flags)

@@ -1,0 +1,66 @@
+"""What a change of snapshots has begun: written before its first step, taken away after its last.
+
+It names files that may be left over, never what to do with them: what is left of a killed change is settled by what
+libvirt's definitions and the headers of the files say (snapshot_layers.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from vmctl import disk_journal
+from vmctl.hosts import Host
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One change. ``files``: made or to be given up by it; ``layers``: those of which two may become one.
+
+    ``frozen``: the guest's file systems are held meanwhile. ``keep``: expiry and NVRAM of ``snapshot``, which is being
+    taken. ``nvram``: its copy and the file it is put back to, when ``files`` have become the VM's.
+    """
+
+    uri: str
+    vm: str
+    doing: str
+    snapshot: str
+    files: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()
+    frozen: bool = False
+    expires: str = ""
+    keep: str = ""
+    nvram: tuple[str, str] | tuple[()] = ()
+
+
+def _folder(host: Host) -> Path:
+    return host.folders.data / "snapshot-journal"
+
+
+def begin(host: Host, entry: Entry) -> Path:
+    """Write an entry, on the disk for good before this returns, and say where it is."""
+    path = _folder(host) / f"{uuid4()}.json"
+    disk_journal.write(path, asdict(entry))
+    return path
+
+
+def entries(host: Host) -> Iterator[tuple[Path, Entry]]:
+    """What is begun on this host and not ended."""
+    for path in sorted(_folder(host).glob("*.json")):
+        try:
+            values = json.loads(path.read_text())
+            for name in ("files", "layers", "nvram"):
+                values[name] = tuple(values[name])
+            entry = Entry(**values)
+        except (OSError, ValueError, TypeError, KeyError):
+            continue
+        if entry.uri == host.conn.uri:
+            yield path, entry
+
+
+def unsettled(host: Host) -> list[str]:
+    """One line for each change that was begun and not ended."""
+    return [f"{entry.doing} of snapshot {entry.vm}.{entry.snapshot}" for _, entry in entries(host)]

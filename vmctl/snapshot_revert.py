@@ -1,0 +1,268 @@
+"""Going back to a snapshot: fresh files on top of those that hold its state, its definition, its memory.
+
+What holds the state stays as it is, so that one can go back as often as one likes; what the VM had goes once the VM has
+the other. libvirt below 9.10 can do this for internal snapshots only; those it does itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from uuid import uuid4
+
+from vmctl import (
+    disk_guard,
+    disk_xml,
+    domain_files,
+    qemu_img,
+    resolve,
+    snapshot_journal,
+    snapshot_layers,
+    snapshot_plan,
+    snapshot_settle,
+    snapshot_xml,
+    snapshots,
+)
+from vmctl.errors import Interrupted, NotFound, Unsupported, quietly
+from vmctl.events import Reporter, Step
+from vmctl.hosts import Host
+from vmctl.hypervisor import disks, domain
+from vmctl.hypervisor import snapshots as known
+from vmctl.hypervisor.domain import Domain, State
+from vmctl.snapshot_journal import Entry
+from vmctl.snapshot_plan import OURS, Ref
+from vmctl.snapshot_xml import Snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Reverted:
+    """What a revert did, or would do. ``lost`` names what is given up, ``touches`` what is made, changed or gone."""
+
+    vm: str
+    snapshot: str
+    state: str
+    safety: str
+    lost: tuple[str, ...]
+    touches: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """``fresh``: the new file of each disk by target, with file and format it is made upon; ``old``: what goes."""
+
+    vm: Domain
+    one: Snapshot
+    before: str
+    definition: str
+    fresh: dict[str, tuple[str, str, str]]
+    old: tuple[str, ...]
+    lost: tuple[str, ...]
+
+    def moved(self, text: str) -> str:
+        """A domain's XML of the snapshot's time with the VM's name of now, and on the fresh files."""
+        for target, (new, _file, _form) in self.fresh.items():
+            text = disk_xml.with_source(text, target, new, "qcow2")
+        return snapshot_xml.with_record_of(snapshot_xml.with_name(text, self.vm.name), self.before)
+
+
+def _plan(host: Host, vm: Domain, ref: Ref) -> _Plan:
+    doing = f"revert to snapshot {ref}"
+    one = snapshot_plan.one_of(known.snapshots(host.conn, vm.name), ref)
+    if "+" in one.kind:
+        raise Unsupported(f"cannot {doing}: it lies in part in its disks' files and in part beside them")
+    if not vm.persistent:
+        raise Unsupported(f"cannot {doing}: VM {vm.name} is transient and ends when it stops")
+    before = domain.xml(host.conn, vm.name, inactive=True)
+    if one.kind == "internal":
+        snapshot_layers.require_free(host, vm, one, doing)
+        return _Plan(vm, one, before, "", {}, (), _lost(host, vm, one))
+    if not host.conn.local:
+        raise Unsupported(f"cannot {doing}: its files are on another machine", hint="run vmctl there")
+    definition = snapshot_xml.definition(one)
+    if not definition or any(not disk.file for disk in one.external):
+        raise Unsupported(f"cannot {doing}: libvirt kept no definition with it")
+    if missing := [path for path in domain_files.named(one.xml) if path.startswith("/") and not Path(path).exists()]:
+        raise NotFound(f"cannot {doing}: {', '.join(sorted(missing))} is not there any more")
+    prefix = resolve.volume_prefix(vm.name, vm.uuid)
+    fresh = {
+        disk.target: (
+            f"{Path(disk.file).parent}/{prefix}-{disk.target}.snap-{uuid4().hex[:8]}.qcow2",
+            disk.file,
+            disk.format,
+        )
+        for disk in one.external
+    }
+    old = _given_up(host, vm, one)
+    return _Plan(vm, one, before, definition, fresh, old, _lost(host, vm, one))
+
+
+def _given_up(host: Host, vm: Domain, one: Snapshot) -> tuple[str, ...]:
+    """The files of the VM's disks now that snapshots made, and with it those between them and what is kept."""
+    targets = {disk.target for disk in one.external}
+    now = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=True) if disk.target in targets}
+    if vm.active:
+        now |= {disk.source for disk in disks.disks(host.conn, vm.name, inactive=False) if disk.target in targets}
+    overlays = {disk.overlay for other in known.snapshots(host.conn, vm.name) for disk in other.external}
+    return tuple(sorted(path for path in now - one.files if OURS.search(path) or path in overlays))
+
+
+def _lost(host: Host, vm: Domain, one: Snapshot) -> tuple[str, ...]:
+    lost = []
+    if vm.active:
+        lost.append(f"the memory of VM {vm.name}, which is {vm.state}")
+    elif vm.state is State.SAVED:
+        lost.append(f"the saved memory of VM {vm.name}")
+    held = {disk.target for disk in one.disks if disk.kind != "no"}
+    for disk in disks.disks(host.conn, vm.name, inactive=not vm.active):
+        if disk.target in held:
+            path = Path(disk.source)
+            used = f", up to {path.stat().st_blocks * 512} bytes in {path.name}" if path.is_file() else ""
+            lost.append(f"what was written to disk {disk.target} since {one.created:%Y-%m-%d %H:%M:%S}{used}")
+        elif not disk.readonly and disk.source:
+            lost.append(
+                f"the place of disk {disk.target} in VM {vm.name}, if it was not there then; {disk.source} stays"
+            )
+    return tuple(lost)
+
+
+def plan(host: Host, text: str) -> Reverted:
+    """What a revert would give up and touch; touches nothing."""
+    ref, _one = snapshots.named(host, text)
+    found = _plan(host, domain.find(host.conn, ref.vm), ref)
+    return Reverted(ref.vm, ref.snapshot, str(found.vm.state), "", found.lost, _touches(found))
+
+
+def _touches(found: _Plan) -> tuple[str, ...]:
+    told = [f"stop VM {found.vm.name}"] if found.vm.active else []
+    told += [f"make {new} on {file}" for new, file, _form in found.fresh.values()]
+    told += [f"change VM {found.vm.name}"]
+    if found.one.kind == "internal":
+        told += [f"put {path} back to it" for path in sorted(found.one.files)]
+    if found.one.kept and found.one.kept.nvram:
+        told.append(f"write {found.vm.facts.nvram}")
+    told += [f"read {found.one.memory_file}"] if found.one.memory == "external" else []
+    return (*told, *(f"delete {path}" for path in found.old))
+
+
+def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None, safety: bool = False) -> Reverted:
+    """Go back. ``start``: whether the VM runs then; None: as it did, when its memory is there, else it is stopped.
+
+    ``safety``: take a snapshot of the present state before, so that nothing is lost.
+    """
+    ref, _one = snapshots.named(host, text)
+    with snapshots.working_on(host, ref.vm, report) as vm:
+        found = _plan(host, vm, ref)
+        kept = ""
+        if safety:
+            kept = _safety(host, vm, report)
+            found = _plan(host, domain.find(host.conn, vm.name), ref)
+        if found.one.kind == "internal" or _by_libvirt(host, found.one):
+            _libvirts(host, found, start)
+        else:
+            _external(host, found, report, start=start)
+        state, _why = domain.state(host.conn, vm.name)
+        report(Step(f"VM {vm.name} is at snapshot {ref.snapshot}, {state}"))
+        return Reverted(vm.name, ref.snapshot, str(state), kept, () if kept else found.lost, _touches(found))
+
+
+def _safety(host: Host, vm: Domain, report: Reporter) -> str:
+    there = [one.name for one in known.snapshots(host.conn, vm.name)]
+    name = snapshot_plan.free_name(datetime.now(UTC), there, "before-revert")
+    from vmctl import snapshot_create  # late, and so is lifecycle: a test harness reverts before each of its tests
+
+    order = snapshot_create.Order(description="before a revert")
+    return snapshot_create.taken(host, vm, name, order, report).name
+
+
+def _by_libvirt(host: Host, one: Snapshot) -> bool:
+    """libvirt's own way needs nothing of ours beside it, and a libvirt that has one."""
+    return snapshot_plan.libvirts_own(snapshots.version(host)) and not (one.kept and one.kept.nvram)
+
+
+def _libvirts(host: Host, found: _Plan, start: bool | None) -> None:
+    memory = found.one.memory != "no"
+    known.revert(host.conn, found.vm.name, found.one.name, running=None if memory and start is None else start or None)
+    now = domain.find(host.conn, found.vm.name)
+    if start is False and now.active:
+        _stop(host, now)
+
+
+def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None) -> None:
+    vm, one = found.vm, found.one
+    memory = one.memory == "external" and start is not False
+    saved = _saved(host, found) if memory else ""
+    fresh = tuple(new for new, _file, _form in found.fresh.values())
+    nvram = (one.kept.nvram, vm.facts.nvram) if one.kept and one.kept.nvram and vm.facts.nvram else ()
+    entry = Entry(host.conn.uri, vm.name, "revert", one.name, (*fresh, *found.old), nvram=nvram)
+    path = snapshot_journal.begin(host, entry)
+    with ExitStack() as undo:
+        undo.callback(_settled, host, vm.name, report)
+        for new, file, form in found.fresh.values():
+            qemu_img.create(Path(new), "qcow2", None, backing=Path(file), backing_format=form)
+        if vm.active:
+            _stop(host, vm)
+        elif vm.state is State.SAVED:
+            domain.drop_saved(host.conn, vm.name)
+        current = [other for other in known.snapshots(host.conn, vm.name) if other.current]
+        undo.callback(quietly, lambda: _back(host, found, current))
+        domain.define(host.conn, found.moved(found.definition), name=vm.name)
+        known.redefine(host.conn, vm.name, one.xml, current=True)
+        if nvram:
+            snapshot_settle.put_nvram(*nvram)
+        _run(host, found, saved, start=start)
+        undo.pop_all()
+    snapshot_settle.drop_unneeded(host, found.old)
+    path.unlink(missing_ok=True)
+
+
+def _saved(host: Host, found: _Plan) -> str:
+    """The XML to restore the memory with. Raises Unsupported where libvirt would refuse it."""
+    text = known.saved_xml(host.conn, found.one.memory_file)
+    if (was := snapshot_xml.name(text)) != found.vm.name:
+        raise Unsupported(
+            f"cannot revert to snapshot {found.vm.name}.{found.one.name}: its memory is that of a VM called {was}",
+            hint=f"vmctl rename {found.vm.name} {was}; or --no-start, which puts back the disks alone",
+        )
+    return found.moved(text)
+
+
+def _stop(host: Host, vm: Domain) -> None:
+    """End the VM at once: nothing of what it has is kept."""
+    from vmctl import lifecycle
+
+    if not domain.kill(host.conn, vm.name):
+        lifecycle.power_off(host, vm.name)
+
+
+def _back(host: Host, found: _Plan, current: Sequence[Snapshot]) -> None:
+    """Undo, unless the VM runs on the fresh files already: then it has happened."""
+    name = found.vm.name
+    if domain.find(host.conn, name).active:
+        return
+    domain.define(host.conn, found.before, name=name)
+    for one in current:
+        known.redefine(host.conn, name, one.xml, current=True)
+
+
+def _run(host: Host, found: _Plan, saved: str, *, start: bool | None) -> None:
+    vm, one = found.vm, found.one
+    if not saved and not start:
+        return
+    devices = disk_xml.read(found.moved(found.definition))
+    doing = f"revert VM {vm.name} to snapshot {one.name}"
+    with disk_guard.claimed(host, vm.name, devices, doing):
+        if saved:
+            known.restore(host.conn, one.memory_file, saved, doing=doing, paused=None if start is None else False)
+        else:
+            domain.start(host.conn, vm.name)
+
+
+def _settled(host: Host, name: str, report: Reporter) -> None:
+    try:
+        quietly(lambda: snapshot_layers.settle(host, name, report))
+    except (KeyboardInterrupt, Interrupted):
+        quietly(lambda: snapshot_layers.settle(host, name, report))
+        raise

@@ -1,0 +1,111 @@
+"""Ends what a killed change of snapshots has begun, but for what takes long: thaws, writes down what was to be kept,
+puts NVRAM back, removes files that nobody needs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+
+from vmctl import agent, disk_journal, image_users, snapshot_journal, snapshot_xml
+from vmctl.disk_journal import remove_file
+from vmctl.errors import WrongState, quietly
+from vmctl.events import Reporter, Step
+from vmctl.hosts import Host
+from vmctl.hypervisor import disks, domain, snapshots
+from vmctl.image_users import Seen
+from vmctl.snapshot_journal import Entry
+from vmctl.snapshot_xml import Kept, Snapshot
+from vmctl.wait import wait_until
+
+_JOB_TIMEOUT_S = 600.0
+
+
+def settle(host: Host, name: str, report: Reporter) -> None:
+    """Settle what was begun on a VM, whose name is held. What is left to be merged stays in the journal."""
+    for path, entry in snapshot_journal.entries(host):
+        if entry.vm != name or not (entry.files or entry.frozen or entry.nvram):
+            continue
+        report(Step(f"ending the {entry.doing} of snapshot {entry.vm}.{entry.snapshot}, which was cut off"))
+        if domain.find_or_none(host.conn, name) is not None:
+            _end(host, entry)
+        drop_unneeded(host, entry.files)
+        if entry.layers:
+            # Its files are in order: if one of them is detached later, it must not be taken for a left-over.
+            disk_journal.write(path, asdict(replace(entry, files=(), frozen=False, keep="", nvram=())))
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _idle(host: Host, name: str) -> bool:
+    """Whether libvirt works on no job of the domain: a snapshot is taken to its end though vmctl was killed."""
+    try:
+        return domain.job_progress(host.conn, name) is None
+    except WrongState:
+        return True  # it does not run
+
+
+def _end(host: Host, entry: Entry) -> None:
+    name = entry.vm
+    wait_until(
+        lambda: _idle(host, name),
+        what=f"cannot settle VM {name}: a job of it is not over",
+        timeout_s=_JOB_TIMEOUT_S,
+    )
+    if entry.frozen:
+        quietly(lambda: agent.thaw(host, name))
+    if entry.keep:
+        for one in snapshots.snapshots(host.conn, name):
+            if one.name == entry.snapshot and one.kept is None and set(entry.files) & _overlays(one):
+                keep(host, name, one, kept_of(entry))
+    if entry.nvram and not domain.find(host.conn, name).active:
+        now = {disk.source for disk in disks.disks(host.conn, name, inactive=True)}
+        if now & set(entry.files) and Path(entry.nvram[0]).exists():
+            put_nvram(*entry.nvram)
+
+
+def _overlays(one: Snapshot) -> set[str]:
+    return {disk.overlay for disk in one.external} | {one.memory_file}
+
+
+def kept_of(entry: Entry) -> Kept:
+    """What an entry says is to be kept of its snapshot."""
+    expires = datetime.fromisoformat(entry.expires) if entry.expires else None
+    return Kept("" if entry.keep == "-" else entry.keep, expires)
+
+
+def keep(host: Host, name: str, one: Snapshot, kept: Kept) -> None:
+    """Write down what vmctl keeps of a snapshot."""
+    snapshots.redefine(host.conn, name, snapshot_xml.with_kept(one.xml, kept), current=one.current)
+
+
+def put_nvram(copy: str, place: str) -> None:
+    """Put a copy of UEFI variables in the place of the file a VM has, whole or not at all."""
+    was = Path(place).stat() if Path(place).exists() else None
+    new = Path(f"{place}.new")
+    new.write_bytes(Path(copy).read_bytes())
+    if was is not None:
+        new.chmod(was.st_mode & 0o7777)
+        os.chown(new, was.st_uid, was.st_gid)
+    new.replace(place)
+    disk_journal.sync_folder(Path(place).parent)
+
+
+def drop_unneeded(host: Host, paths: Collection[str], seen: Seen | None = None) -> None:
+    """Remove those of the files that nothing names and nothing is based on."""
+    there = [os.path.realpath(path) for path in paths if Path(path).exists()]
+    if not there:
+        return
+    seen = seen or image_users.look(host.conn)
+    bases = dict(seen.bases)
+    while True:
+        free = [path for path in there if not seen.named.get(path) and path not in bases.values()]
+        for path in free:
+            remove_file(host, path)
+            there.remove(path)
+            bases.pop(path, None)
+        if not free:
+            return
