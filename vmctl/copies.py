@@ -110,10 +110,8 @@ def layers(host: Host, vm: Domain, doing: str) -> tuple[Layer, ...]:
     images.ensure_pools(host)
     storage.refresh(host.conn, host.settings.pool)
     known = set(storage.volume_names(host.conn, host.settings.pool))
-    found = []
-    for disk in writable(disks.disks(host.conn, vm.name, inactive=not vm.active)):
-        found.append(_layer(host, vm, disk, doing, known))
-    return tuple(found)
+    found = writable(disks.disks(host.conn, vm.name, inactive=not vm.active))
+    return tuple(_layer(host, vm, disk, doing, known) for disk in found)
 
 
 def _layer(host: Host, vm: Domain, disk: DiskDevice, doing: str, known: set[str]) -> Layer:
@@ -152,7 +150,7 @@ def path_of(host: Host, volume: Owned) -> str:
 def newcomers(
     host: Host, vm: Domain, names: Sequence[str], targets: Sequence[str], below: Sequence[Owned], *, seeded: bool
 ) -> tuple[Newcomer, ...]:
-    """Who the new VMs are: nothing is made yet. ``below``: volumes that have to stay as long as one of them is there."""
+    """Who the new VMs are; nothing is made yet. ``below``: volumes that must stay while one of them is there."""
     made: list[Newcomer] = []
     for name in names:
         uuid = identity.free_uuid(host, name, [one.uuid for one in made])

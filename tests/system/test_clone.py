@@ -15,7 +15,10 @@ from tests.system.conftest import REPO, VMCTL, Shell, volumes
 pytestmark = pytest.mark.system
 
 DISKS = Path("/var/lib/libvirt/vmctl/vmctl")
-WHO = "hostname; cat /etc/hostname /etc/machine-id /sys/class/net/eth0/address; sha256sum </etc/dropbear/dropbear_ed25519_host_key"
+WHO = (
+    "hostname; cat /etc/hostname /etc/machine-id /sys/class/net/eth0/address; "
+    "sha256sum </etc/dropbear/dropbear_ed25519_host_key"
+)
 
 
 @pytest.fixture
@@ -62,7 +65,7 @@ def test_clones_have_the_disk_and_an_identity_of_their_own(shell: Shell, name: s
     shown = [shell.json("show", one) for one in everyone]
     for what in ("uuid", "ssh_host_key"):
         assert len({each[what] for each in shown}) == 3
-    assert len({each["addresses"][0] for each in shown}) == 3
+    assert len({each["addresses"][0]["address"] for each in shown}) == 3
     for one in everyone:
         assert pattern.holds(shell, one, "/root/data", pattern.blocks("base", 64))
         pattern.write(one, "/root/data", pattern.blocks(one, 8), at=8)
@@ -118,7 +121,7 @@ def test_a_disk_that_clones_are_based_on_is_left_alone(shell: Shell, name: str, 
     shell.run("clone", name, several)
     assert shell.run("disk", "resize", base, "+1M", check=None).returncode != 0
     assert shell.run("disk", "delete", base, "--yes", check=None).returncode != 0
-    assert shell.run("disk", "compact", base, check=None).returncode != 0
+    shell.run("disk", "compact", base)  # its content stays the same
     shell.run("disk", "flatten", f"{several}:vda")
     shell.run("delete", name, "--yes")
     shell.run("start", several)

@@ -1,4 +1,4 @@
-"""vmctl clone."""
+"""vmctl clone and fork."""
 
 from __future__ import annotations
 
@@ -46,3 +46,31 @@ def clone(
             each(names, lambda one: lifecycle.start(host, one, report), lambda _one, _how: None, "start")
         result = [{"name": one.name, "uuid": one.uuid} for one in made]
         ui.emit(result, output, lambda: "\n".join(names), lambda: list(names))
+
+
+def fork(
+    name: Name,
+    new: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="NEW", help="Name of the new VM, also its host name; default: NAME-fork."),
+    ] = None,
+    count: CountOption = None,
+    dry_run: DryRunOption = False,
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Make new running VMs from the memory and disks of a running one, which runs on.
+
+    Nothing boots. Each is told who it is by its guest agent before it is connected to its network.
+    """
+    from vmctl import copies, forking
+
+    names = copies.numbered(new or f"{name}-fork", count)
+    with opened(connect) as host:
+        if dry_run:
+            for line in forking.plan(host, name, names).lines:
+                ui.say(line)
+            return
+        made = forking.fork(host, name, names, reporter())
+        rows = [(one.name, one.address) for one in made]
+        ui.emit(made, output, lambda: ui.columns(("NAME", "ADDRESS"), rows), lambda: [one.name for one in made])
