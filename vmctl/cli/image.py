@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from vmctl import ui
-from vmctl.cli import image_care, image_files
+from vmctl.cli import image_care, image_files, image_warm
 from vmctl.cli.command import Command
 from vmctl.cli.options import ConnectOption, ImageName, OutputOption, YesOption, opened, refuse_unless_yes, reporter
 from vmctl.errors import HostUnreachable, VmctlError
@@ -48,9 +48,18 @@ def _details(m: Manifest) -> str:
             ("source", m.source),
             ("checksum", m.checksum if m.verified else "NOT VERIFIED: it was taken without a checksum"),
             ("built", m.built_at),
+            ("warm", _warm(m)),
             ("software", "\n".join(f"{name} {version}" for name, version in m.software.items())),
         ]
     )
+
+
+def _warm(m: Manifest) -> str:
+    if m.warm is None:
+        return ""
+    kept = m.warm
+    what = f"{kept.memory_mib} MiB, {kept.vcpus} vCPU, {kept.machine}, CPU {kept.cpu} on {kept.accel}"
+    return f"{what}, QEMU {kept.hypervisor}; takes {ui.size(kept.size)}"
 
 
 @app.command(cls=Command)
@@ -177,7 +186,7 @@ def list_(connect: ConnectOption = None, output: OutputOption = Output.TABLE) ->
                         m.format,
                         ui.size(m.size),
                         m.built_at,
-                        "" if m.verified else "NOT VERIFIED",
+                        ", ".join([*(["warm"] if m.warm else []), *([] if m.verified else ["NOT VERIFIED"])]),
                     )
                     for m in found
                 ],
@@ -208,6 +217,7 @@ def delete(name: ImageName, yes: YesOption = False, connect: ConnectOption = Non
         ui.say(manifest.stem)
 
 
+app.command(cls=Command)(image_warm.warm)
 app.command("import", cls=Command)(image_files.import_)
 app.command(cls=Command)(image_files.export)
 app.command(cls=Command)(image_care.tag)

@@ -74,6 +74,12 @@ def save_and_go_on(
         raise failure[0]
 
 
+def save_and_end(conn: Connection, name: str, memory: str) -> None:
+    """Write a running domain's memory to a file; it has ended then."""
+    with calling(f"save the memory of VM {name}"):
+        domain.handle(conn, name).saveFlags(memory, None, libvirt.VIR_DOMAIN_SAVE_RUNNING)
+
+
 def restore_paused(conn: Connection, path: str, *, name: str) -> None:
     """Bring the domain that the head of the file describes to where its memory is, its processors held."""
     with calling(f"bring VM {name} to the saved state"):
