@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmctl import copies, disk_find, disk_guard, disk_replace, disk_xml, qemu_img, render
+from vmctl.at_once import at_once
 from vmctl.copies import Layer, Newcomer
 from vmctl.disk_find import Located
 from vmctl.errors import Conflict, WrongState, quietly
@@ -17,7 +18,6 @@ from vmctl.hypervisor import disks, domain, storage
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.record import Owned
 
-_AT_ONCE = 4
 _STOPPED = frozenset({State.STOPPED, State.CRASHED})
 
 
@@ -138,29 +138,11 @@ def _make(host: Host, planned: Plan, undo: ExitStack, report: Reporter) -> tuple
         copies.make_seed(host, vm, one)
         copies.complete(host, one)
 
-    several(made, fill)
+    at_once([lambda one=one: fill(one) for one in made])  # type: ignore[misc]
     undo.pop_all()
     for one in made:
         report(Step(f"{one.name} is defined"))
     return made
-
-
-def several(new: Sequence[Newcomer], work: Callable[[Newcomer], None]) -> None:
-    """Do ``work`` on some of them at a time; the first error is raised when all that was begun has ended."""
-    if len(new) == 1:
-        work(new[0])
-        return
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-        futures = [pool.submit(work, one) for one in new]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
 
 
 def _copy(host: Host, disk: Located, volume: Owned, report: Reporter) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmctl import disk_chain, disk_find, domain_copy, identity, images, networks, qemu_img, render, resolve, seed, spec
+from vmctl.at_once import at_once
 from vmctl.disk_xml import DiskDevice
 from vmctl.domain_copy import File, Identity
 from vmctl.errors import Conflict, SpecError, Unsupported, quietly
@@ -151,11 +152,16 @@ def newcomers(
     host: Host, vm: Domain, names: Sequence[str], targets: Sequence[str], below: Sequence[Owned], *, seeded: bool
 ) -> tuple[Newcomer, ...]:
     """Who the new VMs are; nothing is made yet. ``below``: volumes that must stay while one of them is there."""
-    made: list[Newcomer] = []
+    uuids: dict[str, str] = {}
     for name in names:
-        uuid = identity.free_uuid(host, name, [one.uuid for one in made])
-        made.append(_newcomer(host, vm, name, uuid, targets, below, seeded=seeded))
-    return tuple(made)
+        uuids[name] = identity.free_uuid(host, name, uuids.values())
+    made: dict[str, Newcomer] = {}
+
+    def work_out(name: str) -> None:
+        made[name] = _newcomer(host, vm, name, uuids[name], targets, below, seeded=seeded)
+
+    at_once([lambda name=name: work_out(name) for name in names])  # type: ignore[misc]
+    return tuple(made[name] for name in names)
 
 
 def _newcomer(

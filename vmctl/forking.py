@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmctl import agent, copies, domain_copy, images, readiness, renewal, saved_memory
-from vmctl.cloning import own, several
+from vmctl.at_once import at_once
+from vmctl.cloning import own
 from vmctl.copies import Layer, Newcomer
 from vmctl.disk_replace import PREFIX
 from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, quietly
@@ -35,6 +36,7 @@ from vmctl.workspace import workspace
 _PIPE = 1 << 20
 _CHUNK = 8 << 20
 _AGENT_S = 60.0
+_CLOCK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +115,22 @@ def fork(host: Host, name: str, names: Sequence[str], report: Reporter) -> tuple
         for one in planned.new:
             undo.callback(quietly, lambda one=one: copies.discard(host, one))  # type: ignore[misc]
         new = copies.define(host, vm, text, planned.new, report)
-        _make_layers(host, planned, new, undo)
+        _make_layers(host, planned, undo)
         with _memory_folder(host) as folder:
             memory = folder / "memory"
-            _take_state(host, planned, memory, report)
+            at_once([lambda: _take_state(host, planned, memory, report), lambda: _fill(host, planned, new)])
             copies.copy_nvram(vm, new)
+            # It was held while the last of its memory was written, and its clock with it.
+            clock = threading.Thread(target=quietly, args=(lambda: agent.sync_time(host, vm.name),), daemon=True)
+            clock.start()
             made = go_on(host, vm, new, memory, report)
+            clock.join(_CLOCK_S)
         undo.pop_all()
     return made
 
 
-def _make_layers(host: Host, planned: Plan, new: Sequence[Newcomer], undo: ExitStack) -> None:
+def _make_layers(host: Host, planned: Plan, undo: ExitStack) -> None:
+    """The layers that the VM goes on in. Its record knows them before they are there."""
     above = [layer.above for layer in planned.layers if layer.above]
     undo.callback(quietly, lambda: _take_back(host, planned))
     own(host, planned.vm.name, above)
@@ -131,15 +138,18 @@ def _make_layers(host: Host, planned: Plan, new: Sequence[Newcomer], undo: ExitS
         assert layer.above is not None
         copies.make_overlay(host, layer.above, layer.base, layer.size)
 
+
+def _fill(host: Host, planned: Plan, new: Sequence[Newcomer]) -> None:
+    """The volumes of the new VMs."""
+    size = storage.volume(host.conn, *_seed_of(planned.vm)).capacity if new[0].seed else 0
+
     def fill(one: Newcomer) -> None:
         for layer in planned.layers:
             copies.make_overlay(host, one.disks[layer.target], layer.base, layer.size)
         copies.make_log(host, one)
-        if one.seed:
-            size = storage.volume(host.conn, *_seed_of(planned.vm)).capacity
-            copies.make_seed(host, planned.vm, one, size=size)
+        copies.make_seed(host, planned.vm, one, size=size)
 
-    several(new, fill)
+    at_once([lambda one=one: fill(one) for one in new])  # type: ignore[misc]
 
 
 def _seed_of(vm: Domain) -> tuple[str, str]:
@@ -182,8 +192,6 @@ def _take_state(host: Host, planned: Plan, memory: Path, report: Reporter) -> No
     report(
         Step(f"the state of {vm.name} is taken, {memory.stat().st_size >> 20} MiB in {time.monotonic() - began:.2f} s")
     )
-    # It was held while the last of its memory was written, and its clock with it.
-    quietly(lambda: agent.sync_time(host, vm.name))
 
 
 def read_head(memory: Path) -> Head:
@@ -202,7 +210,7 @@ def go_on(host: Host, vm: Domain, new: Sequence[Newcomer], memory: Path, report:
     def bring(one: Newcomer) -> None:
         made[one.name] = _bring(host, vm, one, head, memory, report)
 
-    several(new, bring)
+    at_once([lambda one=one: bring(one) for one in new])  # type: ignore[misc]
     return tuple(made[one.name] for one in new)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from vmctl import image_users, resolve
 from vmctl.hosts import Host
@@ -27,7 +27,7 @@ def needed_of(host: Host, volumes: Collection[str]) -> frozenset[str]:
     return frozenset(one for one in volumes if set(needed.by(f"{folder}/{one}")) - set(volumes))
 
 
-def free_uuid(host: Host, name: str, taken: Collection[str] = ()) -> str:
+def free_uuid(host: Host, name: str, taken: Iterable[str] = ()) -> str:
     """The UUID for a new VM ``name``: the same each time, unless a VM has it, ``taken`` has, or its disks live on."""
     held = {uuid for other, uuid in domain.identities(host.conn) if other != name} | {*taken}
     while True:

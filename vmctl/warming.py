@@ -22,6 +22,7 @@ from vmctl import (
     readiness,
     saved_memory,
 )
+from vmctl.at_once import at_once
 from vmctl.disk_replace import PREFIX
 from vmctl.domain_copy import File
 from vmctl.errors import Conflict, NotFound, SpecError, Unsupported, quietly
@@ -214,9 +215,14 @@ def create(host: Host, vm: VM, report: Reporter) -> Forked:
         undo.callback(quietly, lambda: copies.discard(host, new))
         (new,) = copies.define(host, model, head.xml, [new], report)
         base = File(str(disk), "qcow2")
-        copies.make_overlay(host, new.disks[target], base, image.manifest.virtual_size)
-        copies.make_log(host, new)
-        copies.make_seed(host, model, new, size=image.manifest.warm.seed_size)
+        seed_size = image.manifest.warm.seed_size
+        at_once(
+            [
+                lambda: copies.make_overlay(host, new.disks[target], base, image.manifest.virtual_size),
+                lambda: copies.make_log(host, new),
+                lambda: copies.make_seed(host, model, new, size=seed_size),
+            ]
+        )
         (made,) = forking.go_on(host, model, [new], memory, report)
         undo.pop_all()
     return made
