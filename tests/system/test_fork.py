@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,9 +61,9 @@ def test_forks_run_on_and_are_machines_of_their_own(shell: Shell, name: str, sev
         assert shell.run("exec", one, "--", "cat", "/proc/sys/kernel/random/boot_id").stdout == booted  # none booted
         assert count(shell, one) >= reached
         assert pattern.holds(shell, one, "/root/data", pattern.blocks("late", 8), at=8)
+        earliest = time.time()
         clock = float(shell.run("exec", one, "--", "date", "+%s").stdout)
-        now = float(subprocess.run(["date", "+%s"], capture_output=True, text=True, check=True).stdout)
-        assert abs(clock - now) < 5
+        assert earliest - 2 < clock < time.time() + 2
         pattern.write(one, "/root/data", pattern.blocks(one, 8), at=16)
     for one in told:
         assert pattern.holds(shell, one, "/root/data", pattern.blocks(one, 8), at=16)
@@ -134,4 +135,4 @@ def test_a_guest_with_the_agent_alone_is_renewed_by_its_shell(shell: Shell, name
     shell.run("fork", name, several, timeout=240)
     told = [who(shell, one) for one in (name, several)]
     assert told[1][:2] == [several, several]
-    assert all(one != other for one, other in zip(*told, strict=True))
+    assert all(one != other for one, other in zip(told[0][:5], told[1][:5], strict=True))
