@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import accel, deletion, disk_journal, disk_replace, hosts, images, kvm_device
+from vmctl import accel, deletion, disk_journal, disk_replace, hosts, images, kvm_device, layer_check
 from vmctl.accel import Check
 from vmctl.errors import VmctlError
 from vmctl.events import Reporter, Step
@@ -194,6 +194,18 @@ def _disk_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     ]
 
 
+def _astray(host: Host, *, fix: bool) -> list[Finding]:
+    """Running VMs that write to other files than libvirt names, which the next start would not take."""
+    found = []
+    for one in layer_check.find(host):
+        if fix:
+            layer_check.mend(host, one)
+        detail = f"{one.vm} writes its disk {one.target} to {one.real}, and libvirt names {one.told}"
+        mend = f"then: vmctl stop {one.vm}, and start it" if fix else "vmctl doctor --fix, before it stops"
+        found.append(Finding("layers", "mended" if fix else "failed", detail, mend))
+    return found or [Finding("layers", "ok", "running VMs write to the files that libvirt names")]
+
+
 def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Finding, ...]:
     """All checks, on the host that ``connect`` names; without an answer from it, the ones that need none."""
     findings = _tools()
@@ -209,6 +221,7 @@ def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Findin
             ("networks", lambda: _networks(host, fix=fix, report=report) if not host.conn.session else []),
             ("creations", lambda: _cut_off(host, fix=fix, report=report)),
             ("disks", lambda: _disk_changes(host, fix=fix, report=report)),
+            ("layers", lambda: _astray(host, fix=fix)),
         ]
         for name, check in checks:
             try:
