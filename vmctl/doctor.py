@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import accel, deletion, disk_journal, disk_replace, hosts, images, kvm_device, layer_check
+from vmctl import accel, deletion, disk_journal, disk_replace, hosts, images, kvm_device, layer_check, warming
 from vmctl.accel import Check
 from vmctl.errors import VmctlError
 from vmctl.events import Reporter, Step
@@ -152,6 +152,11 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
                 f"vmctl delete {name}",
             )
         )
+    for name in warming.abandoned(host):
+        if fix:
+            deletion.delete(host, name, report)
+        detail = f"{name} was booted to warm an image, and its maker is dead" + ("; deleted" if fix else "")
+        findings.append(Finding("creations", "mended" if fix else "failed", detail, f"vmctl delete {name}"))
     if not storage.pool_exists(host.conn, host.settings.pool):
         return findings or [Finding("creations", "ok", "no creation was cut off")]
     known = {o.volume for f in facts if f.record for o in f.record.owned}

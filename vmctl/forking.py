@@ -222,7 +222,7 @@ def _bring(host: Host, vm: Domain, one: Newcomer, head: Head, memory: Path, repo
     saved.set_links(host.conn, one.name, up=False)
     domain.resume(host.conn, one.name)
     restored = time.monotonic()
-    _renew(host, one)
+    _renew(host, vm, one)
     saved.set_links(host.conn, one.name, up=True)
     renewed = time.monotonic()
     there = domain.find(host.conn, one.name)
@@ -284,7 +284,9 @@ def _pour(memory: Path, start: int, head: bytes, out: int) -> None:
             start += sent
 
 
-def _renew(host: Host, one: Newcomer) -> None:
+def _renew(host: Host, vm: Domain, one: Newcomer) -> None:
+    # A card on user networking keeps its MAC until the next boot: QEMU forwards to the address that this MAC has got.
+    plugged = {nic.mac.lower() for nic in vm.facts.nics}
     new = renewal.Renewal(
         hostname=one.name,
         machine_id=copies.machine_id(one),
@@ -292,7 +294,7 @@ def _renew(host: Host, one: Newcomer) -> None:
         host_key_public=one.key.public,
         entropy=secrets.token_bytes(64),
         now=time.time(),
-        macs=one.card_macs or {},
+        macs={old: new for old, new in (one.card_macs or {}).items() if old in plugged},
         addresses=_addresses(host, one),
     )
 

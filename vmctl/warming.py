@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,12 +34,14 @@ from vmctl.hypervisor import disks, domain, saved, storage
 from vmctl.hypervisor.connection import versions
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.images import Image
+from vmctl.locks import held
 from vmctl.manifest import Manifest, Warm
 from vmctl.readiness import Goal
 from vmctl.spec import VM
 from vmctl.workspace import workspace
 
 _LOCK_TIMEOUT_S = 30.0
+_LABEL = "vmctl/warming"  # of the VM that is booted for it: it is nobody's once its maker is dead
 
 
 def paths(host: Host, manifest: Manifest) -> tuple[Path, Path]:
@@ -56,8 +58,13 @@ def warm(host: Host, name: str, report: Reporter, *, memory_mib: int = 512, vcpu
     copies.require_local(host, name, "warm")
     image = images.find(host, name)
     _require_unused(host, image.manifest)
-    vm = VM(name=f"warm-{secrets.token_hex(4)}", image=image.manifest.stem, memory_mib=memory_mib, vcpus=vcpus)
+    stem = image.manifest.stem
+    labels = {_LABEL: stem}
+    vm = VM(name=f"warm-{secrets.token_hex(4)}", image=stem, memory_mib=memory_mib, vcpus=vcpus, labels=labels)
     with ExitStack() as undo:
+        undo.enter_context(_warming(host, stem))
+        for left in _labelled(host, stem):
+            _discard(host, left, report)
         undo.callback(quietly, lambda: _discard(host, vm.name, report))
         made = creation.create(host, vm, report).vm
         goal = Goal.CLOUD_INIT if image.manifest.first_boot == "cloud-init" else Goal.SSH
@@ -80,6 +87,33 @@ def preview(host: Host, name: str, *, memory_mib: int, vcpus: int) -> list[str]:
         f"{'replaced' if memory.exists() else 'new'} file {memory}",
         f"manifest of image {manifest.stem}",
     ]
+
+
+def _warming(host: Host, stem: str) -> AbstractContextManager[None]:
+    """Raises Conflict while another vmctl warms the image."""
+    return held(host.folders.runtime, f"warming of {stem} on {host.lock_scope}")
+
+
+def _labelled(host: Host, stem: str = "") -> list[str]:
+    found = []
+    for facts in domain.all_facts(host.conn):
+        label = facts.record.labels.get(_LABEL) if facts.record else None
+        if label and label in {stem or label}:
+            found.append(facts.name)
+    return found
+
+
+def abandoned(host: Host) -> tuple[str, ...]:
+    """VMs that were booted to warm an image and whose maker is dead."""
+    found = []
+    for name in _labelled(host):
+        record = domain.find(host.conn, name).facts.record
+        try:
+            with _warming(host, record.labels[_LABEL] if record else ""):
+                found.append(name)
+        except Conflict:
+            continue  # it is at it
+    return tuple(found)
 
 
 def _discard(host: Host, name: str, report: Reporter) -> None:
