@@ -166,7 +166,9 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     orphans = [
         v
         for v in storage.volume_names(host.conn, host.settings.pool)
-        if not any(v == k or v.startswith(f"{k}.") for k in known) and f"{folder}/{v}" not in attached
+        if not any(v == k or v.startswith(f"{k}.") for k in known)
+        and f"{folder}/{v}" not in attached
+        and not v.startswith(disk_replace.PREFIX)  # a folder that work is done in: the next check
     ]
     if orphans:
         findings.append(
