@@ -243,6 +243,18 @@ static void set_address(int control, const char *text)
         failed(text);
 }
 
+/* Down to the disk, with nobody waiting for it: the agent waits for all who hold its pipes. */
+static void sync_behind(void)
+{
+    if (fork() != 0)
+        return;
+    setsid();
+    for (int fd = 0; fd < 3; fd++)
+        close(fd);
+    sync();
+    _exit(0);
+}
+
 int renew_main(void)
 {
     char word[512], public[512] = "";
@@ -266,5 +278,6 @@ int renew_main(void)
         set_machine_id(word);
     if (value(text, "clock", NULL, word, sizeof word))
         set_clock(word);
+    sync_behind();
     return failures ? 1 : 0;
 }

@@ -314,8 +314,10 @@ void seed_run_commands(int network_up)
         write_text(INSTANCE_FILE, instance ? instance : "", 0644);
     /* Exit codes, one a line. Not waiting for the tee: a command left in the background may keep its pipe open. */
     write_text("/run/vmctl/seed-done", done, 0644);
-    if (first_boot)
+    if (first_boot) {
+        sync(); /* the seed goes: what it said has to be on the disk */
         say("seed done"); /* vmctl reads this line in the console log, and takes the seed away at the next start */
+    }
     if (tee > 0)
         waitpid(tee, NULL, 0);
 }
