@@ -295,7 +295,9 @@ def make_seed(host: Host, vm: Domain, one: Newcomer, *, size: int = 0) -> None:
         machine_id=machine_id(one),
     )
     files = {"user-data": render.user_data(view), "meta-data": render.meta_data(view)}
-    if len(vm.facts.nics) > 1:
+    record = vm.facts.record
+    static = record is not None and record.ssh is not None and record.ssh.address
+    if len(vm.facts.nics) > 1 or static:  # a static address stays with the first
         files["network-config"] = render.network_config(
             [render.CardView(mac) for mac in (one.card_macs or {}).values()]
         )

@@ -87,6 +87,11 @@ def plan(host: Host, name: str, names: Sequence[str]) -> Plan:
         raise Unsupported(f"cannot fork VM {name}: {'; '.join(found)}", hint="vmctl clone makes VMs of a stopped one")
     if vm.facts.record is None or vm.facts.record.ssh is None:
         raise Unsupported(f"cannot fork VM {name}: vmctl did not create it, and knows no host key to renew")
+    if vm.facts.record.ssh.address:
+        raise Unsupported(
+            f"cannot fork VM {name}: it has the static address {vm.facts.record.ssh.address}, and so would its forks",
+            hint="forks need a network that gives addresses",
+        )
     if agent_state(host.conn, vm.name) is not AgentState.CONNECTED:
         raise GuestCommandFailed(
             f"cannot fork VM {name}: its guest agent is not connected, by which a fork is told who it is",
