@@ -172,6 +172,21 @@ def _keep(host: Host, image: Image, vm: Domain, report: Reporter) -> Manifest:
     return warmed
 
 
+def drop(host: Host, name: str, report: Reporter) -> Manifest:
+    """Delete the state kept beside an image. Raises Conflict while VMs are based on it, NotFound when there is none."""
+    manifest = images.find(host, name).manifest
+    if manifest.warm is None:
+        raise NotFound(f"cannot drop the warmed state of image {manifest.stem}: it has none")
+    with images.changing(host, manifest.name, timeout_s=_LOCK_TIMEOUT_S):
+        _require_unused(host, manifest)
+        cold = replace(manifest, warm=None)
+        images.rewrite(host, cold)
+        for path in paths(host, manifest):
+            storage.delete_volume(host.conn, host.settings.image_pool, path.name)
+    report(Step(f"image {manifest.stem} is no longer warm"))
+    return cold
+
+
 def _seed_size(host: Host, vm: Domain) -> int:
     record = vm.facts.record
     for one in record.owned if record else ():

@@ -170,6 +170,19 @@ def test_a_full_pool(shell: Shell, vm: str) -> None:
     whole(shell, vm, new, running=True)
 
 
+@pytest.mark.parametrize("options", [("--full",), ("--count", "3")])
+def test_a_full_pool_for_clones(shell: Shell, vm: str, options: tuple[str, ...]) -> None:
+    shell.run("stop", vm, "--force")
+    whole_size = os.statvfs(POOL).f_blocks * os.statvfs(POOL).f_frsize
+    _resize(_used(POOL) + (300 << 10))
+    try:
+        done = shell.run("clone", vm, f"{vm}c", *options, check=None, timeout=240)
+        assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    finally:
+        _resize(whole_size)
+    whole(shell, vm, f"{vm}c", running=False)
+
+
 def _resize(size: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", "/var/lib/libvirt"], check=True)
 

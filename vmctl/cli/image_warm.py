@@ -15,6 +15,7 @@ def warm(
     name: ImageName,
     memory: Annotated[str, typer.Option("--memory", "-m", metavar="SIZE", help="Memory of the VMs to be.")] = "512M",
     vcpus: Annotated[int, typer.Option("--vcpus", help="Their number of virtual CPUs.")] = 1,
+    remove: Annotated[bool, typer.Option("--remove", help="Delete the state that is kept.")] = False,
     dry_run: DryRunOption = False,
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
@@ -24,6 +25,10 @@ def warm(
 
     memory_mib = spec.parse_size_mib(memory)
     with opened(connect) as host:
+        if remove:
+            manifest = images.find(host, name).manifest if dry_run else warming.drop(host, name, reporter())
+            ui.say(f"would delete the warmed state of {manifest.stem}" if dry_run else manifest.stem)
+            return
         if dry_run:
             for line in warming.preview(host, name, memory_mib=memory_mib, vcpus=vcpus):
                 ui.say(line)
