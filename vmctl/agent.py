@@ -75,7 +75,7 @@ def feed(host: Host, name: str, argv: Sequence[str], data: bytes, doing: str, *,
         status: Mapping[str, Any] = ask("guest-exec-status", pid=started["pid"])
         return status if status["exited"] else None
 
-    status = wait_until(ended, what=f"cannot {doing} VM {name}: {argv[0]}", timeout_s=timeout_s, interval_s=0.01)
+    status = wait_until(ended, what=f"cannot {doing} VM {name}: {argv[0]}", timeout_s=timeout_s, interval_s=0.03)
     if status.get("exitcode") != 0:
         words = base64.b64decode(status.get("err-data", "")).decode("utf-8", "replace").strip()
         raise GuestCommandFailed(f"cannot {doing} VM {name}: {argv[0]} failed in the guest: {words}")

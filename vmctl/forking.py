@@ -292,6 +292,11 @@ def _pour(memory: Path, start: int, head: bytes, out: int) -> None:
 def _renew(host: Host, vm: Domain, one: Newcomer) -> None:
     # A card on user networking keeps its MAC until the next boot: QEMU forwards to the address that this MAC has got.
     plugged = {nic.mac.lower() for nic in vm.facts.nics}
+
+    def connected() -> bool:
+        return agent_state(host.conn, one.name) is AgentState.CONNECTED
+
+    wait_until(connected, what=f"agent of VM {one.name}", timeout_s=_AGENT_S, interval_s=0.01)
     new = renewal.Renewal(
         hostname=one.name,
         machine_id=copies.machine_id(one),
@@ -303,10 +308,6 @@ def _renew(host: Host, vm: Domain, one: Newcomer) -> None:
         addresses=_addresses(host, one),
     )
 
-    def connected() -> bool:
-        return agent_state(host.conn, one.name) is AgentState.CONNECTED
-
-    wait_until(connected, what=f"agent of VM {one.name}", timeout_s=_AGENT_S, interval_s=0.01)
     try:
         agent.feed(host, one.name, [renewal.PROGRAM], renewal.told(new).encode(), "renew the identity of")
     except GuestCommandFailed:  # an image without it

@@ -63,7 +63,8 @@ def test_forks_run_on_and_are_machines_of_their_own(shell: Shell, name: str, sev
         assert pattern.holds(shell, one, "/root/data", pattern.blocks("late", 8), at=8)
         earliest = time.time()
         clock = float(shell.run("exec", one, "--", "date", "+%s").stdout)
-        assert earliest - 2 < clock < time.time() + 2
+        # date cuts the second off; and what sets the clock takes its time on a busy machine.
+        assert earliest - 4 < clock < time.time() + 1
         pattern.write(one, "/root/data", pattern.blocks(one, 8), at=16)
     for one in told:
         assert pattern.holds(shell, one, "/root/data", pattern.blocks(one, 8), at=16)
