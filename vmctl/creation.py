@@ -6,7 +6,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import disk_guard, first_boot, host_fit, hosts, images, networks, render, resolve, seed, share, spec
+from vmctl import (
+    disk_guard,
+    first_boot,
+    host_fit,
+    hosts,
+    identity,
+    images,
+    networks,
+    render,
+    resolve,
+    seed,
+    share,
+    spec,
+)
 from vmctl.accel import Decision
 from vmctl.config import Settings
 from vmctl.deletion import remove
@@ -65,8 +78,7 @@ def plan(host: Host, vm: VM) -> Plan:
     if found := [*first_boot.image_problems(vm, image.manifest), *host_fit.problems(host, vm, image.manifest)]:
         raise SpecError(f"cannot create VM {vm.name} from image {image.manifest.stem}", problems=found)
     decision = hosts.decide_accel(host, vm.accel)
-    taken = {uuid for name, uuid in domain.identities(host.conn) if name != vm.name}
-    vm_uuid = resolve.identity(host.conn.host, vm.name, taken)
+    vm_uuid = identity.free_uuid(host, vm.name)
     prefix = resolve.volume_prefix(vm.name, vm_uuid)
     owned, log, disks = _own_volumes(vm, prefix, host.settings)
     folder = images.pool_path(host, host.settings.pool)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import disk_journal, image_users, resolve, snapshot_layers, snapshot_settle, spec
+from vmctl import disk_journal, identity, image_users, resolve, snapshot_layers, snapshot_settle, spec
 from vmctl.events import Reporter, Warned
 from vmctl.guest import known_hosts
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import disks, domain, storage
 from vmctl.hypervisor.domain import Domain
 from vmctl.lifecycle import power_off
+from vmctl.locks import held
 from vmctl.record import Owned
+
+_SHARED_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +52,18 @@ def doomed(host: Host, name: str) -> Doomed:
 
 
 def _leftovers(host: Host, name: str) -> tuple[Owned, ...]:
-    """Volumes that a killed creation of ``name`` left: named by its identity, with no VM of that identity there."""
+    """Volumes that a killed creation of ``name`` left: named by its identity, with no VM of that identity there.
+
+    Not those that clones of a deleted VM of that name are based on.
+    """
     pool = host.settings.pool
     if not storage.pool_exists(host.conn, pool) or spec.name_problems(name):
         return ()
     present = {uuid for _, uuid in domain.identities(host.conn)}
     vm_uuid = resolve.identity(host.conn.host, name, present)
-    return _with_prefix(host, resolve.volume_prefix(name, vm_uuid))
-
-
-def _with_prefix(host: Host, prefix: str) -> tuple[Owned, ...]:
-    pool = host.settings.pool
-    return tuple(
-        Owned(pool, volume)
-        for volume in storage.volume_names(host.conn, pool)
-        if volume == f"{prefix}.qcow2" or volume.startswith(f"{prefix}-")
-    )
+    volumes = identity.volumes_of(host, resolve.volume_prefix(name, vm_uuid))
+    needed = identity.needed_of(host, volumes)
+    return tuple(Owned(pool, one) for one in volumes if one not in needed)
 
 
 def _of_snapshots(host: Host, vm: Domain) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ def _deletable(host: Host, vm: Domain, files: tuple[str, ...]) -> tuple[Owned, .
     log = record.console_log
     owned = list(record.owned)
     if log is not None:
-        owned += [o for o in _with_prefix(host, log.volume) if o not in owned]
+        owned += [o for v in identity.volumes_of(host, log.volume) if (o := Owned(log.pool, v)) not in owned]
         rotated = {o.volume for o in owned}
         owned += [
             Owned(log.pool, v)
@@ -93,7 +93,7 @@ def _deletable(host: Host, vm: Domain, files: tuple[str, ...]) -> tuple[Owned, .
     free = []
     for one in owned:
         path = f"{storage.pool_path(host.conn, one.pool)}/{one.volume}"
-        users = set(needed.by(path)) - {vm.name, *(Path(file).name for file in files)}
+        users = set(needed.by(path)) - {vm.name, *(o.volume for o in owned), *(Path(file).name for file in files)}
         if path not in used and f"{one.pool}/{one.volume}" not in used and not users:
             free.append(one)
     return tuple(free)
@@ -115,18 +115,31 @@ def delete(host: Host, name: str, report: Reporter) -> None:
 
 
 def remove(host: Host, vm: Domain, report: Reporter) -> None:
-    """Take a VM apart, its definition last: whatever interrupts this, a second delete finds the rest."""
+    """Take a VM apart, its definition last: whatever interrupts this, a second delete finds the rest.
+
+    Disks it shares with clones and forks go with the last of them. Of several deleted at once one must be the last, so
+    they take turns from the look at who needs what until they are gone.
+    """
     files = _of_snapshots(host, vm)
-    volumes = _deletable(host, vm, files)
-    kept = [o for o in vm.facts.record.owned if o not in volumes] if vm.facts.record else []
     if vm.active:
         power_off(host, vm.name)
     known_hosts(host, vm.name).unlink(missing_ok=True)
-    for path in files:
-        disk_journal.remove_file(host, path)
-    for owned in volumes:
-        storage.delete_volume(host.conn, owned.pool, owned.volume)
-    for owned in kept:
-        report(Warned(f"kept volume {owned.volume}: another VM uses it, or a disk is based on it"))
-    if vm.persistent:
-        domain.undefine(host.conn, vm.name)
+    owned = set(vm.facts.record.owned) if vm.facts.record else set()
+    with ExitStack() as turn:
+        if owned & _owned_by_others(host, vm):
+            what = f"shared disks on {host.lock_scope}"
+            turn.enter_context(held(host.folders.runtime, what, timeout_s=_SHARED_TIMEOUT_S))
+        for path in files:
+            disk_journal.remove_file(host, path)
+        volumes = _deletable(host, vm, files)
+        for one in volumes:
+            storage.delete_volume(host.conn, one.pool, one.volume)
+        for one in sorted(owned - set(volumes) - _owned_by_others(host, vm), key=lambda o: o.volume):
+            report(Warned(f"kept volume {one.volume}: another VM uses it, or a disk is based on it"))
+        if vm.persistent:
+            domain.undefine(host.conn, vm.name)
+
+
+def _owned_by_others(host: Host, vm: Domain) -> set[Owned]:
+    others = [other for other in domain.all_facts(host.conn) if other.uuid != vm.uuid]
+    return {owned for other in others if other.record for owned in other.record.owned}

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import disk_header, qemu_img
-from vmctl.disk_header import Window
+from vmctl import disk_header
+from vmctl.disk_header import DiskHeader, Window
 from vmctl.disk_header.window import Unreadable
 from vmctl.errors import ImageError, NotFound, VmctlError, reason
 
@@ -70,8 +70,8 @@ def backing_path(name: str, of: str) -> str:
     return os.path.normpath(str(Path(of).parent / name)) if isinstance(name, str) and name else ""
 
 
-def _header_problems(path: str, form: str, doing: str) -> str:
-    """The backing file's name as the header has it; "" for none. Raises ImageError for what must not be followed."""
+def _header(path: str, form: str, doing: str) -> tuple[DiskHeader, int]:
+    """What the header of a file says, and the bytes it takes. Raises ImageError for what must not be followed."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
@@ -82,6 +82,7 @@ def _header_problems(path: str, form: str, doing: str) -> str:
         ) from error
     try:
         found = disk_header.examine(Window(handle, os.lseek(handle, 0, os.SEEK_END)), form)
+        taken = os.fstat(handle).st_blocks * 512
     except Unreadable as error:
         raise ImageError(f"cannot {doing}: {path}: {error}") from error
     finally:
@@ -89,7 +90,7 @@ def _header_problems(path: str, form: str, doing: str) -> str:
     problems = [one for one in found.problems if not one.startswith("it has a backing file")]
     if problems:
         raise ImageError(f"cannot {doing}: {path}: {'; '.join(problems)}")
-    return found.backing
+    return found, taken
 
 
 def read(path: str, form: str, folders: Callable[[], Collection[str]], *, doing: str) -> Chain:
@@ -101,12 +102,12 @@ def read(path: str, form: str, folders: Callable[[], Collection[str]], *, doing:
             raise ImageError(f"cannot {doing}: its backing chain does not end")
         if form not in _FORMATS:
             raise ImageError(f"cannot {doing}: the format of {path} is {form or 'not recorded'}, not qcow2 or raw")
-        backing = _header_problems(path, form, doing)
-        info = qemu_img.info(Path(path), form, in_use=True)
-        layers.append(Layer(path, form, info.virtual_size, info.actual_size))
+        header, taken = _header(path, form, doing)
+        layers.append(Layer(path, form, header.virtual_size, taken))
+        backing = header.backing
         if not backing:
             break
-        below, form = backing_path(backing, path), info.backing_format
+        below, form = backing_path(backing, path), header.backing_format
         known = folders() if known is None else known
         if not below or not inside(below, known):
             raise ImageError(

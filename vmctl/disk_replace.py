@@ -52,6 +52,16 @@ def in_place(disk: Located, make: Callable[[Path], None], *, doing: str, equal: 
         sync_folder(old.parent)
 
 
+@contextmanager
+def made_aside(new: Path, doing: str) -> Iterator[Path]:
+    """A path to make a file at that is ``new`` once the block has ended well. Not for one that is there already."""
+    with _telling_os_errors(doing), workspace(new.parent, PREFIX) as folder:
+        made = folder / "disk"
+        yield made
+        made.replace(new)
+        sync_folder(new.parent)
+
+
 def _alike(old: Path, new: Path) -> None:
     was = old.stat()
     new.chmod(was.st_mode & 0o7777)

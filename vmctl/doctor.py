@@ -18,8 +18,10 @@ from vmctl import (
     image_users,
     images,
     kvm_device,
+    layer_check,
     snapshot_journal,
     snapshot_layers,
+    warming,
 )
 from vmctl.accel import Check
 from vmctl.errors import VmctlError, reason
@@ -166,6 +168,11 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
                 f"vmctl delete {name}",
             )
         )
+    for name in warming.abandoned(host):
+        if fix:
+            deletion.delete(host, name, report)
+        detail = f"{name} was booted to warm an image, and its maker is dead" + ("; deleted" if fix else "")
+        findings.append(Finding("creations", "mended" if fix else "failed", detail, f"vmctl delete {name}"))
     if not storage.pool_exists(host.conn, host.settings.pool):
         return findings or [Finding("creations", "ok", "no creation was cut off")]
     known = {o.volume for f in facts if f.record for o in f.record.owned}
@@ -177,6 +184,7 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
         for v in storage.volume_names(host.conn, host.settings.pool)
         if not any(v == k or v.startswith(f"{k}.") for k in known)
         and not {f"{folder}/{v}", os.path.realpath(f"{folder}/{v}")} & attached.keys()
+        and not v.startswith(disk_replace.PREFIX)  # a folder that work is done in: the next check
     ]
     if orphans:
         findings.append(
@@ -223,6 +231,18 @@ def _snapshot_changes(host: Host, *, fix: bool, report: Reporter) -> list[Findin
     return [Finding("snapshots", "mended" if mended else "failed", detail, mend)]
 
 
+def _astray(host: Host, *, fix: bool) -> list[Finding]:
+    """Running VMs that write to other files than libvirt names, which the next start would not take."""
+    found = []
+    for one in layer_check.find(host):
+        if fix:
+            layer_check.mend(host, one)
+        detail = f"{one.vm} writes its disk {one.target} to {one.real}, and libvirt names {one.told}"
+        mend = f"then: vmctl stop {one.vm}, and start it" if fix else "vmctl doctor --fix, before it stops"
+        found.append(Finding("layers", "mended" if fix else "failed", detail, mend))
+    return found or [Finding("layers", "ok", "running VMs write to the files that libvirt names")]
+
+
 def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Finding, ...]:
     """All checks, on the host that ``connect`` names; without an answer from it, the ones that need none."""
     findings = _tools()
@@ -239,6 +259,7 @@ def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Findin
             ("creations", lambda: _cut_off(host, fix=fix, report=report)),
             ("disks", lambda: _disk_changes(host, fix=fix, report=report)),
             ("snapshots", lambda: _snapshot_changes(host, fix=fix, report=report)),
+            ("layers", lambda: _astray(host, fix=fix)),
         ]
         for name, check in checks:
             try:

@@ -84,6 +84,8 @@ def verify(host: Host, names: Sequence[str], report: Reporter) -> tuple[Manifest
 
 def _differences(host: Host, manifest: Manifest, report: Reporter) -> list[str]:
     told = {f"{manifest.stem}.{suffix}": digits for suffix, digits in manifest.sums().items()}
+    if kept := manifest.warm:
+        told |= {f"{manifest.stem}.warm": kept.disk_sha256, f"{manifest.stem}.memory": kept.memory_sha256}
     different = []
     for volume, digits in told.items():
         if digits:
@@ -193,7 +195,7 @@ def _prunable_images(host: Host, report: Reporter, kept_each: int) -> Prunable:
     else:
         free = _unneeded(host, old, needed, report)
         free += _unneeded(host, idle_steps([m for m in known if m not in free], datetime.now(UTC)), needed, report)
-    left = tuple(volume for volume, _ in images.half_stored(host))
+    left = (*(volume for volume, _ in images.half_stored(host)), *images.half_warmed(host))
     volumes = (*(volume for manifest in free for volume in manifest.volumes()), *left)
     freed = sum(facts.allocation for facts in storage.volumes(host.conn, pool) if facts.name in volumes)
     return Prunable(tuple(m.stem for m in free), left, freed)
@@ -203,8 +205,9 @@ def _unneeded(host: Host, old: Sequence[Manifest], needed: Needed, report: Repor
     free = []
     for manifest in old:
         image = images.with_paths(host, manifest)
-        if users := needed.by(image.disk, image.kernel, image.initrd, image.bzimage):
-            report(Step(f"image {manifest.stem} stays: {', '.join(users)} need it"))
+        own = {f"{manifest.stem}.warm"}
+        if users := set(needed.by(image.disk, image.kernel, image.initrd, image.bzimage)) - own:
+            report(Step(f"image {manifest.stem} stays: {', '.join(sorted(users))} need it"))
         else:
             free.append(manifest)
     return free
@@ -233,8 +236,8 @@ def prune(host: Host, what: Prunable, report: Reporter, *, idle_s: float = DOWNL
 
 
 def _remove_leftover(host: Host, volume: str) -> None:
-    names = dict(images.half_stored(host))
+    names = dict(images.half_stored(host)) | images.half_warmed(host)
     if volume in names:
         with images.changing(host, names[volume]):
-            if volume in dict(images.half_stored(host)):
+            if volume in dict(images.half_stored(host)) | images.half_warmed(host):
                 storage.delete_volume(host.conn, host.settings.image_pool, volume)

@@ -32,7 +32,7 @@ from vmctl.workspace import clear_leftovers, workspace
 _LOCK_TIMEOUT_S = 900
 _ROOM_FOR_TAGS = 4096
 _MAKING = ".making-"
-_FILE_OF_IMAGE = re.compile(rf"(?P<stem>(?P<name>{NAME})-[0-9a-f]{{12}})\.(?:qcow2|kernel|initrd|bzimage)")
+_FILE_OF_IMAGE = re.compile(rf"(?P<stem>(?P<name>{NAME})-[0-9a-f]{{12}})\.(?:qcow2|kernel|initrd|bzimage|warm|memory)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +113,17 @@ def half_stored(host: Host) -> tuple[tuple[str, str], ...]:
     present = set(storage.volume_names(host.conn, host.settings.image_pool))
     matches = [match for volume in sorted(present) if (match := _FILE_OF_IMAGE.fullmatch(volume))]
     return tuple((match[0], match["name"]) for match in matches if f"{match['stem']}.json" not in present)
+
+
+def half_warmed(host: Host) -> dict[str, str]:
+    """Volumes of warmed states whose making was killed, each with its image's name."""
+    known = {m.stem: m for m in list_images(host)}
+    found = {}
+    for volume in storage.volume_names(host.conn, host.settings.image_pool):
+        stem, _, kind = volume.rpartition(".")
+        if kind in {"warm", "memory"} and stem in known and known[stem].warm is None:
+            found[volume] = known[stem].name
+    return found
 
 
 def has_recipe(name: str) -> bool:
@@ -215,7 +226,7 @@ def renew(host: Host, present: Manifest, report: Reporter, again: Manifest | Non
     shadowed = find(host, present.name).manifest != present
     # The plain name means this one again; and what an older vmctl did not yet write down is added. One that was taken
     # unchecked stays so, whatever was checked since; one that was checked is not doubted by a copy that was not.
-    kept = replace(again or present, tags=present.tags, built=_now() if shadowed else present.built)
+    kept = replace(again or present, tags=present.tags, warm=present.warm, built=_now() if shadowed else present.built)
     if not (present.verified and kept.verified):
         kept = replace(kept, source=present.source, checksum=present.checksum, verified=present.verified)
     if kept != present:
@@ -306,9 +317,9 @@ def find_unused(host: Host, name: str) -> Image:
     from vmctl import image_users  # late: only who deletes asks
 
     needed = image_users.needed(host.conn)
-    if users := needed.by(image.disk, image.kernel, image.initrd, image.bzimage):
+    if users := set(needed.by(image.disk, image.kernel, image.initrd, image.bzimage)) - {f"{image.manifest.stem}.warm"}:
         raise Conflict(
-            f"cannot delete image {image.manifest.stem}: {', '.join(users)} need it",
+            f"cannot delete image {image.manifest.stem}: {', '.join(sorted(users))} need it",
             hint="delete those VMs first",
         )
     return image

@@ -16,6 +16,27 @@ _SHORT = 12
 
 
 @dataclass(frozen=True, slots=True)
+class Warm:
+    """A running guest's state kept beside an image, and what it needs. ``size`` in bytes of disk and memory.
+
+    ``accel`` is "kvm" or "tcg"; ``cpu`` the model, on KVM the host's own. ``client_key`` is a digest of the key that
+    the guest lets in; ``seed_size`` that of its seed disk, 0 for none.
+    """
+
+    disk_sha256: str
+    memory_sha256: str
+    size: int
+    memory_mib: int
+    vcpus: int
+    accel: str
+    machine: str
+    cpu: str
+    hypervisor: str
+    seed_size: int
+    client_key: str
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What an image is. Sizes in bytes; ``digest`` covers disk, kernel, initrd and command line.
 
@@ -53,6 +74,7 @@ class Manifest:
     layer: str = ""
     built_on: tuple[str, ...] = ()
     step_of: str = ""
+    warm: Warm | None = None
 
     @property
     def built_at(self) -> str:
@@ -79,8 +101,12 @@ class Manifest:
         }
 
     def volumes(self) -> tuple[str, ...]:
-        """Names of its volumes, the manifest first: deleting it first makes the image gone at once."""
-        return (f"{self.stem}.json", *(f"{self.stem}.{suffix}" for suffix, digits in self.sums().items() if digits))
+        """Names of its volumes, the manifest first: deleting it first makes the image gone at once.
+
+        Among them those of a warmed state, also one whose making was killed.
+        """
+        suffixes = [suffix for suffix, digits in self.sums().items() if digits]
+        return (f"{self.stem}.json", *(f"{self.stem}.{suffix}" for suffix in (*suffixes, "warm", "memory")))
 
     def to_bytes(self) -> bytes:
         """The text that is kept."""
@@ -113,6 +139,8 @@ def parse(data: bytes) -> Manifest | None:
         for name in ("boots", "tags", "built_on"):
             if name in kept:
                 kept[name] = tuple(kept[name])
+        if kept.get("warm") is not None:
+            kept["warm"] = Warm(**{one.name: kept["warm"][one.name] for one in fields(Warm)})
         return Manifest(**kept)
     except (ValueError, KeyError, TypeError):
         return None

@@ -129,7 +129,7 @@ class SnapshotView:
 
 @dataclass(frozen=True, slots=True)
 class SeedView:
-    """What the guest is told at its first boot."""
+    """What the guest is told at its first boot. ``machine_id``: for a disk that has been another machine's."""
 
     instance_id: str
     hostname: str
@@ -139,6 +139,7 @@ class SeedView:
     runcmd: tuple[str, ...] = ()
     user: str = ""
     password_hash: str = ""
+    machine_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,12 +188,16 @@ def metadata(value: Record) -> str:
     return _xml("metadata", record=value, namespace="", prefix="")
 
 
+def record_element(value: Record) -> str:
+    """A record as it stands in a domain's XML."""
+    return _xml("metadata", record=value, namespace=record.NAMESPACE, prefix=f"{record.PREFIX}:")
+
+
 def domain(view: DomainView) -> str:
     """The XML of a domain."""
     from markupsafe import Markup
 
-    element = _xml("metadata", record=view.record, namespace=record.NAMESPACE, prefix=f"{record.PREFIX}:")
-    return _xml("domain", vm=view, metadata=Markup(element))
+    return _xml("domain", vm=view, metadata=Markup(record_element(view.record)))
 
 
 def filesystem(view: ShareView) -> str:

@@ -444,6 +444,8 @@ int main(int count, char **words)
     const char *called = strrchr(words[0], '/');
     if (strcmp(called ? called + 1 : words[0], "shutdown") == 0)
         return shutdown_main(count, words);
+    if (strcmp(called ? called + 1 : words[0], "vmctl-renew") == 0)
+        return renew_main();
     if (getpid() != 1) {
         fprintf(stderr, "init: only process 1 may be this\n");
         return 1;

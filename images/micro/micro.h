@@ -1,7 +1,7 @@
 /* micro.h - what the parts of the micro guest's init share.
  *
  * One static program is the whole boot: it is /init of the initramfs, then process 1 of the running
- * system, and (by its other name) /sbin/shutdown. A shell script would need some forty processes for
+ * system, and (by its other names) /sbin/shutdown and /sbin/vmctl-renew. A shell script would need some forty processes for
  * the same work, and under emulation a process costs ten milliseconds.
  *
  *   init.c     the order of things; process 1; services; power
@@ -11,6 +11,7 @@
  *   yaml.c     the subset of YAML that cloud-config files are written in
  *   hostkey.c  an OpenSSH ed25519 private key in dropbear's format
  *   net.c      one DHCP client for every interface
+ *   renew.c    makes a machine that goes on from another one's memory itself
  *   files.c    small file helpers and the log
  */
 #ifndef MICRO_H
@@ -67,5 +68,8 @@ void seed_run_commands(int network_up);
 /* net.c */
 void net_main(const char *modules, int seed_ready, int network_up);
 bool listening(int port);
+
+/* renew.c */
+int renew_main(void);
 
 #endif

@@ -459,15 +459,30 @@ static void client_main(int seed_ready, int network_up)
 static struct {
     int index;
     pid_t pid;
+    uint8_t mac[6];
 } clients[64];
+
+/* Whether the card has another MAC than its client knows of, and its cable is plugged in: it is another machine's now. */
+static bool changed(size_t slot, int index)
+{
+    int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    struct ifreq query = {.ifr_ifindex = index};
+    bool found = ioctl(control, SIOCGIFNAME, &query) == 0 && ioctl(control, SIOCGIFHWADDR, &query) == 0 &&
+                 memcmp(query.ifr_hwaddr.sa_data, clients[slot].mac, 6) != 0 &&
+                 ioctl(control, SIOCGIFFLAGS, &query) == 0 && query.ifr_flags & IFF_RUNNING;
+    close(control);
+    return found;
+}
 
 static void interface_seen(int index, int seed_ready, int network_up)
 {
     size_t slot = 0;
     while (slot < 64 && clients[slot].index != index && clients[slot].index != 0)
         slot++;
-    if (slot == 64 || clients[slot].index == index)
+    if (slot == 64 || (clients[slot].index == index && !changed(slot, index)))
         return;
+    if (clients[slot].index == index)
+        kill(clients[slot].pid, SIGKILL);
     int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     struct ifreq query = {.ifr_ifindex = index};
     bool usable = ioctl(control, SIOCGIFNAME, &query) == 0 && ioctl(control, SIOCGIFHWADDR, &query) == 0 &&
@@ -482,6 +497,7 @@ static void interface_seen(int index, int seed_ready, int network_up)
         ifindex = index;
         bring_up(control);
         clients[slot].index = index;
+        memcpy(clients[slot].mac, mac, sizeof mac);
         clients[slot].pid = fork_same_root();
         if (clients[slot].pid == 0) {
             prctl(PR_SET_PDEATHSIG, SIGKILL);

@@ -20,14 +20,15 @@ from typing import Any
 
 from vmctl import disk_journal, disk_replace, qemu_img, snapshot_journal, snapshot_layers, snapshot_settle
 from vmctl.cli import run
-from vmctl.hypervisor import devices, disks, domain, network, snapshots, storage
+from vmctl.hypervisor import devices, disks, domain, network, saved, snapshots, storage
 
 CHANGES: dict[Any, tuple[str, ...]] = {
     Path: ("rename",),  # how a finished file gets its name in the store
     storage: ("ensure_pool", "create_volume", "upload", "delete_volume"),
     network: ("define", "start"),
-    domain: ("define", "start", "set_record", "set_autostart", "power_off", "undefine", "detach_disk"),
+    domain: ("define", "start", "set_record", "set_autostart", "power_off", "resume", "undefine", "detach_disk"),
     devices: ("attach", "detach"),
+    saved: ("save_and_go_on", "restore_paused", "set_links"),
     disks: ("resize", "unplug", "copy_and_switch", "pull", "commit"),
     qemu_img: ("copy_known", "create", "resize", "require_equal", "commit", "repoint"),
     disk_replace: ("copy_bytes", "sync_folder"),

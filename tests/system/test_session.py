@@ -146,6 +146,23 @@ def test_virtlockd_refuses_a_second_writer_that_our_own_check_did_not_see(person
     person.vmctl("disk", "delete", "leased", "--yes")
 
 
+@pytest.mark.timeout(600)
+def test_clones_and_forks_without_root(person: Person) -> None:
+    person.vmctl("create", "first", "--image", "micro", "--wait", "agent")
+    made = person.json("fork", "first", "second")
+    assert made[0]["address"] == "127.0.0.1"
+    for name in ("first", "second"):
+        assert person.vmctl("exec", name, "--", "hostname").stdout == f"{name}\n"
+    ports = {row["name"]: row["address"] for row in person.json("list")}
+    assert len(set(ports.values())) == 2
+    person.vmctl("stop", "second", "--force")
+    person.vmctl("clone", "second", "third", "--start")
+    person.vmctl("wait", "third", "--for", "ssh", "--timeout", "200")
+    assert person.vmctl("exec", "third", "--", "hostname").stdout == "third\n"
+    person.vmctl("delete", "first", "second", "third", "--yes")
+    assert person.run("virsh", "-q", "-c", "qemu:///session", "vol-list", "vmctl").stdout.strip() == ""
+
+
 def test_kvm_is_judged_for_this_user(person: Person) -> None:
     evidence = {c["name"]: c for c in person.json("host", "info")["accel"]["kvm"]["evidence"]}
     if "open-qemu-user" not in evidence:

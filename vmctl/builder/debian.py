@@ -220,7 +220,7 @@ class _Build:
     def _first_boot(self) -> bytes:
         """The program that reads the seed before cloud-init does; how to read one it has from the micro image."""
         micro = self.sources.parent / "micro"
-        shared = [micro / name for name in ("files.c", "iso.c", "yaml.c")]
+        shared = [micro / name for name in ("files.c", "hostkey.c", "iso.c", "renew.c", "yaml.c")]
         return kernel.compile_static([*sorted((self.sources / "first-boot").glob("*.c")), *shared], micro, self.epoch)
 
     def _settle(self, tree: Tree) -> None:
@@ -234,6 +234,7 @@ class _Build:
         tree.file("etc/fstab", fstab.encode())
         tree.file("etc/machine-id", b"", 0o444)  # empty: systemd chooses one at the first boot
         tree.file("etc/hostname", b"debian\n")
+        tree.link("usr/sbin/vmctl-renew", f"/{_FIRST_BOOT}")
         tree.link("etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf")
         tree.link("var/lib/dbus/machine-id", "/etc/machine-id")
         tree.file("boot/grub/grub.cfg", self._grub_cfg(tree).encode(), 0o600)

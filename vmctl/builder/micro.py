@@ -146,6 +146,7 @@ def _add_system(recipe: Recipe, sources: Path, init: bytes, root: Tree) -> None:
             root.file(path.relative_to(sources / "root").as_posix(), path.read_bytes(), 0o755 if executable else 0o644)
     root.file("usr/sbin/init", init, 0o755)
     root.link("usr/sbin/shutdown", "init")
+    root.link("usr/sbin/vmctl-renew", "init")
     root.link("etc/resolv.conf", "../run/vmctl/resolv.conf")
     root.link("etc/mtab", "../proc/self/mounts")
     root.link("var/run", "../run")

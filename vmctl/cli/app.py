@@ -56,6 +56,8 @@ COMMANDS: Mapping[str, Entry] = {
     "save": Entry("state", "save", "Save memory to disk and stop."),
     "rename": Entry("state", "rename", "Rename a stopped VM."),
     "autostart": Entry("state", "autostart", "Start VMs with their host, or no longer."),
+    "clone": Entry("copies", "clone", "Make new VMs with the disks of a stopped one."),
+    "fork": Entry("copies", "fork", "Make new running VMs from a running one."),
     "delete": Entry("create", "delete", "Delete VMs with what is their own."),
     "events": Entry("inspect", "events", "Show what happens to VMs as it happens."),
     "image": Entry("image", "app", "Images that VMs start from."),

@@ -168,6 +168,9 @@ def create(
         OnCrash, typer.Option(help="When its kernel panics: keep it as it is then, restart it, or power it off.")
     ] = OnCrash.PRESERVE,
     no_start: Annotated[bool, typer.Option("--no-start", help="Define it only.")] = False,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Go on from the running state that `vmctl image warm` has kept.")
+    ] = False,
     wait: Annotated[
         str | None, typer.Option(metavar="GOAL", help="Wait until running, ip, ssh, agent or cloud-init.")
     ] = None,
@@ -239,6 +242,8 @@ def create(
     goal = _goal(wait, problems)
     if no_start and wait:
         problems.append("--wait and --no-start exclude each other")
+    if warm and (no_start or exist_ok or print_xml or password):
+        problems.append("--warm makes a new running VM: not with --no-start, --exist-ok, --dry-run or --password")
     if problems:
         raise SpecError("cannot create VM", problems=problems)
     if password:  # asked for only when the rest is in order
@@ -249,6 +254,12 @@ def create(
     with opened(connect) as host:
         if print_xml:
             ui.write(creation.preview(host, vm))
+            return
+        if warm:
+            from vmctl import warming
+
+            gone_on = warming.create(host, vm, report)
+            ui.emit({**ui.jsonable(gone_on), "existed": False}, output, lambda: name, lambda: [name])
             return
         try:
             made = creation.create(host, vm, report, exist_ok=exist_ok, start_it=not no_start)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from vmctl import ui
-from vmctl.cli import image_care, image_files
+from vmctl.cli import image_care, image_files, image_warm
 from vmctl.cli.command import Command, Group
 from vmctl.cli.options import ConnectOption, ImageName, OutputOption, YesOption, opened, refuse_unless_yes, reporter
 from vmctl.errors import HostUnreachable, VmctlError
@@ -49,9 +49,18 @@ def _details(m: Manifest) -> str:
             ("source", m.source),
             ("checksum", m.checksum if m.verified else "NOT VERIFIED: it was taken without a checksum"),
             ("built", m.built_at),
+            ("warm", _warm(m)),
             ("software", "\n".join(f"{name} {version}" for name, version in m.software.items())),
         ]
     )
+
+
+def _warm(m: Manifest) -> str:
+    if m.warm is None:
+        return ""
+    kept = m.warm
+    what = f"{kept.memory_mib} MiB, {kept.vcpus} vCPU, {kept.machine}, CPU {kept.cpu} on {kept.accel}"
+    return f"{what}, QEMU {kept.hypervisor}; takes {ui.size(kept.size)}"
 
 
 @app.command(cls=Command)
@@ -159,7 +168,11 @@ def pull(
 
 
 def _remark(m: Manifest) -> str:
-    parts = [f"a step of {m.step_of}" if m.step_of else "", "" if m.verified else "NOT VERIFIED"]
+    parts = [
+        "warm" if m.warm else "",
+        f"a step of {m.step_of}" if m.step_of else "",
+        "" if m.verified else "NOT VERIFIED",
+    ]
     return ", ".join(part for part in parts if part)
 
 
@@ -215,6 +228,7 @@ def delete(name: ImageName, yes: YesOption = False, connect: ConnectOption = Non
         ui.say(manifest.stem)
 
 
+app.command(cls=Command)(image_warm.warm)
 app.command("import", cls=Command)(image_files.import_)
 app.command(cls=Command)(image_files.export)
 app.command(cls=Command)(image_care.tag)

@@ -10,6 +10,7 @@ _V3_LENGTH = 104
 _DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _WIDE_L2 = (1 << bit for bit in range(5))
 _UNDERSTOOD = _DIRTY | _CORRUPT | _DATA_FILE | _COMPRESSION | _WIDE_L2
 _EXTENSION_END = 0
+_EXTENSION_BACKING_FORMAT = 0xE2792ACA
 _EXTENSION_DATA_FILE = 0x44415441
 _EXTENSION_ENCRYPTION = 0x0537BE77
 # QEMU's own limits.
@@ -18,6 +19,7 @@ _MOST_REFCOUNT_TABLE_BYTES = 8 << 20
 _MOST_SNAPSHOTS = 65536
 _LONGEST_BACKING_NAME = 1023
 _MOST_EXTENSIONS = 64
+_LONGEST_FORMAT = 15
 
 
 def read(window: Window) -> DiskHeader:
@@ -46,7 +48,8 @@ def read(window: Window) -> DiskHeader:
         problems.append(f"it has a backing file ({backing or 'of a name that cannot be read'})")
     if encryption:
         problems.append("it is encrypted")
-    problems += _extension_problems(window, length, backing_at or cluster, min(cluster, window.size))
+    found, backing_format = _extensions(window, length, backing_at or cluster, min(cluster, window.size))
+    problems += found
     entries = cluster // (16 if features & _WIDE_L2 else 8)
     problems += _l1_problems(window, size, cluster, entries, l1_size, l1_at)
     if refcount_clusters * cluster > _MOST_REFCOUNT_TABLE_BYTES or not _inside(
@@ -55,7 +58,7 @@ def read(window: Window) -> DiskHeader:
         problems.append("its refcount table lies beyond the file, or is absurdly long")
     if snapshots and (snapshots > _MOST_SNAPSHOTS or not _inside(window, snapshots_at, 40 * snapshots, cluster)):
         problems.append("its snapshot table lies beyond the file, or is absurdly long")
-    return DiskHeader("qcow2", size, tuple(problems), f"v{version}", backing)
+    return DiskHeader("qcow2", size, tuple(problems), f"v{version}", backing, backing_format)
 
 
 def _feature_problems(features: int) -> list[str]:
@@ -80,23 +83,26 @@ def _backing(window: Window, offset: int, length: int) -> str:
         return ""
 
 
-def _extension_problems(window: Window, offset: int, end: int, limit: int) -> list[str]:
-    """What the header extensions between ``offset`` and ``end`` say."""
+def _extensions(window: Window, offset: int, end: int, limit: int) -> tuple[list[str], str]:
+    """What the header extensions between ``offset`` and ``end`` say: problems, and the backing file's format."""
     problems: list[str] = []
+    form = ""
     for _ in range(_MOST_EXTENSIONS):
         if offset + 8 > min(end, limit):
-            return problems
+            return problems, form
         kind, length = window.unpack(">II", offset)
         if kind == _EXTENSION_END:
-            return problems
+            return problems, form
         if offset + 8 + length > limit:
-            return [*problems, "a header extension runs beyond the header"]
+            return [*problems, "a header extension runs beyond the header"], form
+        if kind == _EXTENSION_BACKING_FORMAT:
+            form = window.read(offset + 8, min(length, _LONGEST_FORMAT)).decode(errors="replace")
         if kind == _EXTENSION_DATA_FILE:
             problems.append("it names an external data file")
         if kind == _EXTENSION_ENCRYPTION:
             problems.append("it is encrypted")
         offset += 8 + (length + 7) // 8 * 8
-    return [*problems, "it has an absurd number of header extensions"]
+    return [*problems, "it has an absurd number of header extensions"], form
 
 
 def _l1_problems(window: Window, size: int, cluster: int, entries: int, l1_size: int, l1_at: int) -> list[str]:

@@ -49,7 +49,8 @@ class Window:
 class DiskHeader:
     """What a disk image's header says. ``virtual_size`` in bytes; ``problems`` says why it is not to be used.
 
-    ``backing`` is the name of the file it is based on, "" for none; ``variant`` tells kinds of one format apart.
+    ``backing`` is the name of the file it is based on, "" for none, and ``backing_format`` that file's format where it
+    is noted; ``variant`` tells kinds of one format apart.
     """
 
     format: str
@@ -57,3 +58,4 @@ class DiskHeader:
     problems: tuple[str, ...] = ()
     variant: str = ""
     backing: str = ""
+    backing_format: str = ""

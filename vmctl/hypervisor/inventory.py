@@ -80,6 +80,16 @@ def _asked(dom: Any) -> Brief | None:
         raise
 
 
+def process_id(conn: Connection, name: str) -> int | None:
+    """The process of a running domain of this machine; None when it is not to be known from here."""
+    if not (conn.local and conn.qemu):
+        return None
+    try:
+        return int((Path(_folders(conn)[1]) / f"{name}.pid").read_text())
+    except (OSError, ValueError):
+        return None
+
+
 class _Local:
     """libvirt's own files about its domains: definitions, and pid files of running ones."""
 

@@ -7,6 +7,8 @@
  * Called by systemd as a generator (three folders), in place of cloud-init's own: decides whether cloud-init runs, and
  * whether the boot waits for it. Called with "plant": writes what the seed says.
  *
+ * By its other name, vmctl-renew, it makes a machine that goes on from another one's memory itself (renew.c).
+ *
  * In doubt the boot is Debian's: a key of the user-data that is not known here, a network configuration, another kind
  * of seed, and cloud-init comes first.
  */
@@ -130,7 +132,7 @@ static const char *user_name(void)
 /* Whether all that matters to a login is understood here. */
 static bool is_plain(void)
 {
-    static const char *const known[] = {"hostname", "ssh_authorized_keys", "ssh_keys", "runcmd", "ssh_pwauth",
+    static const char *const known[] = {"hostname", "ssh_authorized_keys", "ssh_keys", "bootcmd", "runcmd", "ssh_pwauth",
                                         "ssh_deletekeys", "user", NULL};
     static const char *const in_user[] = {"name", NULL};
     const struct node *user = yaml_get(user_data, "user"), *keys = yaml_get(user_data, "ssh_authorized_keys");
@@ -302,11 +304,30 @@ static void plant_hostname(void)
     write_text("/etc/hostname", name, 0644);
 }
 
+/* A disk that has been another machine's: its id becomes the instance's, before the network asks for it. */
+static void plant_machine_id(void)
+{
+    const char *instance = yaml_text(meta_data, "instance-id");
+    char id[36] = "";
+    size_t length = 0;
+    if (!exists(INSTANCE) || set_up_already(instance))
+        return;
+    for (; instance && *instance && length < 32; instance++)
+        if (strchr("0123456789abcdef", *instance))
+            id[length++] = *instance;
+    if (length != 32)
+        return;
+    strcpy(id + length, "\n");
+    if (!write_text("/etc/machine-id", id, 0444))
+        say("cannot write the machine id: %s", strerror(errno));
+}
+
 static int plant(void)
 {
     if (!find_seed() || !is_plain())
         return 0;
     plant_hostname();
+    plant_machine_id();
     if (plant_host_key() && plant_user(user_name()) && plant_keys(user_name())) {
         if (fork() == 0) { /* on the disk long before cloud-init is through, and sshd need not wait for it */
             settle();
@@ -320,6 +341,9 @@ static int plant(void)
 
 int main(int count, char **arguments)
 {
+    const char *called = strrchr(arguments[0], '/');
+    if (strcmp(called ? called + 1 : arguments[0], "vmctl-renew") == 0)
+        return renew_main();
     umask(022);
     if (count == 2 && strcmp(arguments[1], "plant") == 0)
         return plant();

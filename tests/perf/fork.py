@@ -1,0 +1,106 @@
+"""Forks beside cold boots, in one run: from the command's exec until the new machine greets by SSH.
+
+For each image: one cold boot to SSH (which becomes the parent, once its system is through), then forks one by one, the
+first to the tenth, then five at once. How long the parent is held is seen from outside: the longest gap in
+a stream of pings. Says how busy the machine was: a load beside moves all figures.
+
+Usage, as root: python tests/perf/fork.py [IMAGE:MEMORY_MIB…]     default: micro:512 debian-12:1024
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from boot import VMCTL, banner
+
+from vmctl import image_build
+from vmctl.events import silent
+from vmctl.hosts import open_host
+
+FORKS, TIMEOUT_S = 10, 900
+
+
+def timed(*words: str) -> tuple[float, str]:
+    """Seconds that a command took, and what it said."""
+    began = time.monotonic()
+    done = subprocess.run([*VMCTL, *words], check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
+    return time.monotonic() - began, done.stdout + done.stderr
+
+
+class Gaps:
+    """Pings a guest every 20 ms and keeps the longest time without an answer."""
+
+    def __init__(self, address: str) -> None:
+        self.longest, self._over = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(address,))
+        self._thread.start()
+
+    def _watch(self, address: str) -> None:
+        command = ["ping", "-n", "-O", "-i", "0.02", address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ping:
+            assert ping.stdout is not None
+            last = time.monotonic()
+            for line in ping.stdout:
+                if self._over.is_set():
+                    break
+                if "bytes from" in line:
+                    now = time.monotonic()
+                    self.longest, last = max(self.longest, now - last), now
+            ping.kill()
+
+    def end(self) -> float:
+        """The longest gap in seconds."""
+        self._over.set()
+        self._thread.join()
+        return self.longest
+
+
+def measure(image: str, memory_mib: int) -> None:
+    """Measure one image and print."""
+    parent = f"perf-{os.getpid()}-p"
+    memory = ("--memory", f"{memory_mib}M")
+    try:
+        cold, _ = timed("create", parent, "--image", image, *memory, "--wait", "ssh", "--timeout", str(TIMEOUT_S))
+        if image != "micro":
+            timed("wait", parent, "--for", "cloud-init", "--timeout", str(TIMEOUT_S))
+        timed("wait", parent, "--for", "agent", "--timeout", str(TIMEOUT_S))
+        singles = [timed("fork", parent, f"{parent}-{number}")[0] for number in range(FORKS)]
+        for number in range(FORKS):
+            timed("delete", f"{parent}-{number}", "--yes")
+        address = subprocess.run([*VMCTL, "list", "-o", "json"], check=True, capture_output=True, text=True).stdout
+        (where,) = [row["address"] for row in json.loads(address) if row["name"] == parent]
+        assert banner(where)
+        gaps = Gaps(where)
+        five, _ = timed("fork", parent, f"{parent}-five", "--count", "5")
+        held = gaps.end()
+        print(f"{image}, {memory_mib} MiB")
+        print(f"  cold boot to SSH             {cold:.2f} s")
+        print(f"  fork to SSH, one by one      {' '.join(f'{one:.2f}' for one in singles)} s")
+        median = statistics.median(singles)
+        print(f"  median {median:.2f} s, least {min(singles):.2f} s; the boot takes {cold / median:.0f} times as long")
+        print(f"  five at once, all reachable  {five:.2f} s; the parent held {held:.2f} s at most")
+    finally:
+        subprocess.run([*VMCTL, "delete", f"{parent}*", "--yes"], check=False, capture_output=True)
+
+
+def main() -> None:
+    """Measure all that was named."""
+    named = sys.argv[1:] or ["micro:512", "debian-12:1024"]
+    with open_host() as host:
+        for one in named:
+            image_build.build(host, one.partition(":")[0], silent)
+    for one in named:
+        image, _, memory = one.partition(":")
+        measure(image, int(memory or 512))
+        print(f"  load {Path('/proc/loadavg').read_text().split()[0]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

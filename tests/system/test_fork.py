@@ -1,0 +1,139 @@
+"""Forks of running VMs: who they are, what they share with the one they come from, what is left of them."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.system import pattern
+from tests.system.conftest import REPO, VMCTL, Shell, volumes
+from tests.system.test_clone import checked, who
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+POOL = Path("/var/lib/libvirt/vmctl/vmctl")
+# A process that counts in memory only, and a file written before: both have to be there in each fork.
+LIFE = "echo before >/run/before; (i=0; while :; do i=$((i+1)); echo $i >/run/count; sleep 0.2; done) >/dev/null 2>&1 &"
+
+
+@pytest.fixture
+def several(shell: Shell, name: str) -> Iterator[str]:
+    """A name for new VMs NAME-…, which are gone afterwards."""
+    yield f"{name}f"
+    for one in shell.virsh("list", "--all", "--name").split():
+        if one.startswith(f"{name}f"):
+            shell.run("delete", one, "--yes", check=None)
+
+
+def warmed(shell: Shell, name: str, *options: str) -> None:
+    """A running VM with a life of its own."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent", *options, timeout=240)
+    pattern.write(name, "/root/data", pattern.blocks("base", 64))
+    shell.run("exec", name, "--", "sh", "-c", LIFE)
+
+
+def count(shell: Shell, vm: str) -> int:
+    """How far the guest's process has counted."""
+    return int(shell.run("exec", vm, "--", "cat", "/run/count").stdout)
+
+
+def test_forks_run_on_and_are_machines_of_their_own(shell: Shell, name: str, several: str) -> None:
+    before = volumes(shell)
+    warmed(shell, name)
+    booted = shell.run("exec", name, "--", "cat", "/proc/sys/kernel/random/boot_id").stdout
+    pattern.write(name, "/root/data", pattern.blocks("late", 8), at=8)
+    reached = count(shell, name)
+    done = shell.json("fork", name, several, "--count", "3")
+    forks = [one["name"] for one in done]
+    assert forks == [f"{several}-{n}" for n in (1, 2, 3)] and len({one["address"] for one in done}) == 3
+    told = {one: who(shell, one) for one in (name, *forks)}
+    for one, (kernel, file, *_) in told.items():
+        assert (kernel, file) == (one, one)
+    for which in range(2, 5):  # machine-id, MAC, host key
+        assert len({each[which] for each in told.values()}) == 4, told
+    random = [shell.run("exec", one, "--", "od", "-An", "-tx8", "-N16", "/dev/urandom").stdout for one in told]
+    assert len(set(random)) == 4
+    for one in told:
+        assert shell.run("exec", one, "--", "cat", "/proc/sys/kernel/random/boot_id").stdout == booted  # none booted
+        assert count(shell, one) >= reached
+        assert pattern.holds(shell, one, "/root/data", pattern.blocks("late", 8), at=8)
+        earliest = time.time()
+        clock = float(shell.run("exec", one, "--", "date", "+%s").stdout)
+        # date cuts the second off; and what sets the clock takes its time on a busy machine.
+        assert earliest - 4 < clock < time.time() + 1
+        pattern.write(one, "/root/data", pattern.blocks(one, 8), at=16)
+    for one in told:
+        assert pattern.holds(shell, one, "/root/data", pattern.blocks(one, 8), at=16)
+    for one in forks:  # and they stay who they are
+        shell.run("reboot", one)
+    for one in forks:
+        shell.run("wait", one, "--for", "ssh", "--timeout", "200", timeout=240)
+        assert who(shell, one) == told[one]
+    assert not list(POOL.glob(".vmctl-*"))
+    for one in told:
+        shell.run("stop", one, "--force")
+    checked()
+    shell.run("delete", name, forks[1], "--yes")
+    shell.run("start", forks[0])
+    shell.run("wait", forks[0], "--for", "ssh", "--timeout", "200", timeout=240)
+    assert pattern.holds(shell, forks[0], "/root/data", pattern.blocks(forks[0], 8), at=16)
+    shell.run("delete", forks[0], forks[2], "--yes")
+    assert volumes(shell) == before
+
+
+def test_a_fork_of_a_fork_with_a_second_disk(shell: Shell, name: str, several: str) -> None:
+    before = volumes(shell)
+    warmed(shell, name, "--disk", "16M")
+    pattern.write(name, "/dev/vdc", pattern.blocks("disk", 256))
+    shell.run("fork", name, f"{several}-1")
+    pattern.write(name, "/dev/vdc", pattern.blocks("parent", 256))
+    shell.run("fork", f"{several}-1", f"{several}-2")
+    pattern.write(f"{several}-1", "/dev/vdc", pattern.blocks("one", 8))
+    assert pattern.holds(shell, f"{several}-2", "/dev/vdc", pattern.blocks("disk", 256))
+    assert pattern.holds(shell, name, "/dev/vdc", pattern.blocks("parent", 256))
+    assert who(shell, f"{several}-2")[0] == f"{several}-2"
+    shell.run("delete", name, f"{several}-1", f"{several}-2", "--yes")
+    assert volumes(shell) == before
+
+
+def test_what_cannot_be_forked_is_refused_before_anything_changes(shell: Shell, name: str, several: str) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "agent", timeout=240)
+    before, xml = volumes(shell), shell.virsh("dumpxml", name)
+    said = shell.run("fork", name, several, "--count", "2", "--dry-run").stdout
+    assert f"new running VM {several}-2" in said and "is written to no more" in said
+    assert "exists already" in shell.run("fork", name, name, check=5).stderr
+    assert (volumes(shell), shell.virsh("dumpxml", name)) == (before, xml)
+    shell.run("pause", name)
+    assert "is paused" in shell.run("fork", name, several, check=6).stderr
+    shell.run("resume", name)
+    shell.run("stop", name, "--force")
+    stopped = shell.run("fork", name, several, check=6).stderr
+    assert "is stopped" in stopped and "vmctl clone" in stopped
+    assert volumes(shell) == before
+
+
+def test_two_forks_of_one_vm_at_once(shell: Shell, name: str, several: str) -> None:
+    warmed(shell, name)
+    both = [
+        subprocess.Popen([*VMCTL, "fork", name, f"{several}-{n}"], stderr=subprocess.PIPE, text=True, cwd=REPO)
+        for n in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in both]
+    codes = sorted(process.returncode for process in both)
+    assert codes in ([0, 5], [0, 0]), errors
+    made = [one for one in shell.virsh("list", "--name").split() if one.startswith(several)]
+    assert len(made) == codes.count(0)
+    assert count(shell, name) > 0
+
+
+def test_a_guest_with_the_agent_alone_is_renewed_by_its_shell(shell: Shell, name: str, several: str) -> None:
+    warmed(shell, name)
+    shell.run("exec", name, "--", "rm", "/usr/sbin/vmctl-renew")
+    shell.run("fork", name, several, timeout=240)
+    told = [who(shell, one) for one in (name, several)]
+    assert told[1][:2] == [several, several]
+    assert all(one != other for one, other in zip(told[0][:5], told[1][:5], strict=True))

@@ -1,0 +1,68 @@
+"""Warmed images: kept, looked at, gone on from, refused where they do not fit, and taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.system.conftest import Shell, volumes
+from tests.system.test_clone import who
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+STORE = Path("/var/lib/libvirt/vmctl/vmctl-images")
+
+
+def test_a_warmed_image_from_making_to_removal(shell: Shell, names: Callable[[], str]) -> None:
+    store, before = volumes(shell, "vmctl-images"), volumes(shell)
+    one, two = names(), names()
+    assert "is not warm" in shell.run("create", one, "--image", "micro", "--warm", check=4).stderr
+    said = shell.run("image", "warm", "micro", "--dry-run").stdout
+    assert ".memory" in said and volumes(shell, "vmctl-images") == store
+    shell.run("image", "warm", "micro", timeout=600)
+    assert volumes(shell) == before  # the VM it was made of is gone
+    (row,) = [line for line in shell.run("image", "list").stdout.splitlines() if line.startswith("micro ")]
+    assert "warm" in row and "512 MiB, 1 vCPU" in shell.run("image", "show", "micro").stdout
+    shell.run("image", "verify", "micro")
+    for name in (one, two):
+        made = shell.run("create", name, "--image", "micro", "--warm", "--label", f"is={name}", timeout=240)
+        assert made.stdout == f"{name}\n"
+    told = [who(shell, name) for name in (one, two)]
+    assert [each[:2] for each in told] == [[one, one], [two, two]]
+    for which in range(2, 5):
+        assert told[0][which] != told[1][which]
+    boots = {shell.run("exec", name, "--", "cat", "/proc/sys/kernel/random/boot_id").stdout for name in (one, two)}
+    assert len(boots) == 1
+    assert shell.json("show", one)["labels"] == {"is": one}
+    for words in (
+        ["image", "delete", "micro", "--yes"],
+        ["image", "warm", "micro"],
+        ["image", "warm", "micro", "--remove"],
+    ):
+        assert one in shell.run("image", *words, check=5).stderr
+    shell.run("delete", one, two, "--yes")
+    shell.run("image", "warm", "micro", "--remove")
+    assert (volumes(shell, "vmctl-images"), volumes(shell)) == (store, before)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_made(shell: Shell, names: Callable[[], str]) -> None:
+    name, before = names(), volumes(shell)
+    shell.run("image", "warm", "micro", timeout=600)
+    try:
+        for options, why in (
+            (("--memory", "1G"), "512 MiB of memory, not 1024"),
+            (("--vcpus", "2"), "1 vCPUs, not 2"),
+            (("--disk", "1G"), "nothing can be asked of it"),
+            (("--runcmd", "true"), "nothing can be asked of it"),
+        ):
+            assert why in shell.run("create", name, "--image", "micro", "--warm", *options, check=8).stderr
+        (memory,) = STORE.glob("micro-*.memory")
+        data = memory.read_bytes()
+        memory.write_bytes(b"LibvirtQemudPart" + data[16:])
+        assert "not written to its end" in shell.run("create", name, "--image", "micro", "--warm", check=8).stderr
+        assert "is not what it was" in shell.run("image", "verify", "micro", check=10).stderr
+        assert volumes(shell) == before
+    finally:
+        shell.run("image", "warm", "micro", "--remove")

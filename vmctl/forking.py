@@ -1,0 +1,325 @@
+"""Forking a running VM: new ones go on from its memory and its disks, each told who it is before it has a network.
+
+The memory is written once. Each new VM reads it through a pipe behind a head of its own (saved_memory.py), so that it
+lies on the disk once, and only until all have read it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmctl import agent, copies, domain_copy, images, readiness, renewal, saved_memory
+from vmctl.at_once import at_once
+from vmctl.cloning import own
+from vmctl.copies import Layer, Newcomer
+from vmctl.disk_replace import PREFIX
+from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, quietly
+from vmctl.events import Reporter, Step, silent
+from vmctl.hosts import Host
+from vmctl.hypervisor import disks, domain, network, saved, storage
+from vmctl.hypervisor.agent import AgentState
+from vmctl.hypervisor.agent import state as agent_state
+from vmctl.hypervisor.domain import Domain, State
+from vmctl.readiness import Goal
+from vmctl.saved_memory import Head
+from vmctl.wait import wait_until
+from vmctl.workspace import workspace
+
+_PIPE = 1 << 20
+_CHUNK = 8 << 20
+_AGENT_S = 60.0
+_CLOCK_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A fork worked out; nothing done yet."""
+
+    vm: Domain
+    layers: tuple[Layer, ...]
+    left: tuple[str, ...]
+    new: tuple[Newcomer, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        """What it would touch."""
+        found = [f"VM {self.vm.name}: runs on, held for the moment in which its state is taken"]
+        for layer in self.layers:
+            assert layer.above is not None
+            found.append(f"disk {layer.target} of {self.vm.name}: {layer.base.path} is written to no more")
+            found.append(f"disk {layer.target} of {self.vm.name}: goes on in new volume {layer.above.volume}")
+        for one in self.new:
+            found.append(f"new running VM {one.name} ({one.uuid})")
+            bases = {layer.target: layer.base.path for layer in self.layers}
+            found += [f"new volume {volume.volume} on {bases[target]}" for target, volume in one.disks.items()]
+            found += [f"new volume {v.volume}" for v in one.own if v not in one.disks.values()]
+            found += [f"new file {one.nvram}"] if one.nvram else []
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """A VM that came to be by a fork. ``address`` "" where none is known."""
+
+    name: str
+    uuid: str
+    address: str
+
+
+def plan(host: Host, name: str, names: Sequence[str]) -> Plan:
+    """Work a fork out. Raises WrongState, Conflict, Unsupported with all that is in its way."""
+    copies.require_local(host, name, "fork")
+    vm = domain.find(host.conn, name)
+    hint = f"vmctl clone {name} makes VMs of a stopped one" if not vm.active else f"vmctl resume {name}"
+    domain.require(vm, frozenset({State.RUNNING}), "fork", hint)
+    domain.require_persistent(vm, "fork")
+    copies.require_free(host, vm.name, names, "fork")
+    text = domain.xml(host.conn, vm.name)
+    if found := domain_copy.obstacles(text):
+        raise Unsupported(f"cannot fork VM {name}: {'; '.join(found)}", hint="vmctl clone makes VMs of a stopped one")
+    if vm.facts.record is None or vm.facts.record.ssh is None:
+        raise Unsupported(f"cannot fork VM {name}: vmctl did not create it, and knows no host key to renew")
+    if vm.facts.record.ssh.address:
+        raise Unsupported(
+            f"cannot fork VM {name}: it has the static address {vm.facts.record.ssh.address}, and so would its forks",
+            hint="forks need a network that gives addresses",
+        )
+    if agent_state(host.conn, vm.name) is not AgentState.CONNECTED:
+        raise GuestCommandFailed(
+            f"cannot fork VM {name}: its guest agent is not connected, by which a fork is told who it is",
+            hint=f"vmctl wait {name} --for agent",
+        )
+    layers = copies.layers(host, vm, "fork")
+    shared = {layer.target for layer in layers}
+    live = disks.disks(host.conn, vm.name, inactive=False)
+    left = tuple(d.target for d in live if d.target not in shared)
+    below = [volume for layer in layers for volume in layer.below]
+    targets = [layer.target for layer in layers]
+    seeded = bool(copies.seed_target(vm))
+    return Plan(vm, layers, left, copies.newcomers(host, vm, names, targets, below, seeded=seeded))
+
+
+def fork(host: Host, name: str, names: Sequence[str], report: Reporter) -> tuple[Forked, ...]:
+    """Make new running VMs from the state of a running one, which runs on.
+
+    Undone when it fails: the VM then runs as before, be it in a layer of its own.
+    """
+    copies.require_local(host, name, "fork")
+    with copies.held_names(host, domain.find(host.conn, name).name, names, "fork"), ExitStack() as undo:
+        planned = plan(host, name, names)
+        vm = planned.vm
+        text = domain.xml(host.conn, vm.name, inactive=True)
+        for one in planned.new:
+            undo.callback(quietly, lambda one=one: copies.discard(host, one))  # type: ignore[misc]
+        new = copies.define(host, vm, text, planned.new, report)
+        _make_layers(host, planned, undo)
+        with _memory_folder(host) as folder:
+            memory = folder / "memory"
+            at_once([lambda: _take_state(host, planned, memory, report), lambda: _fill(host, planned, new)])
+            copies.copy_nvram(vm, new)
+            # It was held while the last of its memory was written, and its clock with it.
+            clock = threading.Thread(target=quietly, args=(lambda: agent.sync_time(host, vm.name),), daemon=True)
+            clock.start()
+            made = go_on(host, vm, new, memory, report)
+            clock.join(_CLOCK_S)
+        undo.pop_all()
+    return made
+
+
+def _make_layers(host: Host, planned: Plan, undo: ExitStack) -> None:
+    """The layers that the VM goes on in. Its record knows them before they are there."""
+    above = [layer.above for layer in planned.layers if layer.above]
+    undo.callback(quietly, lambda: _take_back(host, planned))
+    own(host, planned.vm.name, above)
+    for layer in planned.layers:
+        assert layer.above is not None
+        copies.make_overlay(host, layer.above, layer.base, layer.size)
+
+
+def _fill(host: Host, planned: Plan, new: Sequence[Newcomer]) -> None:
+    """The volumes of the new VMs."""
+    size = storage.volume(host.conn, *_seed_of(planned.vm)).capacity if new[0].seed else 0
+
+    def fill(one: Newcomer) -> None:
+        for layer in planned.layers:
+            copies.make_overlay(host, one.disks[layer.target], layer.base, layer.size)
+        copies.make_log(host, one)
+        copies.make_seed(host, planned.vm, one, size=size)
+
+    at_once([lambda one=one: fill(one) for one in new])  # type: ignore[misc]
+
+
+def _seed_of(vm: Domain) -> tuple[str, str]:
+    record = vm.facts.record
+    assert record is not None
+    return next((one.pool, one.volume) for one in record.owned if one.volume.endswith("-seed.iso"))
+
+
+def _take_back(host: Host, planned: Plan) -> None:
+    """Delete the layers that the VM does not go on in after all."""
+    from dataclasses import replace
+
+    from vmctl import render
+
+    used = {disk.source for disk in disks.disks(host.conn, planned.vm.name, inactive=False)}
+    unused = [one.above for one in planned.layers if one.above and copies.path_of(host, one.above) not in used]
+    for volume in unused:
+        storage.delete_volume(host.conn, volume.pool, volume.volume)
+    record = domain.find(host.conn, planned.vm.name).facts.record
+    if record is not None and unused:
+        kept = tuple(one for one in record.owned if one not in unused)
+        domain.set_record(host.conn, planned.vm.name, render.metadata(replace(record, owned=kept)))
+
+
+@contextmanager
+def _memory_folder(host: Host) -> Iterator[Path]:
+    parent = Path(images.pool_path(host, host.settings.pool))
+    try:
+        with workspace(parent, PREFIX) as folder:
+            yield folder
+    except PermissionError as error:
+        raise VmctlError(f"cannot write to {parent}: {error.strerror}", hint="as root: sudo vmctl …") from error
+
+
+def _take_state(host: Host, planned: Plan, memory: Path, report: Reporter) -> None:
+    vm = planned.vm
+    above = {layer.target: copies.path_of(host, layer.above) for layer in planned.layers if layer.above}
+    began = time.monotonic()
+    saved.save_and_go_on(host.conn, vm.name, str(memory), above, planned.left)
+    report(
+        Step(f"the state of {vm.name} is taken, {memory.stat().st_size >> 20} MiB in {time.monotonic() - began:.2f} s")
+    )
+
+
+def read_head(memory: Path) -> Head:
+    """The head of a saved memory. Raises Unsupported for what is not known."""
+    with memory.open("rb") as file:
+        header = file.read(saved_memory.HEADER)
+        rest = file.read(saved_memory.length(header) - len(header) + 4)
+    return saved_memory.parse(header + rest)
+
+
+def go_on(host: Host, vm: Domain, new: Sequence[Newcomer], memory: Path, report: Reporter) -> tuple[Forked, ...]:
+    """Let defined VMs with disks go on from a memory, renew who they are, connect them, and see them answer by SSH."""
+    head = read_head(memory)
+    made: dict[str, Forked] = {}
+
+    def bring(one: Newcomer) -> None:
+        made[one.name] = _bring(host, vm, one, head, memory, report)
+
+    at_once([lambda one=one: bring(one) for one in new])  # type: ignore[misc]
+    return tuple(made[one.name] for one in new)
+
+
+def _bring(host: Host, vm: Domain, one: Newcomer, head: Head, memory: Path, report: Reporter) -> Forked:
+    began = time.monotonic()
+    own_head = saved_memory.head(copies.xml_of(host, vm, head.xml, one), head.cookie)
+    with _piped(memory, head.size, own_head) as pipe:
+        saved.restore_paused(host.conn, str(pipe), name=one.name)
+    saved.set_links(host.conn, one.name, up=False)
+    domain.resume(host.conn, one.name)
+    restored = time.monotonic()
+    _renew(host, vm, one)
+    saved.set_links(host.conn, one.name, up=True)
+    renewed = time.monotonic()
+    there = domain.find(host.conn, one.name)
+    budget = readiness.default_timeout_s(there)
+    where = readiness.wait_for(host, there, Goal.SSH, timeout_s=budget, report=silent)
+    copies.complete(host, one)
+    ended = time.monotonic()
+    report(
+        Step(
+            f"{one.name} runs: restored {restored - began:.2f} s, renewed {renewed - restored:.2f} s, "
+            f"ssh {ended - renewed:.2f} s"
+        )
+    )
+    return Forked(one.name, one.uuid, where.host if where else "")
+
+
+@contextmanager
+def _piped(memory: Path, start: int, head: bytes) -> Iterator[Path]:
+    """A pipe from which ``head`` can be read, and behind it the file from ``start`` on. Who reads it may die."""
+    pipe = memory.with_name(f"{secrets.token_hex(8)}.pipe")
+    os.mkfifo(pipe, 0o600)
+    over = threading.Event()
+
+    def opened() -> int | None:
+        if over.is_set():
+            return -1
+        with suppress(OSError):  # nobody reads yet
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return None
+
+    def feed() -> None:
+        out = wait_until(opened, what="reader of the memory", timeout_s=_AGENT_S, interval_s=0.005)
+        if out < 0:
+            return
+        try:
+            os.set_blocking(out, True)
+            with suppress(OSError):
+                fcntl.fcntl(out, fcntl.F_SETPIPE_SZ, _PIPE)
+            with suppress(BrokenPipeError):
+                _pour(memory, start, head, out)
+        finally:
+            os.close(out)
+
+    feeder = threading.Thread(target=feed, name="memory", daemon=True)
+    feeder.start()
+    try:
+        yield pipe
+    finally:
+        over.set()
+        pipe.unlink()
+
+
+def _pour(memory: Path, start: int, head: bytes, out: int) -> None:
+    with memory.open("rb") as file:
+        view = memoryview(head)
+        while view:
+            view = view[os.write(out, view) :]
+        while sent := os.sendfile(out, file.fileno(), start, _CHUNK):
+            start += sent
+
+
+def _renew(host: Host, vm: Domain, one: Newcomer) -> None:
+    # A card on user networking keeps its MAC until the next boot: QEMU forwards to the address that this MAC has got.
+    plugged = {nic.mac.lower() for nic in vm.facts.nics}
+
+    def connected() -> bool:
+        return agent_state(host.conn, one.name) is AgentState.CONNECTED
+
+    wait_until(connected, what=f"agent of VM {one.name}", timeout_s=_AGENT_S, interval_s=0.01)
+    new = renewal.Renewal(
+        hostname=one.name,
+        machine_id=copies.machine_id(one),
+        host_key_private=one.key.private,
+        host_key_public=one.key.public,
+        entropy=secrets.token_bytes(64),
+        now=time.time(),
+        macs={old: new for old, new in (one.card_macs or {}).items() if old in plugged},
+        addresses=_addresses(host, one),
+    )
+
+    try:
+        agent.feed(host, one.name, [renewal.PROGRAM], renewal.told(new).encode(), "renew the identity of")
+    except GuestCommandFailed:  # an image without it
+        agent.feed(host, one.name, ["/bin/sh", "-s"], renewal.script(new).encode(), "renew the identity of")
+
+
+def _addresses(host: Host, one: Newcomer) -> dict[str, tuple[str, str]]:
+    """What the network will give each card, so that nobody need ask for it first."""
+    own_macs = set((one.card_macs or {}).values())
+    found = {}
+    for net in network.all_networks(host.conn):
+        for entry in net.reservations:
+            if entry.mac in own_macs and net.subnet is not None:
+                found[entry.mac] = (f"{entry.address}/{net.subnet.prefixlen}", net.gateway)
+    return found
