@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import accel, deletion, disk_journal, disk_replace, hosts, images, kvm_device
+from vmctl import accel, backup, config, deletion, disk_journal, disk_replace, hosts, images, kvm_device
 from vmctl.accel import Check
 from vmctl.errors import VmctlError
 from vmctl.events import Reporter, Step
@@ -194,6 +194,16 @@ def _disk_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     ]
 
 
+def _backups(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
+    """What killed backups left in VMs and in the folder of backups."""
+    root = config.backup_folder(None, host.settings, host.folders)
+    left = backup.cut_off(host, root, report, fix=fix)
+    if not left:
+        return [Finding("backups", "ok", "no backup was cut off")]
+    mend = "" if fix else "vmctl doctor --fix, or the VM's next backup"
+    return [Finding("backups", "mended" if fix else "failed", f"a backup was cut off: {'; '.join(left)}", mend)]
+
+
 def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Finding, ...]:
     """All checks, on the host that ``connect`` names; without an answer from it, the ones that need none."""
     findings = _tools()
@@ -209,6 +219,7 @@ def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Findin
             ("networks", lambda: _networks(host, fix=fix, report=report) if not host.conn.session else []),
             ("creations", lambda: _cut_off(host, fix=fix, report=report)),
             ("disks", lambda: _disk_changes(host, fix=fix, report=report)),
+            ("backups", lambda: _backups(host, fix=fix, report=report)),
         ]
         for name, check in checks:
             try:

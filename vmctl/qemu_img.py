@@ -8,14 +8,18 @@ import os
 import re
 import selectors
 import signal
+import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vmctl.errors import ImageError
+from vmctl.wait import wait_until
 
 _QUICK_TIMEOUT_S = 60
 _COPY_TIMEOUT_S = 3600
@@ -343,3 +347,88 @@ def rebase(path: Path, format: str, backing: Path | None, backing_format: str, *
     """Base an overlay on another file (None: on none), its content unchanged: what differs is copied into it first."""
     onto = ["-b", "" if backing is None else str(backing), *(["-F", backing_format] if backing else [])]
     _run(["rebase", "-q", "-f", format, *onto, str(path)], what=what, timeout_s=_COPY_TIMEOUT_S)
+
+
+def bitmaps(path: Path, format: str) -> dict[str, bool]:
+    """The dirty bitmaps that an image that nobody uses carries, and whether each can be trusted."""
+    if format != "qcow2":
+        return {}
+    shown = _run(
+        ["info", "-f", format, "--output=json", str(path)], what=f"inspect image {path}", timeout_s=_QUICK_TIMEOUT_S
+    )
+    data = json.loads(shown).get("format-specific", {}).get("data", {})
+    return {one["name"]: "in-use" not in one["flags"] for one in data.get("bitmaps", ())}
+
+
+def add_bitmap(path: Path, name: str) -> None:
+    """Let a qcow2 that nobody uses mark from now on what is written to it."""
+    words = ["bitmap", "--add", "-g", "65536", "-f", "qcow2", str(path), name]
+    _run(words, what=f"mark changes of {path}", timeout_s=_QUICK_TIMEOUT_S)
+
+
+def remove_bitmap(path: Path, name: str) -> None:
+    """Take a bitmap from a qcow2 that nobody uses."""
+    words = ["bitmap", "--remove", "-f", "qcow2", str(path), name]
+    _run(words, what=f"drop a bitmap of {path}", timeout_s=_QUICK_TIMEOUT_S)
+
+
+def merge_bitmap(path: Path, source: str, target: str) -> None:
+    """Mark in bitmap ``target`` what ``source`` marks, and let it go on marking; of a qcow2 that nobody uses."""
+    words = ["bitmap", "--merge", source, "--enable", "-f", "qcow2", str(path), target]
+    _run(words, what=f"merge bitmaps of {path}", timeout_s=_QUICK_TIMEOUT_S)
+
+
+@contextmanager
+def served(
+    tree: str, *, what: str, handles: Sequence[int] = (), bitmap: str = "", depth: bool = False
+) -> Iterator[tuple[Path, str]]:
+    """A disk, read-only, as an NBD export: the socket's path and the export's name. Within the block only.
+
+    ``tree`` leaves nothing to guess (Source.options, or known). ``bitmap``, ``depth``: what can be asked of its blocks
+    beside what is zero. The server has limits and dies with us.
+    """
+    with tempfile.TemporaryDirectory(prefix="vmctl-nbd-") as folder:
+        socket_path = Path(folder) / "socket"
+        words = ["qemu-nbd", "-r", "-t", "-e", "16", "-k", str(socket_path), "-x", "disk"]
+        words += ["-B", bitmap] if bitmap else []
+        words += ["-A"] if depth else []
+        limits = Limits(memory=4 << 30, cpu_s=86400, file_size=0)
+        try:
+            process = subprocess.Popen(
+                [*limits.words(), *words, tree],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                pass_fds=tuple(handles),
+                env=os.environ | {"MALLOC_ARENA_MAX": "1", "LC_ALL": "C"},
+            )
+        except FileNotFoundError as error:
+            raise ImageError(
+                f"cannot {what}: {error.filename} is missing", hint="apt-get install qemu-utils"
+            ) from error
+        with process:
+            try:
+                wait_until(
+                    lambda: _listens(process, socket_path, what), what=what, timeout_s=_QUICK_TIMEOUT_S, interval_s=0.01
+                )
+                yield socket_path, "disk"
+            finally:
+                process.kill()
+
+
+def _listens(process: subprocess.Popen[bytes], path: Path, what: str) -> bool:
+    if process.poll() is not None:
+        assert process.stderr is not None
+        tail = process.stderr.read().decode(errors="replace").strip()[-_STDERR_TAIL:]
+        raise ImageError(f"cannot {what}: {tail or f'qemu-nbd exit status {process.returncode}'}")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def plain_tree(path: str, format: str) -> str:
+    """The tree of a disk whose whole chain is known to be good, for ``served``."""
+    return "json:" + json.dumps({"driver": format, "file": {"driver": "file", "filename": path}})

@@ -96,6 +96,36 @@ class PoolView:
 
 
 @dataclass(frozen=True, slots=True)
+class BackedUpView:
+    """One disk in backup.xml.j2: where what it overwrites goes ("": it is left out), and what it counts from."""
+
+    target: str
+    scratch: str = ""
+    since: str = ""
+    bitmap: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackupView:
+    """Everything backup.xml.j2 prints."""
+
+    socket: str
+    disks: tuple[BackedUpView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointView:
+    """Everything checkpoint.xml.j2 prints. ``created``: when, in seconds, for one that is there already; else 0."""
+
+    name: str
+    description: str
+    marked: tuple[str, ...]
+    unmarked: tuple[str, ...] = ()
+    created: int = 0
+    parent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SeedView:
     """What the guest is told at its first boot."""
 
@@ -155,12 +185,16 @@ def metadata(value: Record) -> str:
     return _xml("metadata", record=value, namespace="", prefix="")
 
 
+def record_element(value: Record) -> str:
+    """A record as it stands in a domain's XML."""
+    return _xml("metadata", record=value, namespace=record.NAMESPACE, prefix=f"{record.PREFIX}:")
+
+
 def domain(view: DomainView) -> str:
     """The XML of a domain."""
     from markupsafe import Markup
 
-    element = _xml("metadata", record=view.record, namespace=record.NAMESPACE, prefix=f"{record.PREFIX}:")
-    return _xml("domain", vm=view, metadata=Markup(element))
+    return _xml("domain", vm=view, metadata=Markup(record_element(view.record)))
 
 
 def filesystem(view: ShareView) -> str:
@@ -191,6 +225,16 @@ def attached_disk(view: AttachedView) -> str:
 def mirror(path: str, form: str) -> str:
     """The XML of the file that a running disk is copied to."""
     return _xml("mirror", path=path, format=form)
+
+
+def backup(view: BackupView) -> str:
+    """The XML of a backup job."""
+    return _xml("backup", backup=view)
+
+
+def checkpoint(view: CheckpointView) -> str:
+    """The XML of a checkpoint."""
+    return _xml("checkpoint", checkpoint=view)
 
 
 def volume(view: VolumeView) -> str:

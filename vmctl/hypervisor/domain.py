@@ -120,9 +120,10 @@ def state(conn: Connection, name: str) -> tuple[State, str]:
         return state_of(code, reason)
 
 
-def xml(conn: Connection, name: str, *, inactive: bool = False) -> str:
-    """The domain's XML, security-sensitive parts left out."""
+def xml(conn: Connection, name: str, *, inactive: bool = False, secure: bool = False) -> str:
+    """The domain's XML, security-sensitive parts (a screen's password) left out unless ``secure``."""
     flags = libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0
+    flags |= libvirt.VIR_DOMAIN_XML_SECURE if secure else 0
     with calling(f"read the XML of VM {name}"):
         return str(handle(conn, name).XMLDesc(flags))
 

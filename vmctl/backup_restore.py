@@ -1,0 +1,410 @@
+"""Restoring a VM from a backup: over the old one, or beside it under a new name, here or on another host.
+
+Disks become new files, which name no file of the backup; the definition names them in one step. Until then all is as
+before, and after it the old files go (disk_journal.py), whoever dies between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmctl import (
+    backup_definition,
+    backup_marks,
+    backup_read,
+    backup_store,
+    backup_volumes,
+    disk_journal,
+    domain_xml,
+    images,
+    networks,
+    render,
+    resolve,
+    seed,
+    spec,
+)
+from vmctl.backup_definition import Changes
+from vmctl.backup_manifest import Manifest, StoredDisk, StoredFile
+from vmctl.backup_read import Layer
+from vmctl.backup_store import Shelf
+from vmctl.disk_journal import Entry
+from vmctl.domain_xml import DomainFacts
+from vmctl.errors import Conflict, ImageError, SpecError, Unsupported, WrongState, quietly
+from vmctl.events import Reporter, Step
+from vmctl.guest import known_hosts, private_key
+from vmctl.hosts import Host, holding
+from vmctl.hypervisor import backup, disks, domain, pools, storage
+from vmctl.hypervisor.domain import Domain, State
+from vmctl.locks import held
+from vmctl.record import Owned, Record
+
+_MACS_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How a backup shall be restored. ``name`` "": under its own; ``pool`` "": the one for disks.
+
+    ``new_identity``: its guest gets a new host name, host key and machine-id at its next boot. ``trust``: its
+    definition may reach what it names of this host.
+    """
+
+    point: str = "latest"
+    name: str = ""
+    pool: str = ""
+    new_identity: bool = False
+    trust: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A file of the restored VM that will be made: from a disk or a file of the backup."""
+
+    volume: str
+    path: str
+    format: str
+    disk: StoredDisk | None = None
+    file: StoredFile | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A restore worked out, nothing done yet. ``old``: the VM that it overwrites; ``text``: the backup's definition."""
+
+    manifest: Manifest
+    name: str
+    uuid: str
+    pool: str
+    old: Domain | None
+    text: str
+    facts: DomainFacts
+    volumes: tuple[Volume, ...]
+    log: str
+    lost: tuple[str, ...]
+
+    @property
+    def touches(self) -> tuple[str, ...]:
+        """What it would make and destroy, a line for each."""
+        made = [f"make {one.path}" for one in self.volumes] + (
+            [f"make {self.log}"] if self.log and not self.old else []
+        )
+        return (*made, f"{'change' if self.old else 'define'} VM {self.name}", *(f"lose {one}" for one in self.lost))
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A VM that was restored, or with a dry run would be."""
+
+    vm: str
+    uuid: str
+    point: str
+    disks: tuple[str, ...]
+    touches: tuple[str, ...]
+    lost: tuple[str, ...]
+
+
+def plan(host: Host, folder: Path, wish: Wish) -> Plan:
+    """Work out a restore; changes nothing. Raises NotFound, ImageError, SpecError, WrongState, Conflict."""
+    shelf = backup_store.shelf(folder)
+    manifest = shelf.point(wish.point)
+    text = _definition(shelf, manifest)
+    facts = domain_xml.parse(text)
+    name = wish.name or manifest.vm
+    if found := spec.name_problems(name):
+        raise SpecError(f"cannot restore VM {name}", problems=found)
+    old = _old(host, manifest, name, wish)
+    taken = {uuid for other, uuid in domain.identities(host.conn) if other != name}
+    fresh = bool(wish.name and wish.name != manifest.vm) or wish.new_identity or manifest.uuid in taken
+    uuid = (
+        old.uuid if old else resolve.identity(host.conn.host, name, taken | {manifest.uuid}) if fresh else manifest.uuid
+    )
+    pool = wish.pool or host.settings.pool
+    where = images.pool_path(host, pool) if pool == host.settings.pool else pools.pool(host.conn, pool).path
+    if not where:
+        raise SpecError(f"cannot restore into pool {pool}: it has no folder")
+    prefix = resolve.volume_prefix(name, uuid)
+    volumes = _volumes(host, manifest, prefix, where, pool)
+    if not wish.trust:
+        _require_harmless(host, text, manifest, volumes, old)
+    if wish.new_identity and (facts.record is None or facts.record.ssh is None):
+        raise Unsupported(f"cannot renew the identity of VM {name}: vmctl did not make it, so no seed tells it of one")
+    log = ""
+    if facts.record is not None and facts.record.console_log is not None:
+        log = old.facts.serial_log if old else f"{where}/{prefix}-console.log"
+    return Plan(manifest, name, uuid, pool, old, text, facts, volumes, log, _lost(host, old, manifest))
+
+
+def _definition(shelf: Shelf, manifest: Manifest) -> str:
+    stored = manifest.file("domain")
+    if stored is None or stored.size > 4 << 20:
+        raise ImageError(f"cannot use backup {manifest.id}: it holds no definition of its VM")
+    path = shelf.folder / manifest.id / stored.file
+    text = backup_store.proved(path, stored.size, stored.sha256).decode(errors="replace")
+    backup_definition.require_same(text, manifest.vm, manifest.uuid)
+    return text
+
+
+def _old(host: Host, manifest: Manifest, name: str, wish: Wish) -> Domain | None:
+    """The VM that will be overwritten; None for a name that is free."""
+    old = domain.find_or_none(host.conn, name)
+    if old is None:
+        return None
+    if wish.name and wish.name != manifest.vm:
+        raise Conflict(f"cannot restore VM {name}: there is one of that name already", hint="--as ANOTHER")
+    if old.uuid != manifest.uuid:
+        raise Conflict(
+            f"cannot restore VM {name}: the one of that name here is not the one that was backed up",
+            hint="--as NEWNAME restores it beside that one",
+        )
+    if wish.new_identity:
+        raise SpecError(f"cannot restore VM {name} over the old one with a new identity", hint="--as NEWNAME")
+    if old.active:
+        raise WrongState(f"cannot restore VM {name}: it is {old.state}", hint=f"vmctl stop {name}, or --as NEWNAME")
+    if disks.has_snapshots(host.conn, name):
+        raise Conflict(f"cannot restore VM {name}: it has snapshots, which name its files", hint="delete them first")
+    return old
+
+
+def _lost(host: Host, old: Domain | None, manifest: Manifest) -> tuple[str, ...]:
+    if old is None:
+        return ()
+    lines = []
+    for disk in disks.disks(host.conn, old.name, inactive=True):
+        if manifest.disk(disk.target) is not None:
+            lines.append(f"what VM {old.name} wrote to disk {disk.target} since {manifest.created}: {disk.source}")
+        elif disk.source and not disk.readonly:
+            lines.append(f"disk {disk.target} as a part of VM {old.name}; its file stays: {disk.source}")
+    if old.state is State.SAVED:
+        lines.append(f"the saved memory of VM {old.name}")
+    return (*lines, f"the definition of VM {old.name} as it is now")
+
+
+def _volumes(host: Host, manifest: Manifest, prefix: str, folder: str, pool: str) -> tuple[Volume, ...]:
+    """The files that the restored VM gets, under names nobody has."""
+    known = set(storage.volume_names(host.conn, pool)) if storage.pool_exists(host.conn, pool) else set()
+    used = {source for _, _, found in disks.all_disks(host.conn) for source in (one.source for one in found)}
+    found = []
+
+    def add(stem: str, form: str, suffix: str, disk: StoredDisk | None, file: StoredFile | None) -> None:
+        names = (f"{prefix}-{stem}-{manifest.id}{n}{suffix}" for n in ("", *(f"-{n}" for n in range(2, 100))))
+        # A file of such a name that no VM has was left by a restore that was killed, and is written anew.
+        name = next(one for one in names if one not in known or f"{folder}/{one}" not in used)
+        found.append(Volume(name, f"{folder}/{name}", form, disk, file))
+
+    for disk in manifest.disks:
+        add(disk.target, disk.format, f".{disk.format}", disk, None)
+    for number, file in enumerate(manifest.files):
+        if file.role == "nvram":
+            add("nvram", "raw", "_VARS.fd", None, file)
+        elif file.role == "volume" or (file.role == "boot" and not _there(host, file)):
+            add(f"{file.role}{number}", "raw", Path(file.source).suffix or ".raw", None, file)
+    return tuple(found)
+
+
+def _there(host: Host, file: StoredFile) -> bool:
+    """Whether the host has a kernel or initial ramdisk already, at its old place."""
+    if host.conn.local:
+        path = Path(file.source)
+        if not path.is_file() or path.stat().st_size != file.size:
+            return False
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256
+    where = pools.pool_of_path(host.conn, file.source)
+    return where is not None and storage.volume(host.conn, *where).capacity == file.size
+
+
+def _require_harmless(
+    host: Host, text: str, manifest: Manifest, volumes: tuple[Volume, ...], old: Domain | None
+) -> None:
+    """Raise SpecError for a definition that reaches more of the host than the VM there does now."""
+    restored = {one.file.source for one in volumes if one.file} | {f.source for f in manifest.files if f.role == "boot"}
+    facts = domain_xml.parse(text)
+    restored |= {disk.source for disk in facts.disks if manifest.disk(disk.target)} | {facts.serial_log, facts.nvram}
+    folders, emulator = storage.folders(host.conn), str(host.facts.emulator)
+    found = backup_definition.reaches(text, restored, folders, emulator)
+    twin = old or next(
+        (domain.find(host.conn, name) for name, uuid in domain.identities(host.conn) if uuid == manifest.uuid), None
+    )
+    if found and twin is not None:
+        now = domain.xml(host.conn, twin.name, inactive=True)
+        found -= backup_definition.reaches(now, restored, folders, emulator)
+    if found:
+        raise SpecError(
+            f"cannot restore VM {manifest.vm}: its definition reaches of this host {'; '.join(sorted(found))}",
+            hint="--trust-definition, if the backup comes from hands you trust",
+        )
+
+
+def restore(host: Host, folder: Path, wish: Wish, report: Reporter, *, start: bool = False) -> Restored:
+    """Restore a VM; each cluster is proved on the way. Failing or interrupted, it leaves all as it was."""
+    name = wish.name or folder.name
+    with backup_store.locked(folder, shared=True), holding(host, name):
+        if not wish.pool:
+            images.ensure_pools(host)
+        if host.conn.local:
+            disk_journal.settle(host, name, report)
+        planned = plan(host, folder, wish)
+        if planned.old is not None:
+            backup_marks.settle(host, planned.old, report)
+        shelf = backup_store.shelf(folder)
+        parts = {disk.target: _proved(shelf, planned.manifest, disk) for disk in planned.manifest.disks}
+        with backup_store.telling_os_errors(f"restore VM {name}"):
+            _do(host, shelf, planned, wish, parts, report)
+        report(Step(f"{name} is restored from backup {planned.manifest.id}"))
+    if start:
+        from vmctl import lifecycle  # late: only where asked
+
+        lifecycle.start(host, name, report)
+    return told(planned)
+
+
+def told(planned: Plan) -> Restored:
+    """A plan as a result."""
+    paths = tuple(one.path for one in planned.volumes if one.disk)
+    return Restored(planned.name, planned.uuid, planned.manifest.id, paths, planned.touches, planned.lost)
+
+
+def _proved(shelf: Shelf, manifest: Manifest, disk: StoredDisk) -> tuple[Layer, ...]:
+    parts = backup_read.layers(shelf, manifest.id, disk.target)
+    backup_read.require_recorded(parts, disk, manifest.id)
+    return parts
+
+
+def _do(
+    host: Host, shelf: Shelf, planned: Plan, wish: Wish, parts: dict[str, tuple[Layer, ...]], report: Reporter
+) -> None:
+    old = planned.old
+    sources = {one.target: one.source for one in disks.disks(host.conn, old.name, inactive=True)} if old else {}
+    with ExitStack() as undo:
+        if old is not None:
+            undo.callback(disk_journal.settle, host, planned.name, report)
+            for one in planned.volumes:
+                if one.disk is not None and one.disk.target in sources:
+                    entry = Entry(
+                        host.conn.uri, planned.name, one.disk.target, sources[one.disk.target], one.path, one.format
+                    )
+                    disk_journal.begin(host, entry)
+        for one in planned.volumes:
+            undo.callback(quietly, lambda one=one: _unmake(host, planned, one))  # type: ignore[misc]
+            if one.disk is not None:
+                backup_volumes.disk(
+                    host, shelf.folder, planned.pool, one.volume, one.path, one.disk, parts[one.disk.target], report
+                )
+            elif one.file is not None:
+                path = shelf.folder / planned.manifest.id / one.file.file
+                data = backup_store.proved(path, one.file.size, one.file.sha256)
+                backup_volumes.file(host, planned.pool, one.volume, data)
+        changes, owned = _changes(host, planned)
+        if old is None and planned.log:
+            backup_volumes.file(host, planned.pool, Path(planned.log).name, b"", undo=undo)
+        _define(host, planned, wish, changes, owned, report, undo)
+        undo.pop_all()
+    if old is not None:
+        for name in backup_marks.ours(backup.checkpoints(host.conn, planned.name)):
+            backup.delete_checkpoint(host.conn, planned.name, name, metadata_only=True)
+        disk_journal.settle(host, planned.name, report)
+        if old.state is State.SAVED:
+            domain.drop_saved(host.conn, planned.name)
+
+
+def _unmake(host: Host, planned: Plan, one: Volume) -> None:
+    """Delete a volume, unless the VM was defined with it after all."""
+    vm = domain.find_or_none(host.conn, planned.name)
+    if vm is None or one.path not in domain.xml(host.conn, planned.name, inactive=True):
+        storage.refresh(host.conn, planned.pool)
+        storage.delete_volume(host.conn, planned.pool, one.volume)
+
+
+def _changes(host: Host, planned: Plan) -> tuple[Changes, tuple[Owned, ...]]:
+    """What changes of the definition, and the volumes the VM owns then."""
+    paths = {one.file.source: one.path for one in planned.volumes if one.file}
+    if planned.log and planned.facts.serial_log:
+        paths[planned.facts.serial_log] = planned.log
+    targets = {one.disk.target: (one.path, one.format) for one in planned.volumes if one.disk}
+    owned = tuple(
+        Owned(planned.pool, one.volume) for one in planned.volumes if one.file is None or one.file.role != "nvram"
+    )
+    if planned.log:
+        log = planned.old.facts.record.console_log if planned.old and planned.old.facts.record else None
+        owned += (log or Owned(planned.pool, Path(planned.log).name),)
+    return Changes(planned.name, planned.uuid, targets, paths), owned
+
+
+def _record(planned: Plan, owned: tuple[Owned, ...]) -> Record | None:
+    record = planned.facts.record
+    if record is None:
+        return None
+    log = owned[-1] if planned.log else None
+    return replace(record, owned=owned, console_log=log, creating=False)
+
+
+def _define(
+    host: Host,
+    planned: Plan,
+    wish: Wish,
+    changes: Changes,
+    owned: tuple[Owned, ...],
+    report: Reporter,
+    undo: ExitStack,
+) -> None:
+    net = host.settings.network
+    if any(nic.source == net for nic in planned.facts.nics):
+        networks.ensure(host, report)
+    record = _record(planned, owned)
+    with held(host.folders.runtime, f"MACs on {host.lock_scope}", timeout_s=_MACS_TIMEOUT_S):
+        macs = _macs(host, planned)
+        if wish.new_identity and record is not None:
+            record, path = _new_identity(host, planned, record, undo)
+            seeds = [one for one in planned.volumes if one.file and one.volume.endswith(".iso")]
+            changes = replace(changes, seed=path) if not seeds else changes
+        changes = replace(changes, macs=macs, record=render.record_element(record) if record else "")
+        text = backup_definition.changed(planned.text, changes)
+        if planned.old is None:
+            undo.callback(quietly, lambda: _undefine(host, planned))
+        domain.define(host.conn, text, name=planned.name)
+    known_hosts(host, planned.name).unlink(missing_ok=True)
+
+
+def _undefine(host: Host, planned: Plan) -> None:
+    made = domain.find_or_none(host.conn, planned.name)
+    if made is not None and made.uuid == planned.uuid:
+        domain.undefine(host.conn, planned.name)
+
+
+def _macs(host: Host, planned: Plan) -> dict[str, str]:
+    """New MACs for the cards whose own another VM has, or that the network keeps no address for."""
+    taken = {mac for mac, users in networks.macs_in_use(host).items() if users - {planned.uuid}}
+    known = networks.macs(host.conn.host, host.settings.network)
+    found: dict[str, str] = {}
+    for position, nic in enumerate(planned.facts.nics):
+        ours = nic.source == host.settings.network
+        if planned.uuid == planned.manifest.uuid and nic.mac not in taken and (not ours or nic.mac in known):
+            continue
+        mac = networks.pick_mac(known, planned.uuid, taken) if ours else resolve.mac_address(planned.uuid, position)
+        taken.add(mac)
+        found[nic.mac] = mac
+    return found
+
+
+def _new_identity(host: Host, planned: Plan, record: Record, undo: ExitStack) -> tuple[Record, str]:
+    """A seed that makes the guest another machine at its next boot; the record with it, and the seed's path."""
+    assert record.ssh is not None
+    key = seed.new_host_key(planned.name)
+    view = render.SeedView(
+        instance_id=planned.uuid,
+        hostname=planned.name,
+        ssh_keys=seed.authorized_keys(private_key(host), Path.home()),
+        host_key_private=key.private,
+        host_key_public=key.public,
+        user=record.ssh.user if record.ssh.user != "root" else "",
+    )
+    data = seed.build_iso({"user-data": render.user_data(view), "meta-data": render.meta_data(view)})
+    seeds = [one for one in planned.volumes if one.file and one.volume.endswith(".iso")]
+    name = seeds[0].volume if seeds else f"{resolve.volume_prefix(planned.name, planned.uuid)}-seed.iso"
+    backup_volumes.file(host, planned.pool, name, data, undo=undo)
+    path = seeds[0].path if seeds else f"{Path(planned.volumes[0].path).parent}/{name}"
+    made = record.owned if seeds else (Owned(planned.pool, name), *record.owned)
+    return replace(record, owned=made, ssh=replace(record.ssh, host_key=key.public)), path
