@@ -1,6 +1,7 @@
-"""Runs a vmctl command line and sends itself a signal right after the N-th change it made to the host.
+"""Runs a vmctl command line and sends a signal right after the N-th change it made to the host.
 
-Usage: python interrupting.py SIGNAL N WORD…   Prints the changes it made, one a line, to the file in $CHANGES.
+Usage: python interrupting.py SIGNAL[@PIDFILE] N WORD…   To itself, or to the process whose id the file holds.
+Prints the changes it made, one a line, to the file in $CHANGES.
 The production code knows nothing of this: the functions that change a host are wrapped from outside.
 """
 
@@ -13,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vmctl import disk_journal, disk_replace, qemu_img
+from vmctl import backup_copy, backup_marks, backup_store, disk_journal, disk_replace, qcow2_writer, qemu_img
 from vmctl.cli import run
-from vmctl.hypervisor import devices, disks, domain, network, storage
+from vmctl.hypervisor import backup, devices, disks, domain, network, storage
 
 CHANGES: dict[Any, tuple[str, ...]] = {
     Path: ("rename",),  # how a finished file gets its name in the store
@@ -24,15 +25,21 @@ CHANGES: dict[Any, tuple[str, ...]] = {
     domain: ("define", "start", "set_record", "set_autostart", "power_off", "undefine", "detach_disk"),
     devices: ("attach", "detach"),
     disks: ("resize", "unplug", "copy_and_switch", "pull"),
-    qemu_img: ("copy_known", "create", "resize", "require_equal"),
+    qemu_img: ("copy_known", "create", "resize", "require_equal", "add_bitmap", "remove_bitmap", "merge_bitmap"),
     disk_replace: ("copy_bytes", "sync_folder"),
     disk_journal: ("begin", "remove_file"),
+    backup: ("begin", "end", "delete_checkpoint", "redefine_checkpoint"),
+    backup_copy: ("run",),
+    backup_store: ("write", "publish", "remove", "sync"),
+    backup_marks.agent: ("freeze", "thaw"),
+    qcow2_writer.Qcow2Writer: ("finish",),
 }
 
 
 def main() -> int:
     """Wrap, then run."""
-    which, at = signal.Signals[sys.argv[1]], int(sys.argv[2])
+    name, _, pid_file = sys.argv[1].partition("@")
+    which, at = signal.Signals[name], int(sys.argv[2])
     log = Path(os.environ["CHANGES"]).open("a")  # noqa: SIM115  it must outlive a SIGKILL, line by line
     count = 0
 
@@ -44,7 +51,7 @@ def main() -> int:
             log.write(label + "\n")
             log.flush()
             if count == at:
-                os.kill(os.getpid(), which)
+                os.kill(int(Path(pid_file).read_text()) if pid_file else os.getpid(), which)
             return result
 
         return call
