@@ -43,7 +43,8 @@ def vm(shell: Shell, name: str) -> Iterator[str]:
 
 def device(shell: Shell, vm: str, serial: str = "data") -> str:
     """The guest's name of a disk."""
-    script = f'for d in /sys/block/*; do [ "$(cat $d/serial 2>/dev/null)" = {serial} ] && echo /dev/${{d##*/}}; done'
+    found = f'[ "$(cat $d/serial 2>/dev/null)" = {serial} ] && echo /dev/${{d##*/}}'
+    script = f"for d in /sys/block/*; do {found}; done; true"
     return shell.run("exec", vm, "--", "sh", "-c", script).stdout.strip()
 
 

@@ -243,7 +243,8 @@ DEFINITION = """<domain type='qemu'>
 def test_a_definition_made_over() -> None:
     changes = Changes(
         "web2", UUID.replace("0", "1"), {"vda": ("/new/a.qcow2", "qcow2")},
-        {"/pool/old.log": "/new/new.log", "/old/nvram": "/new/n"}, {"52:54:00:00:00:01": "52:54:00:00:00:02"}, "<vmctl:vm xmlns:vmctl='x' new='1'/>", "/new/seed.iso",
+        {"/pool/old.log": "/new/new.log", "/old/nvram": "/new/n"}, {"52:54:00:00:00:01": "52:54:00:00:00:02"},
+        "<vmctl:vm xmlns:vmctl='x' new='1'/>", "/new/seed.iso",
     )  # fmt: skip
     text = backup_definition.changed(DEFINITION, changes)
     for gone in ("web1<", "/pool/a.qcow2", "/pool/base", "old.log", "00:01", "/old/nvram", "vmctl:label"):
