@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from vmctl import (
     __version__,
+    backup_index,
     backup_manifest,
     backup_marks,
     backup_merge,
@@ -24,6 +25,7 @@ from vmctl import (
     qemu_img,
     zstd,
 )
+from vmctl.backup_index import Index
 from vmctl.backup_manifest import Manifest, StoredFile
 from vmctl.backup_plan import DiskNow, DiskPlan, Pruning, Wanted
 from vmctl.backup_store import Shelf
@@ -90,7 +92,8 @@ def create(host: Host, name: str, wish: Wish, report: Reporter, *, dry: bool) ->
         vm = domain.find(host.conn, name)
         _require_able(vm, wish)
         if dry:
-            return _planned(host, vm, wish, backup_store.shelf(folder), folder)[1]
+            shelf = backup_store.shelf(folder)
+            return _planned(host, vm, wish, shelf, folder, _usable_last(shelf))
         with backup_store.telling_os_errors(f"back up VM {name}"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with backup_store.locked(folder, shared=False), backup_store.telling_os_errors(f"back up VM {name}"):
@@ -98,8 +101,9 @@ def create(host: Host, name: str, wish: Wish, report: Reporter, *, dry: bool) ->
             disk_journal.settle(host, vm.name, report)
             backup_marks.settle(host, vm, report)
             shelf = backup_store.shelf(folder)
-            plans, made = _planned(host, vm, wish, shelf, folder)
-            manifest = _make(host, vm, wish, shelf, plans, made, report, began)
+            newest = _usable_last(shelf)
+            made = _planned(host, vm, wish, shelf, folder, newest)
+            manifest = _make(host, vm, wish, shelf, made, newest.below, report, began)
             pruned = _prune_now(backup_store.shelf(folder), wish.keep, wish.older_than, report)
         return replace(
             made, size=manifest.size, kind=manifest.kind, pruned=pruned.delete, took_s=time.monotonic() - began
@@ -119,15 +123,15 @@ def _require_able(vm: Domain, wish: Wish) -> None:
         raise WrongState(f"cannot freeze VM {vm.name}: it is {vm.state}", hint="a stopped VM needs no --freeze")
 
 
-def _planned(host: Host, vm: Domain, wish: Wish, shelf: Shelf, folder: Path) -> tuple[tuple[DiskPlan, ...], Made]:
+def _planned(host: Host, vm: Domain, wish: Wish, shelf: Shelf, folder: Path, newest: _Last) -> Made:
     now = _disks_now(host, vm)
     if not now:
         raise NotFound(f"cannot back up VM {vm.name}: it has no disk that is written to")
-    last, broken = _usable_last(shelf)
+    last = newest.manifest
     dirty = _dirty(host, vm, now, last) if last is not None and wish.wanted is not Wanted.FULL else None
     plans = backup_plan.plan(now, last, dirty, wish.wanted, vm=vm.name, uuid=vm.uuid)
-    if broken and wish.wanted is not Wanted.FULL:
-        plans = tuple(replace(one, why=broken) for one in plans)
+    if newest.why and wish.wanted is not Wanted.FULL:
+        plans = tuple(replace(one, why=newest.why) for one in plans)
     name = _next_id(shelf)
     touches = [f"make {folder}/{name}"]
     for plan in plans:
@@ -146,7 +150,7 @@ def _planned(host: Host, vm: Domain, wish: Wish, shelf: Shelf, folder: Path) -> 
     consistency = "stopped" if not vm.active else "frozen" if wish.freeze else "crash"
     kinds = {bool(plan.parent) for plan in plans}
     kind = "mixed" if len(kinds) == 2 else "incremental" if True in kinds else "full"
-    return plans, Made(vm.name, name, str(folder), kind, 0, consistency, plans, tuple(touches))
+    return Made(vm.name, name, str(folder), kind, 0, consistency, plans, tuple(touches))
 
 
 def _next_id(shelf: Shelf) -> str:
@@ -178,22 +182,33 @@ def _now(host: Host, vm: Domain, disk: DiskDevice) -> DiskNow:
     return DiskNow(disk.target, disk.serial, layers.top.path, disk.format, size, disk.format == "qcow2")
 
 
-def _usable_last(shelf: Shelf) -> tuple[Manifest | None, str]:
-    """The newest backup if all it needs is there, else why not."""
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """The newest backup, if an increment can be laid over it, with the digests of its disks; else ``why`` not."""
+
+    manifest: Manifest | None
+    below: Mapping[str, Index]
+    why: str
+
+
+def _usable_last(shelf: Shelf) -> _Last:
     last = shelf.last
     newest = max([*shelf.points, *shelf.damaged], default="")
     if last is None or newest != last.id:
-        return None, f"backup {newest} is damaged" if newest else ""
+        return _Last(None, {}, f"backup {newest} is damaged" if newest else "")
+    below = {}
     try:
         for disk in last.disks:
-            for manifest, stored in backup_manifest.chain(shelf.points, last.id, disk.target):
+            layers = backup_manifest.chain(shelf.points, last.id, disk.target)
+            for manifest, stored in layers:
                 path = shelf.folder / manifest.id / stored.file
                 if not path.is_file() or path.stat().st_size != stored.file_size:
-                    return None, f"{path} is missing or not whole"
-                backup_store.index(shelf.folder, manifest, stored)
+                    return _Last(None, {}, f"{path} is missing or not whole")
+            lists = [backup_store.index(shelf.folder, manifest, stored) for manifest, stored in layers]
+            below[disk.target] = backup_index.laid_over(lists)
     except VmctlError as error:
-        return None, error.message
-    return last, ""
+        return _Last(None, {}, error.message)
+    return _Last(last, below, "")
 
 
 def _dirty(host: Host, vm: Domain, now: Collection[DiskNow], last: Manifest) -> dict[str, int] | None:
@@ -222,16 +237,16 @@ def _make(
     vm: Domain,
     wish: Wish,
     shelf: Shelf,
-    plans: tuple[DiskPlan, ...],
     planned: Made,
+    below: Mapping[str, Index],
     report: Reporter,
     began: float,
 ) -> Manifest:
-    for plan in plans:
+    for plan in planned.disks:
         if plan.why:
             report(Warned(f"disk {plan.disk.target} is backed up whole: {plan.why}"))
     with backup_store.making(shelf.folder) as made:
-        order = Order(vm, plans, shelf, made, planned.id, wish.compression, wish.freeze)
+        order = Order(vm, planned.disks, shelf, made, planned.id, wish.compression, wish.freeze, below)
         files, left_out = _small_files(host, vm, made, shelf.last, shelf.folder)
         for one in left_out:
             report(Warned(f"not in the backup: {one}"))
@@ -295,19 +310,16 @@ def _small_files(
 
 def _stored(role: str, source: Path, made: Path, name: str, last: Manifest | None, folder: Path) -> StoredFile:
     """Copy a file; what the backup before holds already is linked."""
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    size = source.stat().st_size
-    same = next((one for one in last.files if (one.sha256, one.size) == (digest, size)), None) if last else None
-    if same is not None and last is not None:
-        try:
-            os.link(folder / last.id / same.file, made / name, follow_symlinks=False)
-            return StoredFile(role, name, size, digest, str(source))
-        except OSError:
-            pass  # a file system without links
-    shutil.copyfile(source, made / name)
-    (made / name).chmod(0o600)
-    return StoredFile(role, name, size, digest, str(source))
+    size, changed = source.stat().st_size, source.stat().st_mtime_ns
+    for same in last.files if last else ():
+        # As rsync does it: a kernel of 50 MiB would else be read for each increment.
+        if last is not None and (same.source, same.size, same.changed_ns) == (str(source), size, changed):
+            with suppress(OSError):  # it is gone, or the file system has no links
+                os.link(folder / last.id / same.file, made / name, follow_symlinks=False)
+                return replace(same, role=role, file=name)
+    data = source.read_bytes()
+    backup_store.write(made / name, data)
+    return StoredFile(role, name, len(data), hashlib.sha256(data).hexdigest(), str(source), changed)
 
 
 def _pruning(shelf: Shelf, keep: int | None, older_than: timedelta | None, *, coming: int = 0) -> Pruning:

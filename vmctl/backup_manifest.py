@@ -29,13 +29,17 @@ _FORMATS = {"qcow2", "raw"}
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A small file of a backup, whole in each: ``role`` says what it is, ``source`` where it was on its host."""
+    """A small file of a backup, whole in each: ``role`` says what it is, ``source`` where it was on its host.
+
+    ``changed_ns``: when it was written there last, in nanoseconds since 1970.
+    """
 
     role: str
     file: str
     size: int
     sha256: str
     source: str = ""
+    changed_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,7 @@ def _file(read: _Reader) -> StoredFile:
         size=read.number("size", 1 << 34),
         sha256=read.text("sha256", _DIGEST),
         source=read.text("source", default=""),
+        changed_ns=read.number("changed_ns", 1 << 63),
     )
 
 

@@ -6,12 +6,12 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import backup_copy, backup_index, backup_manifest, backup_marks, backup_store, qemu_img, render
+from vmctl import backup_copy, backup_index, backup_marks, backup_store, durable, qemu_img, render
 from vmctl.backup_copy import Copy
 from vmctl.backup_index import CLUSTER, Index
 from vmctl.backup_manifest import StoredDisk
@@ -32,7 +32,10 @@ _DIRTY = "dirty"
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What is to be done. ``made``: the folder that the files go to; ``shelf``: the backups there are."""
+    """What is to be done. ``made``: the folder that the files go to; ``shelf``: the backups there are.
+
+    ``below``: the digests of what each disk is laid over, by target.
+    """
 
     vm: Domain
     plans: tuple[DiskPlan, ...]
@@ -41,6 +44,7 @@ class Order:
     id: str
     compression: Compression
     freeze: bool
+    below: Mapping[str, Index]
 
     @property
     def checkpoint(self) -> str:
@@ -188,12 +192,6 @@ def _copied(order: Order, sources: Sequence[_Source], report: Reporter) -> tuple
     return tuple(found)
 
 
-def below(shelf: Shelf, parent: str, target: str) -> Index:
-    """The digests of a whole disk at the point ``parent``."""
-    layers = backup_manifest.chain(shelf.points, parent, target)
-    return backup_index.laid_over(backup_store.index(shelf.folder, one, disk) for one, disk in layers)
-
-
 def _disk(
     order: Order, source: _Source, plan: DiskPlan, runs: tuple[tuple[int, int], ...], moved: Callable[[int], None]
 ) -> StoredDisk:
@@ -204,11 +202,12 @@ def _disk(
         copy = Copy(
             source.socket, source.export, disk.size, runs, writer, f"disk {disk.target}", keep_zeros=bool(plan.parent)
         )
-        index = backup_copy.run(copy, moved)
+        with durable.flushing(handle):
+            index = backup_copy.run(copy, moved)
         file_size = writer.finish()
     finally:
         os.close(handle)
-    whole = backup_index.laid_over([index, below(order.shelf, plan.parent, disk.target)] if plan.parent else [index])
+    whole = backup_index.laid_over([index, order.below[disk.target]] if plan.parent else [index])
     packed = backup_index.pack(index)
     backup_store.write(order.made / f"{disk.target}.digests", packed)
     return StoredDisk(

@@ -34,3 +34,24 @@ def written_out(paths: Iterable[Path]) -> Iterator[None]:
     thread.join()
     if failures:
         raise failures[0]
+
+
+@contextmanager
+def flushing(handle: int, *, every_s: float = 0.2) -> Iterator[None]:
+    """Have the disk write a file all the while the block writes it, so that little is left to wait for at its end."""
+    over = threading.Event()
+
+    def flush() -> None:
+        while not over.wait(every_s):
+            try:
+                os.fdatasync(handle)
+            except OSError:
+                return  # who syncs at the end is told
+
+    thread = threading.Thread(target=flush, name="flush", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
