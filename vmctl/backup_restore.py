@@ -17,6 +17,7 @@ from vmctl import (
     backup_read,
     backup_store,
     backup_volumes,
+    disk_find,
     disk_journal,
     domain_xml,
     images,
@@ -165,6 +166,9 @@ def _old(host: Host, manifest: Manifest, name: str, wish: Wish) -> Domain | None
         raise WrongState(f"cannot restore VM {name}: it is {old.state}", hint=f"vmctl stop {name}, or --as NEWNAME")
     if disks.has_snapshots(host.conn, name):
         raise Conflict(f"cannot restore VM {name}: it has snapshots, which name its files", hint="delete them first")
+    for disk in disks.disks(host.conn, name, inactive=True):
+        if manifest.disk(disk.target) is not None:
+            disk_find.require_no_overlays(host, disk_find.locate(host, f"{name}:{disk.target}"), "overwrite")
     return old
 
 
@@ -303,11 +307,24 @@ def _do(
         _define(host, planned, wish, changes, owned, report, undo)
         undo.pop_all()
     if old is not None:
+        _clear_old(host, planned, old)
         for name in backup_marks.ours(backup.checkpoints(host.conn, planned.name)):
             backup.delete_checkpoint(host.conn, planned.name, name, metadata_only=True)
         disk_journal.settle(host, planned.name, report)
         if old.state is State.SAVED:
             domain.drop_saved(host.conn, planned.name)
+
+
+def _clear_old(host: Host, planned: Plan, old: Domain) -> None:
+    """Delete what of the old VM's own files is neither a disk nor named by the new definition: seed, UEFI variables."""
+    text = domain.xml(host.conn, planned.name, inactive=True)
+    kept = {disk.source for disk in old.facts.disks if not disk.readonly}
+    for one in old.facts.record.owned if old.facts.record else ():
+        path = f"{pools.pool(host.conn, one.pool).path}/{one.volume}"
+        if path not in text and path not in kept:
+            storage.delete_volume(host.conn, one.pool, one.volume)
+    if old.facts.nvram and old.facts.nvram not in text and host.conn.local:
+        Path(old.facts.nvram).unlink(missing_ok=True)
 
 
 def _unmake(host: Host, planned: Plan, one: Volume) -> None:

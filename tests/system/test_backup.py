@@ -300,7 +300,10 @@ def test_a_vm_with_marks_is_renamed_and_deleted_as_any(shell: Shell, vm: str, st
     backup(shell, vm, store)
     other = names()
     shell.run("stop", vm)
+    marks = checkpoints(shell, vm)
     shell.run("rename", vm, other)
+    files = Path(f"/var/lib/libvirt/qemu/checkpoint/{other}").iterdir()
+    assert [one.stem for one in files] == marks == checkpoints(shell, other)  # libvirt knows them after a restart too
     assert backup(shell, other, store)["kind"] == "full"  # under another name there is none before it
     assert len(checkpoints(shell, other)) == 2
     shell.run("rename", other, vm)
@@ -311,3 +314,41 @@ def test_dry_runs_touch_nothing(shell: Shell, vm: str, store: Path) -> None:
     dry = shell.run("backup", "create", vm, "--folder", str(store), "--freeze", "--keep", "1", "--dry-run").stdout
     assert f"would make {store}/{vm}/" in dry and "would freeze" in dry and disk_of(shell, vm).source in dry
     assert not store.exists() and checkpoints(shell, vm) == []
+
+
+def test_a_vm_of_others_with_uefi_variables(shell: Shell, names: Any, store: Path, tmp_path: Path) -> None:
+    one, two, pool = names(), names(), tmp_path / "pool"
+    shell.run("disk", "pool", "create", "uefi", "--path", str(pool))
+    try:
+        for path in (tmp_path, *tmp_path.parents):
+            path.chmod(path.stat().st_mode | 0o711)
+        variables = Path(f"/var/lib/libvirt/qemu/nvram/{one}.fd")
+        variables.parent.mkdir(parents=True, exist_ok=True)
+        variables.write_bytes(b"variables" * 1000)
+        shell.run("disk", "create", "uefi/root", "8M")
+        data = pattern.blocks("uefi", 64)
+        (tmp_path / "data").write_bytes(data)
+        disk = pool / "root.qcow2"
+        words = ["qemu-io", "-f", "qcow2", "-c", f"write -s {tmp_path / 'data'} 0 {len(data)}", str(disk)]
+        subprocess.run(words, check=True, capture_output=True)
+        xml = tmp_path / "xml"
+        xml.write_text(
+            f"<domain type='qemu'><name>{one}</name><memory unit='MiB'>64</memory><os firmware='efi'>"
+            f"<type arch='x86_64' machine='q35'>hvm</type><nvram>{variables}</nvram><boot dev='hd'/></os><devices>"
+            f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{disk}'/>"
+            "<target dev='vda' bus='virtio'/><serial>data</serial></disk></devices></domain>"
+        )
+        shell.virsh("define", str(xml))
+        assert backup(shell, one, store)["kind"] == "full"
+        assert verified(shell, one, store)
+        shell.run("backup", "restore", one, "--as", two, "--pool", "uefi", "--folder", str(store))
+        holds(shell, two, data)
+        (kept,) = [line for line in shell.virsh("dumpxml", two, "--inactive").splitlines() if "<nvram" in line]
+        path = Path(kept.partition(">")[2].partition("<")[0])
+        assert path != variables and path.read_bytes() == variables.read_bytes()
+    finally:
+        for vm in (one, two):
+            shell.run("delete", vm, "--yes", "--missing-ok", check=None)
+        for left in pool.iterdir():
+            left.unlink()
+        shell.run("disk", "pool", "delete", "uefi", "--yes", check=None)

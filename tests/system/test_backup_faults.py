@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -57,7 +58,7 @@ def clean(shell: Shell, vm: str, store: Path) -> None:
     """Nothing of a cut-off backup is left that `doctor --fix` does not take."""
     shell.run("doctor", "--fix", check=None)
     left = [one.name for one in (store / vm).iterdir() if one.name.startswith(".")] if (store / vm).exists() else []
-    assert left == ["." + "x"] or left == [], left
+    assert left == [], left
     assert "domainbackup" not in shell.virsh("backup-dumpxml", vm, check=False)
 
 
@@ -208,7 +209,6 @@ def test_restores_over_the_old_vm_cut_off_after_every_step(
     shell.run("backup", "create", vm, "--freeze")
     now = write(shell, vm, "now", BLOCKS)
     shell.run("stop", vm)
-    kept = tmp_path / "kept"
     at = 0
     while True:
         at += 1
@@ -220,7 +220,7 @@ def test_restores_over_the_old_vm_cut_off_after_every_step(
         shell.run("doctor", "--fix", check=None)
         # All of it happened, or nothing.
         sources = {disk.source for disk in (disk_of(shell, vm), disk_of(shell, vm, "root"))}
-        restored = {"20" in Path(one).stem.rpartition("-")[2] for one in sources}
+        restored = {re.search(r"-\d{8}T\d{6}Z", one) is not None for one in sources}
         assert len(restored) == 1, (steps, sources)
         holds(shell, vm, then if restored == {True} else now)
         mine = {v for v in volumes(shell) if v.startswith(f"{vm}-") and v.endswith(".qcow2")}
@@ -230,7 +230,6 @@ def test_restores_over_the_old_vm_cut_off_after_every_step(
         survived(fault)
     assert at >= 6
     survived(fault) if FAULTS[f"{fault}|survived"] < FAULTS[f"{fault}|tried"] else None
-    assert not kept.exists()
     shell.run("backup", "restore", vm, "--yes")
     holds(shell, vm, then)
     shell.run("start", vm)
