@@ -125,8 +125,7 @@ def test_each_point_of_a_chain_restores_to_what_the_guest_had_then(
         assert made["consistency"] == ("frozen" if words == ["--freeze"] else "crash")
         assert checkpoints(shell, vm) == [one for one in checkpoints(shell, vm) if made["id"] in one]
     assert verified(shell, vm, store) == points
-    frozen = shell.run("thaw", vm).stdout
-    assert "0 file systems" in frozen
+    assert "nothing was frozen" in shell.run("thaw", vm).stdout
     rows = shell.json("backup", "list", "--folder", str(store))
     assert [row["id"] for row in rows] == points and rows[3]["needs"] == points[:3]
     want = bytearray(64 << 20)
