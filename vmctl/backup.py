@@ -70,13 +70,6 @@ class Made:
     took_s: float = 0.0
 
 
-def vm_folder(root: Path, vm: str) -> Path:
-    """Where the backups of a VM are. Raises SpecError for a name that is no plain one."""
-    if not vm or "/" in vm or vm.startswith("."):
-        raise SpecError(f"cannot use backups of {vm!r}: that is no name of a VM")
-    return Path(os.path.realpath(root)) / vm
-
-
 def create(host: Host, name: str, wish: Wish, report: Reporter, *, dry: bool) -> Made:
     """Back up a VM, running or stopped. Failing or interrupted, it leaves VM and backups as they were.
 
@@ -87,7 +80,7 @@ def create(host: Host, name: str, wish: Wish, report: Reporter, *, dry: bool) ->
         raise Unsupported(f"cannot back up VM {name}: it is on another machine", hint="run vmctl there")
     if wish.compression is Compression.ZSTD:
         zstd.require()
-    folder = vm_folder(wish.folder, name)
+    folder = backup_store.vm_folder(wish.folder, name)
     with holding(host, name):
         vm = domain.find(host.conn, name)
         _require_able(vm, wish)
@@ -357,69 +350,3 @@ def _prune_now(shelf: Shelf, keep: int | None, older_than: timedelta | None, rep
         backup_store.remove(shelf.folder, name)
         report(Step(f"backup {name} is deleted"))
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """One backup in a list. ``problem``: why it cannot be used, "" where nothing shows."""
-
-    vm: str
-    id: str
-    created: str
-    kind: str
-    consistency: str
-    size: int
-    disks: int
-    needs: tuple[str, ...]
-    problem: str = ""
-
-
-def list_backups(root: Path, names: Collection[str]) -> tuple[Listed, ...]:
-    """The backups in a folder, of all VMs or of those named, oldest first."""
-    found = []
-    for vm in backup_store.vms(root):
-        if names and vm not in names:
-            continue
-        shelf = backup_store.shelf(vm_folder(root, vm))
-        for name in sorted([*shelf.points, *shelf.damaged]):
-            if name in shelf.damaged:
-                found.append(Listed(vm, name, "", "damaged", "", 0, 0, (), shelf.damaged[name]))
-                continue
-            one = shelf.points[name]
-            needs = {m.id for d in one.disks for m, _ in _chain_or_nothing(shelf, name, d.target)} - {name}
-            missing = sorted(p for p in one.parents if p not in shelf.points)
-            problem = f"backup {', '.join(missing)} is missing" if missing else ""
-            words = (one.created, one.kind, one.consistency, one.size, len(one.disks), tuple(sorted(needs)), problem)
-            found.append(Listed(vm, name, *words))
-    if names and (absent := sorted(set(names) - {one.vm for one in found})):
-        raise NotFound(f"cannot find backups of {', '.join(absent)} in {root}", hint="--folder names another place")
-    return tuple(found)
-
-
-def _chain_or_nothing(shelf: Shelf, name: str, target: str) -> list[tuple[Manifest, object]]:
-    try:
-        return list(backup_manifest.chain(shelf.points, name, target))
-    except VmctlError:
-        return []
-
-
-def cut_off(host: Host, root: Path, report: Reporter, *, fix: bool) -> tuple[str, ...]:
-    """What killed backups left on this host, in VMs and in ``root``; ``fix``: cleared away, but for what is at work."""
-    found: list[str] = []
-    for name in backup_store.vms(root):
-        folder = vm_folder(root, name)
-        found += [f"{one} is half-made" for one in backup_store.half_made(folder)]
-        if fix:
-            backup_store.clear_half_made(folder)
-    if not host.conn.local or not host.conn.qemu:
-        return tuple(found)
-    for name, _ in domain.identities(host.conn):
-        vm = domain.find_or_none(host.conn, name)
-        if vm is None or not (left := backup_marks.unsettled(host, vm)):
-            continue
-        with holding(host, name):
-            left = backup_marks.unsettled(host, vm)
-            if fix:
-                backup_marks.settle(host, vm, report)
-        found += left
-    return tuple(found)

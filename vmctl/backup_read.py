@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import backup_copy, backup_index, backup_manifest, backup_store, disk_header, qemu_img
+from vmctl import backup_copy, backup_index, backup_manifest, backup_store, disk_header, qemu_img, qemu_nbd
 from vmctl.backup_copy import Copy, Sink
 from vmctl.backup_index import CLUSTER, ZEROS, Index
 from vmctl.backup_manifest import Manifest, StoredDisk
@@ -75,7 +75,7 @@ def opened(folder: Path, manifest: Manifest, disk: StoredDisk) -> Iterator[tuple
                 hint="it was changed, cut short or damaged after the backup was made",
             )
         tree = qemu_img.Source(handle, "qcow2").options()
-        with qemu_img.served(tree, what=what, handles=(handle,), depth=True) as place:
+        with qemu_nbd.served(tree, what=what, handles=(handle,), depth=True) as place:
             yield place
     finally:
         os.close(handle)

@@ -19,7 +19,7 @@ from pathlib import Path
 from vmctl import backup_index, backup_manifest
 from vmctl.backup_index import Index
 from vmctl.backup_manifest import Manifest, StoredDisk
-from vmctl.errors import Conflict, ImageError, NotFound, VmctlError
+from vmctl.errors import Conflict, ImageError, NotFound, SpecError, VmctlError
 from vmctl.workspace import clear_leftovers, is_leftover, workspace
 
 MAKING = ".making-"
@@ -65,6 +65,13 @@ def telling_os_errors(doing: str) -> Iterator[None]:
             f"cannot {doing}: {where}{error.strerror or error}",
             hint="the backups before it are as they were; make room" if full else "",
         ) from error
+
+
+def vm_folder(root: Path, vm: str) -> Path:
+    """Where the backups of a VM are. Raises SpecError for a name that is no plain one."""
+    if not vm or "/" in vm or vm.startswith("."):
+        raise SpecError(f"cannot use backups of {vm!r}: that is no name of a VM")
+    return Path(os.path.realpath(root)) / vm
 
 
 def vms(root: Path) -> tuple[str, ...]:

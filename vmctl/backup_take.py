@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import backup_copy, backup_index, backup_marks, backup_store, durable, qemu_img, render
+from vmctl import backup_copy, backup_index, backup_marks, backup_store, durable, qemu_img, qemu_nbd, render
 from vmctl.backup_copy import Copy
 from vmctl.backup_index import CLUSTER, Index
 from vmctl.backup_manifest import StoredDisk
@@ -128,9 +128,9 @@ def _stopped(host: Host, order: Order) -> Iterator[tuple[_Source, ...]]:
     with ExitStack() as stack:
         found = []
         for plan in order.plans:
-            tree = qemu_img.plain_tree(plan.disk.source, plan.disk.format)
+            tree = qemu_nbd.plain_tree(plan.disk.source, plan.disk.format)
             what = f"read disk {plan.disk.target} of VM {order.vm.name}"
-            socket, export = stack.enter_context(qemu_img.served(tree, what=what, bitmap=plan.since))
+            socket, export = stack.enter_context(qemu_nbd.served(tree, what=what, bitmap=plan.since))
             found.append(_Source(socket, export, f"qemu:dirty-bitmap:{plan.since}" if plan.since else ""))
         yield tuple(found)
     if not order.checkpoint:

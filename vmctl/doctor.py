@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import accel, backup, config, deletion, disk_journal, disk_replace, hosts, images, kvm_device
+from vmctl import accel, backup_list, config, deletion, disk_journal, disk_replace, hosts, images, kvm_device
 from vmctl.accel import Check
 from vmctl.errors import VmctlError
 from vmctl.events import Reporter, Step
@@ -197,7 +197,7 @@ def _disk_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
 def _backups(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     """What killed backups left in VMs and in the folder of backups."""
     root = config.backup_folder(None, host.settings, host.folders)
-    left = backup.cut_off(host, root, report, fix=fix)
+    left = backup_list.cut_off(host, root, report, fix=fix)
     if not left:
         return [Finding("backups", "ok", "no backup was cut off")]
     mend = "" if fix else "vmctl doctor --fix, or the VM's next backup"

@@ -8,22 +8,18 @@ import os
 import re
 import selectors
 import signal
-import socket
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vmctl.errors import ImageError
-from vmctl.wait import wait_until
 
 _QUICK_TIMEOUT_S = 60
 _COPY_TIMEOUT_S = 3600
-_STDERR_TAIL = 300
+STDERR_TAIL = 300
 _MOST_SAID = 1 << 20
 _UNLIMITED = 1 << 62
 _FULL = "No space left on device"
@@ -51,7 +47,7 @@ def _run(words: Sequence[str], *, what: str, timeout_s: float) -> bytes:
     except subprocess.TimeoutExpired as error:
         raise ImageError(f"cannot {what}: qemu-img did not end in {timeout_s:.0f} s") from error
     except subprocess.CalledProcessError as error:
-        tail = error.stderr.decode(errors="replace").strip()[-_STDERR_TAIL:]
+        tail = error.stderr.decode(errors="replace").strip()[-STDERR_TAIL:]
         raise ImageError(f"cannot {what}: {tail or f'qemu-img exit status {error.returncode}'}") from error
     return done.stdout
 
@@ -204,7 +200,7 @@ def _listen(
 
 
 def _reason(code: int, limits: Limits, errors: bytes) -> str:
-    tail = errors.decode(errors="replace").strip()[-_STDERR_TAIL:]
+    tail = errors.decode(errors="replace").strip()[-STDERR_TAIL:]
     # A write cut off in its middle, by the limit or the disk's end, goes on unaligned: an "Invalid argument".
     told = (errno.EFBIG, errno.EINVAL, errno.ENOSPC)
     writing = "error while" in tail and "error while reading" not in tail
@@ -289,7 +285,7 @@ def check(path: Path, format: str, *, repair: str = "") -> CheckResult:
     except subprocess.TimeoutExpired as error:
         raise ImageError(f"cannot check {path}: qemu-img did not end in {_COPY_TIMEOUT_S} s") from error
     except ValueError as error:
-        tail = done.stderr.decode(errors="replace").strip()[-_STDERR_TAIL:]
+        tail = done.stderr.decode(errors="replace").strip()[-STDERR_TAIL:]
         raise ImageError(f"cannot check {path}: {tail or f'qemu-img exit status {done.returncode}'}") from error
     fixed = int(told.get("corruptions-fixed", 0)) + int(told.get("leaks-fixed", 0))
     return CheckResult(
@@ -376,59 +372,3 @@ def merge_bitmap(path: Path, source: str, target: str) -> None:
     """Mark in bitmap ``target`` what ``source`` marks, and let it go on marking; of a qcow2 that nobody uses."""
     words = ["bitmap", "--merge", source, "--enable", "-f", "qcow2", str(path), target]
     _run(words, what=f"merge bitmaps of {path}", timeout_s=_QUICK_TIMEOUT_S)
-
-
-@contextmanager
-def served(
-    tree: str, *, what: str, handles: Sequence[int] = (), bitmap: str = "", depth: bool = False
-) -> Iterator[tuple[Path, str]]:
-    """A disk, read-only, as an NBD export: the socket's path and the export's name. Within the block only.
-
-    ``tree`` leaves nothing to guess (Source.options, or known). ``bitmap``, ``depth``: what can be asked of its blocks
-    beside what is zero. The server has limits and dies with us.
-    """
-    with tempfile.TemporaryDirectory(prefix="vmctl-nbd-") as folder:
-        socket_path = Path(folder) / "socket"
-        words = ["qemu-nbd", "-r", "-t", "-e", "16", "-k", str(socket_path), "-x", "disk"]
-        words += ["-B", bitmap] if bitmap else []
-        words += ["-A"] if depth else []
-        limits = Limits(memory=4 << 30, cpu_s=86400, file_size=0)
-        try:
-            process = subprocess.Popen(
-                [*limits.words(), *words, tree],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=tuple(handles),
-                env=os.environ | {"MALLOC_ARENA_MAX": "1", "LC_ALL": "C"},
-            )
-        except FileNotFoundError as error:
-            raise ImageError(
-                f"cannot {what}: {error.filename} is missing", hint="apt-get install qemu-utils"
-            ) from error
-        with process:
-            try:
-                wait_until(
-                    lambda: _listens(process, socket_path, what), what=what, timeout_s=_QUICK_TIMEOUT_S, interval_s=0.01
-                )
-                yield socket_path, "disk"
-            finally:
-                process.kill()
-
-
-def _listens(process: subprocess.Popen[bytes], path: Path, what: str) -> bool:
-    if process.poll() is not None:
-        assert process.stderr is not None
-        tail = process.stderr.read().decode(errors="replace").strip()[-_STDERR_TAIL:]
-        raise ImageError(f"cannot {what}: {tail or f'qemu-nbd exit status {process.returncode}'}")
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-    return True
-
-
-def plain_tree(path: str, format: str) -> str:
-    """The tree of a disk whose whole chain is known to be good, for ``served``."""
-    return "json:" + json.dumps({"driver": format, "file": {"driver": "file", "filename": path}})

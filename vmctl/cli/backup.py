@@ -116,9 +116,9 @@ def list_(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """List backups, oldest first. Needs no libvirt."""
-    from vmctl import backup
+    from vmctl import backup_list
 
-    found = backup.list_backups(_root(folder), names or ())
+    found = backup_list.list_backups(_root(folder), names or ())
     rows = [
         (
             one.vm,
@@ -145,9 +145,9 @@ def show(
     vm: Vm, point: PointArgument = "latest", folder: FolderOption = None, output: OutputOption = Output.TABLE
 ) -> None:
     """Show everything about a backup. Needs no libvirt."""
-    from vmctl import backup, backup_store
+    from vmctl import backup_store
 
-    one = backup_store.shelf(backup.vm_folder(_root(folder), vm)).point(point)
+    one = backup_store.shelf(backup_store.vm_folder(_root(folder), vm)).point(point)
     pairs = [
         ("backup", one.id),
         ("vm", f"{one.vm} ({one.uuid})"),
@@ -179,9 +179,9 @@ def verify(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Prove that backups restore to what was backed up, and exit 10 when one does not. Needs neither VM nor libvirt."""
-    from vmctl import backup, backup_verify
+    from vmctl import backup_store, backup_verify
 
-    found = backup_verify.verify(backup.vm_folder(_root(folder), vm), points or (), reporter())
+    found = backup_verify.verify(backup_store.vm_folder(_root(folder), vm), points or (), reporter())
     rows = [
         (
             one.id,
@@ -222,12 +222,12 @@ def restore(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Restore a VM to what it was at a backup: over the old one, or beside it, here or on another host."""
-    from vmctl import backup, backup_restore
+    from vmctl import backup_origin, backup_restore, backup_store
 
-    wish = backup_restore.Wish(point, as_, pool, new_identity, trust)
+    wish = backup_origin.Wish(point, as_, pool, new_identity, trust)
     with opened(connect) as host:
-        place = backup.vm_folder(_root(folder, host), vm)
-        planned = backup_restore.plan(host, place, wish)
+        place = backup_store.vm_folder(_root(folder, host), vm)
+        planned = backup_origin.plan(host, place, wish)
         if dry_run:
             done = backup_restore.told(planned)
         else:
@@ -254,9 +254,9 @@ def prune(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Delete older backups; what is kept takes over first what it needs of them. Needs no libvirt."""
-    from vmctl import backup
+    from vmctl import backup, backup_store
 
-    place, age = backup.vm_folder(_root(folder), vm), _age(older_than)
+    place, age = backup_store.vm_folder(_root(folder), vm), _age(older_than)
     found = backup.prune(place, keep, age, reporter(), dry=True)
     if not dry_run and found.delete:
         refuse_unless_yes([f"backup {one} of {vm}" for one in found.delete], yes=yes)
