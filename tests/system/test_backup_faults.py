@@ -145,6 +145,13 @@ def test_backups_of_a_stopped_vm_killed_after_every_step(shell: Shell, vm: str, 
     assert pattern.holds(shell, vm, device(shell, vm), want)
 
 
+def ended(shell: Shell, vm: str) -> None:
+    """Wait until libvirt has seen the end of a killed QEMU."""
+    deadline = time.monotonic() + 60
+    while shell.virsh("domstate", vm) == "running":
+        assert time.monotonic() < deadline
+
+
 def test_qemu_killed_at_every_step_of_its_backup(shell: Shell, vm: str, store: Path, tmp_path: Path) -> None:
     fault = "backup, QEMU SIGKILL"
     want = write(shell, vm, "first", BLOCKS)
@@ -158,6 +165,7 @@ def test_qemu_killed_at_every_step_of_its_backup(shell: Shell, vm: str, store: P
             break
         tried(fault)
         assert code in {0, 1, 4, 6, 10, 13}, (code, steps)
+        ended(shell, vm)
         verified(shell, vm, store)
         shell.run("start", vm)
         shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
