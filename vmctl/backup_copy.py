@@ -76,6 +76,16 @@ def runs_of(numbers: Iterable[int]) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A piece that was asked for: the read's number, its clusters, and how much of them the disk has."""
+
+    number: int
+    first: int
+    count: int
+    length: int
+
+
 class _Work:
     """The pieces of one copy, handed out to threads; the first failure ends it for all."""
 
@@ -104,9 +114,15 @@ class _Work:
         try:
             with Export(self.copy.socket, self.copy.export) as export:
                 self.exports.append(export)
-                buffer = bytearray(PIECE)
-                while (piece := self.next()) is not None:
-                    self._one(export, buffer, *piece)
+                # Two pieces in turn: the server reads the next one while this one is digested and written.
+                buffers = (bytearray(PIECE), bytearray(PIECE))
+                asked = self._ask(export, buffers[0])
+                while asked is not None:
+                    buffers = (buffers[1], buffers[0])
+                    following = self._ask(export, buffers[0])
+                    export.finish(asked.number)
+                    self._take(buffers[1], asked)
+                    asked = following
         except (VmctlError, OSError, MemoryError) as error:
             with self._lock:
                 self.failure = self.failure or error
@@ -118,13 +134,20 @@ class _Work:
         for export in self.exports:
             export.close()
 
-    def _one(self, export: Export, buffer: bytearray, first: int, count: int) -> None:
-        copy = self.copy
-        length = min(count * CLUSTER, copy.size - first * CLUSTER)
+    def _ask(self, export: Export, buffer: bytearray) -> _Asked | None:
+        """Ask for the next piece; None at the end."""
+        if (piece := self.next()) is None:
+            return None
+        first, count = piece
+        length = min(count * CLUSTER, self.copy.size - first * CLUSTER)
         view = memoryview(buffer)[: count * CLUSTER]
-        if length < len(view):
-            view[length:] = bytes(len(view) - length)
-        export.read(first * CLUSTER, view[:length])
+        view[length:] = bytes(len(view) - length)  # the disk ends in this cluster
+        return _Asked(export.start(first * CLUSTER, view[:length]), first, count, length)
+
+    def _take(self, buffer: bytearray, asked: _Asked) -> None:
+        """Digest a piece that has come, and hand it on."""
+        copy, first, count = self.copy, asked.first, asked.count
+        view = memoryview(buffer)[: count * CLUSTER]
         found, zeros = _digests(buffer, view, first, count)
         if copy.expected is not None:
             _compare(copy, found, first, count)  # before anything of it is handed on
@@ -134,7 +157,7 @@ class _Work:
             for number in zeros:
                 found[number] = ZEROS
                 copy.sink.zero(number)
-        self.done(found, length)
+        self.done(found, asked.length)
 
 
 def _digests(buffer: bytearray, view: memoryview, first: int, count: int) -> tuple[Index, list[int]]:

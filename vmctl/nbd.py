@@ -6,6 +6,7 @@ thread; several make the server read ahead.
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,15 @@ class Span:
     flags: int
 
 
+@dataclass(slots=True)
+class _Reading:
+    """A read that was asked for: where it goes, and how much has not come yet."""
+
+    offset: int
+    view: memoryview
+    left: int
+
+
 class Export:
     """A connection to one export of the server at a unix socket. ``contexts``: what may be asked of its blocks."""
 
@@ -52,6 +62,7 @@ class Export:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._contexts: dict[int, str] = {}
         self._handle = 0
+        self._reading: dict[int, _Reading] = {}
         try:
             self._socket.connect(str(path))
             self._greet(contexts)
@@ -135,46 +146,59 @@ class Export:
         self._handle += 1
         self._send(struct.pack(">IHHQQI", _REQUEST, flags, command, self._handle, offset, length))
 
-    def _replies(self) -> Iterator[tuple[int, int]]:
-        """Kind and length of each piece of the answer; who iterates takes the bytes of it."""
-        while True:
-            (magic,) = struct.unpack(">I", self._take(4))
-            if magic != _STRUCTURED:
-                raise Broken(f"cannot read disk {self._name}: its server answers in another form")
-            flags, kind, handle, length = struct.unpack(">HHQI", self._take(16))
-            if handle != self._handle or length > _LONGEST_REPLY:
-                raise Broken(f"cannot read disk {self._name}: its server answers what was not asked")
-            if kind & _ERROR:
-                number, count = struct.unpack(">IH", self._take(length)[:6])
-                raise Broken(f"cannot read disk {self._name}: error {number}" + (f", {count} bytes" if 0 else ""))
-            yield kind, length
-            if flags & _DONE:
-                return
+    def _piece(self) -> tuple[int, int, int, bool]:
+        """The head of a piece of an answer: what it answers, its kind, its length, and whether it is the last one."""
+        (magic,) = struct.unpack(">I", self._take(4))
+        if magic != _STRUCTURED:
+            raise Broken(f"cannot read disk {self._name}: its server answers in another form")
+        flags, kind, handle, length = struct.unpack(">HHQI", self._take(16))
+        if length > _LONGEST_REPLY:
+            raise self._odd()
+        if kind & _ERROR:
+            number = int.from_bytes(self._take(length)[:4], "big")
+            raise Broken(f"cannot read disk {self._name}: {os.strerror(number)}")
+        return handle, kind, length, bool(flags & _DONE)
+
+    def _odd(self) -> Broken:
+        return Broken(f"cannot read disk {self._name}: its server answers what was not asked")
 
     def read(self, offset: int, view: memoryview) -> None:
         """Fill ``view`` with what is at ``offset``."""
+        self.finish(self.start(offset, view))
+
+    def start(self, offset: int, view: memoryview) -> int:
+        """Ask for what is at ``offset``; ``view`` holds it once the number returned is given to ``finish``."""
         self._ask(_READ, offset, len(view), _DO_NOT_FRAGMENT if self._flags & _SENDS_DF else 0)
-        left = len(view)
-        for kind, length in self._replies():
-            if kind == _DATA:
-                at = int.from_bytes(self._take(8), "big") - offset
-                count = length - 8
-                if at < 0 or at + count > len(view):
-                    raise Broken(f"cannot read disk {self._name}: its server answers what was not asked")
-                self._fill(view[at : at + count])
-            elif kind == _HOLE:
-                at, count = struct.unpack(">QI", self._take(12))
-                at -= offset
-                if at < 0 or at + count > len(view):
-                    raise Broken(f"cannot read disk {self._name}: its server answers what was not asked")
-                view[at : at + count] = bytes(count)
-            elif length:
-                raise Broken(f"cannot read disk {self._name}: its server answers what was not asked")
-            else:
-                continue
-            left -= count
-        if left:
-            raise Broken(f"cannot read disk {self._name}: the answer is cut short")
+        self._reading[self._handle] = _Reading(offset, view, len(view))
+        return self._handle
+
+    def finish(self, number: int) -> None:
+        """Wait for what was asked for. Answers come in any order."""
+        while number in self._reading:
+            handle, kind, length, last = self._piece()
+            reading = self._reading.get(handle)
+            if reading is None:
+                raise self._odd()
+            self._receive(reading, kind, length)
+            if last:
+                del self._reading[handle]
+                if reading.left:
+                    raise Broken(f"cannot read disk {self._name}: the answer is cut short")
+
+    def _receive(self, reading: _Reading, kind: int, length: int) -> None:
+        if kind not in {_DATA, _HOLE}:
+            if length:
+                raise self._odd()
+            return
+        at = int.from_bytes(self._take(8), "big") - reading.offset
+        count = length - 8 if kind == _DATA else int.from_bytes(self._take(4), "big")
+        if at < 0 or at + count > len(reading.view):
+            raise self._odd()
+        if kind == _DATA:
+            self._fill(reading.view[at : at + count])
+        else:
+            reading.view[at : at + count] = bytes(count)
+        reading.left -= count
 
     def status(self, context: str) -> Iterator[Span]:
         """What ``context`` says of all blocks, in order."""
@@ -183,8 +207,12 @@ class Export:
         while at < self.size:
             self._ask(_BLOCK_STATUS, at, min(_MOST_ASKED, self.size - at))
             found: list[tuple[int, int]] = []
-            for kind, length in self._replies():
+            last = False
+            while not last:
+                handle, kind, length, last = self._piece()
                 data = self._take(length)
+                if handle != self._handle:
+                    raise self._odd()
                 if kind == _STATUS and int.from_bytes(data[:4], "big") == number:
                     found = list(struct.iter_unpack(">II", data[4:]))
             if not found:

@@ -14,13 +14,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmctl import backup_copy, backup_definition, backup_index, backup_manifest, backup_plan
+from vmctl import backup_copy, backup_definition, backup_index, backup_manifest, backup_plan, qemu_nbd
+from vmctl.backup_copy import Copy
 from vmctl.backup_definition import Changes
 from vmctl.backup_index import CLUSTER, ZEROS
 from vmctl.backup_manifest import Manifest, StoredDisk, StoredFile
 from vmctl.backup_plan import DiskNow, Wanted
 from vmctl.choices import Compression
 from vmctl.errors import ImageError, SpecError, WrongState
+from vmctl.nbd import Broken, Export
 from vmctl.qcow2_writer import Qcow2Writer
 
 UUID = "071f873c-40fc-5132-ace9-7f2d1cfc06bc"
@@ -283,3 +285,40 @@ def test_what_a_definition_reaches() -> None:
         backup_definition.require_same(DEFINITION, "web2", UUID)
     with pytest.raises(ImageError):
         backup_definition.require_same("<domain", "web1", UUID)
+
+
+@pytest.mark.parametrize("size", [5 * CLUSTER + 512, 40 * CLUSTER])
+def test_a_copy_is_what_is_served_and_proves_it(tmp_path: Path, size: int) -> None:
+    raw, made = tmp_path / "raw", tmp_path / "made.qcow2"
+    rng = random.Random(size)
+    content = bytearray(size)
+    for number in range(0, backup_index.clusters(size), 2):
+        at = number * CLUSTER
+        content[at : min(at + CLUSTER, size)] = rng.randbytes(min(CLUSTER, size - at))
+    raw.write_bytes(content)
+    runs = ((0, backup_index.clusters(size)),)
+    handle = os.open(made, os.O_RDWR | os.O_CREAT)
+    with qemu_nbd.served(qemu_nbd.plain_tree(str(raw), "raw"), what="serve") as (socket, export):
+        writer = Qcow2Writer(handle, size)
+        index = backup_copy.run(Copy(socket, export, size, runs, writer, "x", keep_zeros=True))
+        writer.finish()
+        assert backup_copy.run(Copy(socket, export, size, runs, backup_copy.Nowhere(), "x", expected=index))
+        wrong = index | {2: b"x" * 32}
+        with pytest.raises(ImageError, match=f"cannot trust x: what it holds at {2 * CLUSTER}"):
+            backup_copy.run(Copy(socket, export, size, runs, backup_copy.Nowhere(), "x", expected=wrong))
+        with Export(socket, export, ["base:allocation"]) as asked:
+            assert sum(span.length for span in asked.status("base:allocation")) == size == asked.size
+            with pytest.raises(Broken):
+                asked.read(size + CLUSTER, memoryview(bytearray(CLUSTER)))
+        with pytest.raises(Broken):
+            Export(socket, export, ["qemu:dirty-bitmap:none"])
+        with pytest.raises(Broken):
+            Export(socket, "another")
+    os.close(handle)
+    assert {n for n, one in index.items() if one == ZEROS} == set(range(1, backup_index.clusters(size), 2))
+    assert all(
+        index[n] == backup_index.leaf(bytes(content[n * CLUSTER :][:CLUSTER]).ljust(CLUSTER, b"\0")) for n in (0, 2)
+    )
+    subprocess.run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", str(made), str(raw)], check=True)
+    with pytest.raises(Broken):
+        Export(socket, export)
