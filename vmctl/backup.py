@@ -16,7 +16,6 @@ from vmctl import (
     backup_index,
     backup_manifest,
     backup_marks,
-    backup_merge,
     backup_plan,
     backup_store,
     backup_take,
@@ -96,11 +95,13 @@ def create(host: Host, name: str, wish: Wish, report: Reporter, *, dry: bool) ->
             shelf = backup_store.shelf(folder)
             newest = _usable_last(shelf)
             made = _planned(host, vm, wish, shelf, folder, newest)
+            seen: set[int] = set()
+            if shelf.last is not None:
+                backup_store.size(folder / shelf.last.id, seen)
             manifest = _make(host, vm, wish, shelf, made, newest.below, report, began)
+            size = backup_store.size(folder / manifest.id, seen)
             pruned = _prune_now(backup_store.shelf(folder), wish.keep, wish.older_than, report)
-        return replace(
-            made, size=manifest.size, kind=manifest.kind, pruned=pruned.delete, took_s=time.monotonic() - began
-        )
+        return replace(made, size=size, kind=manifest.kind, pruned=pruned.delete, took_s=time.monotonic() - began)
 
 
 def _require_able(vm: Domain, wish: Wish) -> None:
@@ -344,6 +345,9 @@ def _prune_now(shelf: Shelf, keep: int | None, older_than: timedelta | None, rep
         if keep is None and older_than is None
         else _pruning(shelf, keep, older_than)
     )
+    if found.merge:
+        from vmctl import backup_merge  # late: few backups prune
+
     for name in found.merge:
         backup_merge.merge(backup_store.shelf(shelf.folder), name, frozenset(found.delete), report)
     for name in reversed(found.delete):

@@ -37,15 +37,17 @@ def list_backups(root: Path, names: Collection[str]) -> tuple[Listed, ...]:
         if names and vm not in names:
             continue
         shelf = backup_store.shelf(backup_store.vm_folder(root, vm))
+        seen: set[int] = set()
         for name in sorted([*shelf.points, *shelf.damaged]):
             if name in shelf.damaged:
                 found.append(Listed(vm, name, "", "damaged", "", 0, 0, (), shelf.damaged[name]))
                 continue
             one = shelf.points[name]
+            size = backup_store.size(shelf.folder / name, seen)
             needs = {m.id for d in one.disks for m, _ in _chain_or_nothing(shelf, name, d.target)} - {name}
             missing = sorted(p for p in one.parents if p not in shelf.points)
             problem = f"backup {', '.join(missing)} is missing" if missing else ""
-            words = (one.created, one.kind, one.consistency, one.size, len(one.disks), tuple(sorted(needs)), problem)
+            words = (one.created, one.kind, one.consistency, size, len(one.disks), tuple(sorted(needs)), problem)
             found.append(Listed(vm, name, *words))
     if names and (absent := sorted(set(names) - {one.vm for one in found})):
         raise NotFound(f"cannot find backups of {', '.join(absent)} in {root}", hint="--folder names another place")

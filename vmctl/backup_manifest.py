@@ -94,11 +94,6 @@ class Manifest:
         return frozenset(disk.parent for disk in self.disks if disk.parent)
 
     @property
-    def size(self) -> int:
-        """Bytes of all its files."""
-        return sum(d.file_size for d in self.disks) + sum(f.size for f in self.files)
-
-    @property
     def kind(self) -> str:
         """How much of it is whole."""
         if not self.parents:

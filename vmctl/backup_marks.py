@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vmctl import agent, backup_plan, backup_store, qemu_img
+from vmctl import backup_plan, backup_store, qemu_img
 from vmctl.errors import Conflict, VmctlError
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host
@@ -144,6 +144,8 @@ def frozen(host: Host, vm: Domain, report: Reporter, *, wanted: bool) -> Iterato
     if not wanted:
         yield
         return
+    from vmctl import agent  # late: most backups freeze nothing
+
     marker = _marker(host, vm)
     marker.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     marker.touch()
@@ -161,6 +163,8 @@ def frozen(host: Host, vm: Domain, report: Reporter, *, wanted: bool) -> Iterato
 
 
 def _thaw(host: Host, vm: Domain, report: Reporter) -> None:
+    from vmctl import agent  # late, as above
+
     try:
         agent.thaw(host, vm.name)
     except VmctlError:

@@ -224,3 +224,14 @@ def tidy(folder: Path) -> None:
         for path in (folder / name).iterdir():
             if path.name not in named and path.suffix in {".qcow2", ".digests"}:
                 path.unlink()
+
+
+def size(folder: Path, seen: set[int]) -> int:
+    """Bytes that a backup's files take beside those whose inodes are in ``seen``, which gets its own."""
+    found = 0
+    for path in folder.iterdir():
+        about = path.lstat()
+        if about.st_ino not in seen:
+            seen.add(about.st_ino)
+            found += about.st_size
+    return found

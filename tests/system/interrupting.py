@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vmctl import backup_copy, backup_marks, backup_store, disk_journal, disk_replace, qcow2_writer, qemu_img
+from vmctl import agent, backup_copy, backup_store, disk_journal, disk_replace, qcow2_writer, qemu_img
 from vmctl.cli import run
 from vmctl.hypervisor import backup, devices, disks, domain, network, storage
 
@@ -31,7 +31,7 @@ CHANGES: dict[Any, tuple[str, ...]] = {
     backup: ("begin", "end", "delete_checkpoint", "redefine_checkpoint"),
     backup_copy: ("run",),
     backup_store: ("write", "publish", "remove", "sync"),
-    backup_marks.agent: ("freeze", "thaw"),
+    agent: ("freeze", "thaw"),
     qcow2_writer.Qcow2Writer: ("finish",),
 }
 

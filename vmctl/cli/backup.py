@@ -156,7 +156,6 @@ def show(
         ("kind", one.kind),
         ("consistency", one.consistency),
         ("compression", one.compression),
-        ("size", ui.size(one.size)),
         ("counts from", one.checkpoint),
         ("not in it", "\n".join(one.left_out)),
     ]
