@@ -18,12 +18,12 @@ from vmctl.backup_manifest import StoredDisk
 from vmctl.backup_plan import DiskPlan
 from vmctl.backup_store import Shelf
 from vmctl.choices import Compression
-from vmctl.errors import NotFound, Unsupported, VmctlError, quietly
+from vmctl.errors import NotFound, Unsupported, VmctlError, WrongState, quietly
 from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
-from vmctl.hypervisor import backup, disks
+from vmctl.hypervisor import backup, disks, domain
 from vmctl.hypervisor.domain import Domain
-from vmctl.nbd import ALLOCATION, ZERO, Export, Span
+from vmctl.nbd import ALLOCATION, ZERO, Broken, Export, Span
 from vmctl.qcow2_writer import Qcow2Writer
 from vmctl.render import BackedUpView, BackupView, CheckpointView
 
@@ -61,10 +61,19 @@ class Order:
 
 
 def take(host: Host, order: Order, report: Reporter) -> tuple[StoredDisk, ...]:
-    """Take all disks. Failing or interrupted, it leaves the VM as it was."""
+    """Take all disks. Failing or interrupted, it leaves the VM as it was. Raises WrongState when the VM ends."""
     sources = _live(host, order, report) if order.vm.active else _stopped(host, order)
-    with sources as served:
-        return _copied(order, served, report)
+    try:
+        with sources as served:
+            return _copied(order, served, report)
+    except Broken as error:
+        now = domain.find(host.conn, order.vm.name)
+        if now.id == order.vm.id:
+            raise
+        raise WrongState(
+            f"cannot back up VM {now.name}: it ended while it was read; it is {now.state}",
+            hint="the backups before it are as they were",
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)

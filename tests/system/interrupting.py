@@ -30,7 +30,7 @@ CHANGES: dict[Any, tuple[str, ...]] = {
     disk_journal: ("begin", "remove_file"),
     backup: ("begin", "end", "delete_checkpoint", "redefine_checkpoint"),
     backup_copy: ("run",),
-    backup_store: ("write", "publish", "remove", "sync"),
+    backup_store: ("write", "publish", "remove"),
     agent: ("freeze", "thaw"),
     qcow2_writer.Qcow2Writer: ("finish",),
 }
