@@ -128,3 +128,11 @@ class PoolType(StrEnum):
     ISCSI = "iscsi"
     ISCSI_DIRECT = "iscsi-direct"
     RBD = "rbd"
+
+
+class Compression(StrEnum):
+    """How the clusters of a backup's files are compressed."""
+
+    NONE = "none"
+    ZLIB = "zlib"
+    ZSTD = "zstd"

@@ -20,6 +20,7 @@ class Settings:
     pool: str = "vmctl"
     image_pool: str = "vmctl-images"
     ssh_key: str = ""
+    backups: str = ""
 
 
 class Folders(NamedTuple):
@@ -74,6 +75,11 @@ def load(path: Path) -> Settings:
             f"cannot use config file {path}", problems=problems, hint="known keys: " + ", ".join(sorted(known))
         )
     return Settings(**values)
+
+
+def backup_folder(flag: Path | None, settings: Settings, own: Folders) -> Path:
+    """Where backups are kept: where the flag says, or the config file, or among vmctl's own files."""
+    return flag or (Path(settings.backups).expanduser() if settings.backups else own.data / "backups")
 
 
 def chosen_uri(flag: str | None, env: Mapping[str, str], settings: Settings) -> str:

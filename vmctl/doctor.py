@@ -11,6 +11,8 @@ from pathlib import Path
 
 from vmctl import (
     accel,
+    backup_list,
+    config,
     deletion,
     disk_journal,
     disk_replace,
@@ -243,6 +245,16 @@ def _astray(host: Host, *, fix: bool) -> list[Finding]:
     return found or [Finding("layers", "ok", "running VMs write to the files that libvirt names")]
 
 
+def _backups(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
+    """What killed backups left in VMs and in the folder of backups."""
+    root = config.backup_folder(None, host.settings, host.folders)
+    left = backup_list.cut_off(host, root, report, fix=fix)
+    if not left:
+        return [Finding("backups", "ok", "no backup was cut off")]
+    mend = "" if fix else "vmctl doctor --fix, or the VM's next backup"
+    return [Finding("backups", "mended" if fix else "failed", f"a backup was cut off: {'; '.join(left)}", mend)]
+
+
 def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Finding, ...]:
     """All checks, on the host that ``connect`` names; without an answer from it, the ones that need none."""
     findings = _tools()
@@ -260,6 +272,7 @@ def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Findin
             ("disks", lambda: _disk_changes(host, fix=fix, report=report)),
             ("snapshots", lambda: _snapshot_changes(host, fix=fix, report=report)),
             ("layers", lambda: _astray(host, fix=fix)),
+            ("backups", lambda: _backups(host, fix=fix, report=report)),
         ]
         for name, check in checks:
             try:

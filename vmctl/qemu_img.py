@@ -19,7 +19,7 @@ from vmctl.errors import ImageError
 
 _QUICK_TIMEOUT_S = 60
 _COPY_TIMEOUT_S = 3600
-_STDERR_TAIL = 300
+STDERR_TAIL = 300
 _MOST_SAID = 1 << 20
 _UNLIMITED = 1 << 62
 _FULL = "No space left on device"
@@ -47,7 +47,7 @@ def _run(words: Sequence[str], *, what: str, timeout_s: float) -> bytes:
     except subprocess.TimeoutExpired as error:
         raise ImageError(f"cannot {what}: qemu-img did not end in {timeout_s:.0f} s") from error
     except subprocess.CalledProcessError as error:
-        tail = error.stderr.decode(errors="replace").strip()[-_STDERR_TAIL:]
+        tail = error.stderr.decode(errors="replace").strip()[-STDERR_TAIL:]
         raise ImageError(f"cannot {what}: {tail or f'qemu-img exit status {error.returncode}'}") from error
     return done.stdout
 
@@ -215,7 +215,7 @@ def _listen(
 
 
 def _reason(code: int, limits: Limits, errors: bytes) -> str:
-    tail = errors.decode(errors="replace").strip()[-_STDERR_TAIL:]
+    tail = errors.decode(errors="replace").strip()[-STDERR_TAIL:]
     # A write cut off in its middle, by the limit or the disk's end, goes on unaligned: an "Invalid argument".
     told = (errno.EFBIG, errno.EINVAL, errno.ENOSPC)
     writing = "error while" in tail and "error while reading" not in tail
@@ -300,7 +300,7 @@ def check(path: Path, format: str, *, repair: str = "") -> CheckResult:
     except subprocess.TimeoutExpired as error:
         raise ImageError(f"cannot check {path}: qemu-img did not end in {_COPY_TIMEOUT_S} s") from error
     except ValueError as error:
-        tail = done.stderr.decode(errors="replace").strip()[-_STDERR_TAIL:]
+        tail = done.stderr.decode(errors="replace").strip()[-STDERR_TAIL:]
         raise ImageError(f"cannot check {path}: {tail or f'qemu-img exit status {done.returncode}'}") from error
     fixed = int(told.get("corruptions-fixed", 0)) + int(told.get("leaks-fixed", 0))
     return CheckResult(
@@ -380,3 +380,32 @@ def commit(
         _limited(words, Source(handle, format), limits, what, moved)
     finally:
         os.close(handle)
+
+
+def bitmaps(path: Path, format: str) -> dict[str, bool]:
+    """The dirty bitmaps that an image that nobody uses carries, and whether each can be trusted."""
+    if format != "qcow2":
+        return {}
+    shown = _run(
+        ["info", "-f", format, "--output=json", str(path)], what=f"inspect image {path}", timeout_s=_QUICK_TIMEOUT_S
+    )
+    data = json.loads(shown).get("format-specific", {}).get("data", {})
+    return {one["name"]: "in-use" not in one["flags"] for one in data.get("bitmaps", ())}
+
+
+def add_bitmap(path: Path, name: str) -> None:
+    """Let a qcow2 that nobody uses mark from now on what is written to it."""
+    words = ["bitmap", "--add", "-g", "65536", "-f", "qcow2", str(path), name]
+    _run(words, what=f"mark changes of {path}", timeout_s=_QUICK_TIMEOUT_S)
+
+
+def remove_bitmap(path: Path, name: str) -> None:
+    """Take a bitmap from a qcow2 that nobody uses."""
+    words = ["bitmap", "--remove", "-f", "qcow2", str(path), name]
+    _run(words, what=f"drop a bitmap of {path}", timeout_s=_QUICK_TIMEOUT_S)
+
+
+def merge_bitmap(path: Path, source: str, target: str) -> None:
+    """Mark in bitmap ``target`` what ``source`` marks, and let it go on marking; of a qcow2 that nobody uses."""
+    words = ["bitmap", "--merge", source, "--enable", "-f", "qcow2", str(path), target]
+    _run(words, what=f"merge bitmaps of {path}", timeout_s=_QUICK_TIMEOUT_S)

@@ -128,6 +128,36 @@ class SnapshotView:
 
 
 @dataclass(frozen=True, slots=True)
+class BackedUpView:
+    """One disk in backup.xml.j2: where what it overwrites goes ("": it is left out), and what it counts from."""
+
+    target: str
+    scratch: str = ""
+    since: str = ""
+    bitmap: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BackupView:
+    """Everything backup.xml.j2 prints."""
+
+    socket: str
+    disks: tuple[BackedUpView, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointView:
+    """Everything checkpoint.xml.j2 prints. ``created``: when, in seconds, for one that is there already; else 0."""
+
+    name: str
+    description: str
+    marked: tuple[str, ...]
+    unmarked: tuple[str, ...] = ()
+    created: int = 0
+    parent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class SeedView:
     """What the guest is told at its first boot. ``machine_id``: for a disk that has been another machine's."""
 
@@ -238,6 +268,16 @@ def mirror(path: str, form: str) -> str:
 def snapshot(view: SnapshotView) -> str:
     """The XML of a snapshot to be taken."""
     return _xml("snapshot", snapshot=view)
+
+
+def backup(view: BackupView) -> str:
+    """The XML of a backup job."""
+    return _xml("backup", backup=view)
+
+
+def checkpoint(view: CheckpointView) -> str:
+    """The XML of a checkpoint."""
+    return _xml("checkpoint", checkpoint=view)
 
 
 def volume(view: VolumeView) -> str:

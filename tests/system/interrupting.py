@@ -1,6 +1,7 @@
-"""Runs a vmctl command line and sends itself a signal right after the N-th change it made to the host.
+"""Runs a vmctl command line and sends a signal right after the N-th change it made to the host.
 
-Usage: python interrupting.py SIGNAL N WORD…   Prints the changes it made, one a line, to the file in $CHANGES.
+Usage: python interrupting.py SIGNAL[@PIDFILE] N WORD…   To itself, or to the process whose id the file holds.
+Prints the changes it made, one a line, to the file in $CHANGES.
 With LIBVIRTD or QEMU for a signal it is that process that is killed, a moment after the N-th change has begun; libvirtd
 comes back at once.
 The production code knows nothing of this: the functions that change a host are wrapped from outside.
@@ -18,9 +19,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vmctl import disk_journal, disk_replace, qemu_img, snapshot_journal, snapshot_layers, snapshot_settle
+from vmctl import (
+    agent,
+    backup_copy,
+    backup_store,
+    disk_journal,
+    disk_replace,
+    qcow2_writer,
+    qemu_img,
+    snapshot_journal,
+    snapshot_layers,
+    snapshot_settle,
+)
 from vmctl.cli import run
-from vmctl.hypervisor import devices, disks, domain, network, saved, snapshots, storage
+from vmctl.hypervisor import backup, devices, disks, domain, network, saved, snapshots, storage
 
 CHANGES: dict[Any, tuple[str, ...]] = {
     Path: ("rename",),  # how a finished file gets its name in the store
@@ -30,13 +42,21 @@ CHANGES: dict[Any, tuple[str, ...]] = {
     devices: ("attach", "detach"),
     saved: ("save_and_go_on", "restore_paused", "set_links"),
     disks: ("resize", "unplug", "copy_and_switch", "pull", "commit"),
-    qemu_img: ("copy_known", "create", "resize", "require_equal", "commit", "repoint"),
+    qemu_img: (
+        "copy_known", "create", "resize", "require_equal", "commit", "repoint",
+        "add_bitmap", "remove_bitmap", "merge_bitmap",
+    ),
     disk_replace: ("copy_bytes", "sync_folder"),
     disk_journal: ("begin", "remove_file"),
     snapshots: ("take", "redefine", "forget", "restore"),
     snapshot_journal: ("begin",),
     snapshot_layers: ("write_aside", "remove_file"),
     snapshot_settle: ("put_nvram", "remove_file"),
+    backup: ("begin", "end", "delete_checkpoint", "redefine_checkpoint"),
+    backup_copy: ("run",),
+    backup_store: ("write", "publish", "remove"),
+    agent: ("freeze", "thaw"),
+    qcow2_writer.Qcow2Writer: ("finish",),
 }
 
 
@@ -54,7 +74,9 @@ def kill(which: str) -> None:
 
 def main() -> int:
     """Wrap, then run."""
-    which, at = sys.argv[1], int(sys.argv[2])
+    name, _, pid_file = sys.argv[1].partition("@")
+    which = name if name in VICTIMS else signal.Signals[name]
+    at = int(sys.argv[2])
     log = Path(os.environ["CHANGES"]).open("a")  # noqa: SIM115  it must outlive a SIGKILL, line by line
     count = 0
 
@@ -73,7 +95,7 @@ def main() -> int:
             log.write(label + "\n")
             log.flush()
             if mine == at:
-                os.kill(os.getpid(), signal.Signals[which])
+                os.kill(int(Path(pid_file).read_text()) if pid_file else os.getpid(), which)
             return result
 
         return call

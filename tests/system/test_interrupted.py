@@ -19,7 +19,7 @@ CREATE = ("create", "NAME", "--image", "micro", "--disk", "16M", "--autostart")
 
 def interrupted(tmp_path: Path, which: str, at: int, *words: str) -> tuple[int, list[str]]:
     """Run a command line that signals itself after change ``at``; its exit code and the changes it made."""
-    log = tmp_path / f"changes-{which}-{at}-{words[0]}"
+    log = tmp_path / f"changes-{which.replace('/', '_')}-{at}-{words[0]}"
     done = subprocess.run(
         [
             sys.executable,

@@ -132,9 +132,10 @@ def state(conn: Connection, name: str) -> tuple[State, str]:
         return state_of(code, reason)
 
 
-def xml(conn: Connection, name: str, *, inactive: bool = False) -> str:
-    """The domain's XML, security-sensitive parts left out."""
+def xml(conn: Connection, name: str, *, inactive: bool = False, secure: bool = False) -> str:
+    """The domain's XML, security-sensitive parts (a screen's password) left out unless ``secure``."""
     flags = libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0
+    flags |= libvirt.VIR_DOMAIN_XML_SECURE if secure else 0
     with calling(f"read the XML of VM {name}"):
         return str(handle(conn, name).XMLDesc(flags))
 
@@ -274,9 +275,18 @@ def undefine(conn: Connection, name: str) -> None:
 
 
 def rename(conn: Connection, name: str, new: str) -> None:
-    """Give a stopped domain another name."""
+    """Give a stopped domain another name, under which its checkpoints are kept too."""
     with calling(f"rename VM {name} to {new}"):
-        handle(conn, name).rename(new, 0)
+        dom = handle(conn, name)
+        dom.rename(new, 0)
+        try:
+            kept = dom.listAllCheckpoints(libvirt.VIR_DOMAIN_CHECKPOINT_LIST_TOPOLOGICAL)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+                raise
+            return
+        for one in kept:  # libvirt 9.0 deletes their files with the old name, and would forget them at its next start
+            dom.checkpointCreateXML(one.getXMLDesc(0), libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE)
 
 
 def set_autostart(conn: Connection, name: str, *, on: bool) -> None:

@@ -1,0 +1,353 @@
+"""Backups of running and stopped VMs: chains that restore to what the guest wrote, and what needs a full one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system import pattern
+from tests.system.conftest import Shell, volumes
+from vmctl import disk_xml
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+
+COUNT = 4 << 20 >> 12  # blocks of 4 KiB that each test writes
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A folder for backups."""
+    return tmp_path / "backups"
+
+
+@pytest.fixture
+def vm(shell: Shell, name: str) -> Iterator[str]:
+    """A running VM with a disk of 64 MiB that its guest has as vdb or vdc."""
+    before = volumes(shell)
+    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    shell.run("disk", "attach", name, "64M", "--serial", "data")
+    yield name
+    shell.run("delete", name, "--yes", "--missing-ok", check=None)
+    assert volumes(shell) == before
+    assert name not in shell.virsh("list", "--all", "--name").split()
+
+
+def device(shell: Shell, vm: str, serial: str = "data") -> str:
+    """The guest's name of a disk."""
+    found = f'[ "$(cat $d/serial 2>/dev/null)" = {serial} ] && echo /dev/${{d##*/}}'
+    script = f"for d in /sys/block/*; do {found}; done; true"
+    return shell.run("exec", vm, "--", "sh", "-c", script).stdout.strip()
+
+
+def write(shell: Shell, vm: str, seed: str, count: int = COUNT, *, at: int = 0) -> bytes:
+    data = pattern.blocks(seed, count)
+    pattern.write(vm, device(shell, vm), data, at=at)
+    return data
+
+
+def backup(shell: Shell, vm: str, store: Path, *words: str) -> Any:
+    """Make a backup; the result."""
+    return shell.json("backup", "create", vm, "--folder", str(store), *words)
+
+
+def disk_of(shell: Shell, vm: str, serial: str = "data") -> disk_xml.DiskDevice:
+    (found,) = [d for d in disk_xml.read(shell.virsh("dumpxml", vm, "--inactive")) if d.serial == serial]
+    return found
+
+
+def holds(shell: Shell, vm: str, data: bytes, *, at: int = 0) -> None:
+    """Assert that the data disk of a stopped VM is a whole one that names no other file, and holds ``data``."""
+    disk = disk_of(shell, vm)
+    if disk.format == "qcow2":
+        subprocess.run(["qemu-img", "check", "-q", disk.source], check=True, timeout=60)
+        info = json.loads(
+            subprocess.run(["qemu-img", "info", "--output=json", disk.source], check=True, capture_output=True).stdout
+        )
+        assert "backing-filename" not in info
+    raw = Path(f"/tmp/raw-{secrets.token_hex(4)}")
+    subprocess.run(
+        ["qemu-img", "convert", "-f", disk.format, "-O", "raw", disk.source, str(raw)], check=True, timeout=60
+    )
+    with raw.open("rb") as file:
+        file.seek(at * pattern.BLOCK)
+        assert hashlib.sha256(file.read(len(data))).digest() == hashlib.sha256(data).digest()
+    raw.unlink()
+
+
+def verified(shell: Shell, vm: str, store: Path) -> list[str]:
+    """The ids of all backups, each of which is good."""
+    found = shell.json("backup", "verify", vm, "--folder", str(store))
+    assert all(not one["problems"] for one in found), found
+    return [one["id"] for one in found]
+
+
+def checkpoints(shell: Shell, vm: str) -> list[str]:
+    return shell.virsh("checkpoint-list", vm, "--name").split()
+
+
+def restored(shell: Shell, vm: str, store: Path, point: str, name: str) -> str:
+    shell.run("backup", "restore", vm, point, "--as", name, "--folder", str(store))
+    return name
+
+
+def test_each_point_of_a_chain_restores_to_what_the_guest_had_then(
+    shell: Shell, vm: str, store: Path, names: Any
+) -> None:
+    shell.run("disk", "attach", vm, "8M", "--serial", "plain")
+    points = []
+    for number, words in enumerate(([], ["--freeze"], ["--compress", "zstd"], ["--compress", "zlib"])):
+        write(shell, vm, f"{number}", COUNT // 2, at=number * COUNT // 4)
+        # What the guest discards or zeroes is a change too.
+        if number == 2:
+            shell.run(
+                "exec",
+                vm,
+                "--",
+                "dd",
+                "if=/dev/zero",
+                f"of={device(shell, vm)}",
+                "bs=64k",
+                "count=4",
+                "conv=fsync,notrunc",
+            )
+        made = backup(shell, vm, store, *words)
+        points.append(made["id"])
+        assert made["kind"] == ("full" if number == 0 else "incremental"), made
+        assert made["consistency"] == ("frozen" if words == ["--freeze"] else "crash")
+        assert checkpoints(shell, vm) == [one for one in checkpoints(shell, vm) if made["id"] in one]
+    assert verified(shell, vm, store) == points
+    assert "nothing was frozen" in shell.run("thaw", vm).stdout
+    rows = shell.json("backup", "list", "--folder", str(store))
+    assert [row["id"] for row in rows] == points and rows[3]["needs"] == points[:3]
+    want = bytearray(64 << 20)
+    for number, point in enumerate(points):
+        block = pattern.blocks(f"{number}", COUNT // 2)
+        want[number * COUNT // 4 * 4096 : number * COUNT // 4 * 4096 + len(block)] = block
+        if number == 2:
+            want[: 4 << 16] = bytes(4 << 16)
+        copy = restored(shell, vm, store, point, names())
+        holds(shell, copy, bytes(want))
+
+
+def test_a_restore_over_the_old_vm_names_what_is_lost_and_brings_all_back(shell: Shell, vm: str, store: Path) -> None:
+    data = write(shell, vm, "kept")
+    shell.run("exec", vm, "--", "sh", "-c", "echo kept >/root/file; sync")
+    point = backup(shell, vm, store, "--freeze")["id"]
+    write(shell, vm, "lost")
+    shell.run("exec", vm, "--", "sh", "-c", "rm /root/file; sync")
+    xml = shell.virsh("dumpxml", vm, "--inactive")
+    refused = shell.run("backup", "restore", vm, "--folder", str(store), check=6)
+    assert "it is running" in refused.stderr
+    shell.run("stop", vm)
+    old = {disk_of(shell, vm).source, disk_of(shell, vm, "root").source}
+    asked = shell.run("backup", "restore", vm, "--folder", str(store), check=2, stdin=subprocess.DEVNULL)
+    assert all(path in asked.stderr for path in old) and "--yes" in asked.stderr
+    dry = shell.run("backup", "restore", vm, point, "--folder", str(store), "--dry-run").stdout
+    assert "would lose what VM" in dry and shell.virsh("dumpxml", vm, "--inactive") == xml
+    shell.run("backup", "restore", vm, point, "--folder", str(store), "--yes")
+    holds(shell, vm, data)
+    assert not any(Path(path).exists() for path in old) and checkpoints(shell, vm) == []
+    shell.run("start", vm)
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
+    assert shell.run("exec", vm, "--", "cat", "/root/file").stdout == "kept\n"
+    assert pattern.holds(shell, vm, device(shell, vm), data)
+    after = backup(shell, vm, store)
+    assert after["kind"] == "full" and "checkpoint" in after["disks"][0]["why"]
+
+
+def test_a_vm_deleted_by_mistake_comes_back_as_itself(shell: Shell, vm: str, store: Path) -> None:
+    data = write(shell, vm, "back")
+    was = shell.json("show", vm)
+    backup(shell, vm, store)
+    shell.run("delete", vm, "--yes")
+    shell.run("backup", "restore", vm, "--folder", str(store), "--start")
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
+    now = shell.json("show", vm)
+    assert (now["uuid"], now["nics"][0]["mac"], now["address"]) == (was["uuid"], was["nics"][0]["mac"], was["address"])
+    assert pattern.holds(shell, vm, device(shell, vm), data)
+
+
+def test_a_new_identity_is_another_machine(shell: Shell, vm: str, store: Path, names: Any) -> None:
+    backup(shell, vm, store)
+    copy = names()
+    shell.run("backup", "restore", vm, "--as", copy, "--new-identity", "--start", "--folder", str(store))
+    shell.run("wait", copy, "--for", "ssh", "--timeout", "120")
+    ask = "hostname; cat /etc/machine-id"
+    one, two = (shell.run("exec", which, "--", "sh", "-c", ask).stdout.split() for which in (vm, copy))
+    assert two[0] == copy and one[1] != two[1]
+    old, new = shell.json("show", vm), shell.json("show", copy)
+    assert old["ssh_host_key"] != new["ssh_host_key"] and old["nics"][0]["mac"] != new["nics"][0]["mac"]
+    assert old["address"] != new["address"]
+
+
+def test_a_restore_through_libvirt_alone(shell: Shell, vm: str, store: Path, names: Any) -> None:
+    data = write(shell, vm, "far")
+    backup(shell, vm, store)
+    far, copy = Shell("qemu+unix:///system?socket=/run/libvirt/libvirt-sock"), names()
+    far.run("backup", "restore", vm, "--as", copy, "--folder", str(store))
+    holds(shell, copy, data)
+
+
+def test_a_stopped_vm_is_backed_up_whole_and_then_by_what_changed(
+    shell: Shell, vm: str, store: Path, names: Any
+) -> None:
+    first = write(shell, vm, "one")
+    shell.run("stop", vm)
+    assert backup(shell, vm, store)["kind"] == "full"
+    again = backup(shell, vm, store)
+    assert (again["kind"], again["consistency"]) == ("incremental", "stopped")
+    shell.run("start", vm)
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
+    second = write(shell, vm, "two", at=COUNT)
+    live = backup(shell, vm, store)
+    assert live["kind"] == "incremental", live
+    third = write(shell, vm, "three", at=2 * COUNT)
+    shell.run("stop", vm)
+    assert backup(shell, vm, store)["kind"] == "incremental"
+    verified(shell, vm, store)
+    holds(shell, restored(shell, vm, store, "latest", names()), first + second + third)
+    holds(shell, restored(shell, vm, store, live["id"], names()), first + second + bytes(len(third)))
+
+
+def kill_qemu(shell: Shell, vm: str) -> None:
+    os.kill(int(Path(f"/run/libvirt/qemu/{vm}.pid").read_text()), signal.SIGKILL)
+    while shell.virsh("domstate", vm) == "running":
+        pass
+
+
+def test_lost_marks_are_found_and_a_full_backup_is_taken(shell: Shell, vm: str, store: Path, names: Any) -> None:
+    backup(shell, vm, store)
+    # By a crash: what QEMU marked is not in the file.
+    write(shell, vm, "one")
+    kill_qemu(shell, vm)
+    shell.run("start", vm)
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
+    dry = shell.run("backup", "create", vm, "--folder", str(store), "--dry-run").stdout
+    refused = shell.run("backup", "create", vm, "--incremental", "--folder", str(store), check=6)
+    assert "lost or broken" in refused.stderr and "lost or broken" in dry
+    done = shell.run("backup", "create", vm, "--folder", str(store))
+    assert "whole: its bitmap" in done.stderr and "full" in done.stdout
+    assert backup(shell, vm, store)["kind"] == "incremental"
+    # By a resize.
+    shell.run("disk", "resize", f"{vm}:data", "+1M")
+    made = backup(shell, vm, store)
+    assert made["kind"] == "mixed" and [d["why"] for d in made["disks"] if d["why"]] == [made["disks"][-1]["why"]]
+    # By somebody's qemu-img.
+    two = write(shell, vm, "two")
+    shell.run("stop", vm)
+    path = disk_of(shell, vm).source
+    (mark,) = checkpoints(shell, vm)
+    subprocess.run(["qemu-img", "bitmap", "--remove", "-f", "qcow2", path, mark], check=True)
+    assert backup(shell, vm, store)["kind"] == "mixed"
+    shell.run("start", vm)
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
+    # By a checkpoint taken away.
+    for one in checkpoints(shell, vm):
+        shell.virsh("checkpoint-delete", vm, one)
+    assert backup(shell, vm, store)["kind"] == "full"
+    verified(shell, vm, store)
+    holds(shell, restored(shell, vm, store, "latest", names()), two)
+
+
+def test_a_raw_disk_is_taken_whole_each_time(shell: Shell, vm: str, store: Path, names: Any) -> None:
+    shell.run("stop", vm)
+    shell.run("disk", "convert", f"{vm}:data", "--format", "raw")
+    shell.run("start", vm)
+    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
+    data = write(shell, vm, "raw")
+    backup(shell, vm, store)
+    made = backup(shell, vm, store)
+    assert made["kind"] == "mixed" and "raw disk keeps no bitmap" in made["disks"][-1]["why"]
+    copy = restored(shell, vm, store, "latest", names())
+    assert disk_of(shell, copy).format == "raw"
+    holds(shell, copy, data)
+
+
+def test_what_is_kept_takes_over_what_it_needs(shell: Shell, vm: str, store: Path, names: Any) -> None:
+    want = b""
+    for number in range(4):
+        want += write(shell, vm, f"{number}", 64, at=number * 64)
+        backup(shell, vm, store)
+    points = verified(shell, vm, store)
+    dry = shell.json("backup", "prune", vm, "--keep", "2", "--folder", str(store), "--dry-run")
+    assert (
+        dry == {"delete": points[:2], "merge": [points[2]], "keep": points[2:]} and verified(shell, vm, store) == points
+    )
+    shell.run("backup", "prune", vm, "--keep", "2", "--folder", str(store), check=2, stdin=subprocess.DEVNULL)
+    shell.run("backup", "prune", vm, "--keep", "2", "--folder", str(store), "--yes")
+    assert verified(shell, vm, store) == points[2:]
+    assert {row["kind"] for row in shell.json("backup", "list", "--folder", str(store))} == {"full", "incremental"}
+    holds(shell, restored(shell, vm, store, points[2], names()), want[: 3 * 64 * 4096] + bytes(64 * 4096))
+    # The next is an increment all the same, and --keep prunes after it.
+    made = backup(shell, vm, store, "--keep", "2")
+    assert made["kind"] == "incremental" and made["pruned"] == [points[2]]
+    verified(shell, vm, store)
+    holds(shell, restored(shell, vm, store, "latest", names()), want)
+    assert "nothing to delete" in shell.run("backup", "prune", vm, "--older-than", "1d", "--folder", str(store)).stdout
+
+
+def test_a_vm_with_marks_is_renamed_and_deleted_as_any(shell: Shell, vm: str, store: Path, names: Any) -> None:
+    backup(shell, vm, store)
+    other = names()
+    shell.run("stop", vm)
+    marks = checkpoints(shell, vm)
+    shell.run("rename", vm, other)
+    files = Path(f"/var/lib/libvirt/qemu/checkpoint/{other}").iterdir()
+    assert [one.stem for one in files] == marks == checkpoints(shell, other)  # libvirt knows them after a restart too
+    assert backup(shell, other, store)["kind"] == "full"  # under another name there is none before it
+    assert len(checkpoints(shell, other)) == 2
+    shell.run("rename", other, vm)
+    assert backup(shell, vm, store)["kind"] in {"incremental", "full"}
+
+
+def test_dry_runs_touch_nothing(shell: Shell, vm: str, store: Path) -> None:
+    dry = shell.run("backup", "create", vm, "--folder", str(store), "--freeze", "--keep", "1", "--dry-run").stdout
+    assert f"would make {store}/{vm}/" in dry and "would freeze" in dry and disk_of(shell, vm).source in dry
+    assert not store.exists() and checkpoints(shell, vm) == []
+
+
+def test_a_vm_of_others_with_uefi_variables(shell: Shell, names: Any, store: Path, tmp_path: Path) -> None:
+    one, two, pool = names(), names(), tmp_path / "pool"
+    shell.run("disk", "pool", "create", "uefi", "--path", str(pool))
+    try:
+        for path in (tmp_path, *tmp_path.parents):
+            path.chmod(path.stat().st_mode | 0o711)
+        variables = Path(f"/var/lib/libvirt/qemu/nvram/{one}.fd")
+        variables.parent.mkdir(parents=True, exist_ok=True)
+        variables.write_bytes(b"variables" * 1000)
+        shell.run("disk", "create", "uefi/root", "8M")
+        data = pattern.blocks("uefi", 64)
+        (tmp_path / "data").write_bytes(data)
+        disk = pool / "root.qcow2"
+        words = ["qemu-io", "-f", "qcow2", "-c", f"write -s {tmp_path / 'data'} 0 {len(data)}", str(disk)]
+        subprocess.run(words, check=True, capture_output=True)
+        xml = tmp_path / "xml"
+        xml.write_text(
+            f"<domain type='qemu'><name>{one}</name><memory unit='MiB'>64</memory><os firmware='efi'>"
+            f"<type arch='x86_64' machine='q35'>hvm</type><nvram>{variables}</nvram><boot dev='hd'/></os><devices>"
+            f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{disk}'/>"
+            "<target dev='vda' bus='virtio'/><serial>data</serial></disk></devices></domain>"
+        )
+        shell.virsh("define", str(xml))
+        assert backup(shell, one, store)["kind"] == "full"
+        assert verified(shell, one, store)
+        shell.run("backup", "restore", one, "--as", two, "--pool", "uefi", "--folder", str(store))
+        holds(shell, two, data)
+        (kept,) = [line for line in shell.virsh("dumpxml", two, "--inactive").splitlines() if "<nvram" in line]
+        path = Path(kept.partition(">")[2].partition("<")[0])
+        assert path != variables and path.read_bytes() == variables.read_bytes()
+    finally:
+        for vm in (one, two):
+            shell.run("delete", vm, "--yes", "--missing-ok", check=None)
+        for left in pool.iterdir():
+            left.unlink()
+        shell.run("disk", "pool", "delete", "uefi", "--yes", check=None)
