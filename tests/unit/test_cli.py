@@ -56,7 +56,7 @@ def test_no_command_shows_the_help_as_it_is(capsys: pytest.CaptureFixture[str]) 
         ("delet x", "did you mean vmctl delete?"),
         ("sotp x", "did you mean vmctl stop?"),
         ("image bild", "did you mean vmctl image build?"),
-        ("clone x", "vmctl --help"),
+        ("frobnicate x", "vmctl --help"),
         ("frobnicate", "vmctl --help"),
     ],
 )
