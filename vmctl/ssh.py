@@ -34,7 +34,7 @@ _ANSWER_TIMEOUT_S = 120.0
 _CHUNK = 64 * 1024
 _KEEPALIVE_S = 15
 _LOOK_S = 1.0
-_ENDING_S = 10.0  # for all that ending.SCRIPT does
+_ENDING_S = 20.0  # for all that ending.SCRIPT does
 _EXIT_UNKNOWN = 255  # what OpenSSH's client returns too
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.system.conftest import REPO, VMCTL, Shell
 from vmctl.wait import wait_until
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.system, pytest.mark.timeout(3000)]
 BOOT_S = "900"
 
 
