@@ -129,7 +129,7 @@ def _plan(host: Host, vm: Domain, name: str, order: Order) -> _Plan:
                 )
         beside = f"{Path(next(iter(overlays.values()))).parent}/{prefix}.snap-{uuid4().hex[:8]}"
         memory = f"{beside}.memory" if mode.memory else ""
-        nvram = f"{beside}.nvram" if vm.facts.nvram and Path(vm.facts.nvram).exists() else ""
+        nvram = f"{beside}.nvram" if snapshot_settle.nvram_of(host, vm) else ""
     return _Plan(vm, ref, mode, overlays, memory, nvram, devices, (*same, *expired, *oldest))
 
 
@@ -233,7 +233,7 @@ def _call(host: Host, plan: _Plan, name: str, order: Order, report: Reporter) ->
         ),
     )
     xml = render.snapshot(view)
-    before = Path(vm.facts.nvram).read_bytes() if plan.nvram else b""
+    before = Path(snapshot_settle.nvram_of(host, vm)).read_bytes() if plan.nvram else b""
     only = mode.kind is Kind.EXTERNAL and not mode.memory
     live = order.live and mode.memory
 
@@ -242,5 +242,5 @@ def _call(host: Host, plan: _Plan, name: str, order: Order, report: Reporter) ->
 
     domain_job.blocking(host, vm.name, take, report, f"take snapshot {plan.ref}")
     if plan.nvram:
-        after = Path(vm.facts.nvram).read_bytes()
+        after = Path(snapshot_settle.nvram_of(host, vm)).read_bytes()
         snapshot_layers.write_aside(plan.nvram, before if before == after else after)

@@ -237,6 +237,7 @@ def guest() -> Iterator[str]:
     shell, name = Shell(), f"fault-{os.getpid()}-live"
     before = set(POOL.iterdir())
     shell.run("create", name, "--image", "micro", "--disk", "16M", "--wait", "ssh", timeout=300)
+    shell.run("exec", name, "--", "sync")
     yield name
     shell.run("delete", name, "--yes")
     assert set(POOL.iterdir()) == before and not list(JOURNAL.glob("*"))
