@@ -212,11 +212,19 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
         domain.define(host.conn, found.moved(found.definition), name=vm.name)
         known.redefine(host.conn, vm.name, one.xml, current=True)
         if nvram:
+            variables = Path(found.nvram).read_bytes()
+            undo.callback(lambda: _keep_nvram(host, found, variables))
             snapshot_settle.put_nvram(*nvram)
         _run(host, found, saved, start=start)
         undo.pop_all()
     snapshot_settle.drop_unneeded(host, found.old)
     path.unlink(missing_ok=True)
+
+
+def _keep_nvram(host: Host, found: _Plan, variables: bytes) -> None:
+    """Undo what was put there, unless the VM runs with it already."""
+    if not domain.find(host.conn, found.vm.name).active:
+        Path(found.nvram).write_bytes(variables)
 
 
 def _saved(host: Host, found: _Plan) -> str:
