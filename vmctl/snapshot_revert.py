@@ -154,7 +154,7 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
     ``safety``: take a snapshot of the present state before, so that nothing is lost.
     """
     ref, _one = snapshots.named(host, text)
-    with snapshots.working_on(host, ref.vm, report) as vm:
+    with snapshot_layers.working_on(host, ref.vm, report) as vm:
         found = _plan(host, vm, ref)
         kept = ""
         if safety:
