@@ -127,8 +127,12 @@ def merge(host: Host, seen: View, step: Merge, report: Reporter) -> None:
         qemu_img.commit(
             Path(step.top), "qcow2", Path(base), what=what, moved=share_reporter(report, what, chain.top.virtual_size)
         )
+    # From the moment nobody names it any more it would be an orphan.
+    entry = Entry(host.conn.uri, seen.vm.name, "merge", Path(step.top).name, files=(step.top,))
+    path = snapshot_journal.begin(host, entry)
     _repoint(host, seen, step, base, form, live)
     remove_file(host, step.top)
+    path.unlink(missing_ok=True)
     report(Step(f"{Path(step.top).name} is merged into {Path(base).name}"))
 
 

@@ -78,7 +78,7 @@ class Machine:
             there |= one.files
             aside |= set(one.aside)
         needed = {path for top in there for path in chain(top)}
-        files = {str(one) for one in POOL.iterdir() if ".snap-" in one.name}
+        files = {str(one) for one in POOL.iterdir() if ".snap-" in one.name and one.name.startswith(f"{self.name}-")}
         assert files <= needed | aside, f"orphans: {files - needed - aside}"
         assert {path for path in needed | aside if not Path(path).exists()} == set()
         for path in needed:
