@@ -15,7 +15,7 @@ from vmctl import (
     snapshot_xml,
 )
 from vmctl import snapshots as snapshot_verbs
-from vmctl.errors import Unsupported, VmctlError, WrongState
+from vmctl.errors import Unsupported, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, snapshots
@@ -101,6 +101,7 @@ def remove(host: Host, vm: Domain, one: Snapshot, report: Reporter) -> None:
         if isinstance(error, VmctlError):
             error.hint = error.hint or hint
         else:
+            quietly(lambda: snapshot_settle.settle(host, vm.name, report))
             report(Step(hint))
         raise
     path.unlink(missing_ok=True)
