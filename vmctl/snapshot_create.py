@@ -14,6 +14,7 @@ from vmctl import (
     domain_job,
     render,
     resolve,
+    snapshot_delete,
     snapshot_journal,
     snapshot_layers,
     snapshot_plan,
@@ -129,14 +130,14 @@ def _plan(host: Host, vm: Domain, name: str, order: Order) -> _Plan:
                 )
         beside = f"{Path(next(iter(overlays.values()))).parent}/{prefix}.snap-{uuid4().hex[:8]}"
         memory = f"{beside}.memory" if mode.memory else ""
-        nvram = f"{beside}.nvram" if vm.facts.nvram and Path(vm.facts.nvram).exists() else ""
+        nvram = f"{beside}.nvram" if snapshot_settle.nvram_of(host, vm) else ""
     return _Plan(vm, ref, mode, overlays, memory, nvram, devices, (*same, *expired, *oldest))
 
 
 def create(host: Host, text: str, order: Order, report: Reporter, *, dry: bool = False) -> Taken:
     """Take a snapshot. Raises, with nothing changed, for what cannot be done."""
     ref = snapshot_verbs.refer(host, text)
-    with snapshot_verbs.working_on(host, ref.vm, report) as vm:
+    with snapshot_layers.working_on(host, ref.vm, report) as vm:
         return taken(host, vm, ref.snapshot, order, report, dry=dry)
 
 
@@ -151,12 +152,12 @@ def taken(host: Host, vm: Domain, name: str, order: Order, report: Reporter, *, 
         touches += tuple(f"write into {disk.source}" for disk in plan.devices if disk.target in plan.mode.disks)
     touches += (f"change VM {vm.name}",) if plan.overlays else ()
     for one in plan.replaced:
-        touches += (f"delete snapshot {vm.name}.{one.name}", *snapshot_verbs.planned_delete(host, vm, one).touches)
+        touches += (f"delete snapshot {vm.name}.{one.name}", *snapshot_delete.planned_delete(host, vm, one).touches)
     if not dry:
         _take(host, plan, order, report)
         for one in plan.replaced:
             if one.name != plan.ref.snapshot:
-                snapshot_verbs.remove(host, vm, one, report)
+                snapshot_delete.remove(host, vm, one, report)
     told = plan.mode
     return Taken(vm.name, plan.ref.snapshot, told.kind, told.memory, told.why, touches)
 
@@ -167,7 +168,7 @@ def _take(host: Host, plan: _Plan, order: Order, report: Reporter) -> None:
     same = [one for one in plan.replaced if one.name == ref.snapshot]
     name = ref.snapshot
     if same and plan.mode.kind is Kind.INTERNAL:
-        snapshot_verbs.remove(host, vm, same[0], report)  # QEMU itself knows it by its name
+        snapshot_delete.remove(host, vm, same[0], report)  # QEMU itself knows it by its name
     elif same:
         name = snapshot_plan.free_name(datetime.now(UTC), [one.name for one in snapshots.snapshots(host.conn, vm.name)])
     entry = Entry(
@@ -193,7 +194,7 @@ def _take(host: Host, plan: _Plan, order: Order, report: Reporter) -> None:
     for folder in {str(Path(one).parent) for one in plan.files}:
         snapshot_layers.refresh_pools(host, folder)
     if name != ref.snapshot:
-        snapshot_verbs.remove(host, vm, same[0], report)
+        snapshot_delete.remove(host, vm, same[0], report)
         snapshot_layers.rename(host, vm.name, name, ref.snapshot)
 
 
@@ -233,7 +234,7 @@ def _call(host: Host, plan: _Plan, name: str, order: Order, report: Reporter) ->
         ),
     )
     xml = render.snapshot(view)
-    before = Path(vm.facts.nvram).read_bytes() if plan.nvram else b""
+    before = Path(snapshot_settle.nvram_of(host, vm)).read_bytes() if plan.nvram else b""
     only = mode.kind is Kind.EXTERNAL and not mode.memory
     live = order.live and mode.memory
 
@@ -242,5 +243,5 @@ def _call(host: Host, plan: _Plan, name: str, order: Order, report: Reporter) ->
 
     domain_job.blocking(host, vm.name, take, report, f"take snapshot {plan.ref}")
     if plan.nvram:
-        after = Path(vm.facts.nvram).read_bytes()
+        after = Path(snapshot_settle.nvram_of(host, vm)).read_bytes()
         snapshot_layers.write_aside(plan.nvram, before if before == after else after)

@@ -8,7 +8,8 @@ comes to name the lower, and the upper goes. So whatever dies in between, the ne
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from vmctl.image_users import Seen
 from vmctl.snapshot_journal import Entry
 from vmctl.snapshot_plan import OURS, Files, Merge, tidy
 from vmctl.snapshot_xml import Snapshot
+
+_LOCK_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +127,12 @@ def merge(host: Host, seen: View, step: Merge, report: Reporter) -> None:
         qemu_img.commit(
             Path(step.top), "qcow2", Path(base), what=what, moved=share_reporter(report, what, chain.top.virtual_size)
         )
+    # From the moment nobody names it any more it would be an orphan.
+    entry = Entry(host.conn.uri, seen.vm.name, "merge", Path(step.top).name, files=(step.top,))
+    path = snapshot_journal.begin(host, entry)
     _repoint(host, seen, step, base, form, live)
     remove_file(host, step.top)
+    path.unlink(missing_ok=True)
     report(Step(f"{Path(step.top).name} is merged into {Path(base).name}"))
 
 
@@ -208,6 +215,14 @@ def only_of(host: Host, vm: Domain) -> tuple[str, ...]:
             going.remove(path)
             bases.pop(path, None)
         mine += free
+
+
+@contextmanager
+def working_on(host: Host, vm: str, report: Reporter) -> Iterator[Domain]:
+    """The VM, nobody else's to change within the block; what a killed change left is settled first."""
+    with holding(host, vm, timeout_s=_LOCK_TIMEOUT_S):
+        settle(host, vm, report)
+        yield domain.find(host.conn, vm)
 
 
 def settle(host: Host, name: str, report: Reporter, *, merging: bool = False) -> None:

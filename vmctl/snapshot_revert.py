@@ -60,6 +60,7 @@ class _Plan:
     fresh: dict[str, tuple[str, str, str]]
     old: tuple[str, ...]
     lost: tuple[str, ...]
+    nvram: str = ""
 
     def moved(self, text: str) -> str:
         """A domain's XML of the snapshot's time with the VM's name of now, and on the fresh files."""
@@ -96,7 +97,7 @@ def _plan(host: Host, vm: Domain, ref: Ref) -> _Plan:
         for disk in one.external
     }
     old = _given_up(host, vm, one)
-    return _Plan(vm, one, before, definition, fresh, old, _lost(host, vm, one))
+    return _Plan(vm, one, before, definition, fresh, old, _lost(host, vm, one), snapshot_settle.nvram_of(host, vm))
 
 
 def _given_up(host: Host, vm: Domain, one: Snapshot) -> tuple[str, ...]:
@@ -141,8 +142,8 @@ def _touches(found: _Plan) -> tuple[str, ...]:
     told += [f"change VM {found.vm.name}"]
     if found.one.kind == "internal":
         told += [f"put {path} back to it" for path in sorted(found.one.files)]
-    if found.one.kept and found.one.kept.nvram:
-        told.append(f"write {found.vm.facts.nvram}")
+    if found.one.kept and found.one.kept.nvram and found.nvram:
+        told.append(f"write {found.nvram}")
     told += [f"read {found.one.memory_file}"] if found.one.memory == "external" else []
     return (*told, *(f"delete {path}" for path in found.old))
 
@@ -153,7 +154,7 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
     ``safety``: take a snapshot of the present state before, so that nothing is lost.
     """
     ref, _one = snapshots.named(host, text)
-    with snapshots.working_on(host, ref.vm, report) as vm:
+    with snapshot_layers.working_on(host, ref.vm, report) as vm:
         found = _plan(host, vm, ref)
         kept = ""
         if safety:
@@ -195,7 +196,7 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
     memory = one.memory == "external" and start is not False
     saved = _saved(host, found) if memory else ""
     fresh = tuple(new for new, _file, _form in found.fresh.values())
-    nvram = (one.kept.nvram, vm.facts.nvram) if one.kept and one.kept.nvram and vm.facts.nvram else ()
+    nvram = (one.kept.nvram, found.nvram) if one.kept and one.kept.nvram and found.nvram else ()
     entry = Entry(host.conn.uri, vm.name, "revert", one.name, (*fresh, *found.old), nvram=nvram)
     path = snapshot_journal.begin(host, entry)
     with ExitStack() as undo:
@@ -211,11 +212,19 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
         domain.define(host.conn, found.moved(found.definition), name=vm.name)
         known.redefine(host.conn, vm.name, one.xml, current=True)
         if nvram:
+            variables = Path(found.nvram).read_bytes()
+            undo.callback(lambda: _keep_nvram(host, found, variables))
             snapshot_settle.put_nvram(*nvram)
         _run(host, found, saved, start=start)
         undo.pop_all()
     snapshot_settle.drop_unneeded(host, found.old)
     path.unlink(missing_ok=True)
+
+
+def _keep_nvram(host: Host, found: _Plan, variables: bytes) -> None:
+    """Undo what was put there, unless the VM runs with it already."""
+    if not domain.find(host.conn, found.vm.name).active:
+        Path(found.nvram).write_bytes(variables)
 
 
 def _saved(host: Host, found: _Plan) -> str:

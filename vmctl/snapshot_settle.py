@@ -16,6 +16,7 @@ from vmctl.errors import WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, snapshots
+from vmctl.hypervisor.domain import Domain
 from vmctl.image_users import Seen
 from vmctl.snapshot_journal import Entry
 from vmctl.snapshot_xml import Kept, Snapshot
@@ -80,6 +81,15 @@ def kept_of(entry: Entry) -> Kept:
 def keep(host: Host, name: str, one: Snapshot, kept: Kept) -> None:
     """Write down what vmctl keeps of a snapshot."""
     snapshots.redefine(host.conn, name, snapshot_xml.with_kept(one.xml, kept), current=one.current)
+
+
+def nvram_of(host: Host, vm: Domain) -> str:
+    """The file of a VM's UEFI variables, "" for none. A stopped VM's definition may not name it."""
+    if not vm.facts.firmware.startswith("uefi") or not host.conn.local:
+        return ""
+    folder = Path.home() / ".config/libvirt/qemu/nvram" if host.conn.session else Path("/var/lib/libvirt/qemu/nvram")
+    path = Path(vm.facts.nvram or folder / f"{vm.name}_VARS.fd")
+    return str(path) if path.exists() else ""
 
 
 def put_nvram(copy: str, place: str) -> None:

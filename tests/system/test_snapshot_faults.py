@@ -78,7 +78,7 @@ class Machine:
             there |= one.files
             aside |= set(one.aside)
         needed = {path for top in there for path in chain(top)}
-        files = {str(one) for one in POOL.iterdir() if ".snap-" in one.name}
+        files = {str(one) for one in POOL.iterdir() if ".snap-" in one.name and one.name.startswith(f"{self.name}-")}
         assert files <= needed | aside, f"orphans: {files - needed - aside}"
         assert {path for path in needed | aside if not Path(path).exists()} == set()
         for path in needed:
@@ -237,6 +237,7 @@ def guest() -> Iterator[str]:
     shell, name = Shell(), f"fault-{os.getpid()}-live"
     before = set(POOL.iterdir())
     shell.run("create", name, "--image", "micro", "--disk", "16M", "--wait", "ssh", timeout=300)
+    shell.run("exec", name, "--", "sync")
     yield name
     shell.run("delete", name, "--yes")
     assert set(POOL.iterdir()) == before and not list(JOURNAL.glob("*"))

@@ -23,8 +23,9 @@ from vmctl.errors import SpecError, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
+    from vmctl.snapshot_delete import Deleted
     from vmctl.snapshot_diff import Difference
-    from vmctl.snapshots import Deleted, Listed, Shown
+    from vmctl.snapshots import Listed, Shown
 
 app = typer.Typer(help="States of VMs to go back to.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -215,7 +216,7 @@ def delete(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Delete snapshots, also while their VMs run. What others need of their files stays."""
-    from vmctl import snapshots
+    from vmctl import snapshot_delete
 
     if not names and not expired:
         raise SpecError("cannot delete snapshots: none is named", hint="VM.SNAPSHOT, or --expired")
@@ -223,8 +224,8 @@ def delete(
 
         def each(*, dry: bool) -> list[Deleted]:
             if expired:
-                return list(snapshots.delete_expired(host, names or (), reporter(), dry=dry))
-            return [snapshots.delete(host, one, reporter(), dry=dry) for one in names or ()]
+                return list(snapshot_delete.delete_expired(host, names or (), reporter(), dry=dry))
+            return [snapshot_delete.delete(host, one, reporter(), dry=dry) for one in names or ()]
 
         if not dry_run and not yes:
             lines = [f"snapshot {one.vm}.{one.name}" for one in each(dry=True)]
