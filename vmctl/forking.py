@@ -28,7 +28,6 @@ from vmctl.hypervisor import disks, domain, network, saved, storage
 from vmctl.hypervisor.agent import AgentState
 from vmctl.hypervisor.agent import state as agent_state
 from vmctl.hypervisor.domain import Domain, State
-from vmctl.readiness import Goal
 from vmctl.saved_memory import Head
 from vmctl.seed_disk import first_boot_is_over
 from vmctl.spec import Accel
@@ -255,7 +254,7 @@ def _bring(host: Host, vm: Domain, one: Newcomer, head: Head, memory: Path, repo
     renewed = time.monotonic()
     there = domain.find(host.conn, one.name)
     budget = readiness.default_timeout_s(there)
-    where = readiness.wait_for(host, there, Goal.SSH, timeout_s=budget, report=silent)
+    where = readiness.reach(host, there, timeout_s=budget, report=silent)
     copies.complete(host, one)
     ended = time.monotonic()
     report(
