@@ -255,8 +255,9 @@ def _bring(host: Host, vm: Domain, one: Newcomer, head: Head, memory: Path, repo
     there = domain.find(host.conn, one.name)
     budget = readiness.default_timeout_s(there)
     where = readiness.reach(host, there, timeout_s=budget, report=silent)
-    copies.complete(host, one)
     ended = time.monotonic()
+    quietly(lambda: agent.sync_time(host, one.name))  # what it was told on the way grew older on the way
+    copies.complete(host, one)
     report(
         Step(
             f"{one.name} runs: restored {restored - began:.2f} s, renewed {renewed - restored:.2f} s, "

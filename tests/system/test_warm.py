@@ -41,7 +41,7 @@ def test_a_warmed_image_from_making_to_removal(shell: Shell, names: Callable[[],
         ["image", "warm", "micro"],
         ["image", "warm", "micro", "--remove"],
     ):
-        assert one in shell.run("image", *words, check=5).stderr
+        assert one in shell.run(*words, check=5).stderr
     shell.run("delete", one, two, "--yes")
     shell.run("image", "warm", "micro", "--remove")
     assert (volumes(shell, "vmctl-images"), volumes(shell)) == (store, before)
