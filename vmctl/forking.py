@@ -28,8 +28,9 @@ from vmctl.hypervisor import disks, domain, network, saved, storage
 from vmctl.hypervisor.agent import AgentState
 from vmctl.hypervisor.agent import state as agent_state
 from vmctl.hypervisor.domain import Domain, State
-from vmctl.readiness import Goal
 from vmctl.saved_memory import Head
+from vmctl.seed_disk import first_boot_is_over
+from vmctl.spec import Accel
 from vmctl.wait import wait_until
 from vmctl.workspace import workspace
 
@@ -114,6 +115,7 @@ def fork(host: Host, name: str, names: Sequence[str], report: Reporter) -> tuple
     """
     copies.require_local(host, name, "fork")
     with copies.held_names(host, domain.find(host.conn, name).name, names, "fork"), ExitStack() as undo:
+        _settled(host, name, report)
         planned = plan(host, name, names)
         vm = planned.vm
         text = domain.xml(host.conn, vm.name, inactive=True)
@@ -132,6 +134,23 @@ def fork(host: Host, name: str, names: Sequence[str], report: Reporter) -> tuple
             clock.join(_CLOCK_S)
         undo.pop_all()
     return made
+
+
+def _settled(host: Host, name: str, report: Reporter) -> None:
+    """Wait for the first boot to be over: what still sets the guest up would make its forks the first one again."""
+    vm = domain.find(host.conn, name)
+    record = vm.facts.record
+    if vm.state is not State.RUNNING or record is None or record.console_log is None or not copies.seed_target(vm):
+        return
+    if not first_boot_is_over(host, vm):
+        report(Step(f"waiting for the first boot of {vm.name} to end"))
+        wait_until(
+            lambda: first_boot_is_over(host, vm),
+            what=f"cannot fork VM {vm.name}: its first boot is not over",
+            timeout_s=readiness.default_timeout_s(vm),
+            interval_s=0.1,
+            hint=f"vmctl wait {vm.name} --for cloud-init; or stop and start it",
+        )
 
 
 def _make_layers(host: Host, planned: Plan, undo: ExitStack) -> None:
@@ -193,7 +212,10 @@ def _take_state(host: Host, planned: Plan, memory: Path, report: Reporter) -> No
     vm = planned.vm
     above = {layer.target: copies.path_of(host, layer.above) for layer in planned.layers if layer.above}
     began = time.monotonic()
-    saved.save_and_go_on(host.conn, vm.name, str(memory), above, planned.left)
+    # Emulated, what QEMU 7.2 wrote of a busy guest while it ran was not of one moment: a fork's kernel found its lists
+    # of free pages broken.
+    live = vm.facts.accel is Accel.KVM
+    saved.save_and_go_on(host.conn, vm.name, str(memory), above, planned.left, live=live)
     report(
         Step(f"the state of {vm.name} is taken, {memory.stat().st_size >> 20} MiB in {time.monotonic() - began:.2f} s")
     )
@@ -232,9 +254,10 @@ def _bring(host: Host, vm: Domain, one: Newcomer, head: Head, memory: Path, repo
     renewed = time.monotonic()
     there = domain.find(host.conn, one.name)
     budget = readiness.default_timeout_s(there)
-    where = readiness.wait_for(host, there, Goal.SSH, timeout_s=budget, report=silent)
-    copies.complete(host, one)
+    where = readiness.reach(host, there, timeout_s=budget, report=silent)
     ended = time.monotonic()
+    quietly(lambda: agent.sync_time(host, one.name))  # what it was told on the way grew older on the way
+    copies.complete(host, one)
     report(
         Step(
             f"{one.name} runs: restored {restored - began:.2f} s, renewed {renewed - restored:.2f} s, "

@@ -253,6 +253,23 @@ def wait_for(
     return watch.where
 
 
+def reach(host: Host, vm: Domain, *, timeout_s: float, report: Reporter) -> Address | None:
+    """Wait for SSH as wait_for() does, without a knock before the one that is answered: each costs the guest a process.
+
+    For a guest that is up already. Raises as wait_for().
+    """
+    watch = _Watch(host, vm, time.monotonic)
+    watch.where = address(host, vm)
+    if watch.where is not None:
+        try:
+            wait_until(watch.ssh, what="", timeout_s=timeout_s, interval_s=_POLL_S)
+        except WaitTimeout:
+            timeout_s = 0.0  # once more, for what is known then
+        else:
+            return watch.where
+    return wait_for(host, vm, Goal.SSH, timeout_s=timeout_s, report=report)
+
+
 def _told(lease: Lease, now: float) -> str:
     """A lease for people: its address, until when by this machine's clock, and how long that is from ``now``."""
     if not lease.expiry:

@@ -26,7 +26,7 @@ def detach_used(host: Host, vm: Domain, report: Reporter) -> None:
     """Detach and delete the seed of a stopped VM, when its console log shows that its first boot went to the end."""
     record = vm.facts.record
     seed = next((one for one in record.owned if one.volume.endswith("-seed.iso")), None) if record else None
-    if record is None or seed is None or not _first_boot_is_over(host, vm):
+    if record is None or seed is None or not first_boot_is_over(host, vm):
         return
     disk = next((disk for disk in vm.facts.disks if disk.source.endswith(f"/{seed.volume}")), None)
     if disk is not None:
@@ -39,7 +39,8 @@ def detach_used(host: Host, vm: Domain, report: Reporter) -> None:
     report(Step(f"{vm.name} no longer needs its seed"))
 
 
-def _first_boot_is_over(host: Host, vm: Domain) -> bool:
+def first_boot_is_over(host: Host, vm: Domain) -> bool:
+    """Whether the console log shows that the first boot went to its end."""
     try:
         return first_boot_is_kept(console_text(host, vm))
     except VmctlError:

@@ -12,6 +12,7 @@ import pytest
 from tests.system import pattern
 from tests.system.conftest import REPO, VMCTL, Shell, volumes
 from tests.system.test_clone import checked, who
+from vmctl.wait import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
@@ -38,7 +39,10 @@ def warmed(shell: Shell, name: str, *options: str) -> None:
 
 def count(shell: Shell, vm: str) -> int:
     """How far the guest's process has counted."""
-    return int(shell.run("exec", vm, "--", "cat", "/run/count").stdout)
+    # Empty for the moment in which it is written.
+    return int(
+        wait_until(lambda: shell.run("exec", vm, "--", "cat", "/run/count").stdout or None, what="", timeout_s=30)
+    )
 
 
 def test_forks_run_on_and_are_machines_of_their_own(shell: Shell, name: str, several: str) -> None:

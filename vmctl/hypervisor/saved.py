@@ -31,12 +31,12 @@ def _snapshot_xml(memory: str, disks: Mapping[str, str], left: tuple[str, ...]) 
 
 
 def save_and_go_on(
-    conn: Connection, name: str, memory: str, disks: Mapping[str, str], left: tuple[str, ...], *, live: bool = True
+    conn: Connection, name: str, memory: str, disks: Mapping[str, str], left: tuple[str, ...], *, live: bool
 ) -> None:
     """Write a running domain's memory to the file ``memory``; from that moment its disks go on in other files.
 
-    ``disks`` are those overlays by target, which must be there; ``left`` the targets that stay as they are. Most is
-    written while it runs; one that changes its memory faster than that is held after some seconds, and goes on after.
+    ``disks`` are those overlays by target, which must be there; ``left`` the targets that stay as they are. It is held
+    meanwhile. ``live``: most is written while it runs; one that changes its memory faster than that is held, too.
     """
     flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_NO_METADATA | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REUSE_EXT
     flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
@@ -58,11 +58,11 @@ def save_and_go_on(
     held = False
     try:
         worker.join(_LIVE_S)
-        if worker.is_alive():
-            quietly(lambda: domain.pause(conn, name))
+        if worker.is_alive() and live:
             held = True
-            while worker.is_alive():
-                worker.join(0.2)
+            quietly(lambda: domain.pause(conn, name))
+        while worker.is_alive():
+            worker.join(0.2)
     except BaseException:
         quietly(lambda: domain.abort_job(conn, name))
         worker.join(_ABORT_S)
