@@ -333,7 +333,8 @@ def test_a_vm_of_others_with_uefi_variables(shell: Shell, names: Any, store: Pat
         xml = tmp_path / "xml"
         xml.write_text(
             f"<domain type='qemu'><name>{one}</name><memory unit='MiB'>64</memory><os firmware='efi'>"
-            f"<type arch='x86_64' machine='q35'>hvm</type><nvram>{variables}</nvram><boot dev='hd'/></os><devices>"
+            f"<type arch='x86_64' machine='q35'>hvm</type><nvram>{variables}</nvram><boot dev='hd'/></os>"
+            "<features><acpi/></features><devices>"
             f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{disk}'/>"
             "<target dev='vda' bus='virtio'/><serial>data</serial></disk></devices></domain>"
         )
