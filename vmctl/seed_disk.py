@@ -26,7 +26,7 @@ def detach_used(host: Host, vm: Domain, report: Reporter) -> None:
     """Detach and delete the seed of a stopped VM, when its console log shows that its first boot went to the end."""
     record = vm.facts.record
     seed = next((one for one in record.owned if one.volume.endswith("-seed.iso")), None) if record else None
-    if record is None or seed is None or not first_boot_is_over(host, vm):
+    if record is None or seed is None or not first_boot_is_kept(_log(host, vm)):
         return
     disk = next((disk for disk in vm.facts.disks if disk.source.endswith(f"/{seed.volume}")), None)
     if disk is not None:
@@ -40,11 +40,16 @@ def detach_used(host: Host, vm: Domain, report: Reporter) -> None:
 
 
 def first_boot_is_over(host: Host, vm: Domain) -> bool:
-    """Whether the console log shows that the first boot went to its end."""
+    """Whether the console log shows that the first boot went to its end. Of a running guest: a power cut may undo it."""
+    log = _log(host, vm)
+    return bool(_KEPT.search(log) or _FINISHED.search(log))
+
+
+def _log(host: Host, vm: Domain) -> str:
     try:
-        return first_boot_is_kept(console_text(host, vm))
+        return console_text(host, vm)
     except VmctlError:
-        return False  # no log to tell: the seed stays
+        return ""  # nothing to tell by: the seed stays
 
 
 def first_boot_is_kept(log: str) -> bool:
