@@ -40,7 +40,7 @@ def detach_used(host: Host, vm: Domain, report: Reporter) -> None:
 
 
 def first_boot_is_over(host: Host, vm: Domain) -> bool:
-    """Whether the console log shows that the first boot went to its end. Of a running guest: a power cut may undo it."""
+    """Whether the console log shows that the first boot went to its end, which a power cut may undo yet."""
     log = _log(host, vm)
     return bool(_KEPT.search(log) or _FINISHED.search(log))
 
