@@ -109,6 +109,7 @@ def delete(host: Host, name: str, report: Reporter) -> None:
         what = doomed(host, name)
         if what.vm is not None:
             remove(host, what.vm, report)
+            snapshot_layers.settle(host, name, report)  # what was left to be merged is gone with it
             return
         for owned in what.volumes:
             storage.delete_volume(host.conn, owned.pool, owned.volume)
