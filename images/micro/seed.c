@@ -128,12 +128,23 @@ static void write_hostname(void)
     write_text("/etc/hosts", text, 0644);
 }
 
-/* From the instance id where there is one (two 64-bit FNV-1a sums): a reseeded copy of a disk is another machine. */
+/* From the instance id where there is one: a reseeded copy of a disk is another machine. One that is a UUID is taken as
+ * it is, as a fork is told it; of another two 64-bit FNV-1a sums. */
 static void write_machine_id(const char *instance)
 {
     uint8_t bytes[16];
+    char id[40] = "";
+    size_t digits = 0;
     if (!first_boot && access("/etc/machine-id", F_OK) == 0)
         return;
+    for (const char *c = instance ? instance : ""; *c && digits < 32; c++)
+        if (strchr("0123456789abcdef", *c))
+            id[digits++] = *c;
+    if (digits == 32 && strlen(instance) == 36) {
+        id[digits] = '\n';
+        write_text("/etc/machine-id", id, 0444);
+        return;
+    }
     if (instance) {
         for (int half = 0; half < 2; half++) {
             uint64_t sum = 14695981039346656037ULL ^ (uint64_t)half;
