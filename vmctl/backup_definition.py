@@ -41,9 +41,9 @@ class Changes:
 def changed(text: str, changes: Changes) -> str:
     """The definition with these changes. Raises ImageError for text that is no definition of libvirt's."""
     end = text.rfind("</metadata>")
-    head, tail = (
-        (text[: text.index("<devices>")], text[text.index("<devices>") :]) if end < 0 else (text[:end], text[end:])
-    )
+    if end < 0:  # of a VM that vmctl did not make
+        end = text.index("</uuid>") + len("</uuid>")
+    head, tail = text[:end], text[end:]
     head = re.sub(r"<name>[^<]*</name>", f"<name>{escape(changes.name)}</name>", head, count=1)
     head = re.sub(r"<uuid>[^<]*</uuid>", f"<uuid>{changes.uuid}</uuid>", head, count=1)
     if changes.record:

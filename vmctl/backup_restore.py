@@ -115,14 +115,31 @@ def _do(
             domain.drop_saved(host.conn, planned.name)
 
 
+def _old_files(host: Host, planned: Plan) -> tuple[Owned, ...]:
+    """What the old VM owns beside its disks and its log, as its seed: the new one owns it until it is deleted."""
+    old = planned.old
+    if old is None or old.facts.record is None:
+        return ()
+    kept = {disk.source for disk in old.facts.disks if not disk.readonly} | {old.facts.serial_log}
+    return tuple(
+        one
+        for one in old.facts.record.owned
+        if f"{pools.pool(host.conn, one.pool).path}/{one.volume}" not in kept and one != old.facts.record.console_log
+    )
+
+
 def _clear_old(host: Host, planned: Plan, old: Domain) -> None:
     """Delete what of the old VM's own files is neither a disk nor named by the new definition: seed, UEFI variables."""
     text = domain.xml(host.conn, planned.name, inactive=True)
-    kept = {disk.source for disk in old.facts.disks if not disk.readonly}
-    for one in old.facts.record.owned if old.facts.record else ():
-        path = f"{pools.pool(host.conn, one.pool).path}/{one.volume}"
-        if path not in text and path not in kept:
+    gone = []
+    for one in _old_files(host, planned):
+        if f"{pools.pool(host.conn, one.pool).path}/{one.volume}" not in text:
             storage.delete_volume(host.conn, one.pool, one.volume)
+            gone.append(one)
+    record = domain.find(host.conn, planned.name).facts.record
+    if gone and record is not None:
+        owned = tuple(one for one in record.owned if one not in gone)
+        domain.set_record(host.conn, planned.name, render.metadata(replace(record, owned=owned)))
     if old.facts.nvram and old.facts.nvram not in text and host.conn.local:
         Path(old.facts.nvram).unlink(missing_ok=True)
 
@@ -144,6 +161,7 @@ def _changes(host: Host, planned: Plan) -> tuple[Changes, tuple[Owned, ...]]:
     owned = tuple(
         Owned(planned.pool, one.volume) for one in planned.volumes if one.file is None or one.file.role != "nvram"
     )
+    owned += _old_files(host, planned)
     if planned.log:
         log = planned.old.facts.record.console_log if planned.old and planned.old.facts.record else None
         owned += (log or Owned(planned.pool, Path(planned.log).name),)

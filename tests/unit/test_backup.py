@@ -264,6 +264,12 @@ def test_a_definition_made_over() -> None:
         assert there in text
 
 
+def test_a_definition_of_others_made_over() -> None:
+    bare = DEFINITION[: DEFINITION.index("  <metadata>")] + DEFINITION[DEFINITION.index("  <os>") :]
+    text = backup_definition.changed(bare, Changes("web2", UUID.replace("0", "1"), {}, {"/old/nvram": "/new/n"}))
+    assert "<name>web2<" in text and "<nvram>/new/n<" in text and UUID not in text
+
+
 def test_what_a_definition_reaches() -> None:
     def reaches(extra: str) -> frozenset[str]:
         text = DEFINITION.replace("</devices>", extra + "</devices>")

@@ -257,8 +257,9 @@ def prune(
 
     place, age = backup_store.vm_folder(_root(folder), vm), _age(older_than)
     found = backup.prune(place, keep, age, reporter(), dry=True)
-    if not dry_run and found.delete:
-        refuse_unless_yes([f"backup {one} of {vm}" for one in found.delete], yes=yes)
+    if not dry_run:
+        if found.delete:
+            refuse_unless_yes([f"backup {one} of {vm}" for one in found.delete], yes=yes)
         found = backup.prune(place, keep, age, reporter(), dry=False)
     ui.emit(found, output, lambda: _pruned(found, dry_run), lambda: found.delete)
 
