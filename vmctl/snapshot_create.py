@@ -21,8 +21,9 @@ from vmctl import (
     snapshot_settle,
 )
 from vmctl import snapshots as snapshot_verbs
+from vmctl.choices import Accel
 from vmctl.disk_xml import DiskDevice
-from vmctl.errors import Conflict, Interrupted, SpecError, quietly
+from vmctl.errors import Conflict, Interrupted, SpecError, Unsupported, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import agent as hypervisor_agent
@@ -115,6 +116,11 @@ def _plan(host: Host, vm: Domain, name: str, order: Order) -> _Plan:
         raise Conflict(f"cannot {doing}: there is one of that name", hint="--reuse takes its place")
     rest = [one for one in found if one not in same]
     expired, oldest = snapshot_plan.victims(rest, datetime.now(UTC), most=order.most - 1 if order.most else None)
+    if order.live and vm.facts.accel is Accel.TCG:
+        raise Unsupported(
+            f"cannot {doing}: what QEMU saves of an emulated guest that runs on is not always of one moment",
+            hint="without --live it is held while its memory is saved",
+        )
     # A replaced one still counts: it goes only when the new one is there.
     mode = snapshot_plan.choose(doing, situation(host, vm, found), order.wanted)
     if order.wanted.freeze:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.driver.test_domains import define
 from vmctl import snapshot_create, snapshot_delete, snapshot_diff, snapshots
-from vmctl.errors import Conflict, NotFound, SpecError, VmctlError
+from vmctl.errors import Conflict, NotFound, SpecError, Unsupported, VmctlError
 from vmctl.events import silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import snapshots as known
@@ -53,6 +53,8 @@ def test_what_cannot_be_taken_changes_nothing(host: Host, vm: str) -> None:
     for text, error in (("web1.one", Conflict), ("web1.-x", SpecError), ("web1.new", VmctlError)):
         with pytest.raises(error):
             snapshot_create.create(host, text, snapshot_create.Order(), silent)
+    with pytest.raises(Unsupported, match="of one moment"):
+        snapshot_create.create(host, "web1.live", snapshot_create.Order(live=True), silent)
     assert known.names(host.conn) == before
     assert snapshot_delete.delete_expired(host, (), silent) == ()
 

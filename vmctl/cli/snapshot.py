@@ -63,7 +63,9 @@ def create(
     freeze: Annotated[
         bool, typer.Option("--freeze", help="Have the agent hold the guest's file systems still meanwhile.")
     ] = False,
-    live: Annotated[bool, typer.Option("--live", help="The guest runs on while its memory is saved.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="The guest runs on while its memory is saved; on KVM only.")
+    ] = False,
     description: Annotated[str, typer.Option("--description", metavar="TEXT", help="What it is for.")] = "",
     expiry: Annotated[str, typer.Option("--expiry", metavar="TIME", help="How long it is kept, as 7d or 12h.")] = "",
     reuse: Annotated[bool, typer.Option("--reuse", help="Take the place of the one of that name.")] = False,
