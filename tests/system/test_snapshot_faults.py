@@ -333,6 +333,26 @@ def test_of_a_running_vm(guest: Guest, tmp_path: Path, op: str, fault: str) -> N
     assert at > 3
 
 
+def test_a_commit_that_a_killed_vmctl_left_ready(guest: Guest) -> None:
+    """It waits in QEMU for somebody to switch over; who merges next does not stumble over it."""
+    shell = guest.shell
+    shell.run("snapshot", "revert", f"{guest.name}.held", "--yes")
+    guest.put("middle", PATTERN)
+    shell.run("snapshot", "create", f"{guest.name}.middle", "--no-memory")
+    guest.put("after", 2 * PATTERN)
+    for disk in disk_xml.read(shell.virsh("dumpxml", guest.name)):
+        if not disk.readonly:
+            words = ["blockcommit", guest.name, disk.target, "--active", "--shallow"]
+            shell.virsh(*words, "--wait")
+    count = counted("delete, running", "left ready")
+    count[0] += 1
+    shell.run("snapshot", "delete", f"{guest.name}.middle", "--yes")
+    assert guest.reads() == ["held", "middle", "after"]
+    shell.virsh("destroy", guest.name)
+    guest.in_order()
+    count[1] += 1
+
+
 @pytest.mark.parametrize("healed", ["doctor", "next"])
 def test_a_guest_that_was_left_frozen(guest: Guest, tmp_path: Path, healed: str) -> None:
     """vmctl is killed when it has frozen the guest, and when it has taken the disks: the next thaws it, and doctor."""
