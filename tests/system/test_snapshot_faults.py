@@ -21,6 +21,7 @@ from tests.system import pattern
 from tests.system.conftest import REPO, VMCTL, Shell
 from tests.system.test_interrupted import interrupted
 from vmctl import disk_xml, snapshot_xml
+from vmctl.wait import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
@@ -262,6 +263,27 @@ class Guest(Machine):
             self.shell.run("start", self.name)
             self.shell.run("wait", self.name, "--for", "agent", "--timeout", "240", timeout=300)
 
+    def lost_by_libvirt(self) -> bool:
+        """Whether libvirt came back without knowing that it runs; then its process is ended.
+
+        libvirt 9.0 notes a running VM in a file that it cannot read itself, "unknown mirror job type ''", in the moment
+        in which a commit is switched over.
+        """
+        if self.shell.virsh("domstate", self.name) != "shut off":
+            return False
+        found = subprocess.run(["pgrep", "-f", f"guest={self.name},"], capture_output=True, text=True, timeout=60)
+        if not found.stdout:
+            return False
+        assert "unknown mirror job type" in Path("/var/log/libvirt/libvirtd.log").read_text()
+        print(f"libvirt does not know of {self.name}, which runs")
+        subprocess.run(["kill", "-KILL", *found.stdout.split()], check=True)
+        wait_until(
+            lambda: subprocess.run(["pgrep", "-f", f"guest={self.name},"], stdout=subprocess.DEVNULL).returncode == 1,
+            what="QEMU does not end",
+            timeout_s=30,
+        )
+        return True
+
     def fs(self) -> str:
         """Whether its file systems are frozen or thawed."""
         told = self.shell.virsh("qemu-agent-command", self.name, '{"execute": "guest-fsfreeze-status"}')
@@ -308,9 +330,10 @@ def test_of_a_running_vm(guest: Guest, tmp_path: Path, op: str, fault: str) -> N
         count = counted(op, fault)
         count[0] += not over
         awake(shell)
-        shell.run("doctor", "--fix", check=None)
+        lost = guest.lost_by_libvirt()
+        steps += shell.run("doctor", "--fix", check=None).stdout.splitlines()
         died = shell.virsh("domstate", guest.name) != "running"
-        assert not died or fault == "QEMU" or op.startswith("revert"), steps
+        assert not died or lost or fault == "QEMU" or op.startswith("revert"), steps
         guest.up()
         told = guest.reads()
         wanted = {
@@ -320,6 +343,7 @@ def test_of_a_running_vm(guest: Guest, tmp_path: Path, op: str, fault: str) -> N
         }
         assert told in wanted[op], (steps, told)
         assert code == 0 or not over, (code, steps)
+        assert not list(JOURNAL.glob("*")), steps
         shell.virsh("destroy", guest.name)
         guest.in_order()
         extra = set(guest.snapshots()) - {"held"}
