@@ -268,12 +268,17 @@ lost_race() {
     alive "$1"
 }
 
+# libvirt waits for a killed QEMU until pid 1 has reaped it, and who knows what pid 1 is where no systemd runs.
+daemonized() { # DAEMON
+    if [ "$1" = libvirtd ]; then "$python" "$root/vmctl/reaper.py" "$1" -d; else "$1" -d; fi
+}
+
 start_by_hand() { # DAEMON...
     for daemon in "$@"; do
         if alive "$daemon"; then continue; fi
         say "starting $daemon (no systemd here)"
         open_log
-        "$daemon" -d >>"$log" 2>&1 </dev/null || lost_race "$daemon" || {
+        daemonized "$daemon" >>"$log" 2>&1 </dev/null || lost_race "$daemon" || {
             tail -n 12 "$log" | sed 's/^/    /' >&2
             die libvirt "$daemon did not start; all it said is in $log" "run $daemon in the foreground"
         }

@@ -114,6 +114,9 @@ def merge(host: Host, seen: View, step: Merge, report: Reporter) -> None:
         raise VmctlError(f"cannot {what}: it holds internal snapshots, which would be lost")
     base, form = chain.base.path, chain.base.format
     live = _live_disk(seen, step.top)
+    # At the end of a commit in a running VM nobody names the upper file any more, whether or not we live to see it.
+    entry = Entry(host.conn.uri, seen.vm.name, "merge", Path(step.top).name, files=(step.top,), layers=(step.top,))
+    path = snapshot_journal.begin(host, entry)
     if live is not None:
         disks.commit(
             host.conn,
@@ -127,9 +130,6 @@ def merge(host: Host, seen: View, step: Merge, report: Reporter) -> None:
         qemu_img.commit(
             Path(step.top), "qcow2", Path(base), what=what, moved=share_reporter(report, what, chain.top.virtual_size)
         )
-    # From the moment nobody names it any more it would be an orphan.
-    entry = Entry(host.conn.uri, seen.vm.name, "merge", Path(step.top).name, files=(step.top,))
-    path = snapshot_journal.begin(host, entry)
     _repoint(host, seen, step, base, form, live)
     remove_file(host, step.top)
     path.unlink(missing_ok=True)

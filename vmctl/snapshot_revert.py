@@ -6,8 +6,9 @@ the other. libvirt below 9.10 can do this for internal snapshots only; those it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +18,8 @@ from vmctl import (
     disk_guard,
     disk_xml,
     domain_files,
-    qemu_img,
+    image_users,
+    qcow2_overlay,
     resolve,
     snapshot_journal,
     snapshot_layers,
@@ -26,12 +28,13 @@ from vmctl import (
     snapshot_xml,
     snapshots,
 )
-from vmctl.errors import Interrupted, NotFound, Unsupported, quietly
+from vmctl.errors import Interrupted, NotFound, Unsupported, VmctlError, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain
 from vmctl.hypervisor import snapshots as known
 from vmctl.hypervisor.domain import Domain, State
+from vmctl.image_users import Seen
 from vmctl.snapshot_journal import Entry
 from vmctl.snapshot_plan import OURS, Ref
 from vmctl.snapshot_xml import Snapshot
@@ -202,7 +205,7 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
     with ExitStack() as undo:
         undo.callback(_settled, host, vm.name, report)
         for new, file, form in found.fresh.values():
-            qemu_img.create(Path(new), "qcow2", None, backing=Path(file), backing_format=form)
+            qcow2_overlay.make(Path(new), Path(file), form)
         if vm.active:
             _stop(host, vm)
         elif vm.state is State.SAVED:
@@ -215,10 +218,28 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
             variables = Path(found.nvram).read_bytes()
             undo.callback(lambda: _keep_nvram(host, found, variables))
             snapshot_settle.put_nvram(*nvram)
-        _run(host, found, saved, start=start)
+        with _looking(host) as seen:
+            _run(host, found, saved, start=start)
         undo.pop_all()
-    snapshot_settle.drop_unneeded(host, found.old)
+    snapshot_settle.drop_unneeded(host, found.old, seen[0] if seen else None)
     path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _looking(host: Host) -> Iterator[list[Seen]]:
+    """See who needs which file while the block runs: at its end it is in the list, unless that went wrong."""
+    seen: list[Seen] = []
+
+    def look() -> None:
+        with suppress(VmctlError):
+            seen.append(image_users.look(host.conn))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        thread.join()
 
 
 def _keep_nvram(host: Host, found: _Plan, variables: bytes) -> None:
@@ -240,9 +261,9 @@ def _saved(host: Host, found: _Plan) -> str:
 
 def _stop(host: Host, vm: Domain) -> None:
     """End the VM at once: nothing of what it has is kept."""
-    from vmctl import lifecycle
-
     if not domain.kill(host.conn, vm.name):
+        from vmctl import lifecycle
+
         lifecycle.power_off(host, vm.name)
 
 

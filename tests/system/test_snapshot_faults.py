@@ -18,15 +18,17 @@ from pathlib import Path
 import pytest
 
 from tests.system import pattern
-from tests.system.conftest import Shell
+from tests.system.conftest import REPO, VMCTL, Shell
 from tests.system.test_interrupted import interrupted
 from vmctl import disk_xml, snapshot_xml
+from vmctl.wait import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
 POOL = Path("/var/lib/libvirt/vmctl/vmctl")
 JOURNAL = Path.home() / ".local/share/vmctl/snapshot-journal"
 BLOCKS = 256
+PATTERN = 16
 DEADLY = {"SIGKILL": -signal.SIGKILL, "SIGINT": 130}
 COUNTS: dict[tuple[str, str], list[int]] = {}
 
@@ -70,6 +72,10 @@ class Machine:
         if self.shell.virsh("domstate", self.name) != "shut off":
             self.shell.virsh("destroy", self.name)
         self.shell.run("doctor", "--fix", check=None)
+        self.in_order()
+
+    def in_order(self) -> None:
+        """Of the stopped VM: nothing is left over, and every file is whole."""
         assert not list(JOURNAL.glob("*")), [one.read_text() for one in JOURNAL.glob("*")]
         text = self.shell.virsh("dumpxml", self.name, "--inactive")
         there = {one.source for one in disk_xml.read(text) if not one.readonly}
@@ -175,7 +181,6 @@ def test_revert_of_a_stopped_vm(machine: Machine, tmp_path: Path, fault: str) ->
     shell, at = machine.shell, 0
     while True:
         at += 1
-        shell.run("snapshot", "create", f"{machine.name}.safe")
         code, steps = interrupted(tmp_path, fault, at, "snapshot", "revert", f"{machine.name}.one", "--yes")
         over = finished(fault, steps, at)
         awake(shell)
@@ -186,10 +191,9 @@ def test_revert_of_a_stopped_vm(machine: Machine, tmp_path: Path, fault: str) ->
         found = machine.snapshots()
         assert (held(machine, found["one"]), held(machine, found["two"])) == (of("one"), of("two")), steps
         machine.startable()
-        shell.run("snapshot", "revert", f"{machine.name}.safe", "--yes")
-        assert content(machine.disk()) == of("now"), steps
-        shell.run("snapshot", "delete", f"{machine.name}.safe", "--yes")
-        assert content(machine.disk()) == of("now"), steps
+        shell.run("snapshot", "revert", f"{machine.name}.two", "--yes")
+        assert content(machine.disk()) == of("two"), steps
+        machine.write("now")
         if over:
             break
         count = counted("revert, stopped", fault)
@@ -219,8 +223,8 @@ def test_delete_of_the_middle(machine: Machine, tmp_path: Path, fault: str) -> N
         machine.startable()
         if "middle" in found:
             assert not over and held(machine, found["middle"]) == of("now"), steps
-            shell.run("snapshot", "delete", f"{machine.name}.middle", "--yes")
-        shell.run("snapshot", "delete", f"{machine.name}.upper", "--yes")
+        left = [f"{machine.name}.{one}" for one in ("middle", "upper") if one in found]
+        shell.run("snapshot", "delete", *left, "--yes")
         assert content(machine.disk()) == of("beyond"), steps
         machine.write("now")
         if over:
@@ -231,27 +235,74 @@ def test_delete_of_the_middle(machine: Machine, tmp_path: Path, fault: str) -> N
     assert at > 4
 
 
+@dataclass
+class Guest(Machine):
+    """A running VM with a snapshot ``held`` of its memory and of its disk of 16 MiB, gone back to before each fault."""
+
+    SCRIPT = "for d in /sys/block/vd*; do [ $(cat $d/size) = 32768 ] && d=/dev/${d##*/} && break; done"
+
+    def put(self, seed: str, at: int) -> None:
+        """Have the guest write a pattern at that block, down to its disk."""
+        words = f"{self.SCRIPT}; dd of=$d bs={pattern.BLOCK} seek={at} conv=notrunc,fsync 2>/dev/null"
+        data = pattern.blocks(seed, PATTERN)
+        argv = [*VMCTL, "exec", "--via", "agent", self.name, "--", "sh", "-c", words]
+        subprocess.run(argv, input=data, check=True, capture_output=True, timeout=120, cwd=REPO)
+
+    def reads(self) -> list[str]:
+        """Which patterns the guest reads from its disk, "" for none of them, in the order in which they lie there."""
+        each = f"dd if=$d bs={pattern.BLOCK} skip=$n count={PATTERN} 2>/dev/null | sha256sum"
+        words = f"{self.SCRIPT}; echo 3 >/proc/sys/vm/drop_caches; for n in 0 {PATTERN} {2 * PATTERN}; do {each}; done"
+        done = self.shell.run("exec", "--via", "agent", self.name, "--", "sh", "-c", words)
+        assert len(done.stdout.splitlines()) == 3, done.stdout
+        known = {hashlib.sha256(pattern.blocks(one, PATTERN)).hexdigest(): one for one in ("held", "middle", "after")}
+        return [known.get(line.split()[0], "") for line in done.stdout.splitlines()]
+
+    def up(self) -> None:
+        """Running and reachable; what died boots."""
+        if self.shell.virsh("domstate", self.name) != "running":
+            self.shell.run("start", self.name)
+            self.shell.run("wait", self.name, "--for", "agent", "--timeout", "240", timeout=300)
+
+    def lost_by_libvirt(self) -> bool:
+        """Whether libvirt came back without knowing that it runs; then its process is ended.
+
+        libvirt 9.0 notes a running VM in a file that it cannot read itself, "unknown mirror job type ''", in the moment
+        in which a commit is switched over.
+        """
+        if self.shell.virsh("domstate", self.name) != "shut off":
+            return False
+        found = subprocess.run(["pgrep", "-f", f"guest={self.name},"], capture_output=True, text=True, timeout=60)
+        if not found.stdout:
+            return False
+        assert "unknown mirror job type" in Path("/var/log/libvirt/libvirtd.log").read_text()
+        print(f"libvirt does not know of {self.name}, which runs")
+        subprocess.run(["kill", "-KILL", *found.stdout.split()], check=True)
+        wait_until(
+            lambda: subprocess.run(["pgrep", "-f", f"guest={self.name},"], stdout=subprocess.DEVNULL).returncode == 1,
+            what="QEMU does not end",
+            timeout_s=30,
+        )
+        return True
+
+    def fs(self) -> str:
+        """Whether its file systems are frozen or thawed."""
+        told = self.shell.virsh("qemu-agent-command", self.name, '{"execute": "guest-fsfreeze-status"}')
+        return str(json.loads(told)["return"])
+
+
 @pytest.fixture(scope="module")
-def guest() -> Iterator[str]:
-    """A running guest with a disk of 16 MiB."""
+def guest() -> Iterator[Guest]:
+    """Booted once for all faults that do not end it."""
     shell, name = Shell(), f"fault-{os.getpid()}-live"
     before = set(POOL.iterdir())
-    shell.run("create", name, "--image", "micro", "--disk", "16M", "--wait", "ssh", timeout=300)
+    shell.run("create", name, "--image", "micro", "--disk", "16M", "--wait", "agent", timeout=300)
     shell.run("exec", name, "--", "sync")
-    yield name
+    found = Guest(shell, name)
+    found.put("held", 0)
+    shell.run("snapshot", "create", f"{name}.held")
+    yield found
     shell.run("delete", name, "--yes")
     assert set(POOL.iterdir()) == before and not list(JOURNAL.glob("*"))
-
-
-def device(shell: Shell, vm: str) -> str:
-    script = "for d in /sys/block/vd*; do [ $(cat $d/size) = 32768 ] && echo /dev/${d##*/}; done; true"
-    return shell.run("exec", vm, "--", "sh", "-c", script).stdout.strip()
-
-
-def ensure_up(shell: Shell, vm: str) -> None:
-    if shell.virsh("domstate", vm) != "running":
-        shell.run("start", vm)
-    shell.run("wait", vm, "--for", "ssh", "--timeout", "240", timeout=300)
 
 
 LIVE = {
@@ -263,45 +314,94 @@ LIVE = {
 
 @pytest.mark.parametrize("fault", ["SIGKILL", "SIGINT", "LIBVIRTD", "QEMU"])
 @pytest.mark.parametrize("op", sorted(LIVE))
-def test_of_a_running_vm(guest: str, tmp_path: Path, op: str, fault: str) -> None:
-    """The guest has written a pattern before, and reads it after, in the VM as it is or from the snapshot."""
-    shell, at = Shell(), 0
-    words = [word.replace("VM", guest) for word in LIVE[op]]
-    while True:
-        at += 2  # every other step: each costs a guest's start here, and the next parameter takes none of the same code
-        machine = Machine(shell, guest)
-        ensure_up(shell, guest)
-        pattern.write(guest, device(shell, guest), pattern.blocks("held", 64))
-        shell.run("snapshot", "create", f"{guest}.held", "--reuse")
-        pattern.write(guest, device(shell, guest), pattern.blocks("middle", 64), at=64)
+def test_of_a_running_vm(guest: Guest, tmp_path: Path, op: str, fault: str) -> None:
+    """The guest has written patterns before, and reads them after, in the VM as it is and from the snapshots."""
+    shell, at, over = guest.shell, 0, False
+    words = [word.replace("VM", guest.name) for word in LIVE[op]]
+    while not over:
+        at += 1
+        shell.run("snapshot", "revert", f"{guest.name}.held", "--yes")
+        guest.put("middle", PATTERN)
         if op.startswith("delete"):
-            shell.run("snapshot", "create", f"{guest}.middle", "--no-memory")
-            pattern.write(guest, device(shell, guest), pattern.blocks("after", 64), at=128)
-        _code, steps = interrupted(tmp_path, fault, at, "snapshot", *words)
+            shell.run("snapshot", "create", f"{guest.name}.middle", "--no-memory")
+            guest.put("after", 2 * PATTERN)
+        code, steps = interrupted(tmp_path, fault, at, "snapshot", *words)
         over = finished(fault, steps, at)
+        count = counted(op, fault)
+        count[0] += not over
         awake(shell)
-        shell.run("doctor", "--fix", check=None)
-        assert not list(JOURNAL.glob("*"))
-        ensure_up(shell, guest)
-        disk = device(shell, guest)
-        assert pattern.holds(shell, guest, disk, pattern.blocks("held", 64)), steps
-        later = pattern.holds(shell, guest, disk, pattern.blocks("middle", 64), at=64)
-        assert later or op.startswith("revert"), steps
-        if op.startswith("delete"):
-            assert pattern.holds(shell, guest, disk, pattern.blocks("after", 64), at=128), steps
-        shell.run("snapshot", "revert", f"{guest}.held", "--yes")
-        assert shell.virsh("domstate", guest) == "running"
-        assert pattern.holds(shell, guest, disk, pattern.blocks("held", 64)), steps
-        assert not pattern.holds(shell, guest, disk, pattern.blocks("middle", 64), at=64), steps
-        machine.settled()
-        for extra in set(machine.snapshots()) - {"held"}:
-            shell.run("snapshot", "delete", f"{guest}.{extra}", "--yes")
-        if not over:
-            count = counted(op, fault)
-            count[0] += 1
-            count[1] += 1
-        if over or at >= 8:
-            break
+        lost = guest.lost_by_libvirt()
+        steps += shell.run("doctor", "--fix", check=None).stdout.splitlines()
+        died = shell.virsh("domstate", guest.name) != "running"
+        assert not died or lost or fault == "QEMU" or op.startswith("revert"), steps
+        guest.up()
+        told = guest.reads()
+        wanted = {
+            "create, running": [["held", "middle", ""]],
+            "delete, running": [["held", "middle", "after"]],
+            "revert, running": [["held", "", ""]] if over else [["held", "", ""], ["held", "middle", ""]],
+        }
+        assert told in wanted[op], (steps, told)
+        assert code == 0 or not over, (code, steps)
+        assert not list(JOURNAL.glob("*")), steps
+        shell.virsh("destroy", guest.name)
+        guest.in_order()
+        extra = set(guest.snapshots()) - {"held"}
+        assert extra <= {"new", "middle"}, extra
+        if "new" in extra:
+            shell.run("snapshot", "revert", f"{guest.name}.new", "--yes")
+            assert shell.virsh("domstate", guest.name) == "running" and guest.reads() == ["held", "middle", ""], steps
+        if extra:
+            shell.run("snapshot", "delete", *(f"{guest.name}.{one}" for one in extra), "--yes")
+        count[1] += not over
+    assert at > 3
+
+
+def test_a_commit_that_a_killed_vmctl_left_ready(guest: Guest) -> None:
+    """It waits in QEMU for somebody to switch over; who merges next does not stumble over it."""
+    shell = guest.shell
+    shell.run("snapshot", "revert", f"{guest.name}.held", "--yes")
+    guest.put("middle", PATTERN)
+    shell.run("snapshot", "create", f"{guest.name}.middle", "--no-memory")
+    guest.put("after", 2 * PATTERN)
+    for disk in disk_xml.read(shell.virsh("dumpxml", guest.name)):
+        if not disk.readonly:
+            words = ["blockcommit", guest.name, disk.target, "--active", "--shallow"]
+            shell.virsh(*words, "--wait")
+    count = counted("delete, running", "left ready")
+    count[0] += 1
+    shell.run("snapshot", "delete", f"{guest.name}.middle", "--yes")
+    assert guest.reads() == ["held", "middle", "after"]
+    shell.virsh("destroy", guest.name)
+    guest.in_order()
+    count[1] += 1
+
+
+@pytest.mark.parametrize("healed", ["doctor", "next"])
+def test_a_guest_that_was_left_frozen(guest: Guest, tmp_path: Path, healed: str) -> None:
+    """vmctl is killed when it has frozen the guest, and when it has taken the disks: the next thaws it, and doctor."""
+    shell, seen = guest.shell, []
+    for at in range(2, 4):
+        shell.run("snapshot", "revert", f"{guest.name}.held", "--yes")
+        words = ["snapshot", "create", f"{guest.name}.new", "--no-memory", "--freeze"]
+        count = counted("create, frozen", "SIGKILL")
+        count[0] += 1
+        _code, steps = interrupted(tmp_path, "SIGKILL", at, *words)
+        seen.append(steps[-1])
+        assert guest.fs() == "frozen", steps
+        if healed == "doctor":
+            shell.run("doctor", "--fix", check=None)
+        else:
+            shell.run("snapshot", "create", f"{guest.name}.next", "--no-memory", "--freeze")
+        assert guest.fs() == "thawed", steps
+        guest.put("middle", PATTERN)
+        assert guest.reads() == ["held", "middle", ""]
+        shell.virsh("destroy", guest.name)
+        guest.in_order()
+        extra = sorted(set(guest.snapshots()) - {"held"})
+        shell.run("snapshot", "delete", *(f"{guest.name}.{one}" for one in extra), "--yes", check=0 if extra else None)
+        count[1] += 1
+    assert seen == ["agent.freeze", "snapshots.take"]
 
 
 def test_no_room_in_the_pool(tmp_path: Path) -> None:

@@ -221,6 +221,9 @@ def pull(conn: Connection, name: str, target: str, base: str, moved: Callable[[J
         raise
 
 
+_COMMITS = (libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT, libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT)
+
+
 def commit(conn: Connection, name: str, target: str, base: str, top: str, moved: Callable[[Job], None]) -> None:
     """Bring what ``top``, a file of a running domain's disk, holds into ``base``, the one below it, and go on without.
 
@@ -230,6 +233,8 @@ def commit(conn: Connection, name: str, target: str, base: str, top: str, moved:
     dom = domain.handle(conn, name)
     active = find(conn, name, target, inactive=False).source == top
     with calling(doing):
+        if (dom.blockJobInfo(target, 0) or {}).get("type") in _COMMITS:  # one that a killed vmctl left
+            dom.blockJobAbort(target, 0)
         dom.blockCommit(target, base, top, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0)
     try:
         _until(conn, name, target, doing, moved, ready=active)
