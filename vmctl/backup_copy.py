@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from vmctl import backup_index
+from vmctl import digest
 from vmctl.backup_index import CLUSTER, ZEROS, Index
 from vmctl.errors import ImageError, VmctlError
 from vmctl.nbd import Export
@@ -169,7 +169,7 @@ def _digests(buffer: bytearray, view: memoryview, first: int, count: int) -> tup
         if buffer[at : at + 64] == _NOTHING[:64] and buffer[at : at + CLUSTER] == _NOTHING:
             zeros.append(first + number)
         else:
-            found[first + number] = backup_index.leaf(view[at : at + CLUSTER])
+            found[first + number] = digest.leaf(view[at : at + CLUSTER])
     return found, zeros
 
 
