@@ -29,7 +29,8 @@ class Summing(Protocol):
 
 def leaf(data: bytes | memoryview) -> bytes:
     """The 32 bytes of the digest of one piece of many. Other threads go on meanwhile."""
-    return _blake3()(data).digest()
+    found: bytes = _blake3()(data).digest()
+    return found
 
 
 @cache
