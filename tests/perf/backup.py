@@ -1,9 +1,9 @@
 """What a backup of a running VM costs beside `qemu-img convert` of the same disk, turn by turn, on a real disk.
 
-A disk of 4 GiB with 1 GiB of data, or as much as is asked for, on a running micro guest. convert reads the live file with -U, which gives no
-consistent copy, but the same work; it is measured as it is, and with its copy put on the disk for good, as a backup is
-when vmctl says it is made. Then the guest writes 1 % of the disk and an increment is taken. Each result is compared
-with the disk.
+A disk of 4 GiB with 1 GiB of data, or as much as is asked for, on a running micro guest. convert reads the live file
+with -U, which gives no consistent copy, but the same work; it is measured as it is, and with its copy put on the disk
+for good, as a backup is when vmctl says it is made. Then the guest writes 1 % of the disk and an increment is taken.
+Each result is compared with the disk.
 
 Usage: python tests/perf/backup.py [ROUNDS [FOLDER [MIB]]]     on qemu:///system, as root; FOLDER on the disk to measure
 """
