@@ -120,7 +120,7 @@ def test_backups_of_a_running_vm_cut_off_after_every_step(
             clean(shell, vm, store)
         now = verified(vm, store)
         assert set(good[-2:]) <= set(now), (good, now, steps)
-        done = shell.run("backup", "create", vm)
+        done = shell.run("backup", "create", vm, "--keep", "3")
         assert "incremental" in done.stdout, (steps, done.stdout, done.stderr)
         assert len(checkpoints(shell, vm)) == 1, steps
         assert pattern.holds(shell, vm, path, want)
