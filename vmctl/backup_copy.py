@@ -15,8 +15,8 @@ from vmctl.backup_index import CLUSTER, ZEROS, Index
 from vmctl.errors import ImageError, VmctlError
 from vmctl.nbd import Export
 
-PIECE = 32 * CLUSTER
-_THREADS = 3
+PIECE = 16 * CLUSTER
+_THREADS = 8  # while some wait for the disk, others empty what the server has sent
 _NOTHING = bytes(CLUSTER)
 _LOOK_S = 0.1
 

@@ -64,5 +64,5 @@ def digest(index: Mapping[int, bytes], size: int) -> str:
         whole[32 * number : 32 * number + 32] = one
     found = Digest()
     found.update(struct.pack(">Q", size))
-    found.update(whole)
+    found.update(bytes(whole))
     return str(found)

@@ -274,6 +274,7 @@ def test_restores_to_a_new_name_killed_after_every_step(shell: Shell, vm: str, s
         if at % 2:
             shell.run("backup", "restore", vm, "--as", copy, "--new-identity", check=None)
             holds(shell, copy, data)
+        shell.run("doctor", "--fix", check=None)
         shell.run("delete", copy, "--yes", "--missing-ok")
         assert volumes(shell) == before, steps
         survived(fault)
