@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -9,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from vmctl import backup_index
+from vmctl import digest
 from vmctl.backup_index import CLUSTER, ZEROS, Index
 from vmctl.errors import ImageError, VmctlError
 from vmctl.nbd import Export
 
 PIECE = 16 * CLUSTER
-_THREADS = 3
+_THREADS = 8  # while some wait for the disk, others empty what the server has sent
 _NOTHING = bytes(CLUSTER)
 _LOOK_S = 0.1
 
@@ -115,7 +116,7 @@ class _Work:
             with Export(self.copy.socket, self.copy.export) as export:
                 self.exports.append(export)
                 # Two pieces in turn: the server reads the next one while this one is digested and written.
-                buffers = (bytearray(PIECE), bytearray(PIECE))
+                buffers = (_pages(), _pages())
                 asked = self._ask(export, buffers[0])
                 while asked is not None:
                     buffers = (buffers[1], buffers[0])
@@ -134,7 +135,7 @@ class _Work:
         for export in self.exports:
             export.close()
 
-    def _ask(self, export: Export, buffer: bytearray) -> _Asked | None:
+    def _ask(self, export: Export, buffer: mmap.mmap) -> _Asked | None:
         """Ask for the next piece; None at the end."""
         if (piece := self.next()) is None:
             return None
@@ -144,7 +145,7 @@ class _Work:
         view[length:] = bytes(len(view) - length)  # the disk ends in this cluster
         return _Asked(export.start(first * CLUSTER, view[:length]), first, count, length)
 
-    def _take(self, buffer: bytearray, asked: _Asked) -> None:
+    def _take(self, buffer: mmap.mmap, asked: _Asked) -> None:
         """Digest a piece that has come, and hand it on."""
         copy, first, count = self.copy, asked.first, asked.count
         view = memoryview(buffer)[: count * CLUSTER]
@@ -160,7 +161,12 @@ class _Work:
         self.done(found, asked.length)
 
 
-def _digests(buffer: bytearray, view: memoryview, first: int, count: int) -> tuple[Index, list[int]]:
+def _pages() -> mmap.mmap:
+    """Memory for a piece that begins at a page's begin, as writing past the cache wants it."""
+    return mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _digests(buffer: mmap.mmap, view: memoryview, first: int, count: int) -> tuple[Index, list[int]]:
     """The digests of the clusters of a piece, and which of them are zeros."""
     found: Index = {}
     zeros = []
@@ -169,7 +175,7 @@ def _digests(buffer: bytearray, view: memoryview, first: int, count: int) -> tup
         if buffer[at : at + 64] == _NOTHING[:64] and buffer[at : at + CLUSTER] == _NOTHING:
             zeros.append(first + number)
         else:
-            found[first + number] = backup_index.leaf(view[at : at + CLUSTER])
+            found[first + number] = digest.leaf(view[at : at + CLUSTER])
     return found, zeros
 
 

@@ -1,4 +1,4 @@
-"""The digest of each cluster that a backup's file holds; over them, the digest of the whole disk. Pure but for files.
+"""The digest of each cluster that a backup's file holds, BLAKE3; over them, that of the whole disk. Pure but for files.
 
 An increment's list laid over those of the backups below it is the list of the whole disk at that point: so a whole
 disk's digest costs an increment no more than the hashing of what changed, and each file can be proved alone.
@@ -6,10 +6,10 @@ disk's digest costs an increment no more than the hashing of what changed, and e
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Iterable, Mapping
 
+from vmctl.digest import Digest
 from vmctl.errors import ImageError
 
 CLUSTER = 1 << 16
@@ -19,11 +19,6 @@ _HEAD = struct.Struct(">8sIIQ")
 ZEROS = bytes(32)  # stands for a cluster of zeros
 
 Index = dict[int, bytes]
-
-
-def leaf(data: bytes | memoryview) -> bytes:
-    """The digest of one cluster's content. A cluster that the disk ends in is filled up with zeros."""
-    return hashlib.sha256(data).digest()
 
 
 def clusters(size: int) -> int:
@@ -63,8 +58,11 @@ def laid_over(lists: Iterable[Mapping[int, bytes]]) -> Index:
 
 
 def digest(index: Mapping[int, bytes], size: int) -> str:
-    """The digest of a whole disk of ``size`` bytes: SHA-256 over its size and the digests of all its clusters."""
+    """The digest of a whole disk of ``size`` bytes: BLAKE3 over its size and the digests of all its clusters."""
     whole = bytearray(32 * clusters(size))
     for number, one in index.items():
         whole[32 * number : 32 * number + 32] = one
-    return hashlib.sha256(struct.pack(">Q", size) + whole).hexdigest()
+    found = Digest()
+    found.update(struct.pack(">Q", size))
+    found.update(bytes(whole))
+    return str(found)

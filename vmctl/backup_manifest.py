@@ -19,7 +19,8 @@ KIND = "vmctl-backup"
 NAME = "manifest.json"
 _FILE = r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}"
 _ID = r"[0-9]{8}T[0-9]{6}Z(?:-[0-9]{1,4})?"
-_DIGEST = r"[0-9a-f]{64}"
+_SHA256 = r"[0-9a-f]{64}"
+_DIGEST = r"blake3:[0-9a-f]{64}"
 _UUID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _VM = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,126}[A-Za-z0-9_])?"
 _TARGET = r"[a-z0-9]{2,16}"
@@ -158,7 +159,7 @@ def _disk(read: _Reader) -> StoredDisk:
         file=read.text("file", _FILE),
         file_size=read.number("file_size"),
         index=read.text("index", _FILE),
-        index_sha256=read.text("index_sha256", _DIGEST),
+        index_sha256=read.text("index_sha256", _SHA256),
         clusters=read.number("clusters"),
         parent=read.text("parent", f"(?:{_ID})?"),
         why=read.text("why", default=""),
@@ -171,7 +172,7 @@ def _file(read: _Reader) -> StoredFile:
         role=read.text("role", r"[a-z-]{1,32}"),
         file=read.text("file", _FILE),
         size=read.number("size", 1 << 34),
-        sha256=read.text("sha256", _DIGEST),
+        sha256=read.text("sha256", _SHA256),
         source=read.text("source", default=""),
         changed_ns=read.number("changed_ns", 1 << 63),
     )

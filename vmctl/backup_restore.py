@@ -83,8 +83,11 @@ def _do(
     old = planned.old
     sources = {one.target: one.source for one in disks.disks(host.conn, old.name, inactive=True)} if old else {}
     with ExitStack() as undo:
-        if old is not None:
-            undo.callback(disk_journal.settle, host, planned.name, report)
+        undo.callback(disk_journal.settle, host, planned.name, report)
+        if old is None and host.conn.local:
+            for new in _paths(planned):
+                disk_journal.begin(host, Entry(host.conn.uri, planned.name, "", "", new, ""))
+        elif old is not None:
             for one in planned.volumes:
                 if one.disk is not None and one.disk.target in sources:
                     entry = Entry(
@@ -110,9 +113,17 @@ def _do(
         _clear_old(host, planned, old)
         for name in backup_marks.ours(backup.checkpoints(host.conn, planned.name)):
             backup.delete_checkpoint(host.conn, planned.name, name, metadata_only=True)
-        disk_journal.settle(host, planned.name, report)
         if old.state is State.SAVED:
             domain.drop_saved(host.conn, planned.name)
+    disk_journal.settle(host, planned.name, report)
+
+
+def _paths(planned: Plan) -> tuple[str, ...]:
+    """The files that a VM which is not there yet would get."""
+    folder = Path(planned.volumes[0].path).parent
+    prefix = resolve.volume_prefix(planned.name, planned.uuid)
+    found = [*(one.path for one in planned.volumes), str(folder / f"{prefix}-seed.iso"), planned.log]
+    return tuple(dict.fromkeys(one for one in found if one))
 
 
 def _old_files(host: Host, planned: Plan) -> tuple[Owned, ...]:

@@ -1,4 +1,4 @@
-"""The digest of an image's disk: BLAKE3. The only place that imports blake3.
+"""Digests of disks, of images and in backups: BLAKE3. The only place that imports blake3.
 
 SHA-256 would take longer than the disk's whole copy does. One thread is through before the disk has written all, and
 several wait for each other at every block where processors are busy. `b3sum FILE` prints the same digits. A bare
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 _PREFIX = "blake3:"
 _BLOCK = 1 << 20  # a processor's cache holds it
@@ -26,15 +27,26 @@ class Summing(Protocol):
         """The digits so far."""
 
 
+def leaf(data: bytes | memoryview) -> bytes:
+    """The 32 bytes of the digest of one piece of many. Other threads go on meanwhile."""
+    found: bytes = _blake3()(data).digest()
+    return found
+
+
+@cache
+def _blake3() -> Callable[..., Any]:
+    from blake3 import blake3  # late: most commands hash nothing
+
+    return blake3
+
+
 class Digest:
     """A digest of the kind that ``like``, another one, is of; of the best kind without one."""
 
     def __init__(self, like: str = _PREFIX) -> None:
         self._prefix = _PREFIX if like.startswith(_PREFIX) else ""
         if self._prefix:
-            from blake3 import blake3  # late: most commands hash nothing
-
-            self._summing: Summing = blake3()
+            self._summing: Summing = _blake3()()
         else:
             self._summing = hashlib.sha256()
 

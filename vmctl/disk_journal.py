@@ -24,7 +24,10 @@ from vmctl.record import Owned
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A change of disk ``target`` of a VM from the file ``old`` to ``new``. ``keep``: the old one stays in any case."""
+    """A change of disk ``target`` of a VM from the file ``old`` to ``new``. ``keep``: the old one stays in any case.
+
+    ``old`` "": a file made for a VM that is not there yet, and goes unless the VM comes to name it.
+    """
 
     uri: str
     vm: str
@@ -97,6 +100,10 @@ def settle_all(host: Host, report: Reporter) -> list[str]:
 
 def _settle(host: Host, entry: Entry, report: Reporter) -> None:
     vm = domain.find_or_none(host.conn, entry.vm)
+    if not entry.old:
+        if vm is None or entry.new not in domain.xml(host.conn, entry.vm, inactive=True):
+            _remove_unused(host, entry.new)
+        return
     if vm is None:
         return  # deleted meanwhile, with its disks; which of the files was whose nobody can tell any more
     if vm.active:
@@ -112,8 +119,13 @@ def _settle(host: Host, entry: Entry, report: Reporter) -> None:
             _own(host, entry)
             remove_file(host, entry.old)
         report(Step(f"disk {entry.target} of {entry.vm} is {entry.new}"))
-    elif entry.new not in {disk.source for _, _, found in disks.all_disks(host.conn) for disk in found}:
-        remove_file(host, entry.new)
+    else:
+        _remove_unused(host, entry.new)
+
+
+def _remove_unused(host: Host, path: str) -> None:
+    if path not in {disk.source for _, _, found in disks.all_disks(host.conn) for disk in found}:
+        remove_file(host, path)
 
 
 def _follow(host: Host, entry: Entry) -> None:
@@ -151,4 +163,7 @@ def remove_file(host: Host, path: str) -> None:
 
 def unsettled(host: Host) -> list[str]:
     """One line for each change that was begun and not ended."""
-    return [f"disk {entry.target} of {entry.vm}: {entry.old} or {entry.new}" for _, entry in entries(host)]
+    return [
+        f"disk {entry.target} of {entry.vm}: {entry.old} or {entry.new}" if entry.old else f"{entry.new} of {entry.vm}"
+        for _, entry in entries(host)
+    ]

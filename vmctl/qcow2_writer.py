@@ -7,6 +7,8 @@ be sent once more.
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import struct
 import threading
@@ -32,6 +34,15 @@ def _zlib(data: bytes) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
+def _past_the_cache(handle: int) -> io.FileIO | None:
+    """The file once more, for writing whole pages past the cache; None where its file system has no such thing."""
+    try:
+        again = os.open(f"/proc/self/fd/{handle}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return None
+    return io.FileIO(again, "w")
+
+
 class Qcow2Writer:
     """A file open as ``handle`` that becomes a qcow2 of ``size`` bytes. Each cluster is given at most once."""
 
@@ -47,6 +58,7 @@ class Qcow2Writer:
         self._end = CLUSTER  # the first one is the header's
         self._l2: dict[int, array[int]] = {}
         self._shared: dict[int, int] = {}  # by host cluster: how many compressed ones touch it
+        self._direct = _past_the_cache(handle)
 
     def write(self, first: int, data: memoryview) -> None:
         """The content of the clusters from number ``first`` on; ``data`` is whole clusters."""
@@ -57,7 +69,7 @@ class Qcow2Writer:
         with self._lock:
             offset = -(-self._end // CLUSTER) * CLUSTER
             self._end = offset + len(data)
-        self._put(offset, data)
+        self._put_direct(offset, data)
         with self._lock:
             for number in range(len(data) // CLUSTER):
                 self._set(first + number, (offset + number * CLUSTER) | _COPIED)
@@ -94,6 +106,18 @@ class Qcow2Writer:
             table = self._l2[number // _PER_L2] = array("Q", bytes(CLUSTER))
         table[number % _PER_L2] = entry
 
+    def _put_direct(self, offset: int, data: memoryview) -> None:
+        """As ``_put``, at once to the disk where that can be: nobody reads it soon, so it need not fill the cache."""
+        if self._direct is not None:
+            try:
+                done = os.pwrite(self._direct.fileno(), data, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # which says that the memory does not lie as this disk wants it
+                    raise
+                done = 0
+            offset, data = offset + done, data[done:]
+        self._put(offset, data)
+
     def _put(self, offset: int, data: memoryview) -> None:
         while data:
             done = os.pwrite(self._handle, data, offset)
@@ -101,6 +125,8 @@ class Qcow2Writer:
 
     def finish(self) -> int:
         """Write the tables and last the header; returns the file's size. Nothing is synced."""
+        if self._direct is not None:
+            self._direct.close()
         at = -(-self._end // CLUSTER) * CLUSTER
         entries = max(1, -(-self._size // (CLUSTER * _PER_L2)))
         l1 = array("Q", bytes(8 * entries))

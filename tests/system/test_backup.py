@@ -16,7 +16,7 @@ import pytest
 
 from tests.system import pattern
 from tests.system.conftest import Shell, volumes
-from vmctl import disk_xml
+from vmctl import backup_verify, disk_xml
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
@@ -29,16 +29,44 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "backups"
 
 
+def created(shell: Shell, vm: str) -> str:
+    """A running VM with a disk of 64 MiB that its guest has as vdb or vdc."""
+    shell.run("create", vm, "--image", "micro", "--wait", "ssh")
+    shell.run("disk", "attach", vm, "64M", "--serial", "data")
+    return vm
+
+
 @pytest.fixture
 def vm(shell: Shell, name: str) -> Iterator[str]:
-    """A running VM with a disk of 64 MiB that its guest has as vdb or vdc."""
+    """A VM of the test's own, with which it may do anything."""
     before = volumes(shell)
-    shell.run("create", name, "--image", "micro", "--wait", "ssh")
-    shell.run("disk", "attach", name, "64M", "--serial", "data")
-    yield name
+    yield created(shell, name)
     shell.run("delete", name, "--yes", "--missing-ok", check=None)
     assert volumes(shell) == before
     assert name not in shell.virsh("list", "--all", "--name").split()
+
+
+@pytest.fixture(scope="module")
+def lasting() -> Iterator[str]:
+    """A VM for the tests that leave theirs as it was."""
+    shell, name = Shell(), f"t-{secrets.token_hex(4)}"
+    before = volumes(shell)
+    yield created(shell, name)
+    shell.run("delete", name, "--yes", "--missing-ok", check=None)
+    assert volumes(shell) == before
+
+
+@pytest.fixture
+def guest(shell: Shell, lasting: str) -> str:
+    """The VM that lasts, running, its disk empty, with no checkpoint of another test's backups."""
+    if shell.virsh("domstate", lasting) != "running":
+        shell.run("start", lasting)
+        shell.run("wait", lasting, "--for", "ssh", "--timeout", "120")
+    for one in checkpoints(shell, lasting):
+        shell.virsh("checkpoint-delete", lasting, one)
+    zeros = f"dd if=/dev/zero of={device(shell, lasting)} bs=1M count=64 conv=notrunc,fsync"
+    shell.run("exec", lasting, "--", "sh", "-c", zeros)
+    return lasting
 
 
 def device(shell: Shell, vm: str, serial: str = "data") -> str:
@@ -83,11 +111,11 @@ def holds(shell: Shell, vm: str, data: bytes, *, at: int = 0) -> None:
     raw.unlink()
 
 
-def verified(shell: Shell, vm: str, store: Path) -> list[str]:
+def verified(vm: str, store: Path) -> list[str]:
     """The ids of all backups, each of which is good."""
-    found = shell.json("backup", "verify", vm, "--folder", str(store))
-    assert all(not one["problems"] for one in found), found
-    return [one["id"] for one in found]
+    found = backup_verify.verify(store / vm, (), lambda _event: None)  # in this process: it is asked after each fault
+    assert all(not one.problems for one in found), found
+    return [one.id for one in found]
 
 
 def checkpoints(shell: Shell, vm: str) -> list[str]:
@@ -100,32 +128,33 @@ def restored(shell: Shell, vm: str, store: Path, point: str, name: str) -> str:
 
 
 def test_each_point_of_a_chain_restores_to_what_the_guest_had_then(
-    shell: Shell, vm: str, store: Path, names: Any
+    shell: Shell, guest: str, store: Path, names: Any
 ) -> None:
-    shell.run("disk", "attach", vm, "8M", "--serial", "plain")
+    shell.run("disk", "attach", guest, "8M", "--serial", "plain")
     points = []
     for number, words in enumerate(([], ["--freeze"], ["--compress", "zstd"], ["--compress", "zlib"])):
-        write(shell, vm, f"{number}", COUNT // 2, at=number * COUNT // 4)
+        write(shell, guest, f"{number}", COUNT // 2, at=number * COUNT // 4)
         # What the guest discards or zeroes is a change too.
         if number == 2:
             shell.run(
                 "exec",
-                vm,
+                guest,
                 "--",
                 "dd",
                 "if=/dev/zero",
-                f"of={device(shell, vm)}",
+                f"of={device(shell, guest)}",
                 "bs=64k",
                 "count=4",
                 "conv=fsync,notrunc",
             )
-        made = backup(shell, vm, store, *words)
+        made = backup(shell, guest, store, *words)
         points.append(made["id"])
         assert made["kind"] == ("full" if number == 0 else "incremental"), made
         assert made["consistency"] == ("frozen" if words == ["--freeze"] else "crash")
-        assert checkpoints(shell, vm) == [one for one in checkpoints(shell, vm) if made["id"] in one]
-    assert verified(shell, vm, store) == points
-    assert "nothing was frozen" in shell.run("thaw", vm).stdout
+        assert checkpoints(shell, guest) == [one for one in checkpoints(shell, guest) if made["id"] in one]
+    proved = shell.json("backup", "verify", guest, "--folder", str(store))
+    assert [one["id"] for one in proved] == points and not any(one["problems"] for one in proved)
+    assert "nothing was frozen" in shell.run("thaw", guest).stdout
     rows = shell.json("backup", "list", "--folder", str(store))
     assert [row["id"] for row in rows] == points and rows[3]["needs"] == points[:3]
     want = bytearray(64 << 20)
@@ -134,8 +163,9 @@ def test_each_point_of_a_chain_restores_to_what_the_guest_had_then(
         want[number * COUNT // 4 * 4096 : number * COUNT // 4 * 4096 + len(block)] = block
         if number == 2:
             want[: 4 << 16] = bytes(4 << 16)
-        copy = restored(shell, vm, store, point, names())
+        copy = restored(shell, guest, store, point, names())
         holds(shell, copy, bytes(want))
+    shell.run("disk", "detach", f"{guest}:plain", "--delete", "--yes")
 
 
 def test_a_restore_over_the_old_vm_names_what_is_lost_and_brings_all_back(shell: Shell, vm: str, store: Path) -> None:
@@ -176,51 +206,51 @@ def test_a_vm_deleted_by_mistake_comes_back_as_itself(shell: Shell, vm: str, sto
     assert pattern.holds(shell, vm, device(shell, vm), data)
 
 
-def test_a_new_identity_is_another_machine(shell: Shell, vm: str, store: Path, names: Any) -> None:
-    backup(shell, vm, store)
+def test_a_new_identity_is_another_machine(shell: Shell, guest: str, store: Path, names: Any) -> None:
+    backup(shell, guest, store)
     copy = names()
-    shell.run("backup", "restore", vm, "--as", copy, "--new-identity", "--start", "--folder", str(store))
+    shell.run("backup", "restore", guest, "--as", copy, "--new-identity", "--start", "--folder", str(store))
     shell.run("wait", copy, "--for", "ssh", "--timeout", "120")
     ask = "hostname; cat /etc/machine-id"
-    one, two = (shell.run("exec", which, "--", "sh", "-c", ask).stdout.split() for which in (vm, copy))
+    one, two = (shell.run("exec", which, "--", "sh", "-c", ask).stdout.split() for which in (guest, copy))
     assert two[0] == copy and one[1] != two[1]
-    old, new = shell.json("show", vm), shell.json("show", copy)
+    old, new = shell.json("show", guest), shell.json("show", copy)
     assert old["ssh_host_key"] != new["ssh_host_key"] and old["nics"][0]["mac"] != new["nics"][0]["mac"]
     assert old["address"] != new["address"]
 
 
-def test_a_restore_through_libvirt_alone(shell: Shell, vm: str, store: Path, names: Any) -> None:
-    data = write(shell, vm, "far")
-    backup(shell, vm, store)
+def test_a_restore_through_libvirt_alone(shell: Shell, guest: str, store: Path, names: Any) -> None:
+    data = write(shell, guest, "far")
+    backup(shell, guest, store)
     far, copy = Shell("qemu+unix:///system?socket=/run/libvirt/libvirt-sock"), names()
-    far.run("backup", "restore", vm, "--as", copy, "--folder", str(store))
+    far.run("backup", "restore", guest, "--as", copy, "--folder", str(store))
     holds(shell, copy, data)
 
 
 def test_a_stopped_vm_is_backed_up_whole_and_then_by_what_changed(
-    shell: Shell, vm: str, store: Path, names: Any
+    shell: Shell, guest: str, store: Path, names: Any
 ) -> None:
-    first = write(shell, vm, "one")
-    shell.run("stop", vm)
-    assert backup(shell, vm, store)["kind"] == "full"
-    again = backup(shell, vm, store)
+    first = write(shell, guest, "one")
+    shell.run("stop", guest)
+    assert backup(shell, guest, store)["kind"] == "full"
+    again = backup(shell, guest, store)
     assert (again["kind"], again["consistency"]) == ("incremental", "stopped")
-    shell.run("start", vm)
-    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
-    second = write(shell, vm, "two", at=COUNT)
-    live = backup(shell, vm, store)
+    shell.run("start", guest)
+    shell.run("wait", guest, "--for", "ssh", "--timeout", "120")
+    second = write(shell, guest, "two", at=COUNT)
+    live = backup(shell, guest, store)
     assert live["kind"] == "incremental", live
-    third = write(shell, vm, "three", at=2 * COUNT)
-    shell.run("stop", vm)
-    assert backup(shell, vm, store)["kind"] == "incremental"
-    verified(shell, vm, store)
-    holds(shell, restored(shell, vm, store, "latest", names()), first + second + third)
-    holds(shell, restored(shell, vm, store, live["id"], names()), first + second + bytes(len(third)))
+    third = write(shell, guest, "three", at=2 * COUNT)
+    shell.run("stop", guest)
+    assert backup(shell, guest, store)["kind"] == "incremental"
+    verified(guest, store)
+    holds(shell, restored(shell, guest, store, "latest", names()), first + second + third)
+    holds(shell, restored(shell, guest, store, live["id"], names()), first + second + bytes(len(third)))
 
 
-def kill_qemu(shell: Shell, vm: str) -> None:
-    os.kill(int(Path(f"/run/libvirt/qemu/{vm}.pid").read_text()), signal.SIGKILL)
-    while shell.virsh("domstate", vm) == "running":
+def kill_qemu(shell: Shell, guest: str) -> None:
+    os.kill(int(Path(f"/run/libvirt/qemu/{guest}.pid").read_text()), signal.SIGKILL)
+    while shell.virsh("domstate", guest) == "running":
         pass
 
 
@@ -254,7 +284,7 @@ def test_lost_marks_are_found_and_a_full_backup_is_taken(shell: Shell, vm: str, 
     for one in checkpoints(shell, vm):
         shell.virsh("checkpoint-delete", vm, one)
     assert backup(shell, vm, store)["kind"] == "full"
-    verified(shell, vm, store)
+    verified(vm, store)
     holds(shell, restored(shell, vm, store, "latest", names()), two)
 
 
@@ -272,27 +302,27 @@ def test_a_raw_disk_is_taken_whole_each_time(shell: Shell, vm: str, store: Path,
     holds(shell, copy, data)
 
 
-def test_what_is_kept_takes_over_what_it_needs(shell: Shell, vm: str, store: Path, names: Any) -> None:
+def test_what_is_kept_takes_over_what_it_needs(shell: Shell, guest: str, store: Path, names: Any) -> None:
     want = b""
     for number in range(4):
-        want += write(shell, vm, f"{number}", 64, at=number * 64)
-        backup(shell, vm, store)
-    points = verified(shell, vm, store)
-    dry = shell.json("backup", "prune", vm, "--keep", "2", "--folder", str(store), "--dry-run")
-    assert (
-        dry == {"delete": points[:2], "merge": [points[2]], "keep": points[2:]} and verified(shell, vm, store) == points
-    )
-    shell.run("backup", "prune", vm, "--keep", "2", "--folder", str(store), check=2, stdin=subprocess.DEVNULL)
-    shell.run("backup", "prune", vm, "--keep", "2", "--folder", str(store), "--yes")
-    assert verified(shell, vm, store) == points[2:]
+        want += write(shell, guest, f"{number}", 64, at=number * 64)
+        backup(shell, guest, store)
+    points = verified(guest, store)
+    dry = shell.json("backup", "prune", guest, "--keep", "2", "--folder", str(store), "--dry-run")
+    assert dry == {"delete": points[:2], "merge": [points[2]], "keep": points[2:]} and verified(guest, store) == points
+    shell.run("backup", "prune", guest, "--keep", "2", "--folder", str(store), check=2, stdin=subprocess.DEVNULL)
+    shell.run("backup", "prune", guest, "--keep", "2", "--folder", str(store), "--yes")
+    assert verified(guest, store) == points[2:]
     assert {row["kind"] for row in shell.json("backup", "list", "--folder", str(store))} == {"full", "incremental"}
-    holds(shell, restored(shell, vm, store, points[2], names()), want[: 3 * 64 * 4096] + bytes(64 * 4096))
+    holds(shell, restored(shell, guest, store, points[2], names()), want[: 3 * 64 * 4096] + bytes(64 * 4096))
     # The next is an increment all the same, and --keep prunes after it.
-    made = backup(shell, vm, store, "--keep", "2")
+    made = backup(shell, guest, store, "--keep", "2")
     assert made["kind"] == "incremental" and made["pruned"] == [points[2]]
-    verified(shell, vm, store)
-    holds(shell, restored(shell, vm, store, "latest", names()), want)
-    assert "nothing to delete" in shell.run("backup", "prune", vm, "--older-than", "1d", "--folder", str(store)).stdout
+    verified(guest, store)
+    holds(shell, restored(shell, guest, store, "latest", names()), want)
+    assert (
+        "nothing to delete" in shell.run("backup", "prune", guest, "--older-than", "1d", "--folder", str(store)).stdout
+    )
 
 
 def test_a_vm_with_marks_is_renamed_and_deleted_as_any(shell: Shell, vm: str, store: Path, names: Any) -> None:
@@ -309,10 +339,10 @@ def test_a_vm_with_marks_is_renamed_and_deleted_as_any(shell: Shell, vm: str, st
     assert backup(shell, vm, store)["kind"] in {"incremental", "full"}
 
 
-def test_dry_runs_touch_nothing(shell: Shell, vm: str, store: Path) -> None:
-    dry = shell.run("backup", "create", vm, "--folder", str(store), "--freeze", "--keep", "1", "--dry-run").stdout
-    assert f"would make {store}/{vm}/" in dry and "would freeze" in dry and disk_of(shell, vm).source in dry
-    assert not store.exists() and checkpoints(shell, vm) == []
+def test_dry_runs_touch_nothing(shell: Shell, guest: str, store: Path) -> None:
+    dry = shell.run("backup", "create", guest, "--folder", str(store), "--freeze", "--keep", "1", "--dry-run").stdout
+    assert f"would make {store}/{guest}/" in dry and "would freeze" in dry and disk_of(shell, guest).source in dry
+    assert not store.exists() and checkpoints(shell, guest) == []
 
 
 def test_a_vm_of_others_with_uefi_variables(shell: Shell, names: Any, store: Path, tmp_path: Path) -> None:
@@ -340,7 +370,7 @@ def test_a_vm_of_others_with_uefi_variables(shell: Shell, names: Any, store: Pat
         )
         shell.virsh("define", str(xml))
         assert backup(shell, one, store)["kind"] == "full"
-        assert verified(shell, one, store)
+        assert verified(one, store)
         shell.run("backup", "restore", one, "--as", two, "--pool", "uefi", "--folder", str(store))
         holds(shell, two, data)
         (kept,) = [line for line in shell.virsh("dumpxml", two, "--inactive").splitlines() if "<nvram" in line]

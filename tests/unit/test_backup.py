@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmctl import backup_copy, backup_definition, backup_index, backup_manifest, backup_plan, qemu_nbd
+from vmctl import backup_copy, backup_definition, backup_index, backup_manifest, backup_plan, digest, qemu_nbd
 from vmctl.backup_copy import Copy
 from vmctl.backup_definition import Changes
 from vmctl.backup_index import CLUSTER, ZEROS
@@ -31,7 +31,7 @@ DIGEST = "0" * 64
 
 def disk(target: str = "vda", parent: str = "", size: int = 1 << 20) -> StoredDisk:
     return StoredDisk(
-        target, "root", "qcow2", size, DIGEST, f"{target}.qcow2", 1, f"{target}.digests", DIGEST, 1, parent
+        target, "root", "qcow2", size, f"blake3:{DIGEST}", f"{target}.qcow2", 1, f"{target}.digests", DIGEST, 1, parent
     )
 
 
@@ -322,9 +322,7 @@ def test_a_copy_is_what_is_served_and_proves_it(tmp_path: Path, size: int) -> No
             Export(socket, "another")
     os.close(handle)
     assert {n for n, one in index.items() if one == ZEROS} == set(range(1, backup_index.clusters(size), 2))
-    assert all(
-        index[n] == backup_index.leaf(bytes(content[n * CLUSTER :][:CLUSTER]).ljust(CLUSTER, b"\0")) for n in (0, 2)
-    )
+    assert all(index[n] == digest.leaf(bytes(content[n * CLUSTER :][:CLUSTER]).ljust(CLUSTER, b"\0")) for n in (0, 2))
     subprocess.run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", str(made), str(raw)], check=True)
     with pytest.raises(Broken):
         Export(socket, export)
