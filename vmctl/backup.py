@@ -21,6 +21,7 @@ from vmctl import (
     backup_take,
     disk_find,
     disk_journal,
+    domain_files,
     qemu_img,
     zstd,
 )
@@ -284,9 +285,10 @@ def _small_files(
     left_out = ["the state of its TPM"] if "<tpm" in text else []
     wanted = [("nvram", vm.facts.nvram), ("boot", vm.facts.kernel), ("boot", vm.facts.initrd)]
     written = {disk.source for disk in vm.facts.disks if not disk.readonly and disk.device == "disk"}
+    named = domain_files.above(text)  # what a disk is based on is in its own file
     for owned in vm.facts.record.owned if vm.facts.record else ():
         path = f"{pools.pool(host.conn, owned.pool).path}/{owned.volume}"
-        if path not in written and path != vm.facts.serial_log and path in text:
+        if path not in written and path != vm.facts.serial_log and path in named:
             wanted.append(("volume", path))
     left_out += [
         f"{disk.device} {disk.target} ({disk.source}), which is read-only and not its own"

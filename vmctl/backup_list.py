@@ -9,7 +9,7 @@ from pathlib import Path
 from vmctl import backup_manifest, backup_marks, backup_store
 from vmctl.backup_manifest import Manifest
 from vmctl.backup_store import Shelf
-from vmctl.errors import NotFound, VmctlError
+from vmctl.errors import Conflict, NotFound, VmctlError
 from vmctl.events import Reporter
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain
@@ -75,9 +75,12 @@ def cut_off(host: Host, root: Path, report: Reporter, *, fix: bool) -> tuple[str
         vm = domain.find_or_none(host.conn, name)
         if vm is None or not (left := backup_marks.unsettled(host, vm)):
             continue
-        with holding(host, name):
-            left = backup_marks.unsettled(host, vm)
-            if fix:
-                backup_marks.settle(host, vm, report)
+        try:
+            with holding(host, name):
+                left = backup_marks.unsettled(host, vm)
+                if fix:
+                    backup_marks.settle(host, vm, report)
+        except Conflict:  # a backup under way: its checkpoint is there before it is
+            continue
         found += left
     return tuple(found)

@@ -106,6 +106,19 @@ def drop(host: Host, vm: Domain, name: str) -> None:
             at = known[at].parent
 
 
+def give_up(host: Host, vm: Domain) -> bool:
+    """Take all checkpoints from a VM and their bitmaps from its disks; returns whether there were any.
+
+    The next backup takes all. Of a running VM, nothing is stopped for it.
+    """
+    known = backup.checkpoints(host.conn, vm.name)
+    for one in reversed(known):
+        backup.delete_checkpoint(host.conn, vm.name, one.name, metadata_only=not vm.active)
+    if not vm.active:
+        _clear_bitmaps(host, vm, frozenset(one.name for one in known))
+    return bool(known)
+
+
 def _drop_stopped(host: Host, vm: Domain, one: Checkpoint) -> None:
     for disk in disks.disks(host.conn, vm.name, inactive=True):
         path = Path(disk.source)
@@ -118,8 +131,8 @@ def _drop_stopped(host: Host, vm: Domain, one: Checkpoint) -> None:
             qemu_img.remove_bitmap(path, one.name)
 
 
-def _clear_bitmaps(host: Host, vm: Domain) -> None:
-    """Take bitmaps of no checkpoint from the disks of a stopped VM."""
+def _clear_bitmaps(host: Host, vm: Domain, were: Collection[str] = ()) -> None:
+    """Take bitmaps of no checkpoint from the disks of a stopped VM: ours, and those of checkpoints that ``were``."""
     known = {one.name for one in backup.checkpoints(host.conn, vm.name)}
     for disk in disks.disks(host.conn, vm.name, inactive=True):
         path = Path(disk.source)
@@ -127,7 +140,7 @@ def _clear_bitmaps(host: Host, vm: Domain) -> None:
             continue
         with suppress(VmctlError):  # somebody else has it open
             for name in qemu_img.bitmaps(path, disk.format):
-                if name.startswith(PREFIX) and name not in known:
+                if (name.startswith(PREFIX) or name in were) and name not in known:
                     qemu_img.remove_bitmap(path, name)
 
 

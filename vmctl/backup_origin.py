@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from vmctl import (
     backup_store,
     disk_find,
     domain_xml,
+    image_users,
     images,
     resolve,
     spec,
@@ -171,12 +173,24 @@ def _volumes(host: Host, manifest: Manifest, prefix: str, folder: str, pool: str
     """The files that the restored VM gets, under names nobody has."""
     known = set(storage.volume_names(host.conn, pool)) if storage.pool_exists(host.conn, pool) else set()
     used = {source for _, _, found in disks.all_disks(host.conn) for source in (one.source for one in found)}
-    found = []
+    found: list[Volume] = []
+    needed = None
+
+    def taken(name: str) -> bool:
+        nonlocal needed
+        path = f"{folder}/{name}"
+        if name not in known and not (host.conn.local and Path(path).exists()):
+            return False
+        if path in used:
+            return True
+        needed = needed or image_users.needed(host.conn)
+        return bool(needed.by(path, os.path.realpath(path)))
 
     def add(stem: str, form: str, suffix: str, disk: StoredDisk | None, file: StoredFile | None) -> None:
         names = (f"{prefix}-{stem}-{manifest.id}{n}{suffix}" for n in ("", *(f"-{n}" for n in range(2, 100))))
-        # A file of such a name that no VM has was left by a restore that was killed, and is written anew.
-        name = next(one for one in names if one not in known or f"{folder}/{one}" not in used)
+        # A file of such a name that nobody needs was left by a restore that was killed, and is written anew. No VM need
+        # have it for others to need it: what was restored may have been cloned since, and deleted.
+        name = next(one for one in names if not taken(one))
         found.append(Volume(name, f"{folder}/{name}", form, disk, file))
 
     for disk in manifest.disks:
@@ -185,7 +199,9 @@ def _volumes(host: Host, manifest: Manifest, prefix: str, folder: str, pool: str
         if file.role == "nvram":
             add("nvram", "raw", "_VARS.fd", None, file)
         elif file.role == "volume" or (file.role == "boot" and not _there(host, file)):
-            add(f"{file.role}{number}", "raw", Path(file.source).suffix or ".raw", None, file)
+            # By that ending a seed is known, which clones and forks get one of their own instead of.
+            suffix = "-seed.iso" if file.source.endswith("-seed.iso") else Path(file.source).suffix or ".raw"
+            add(f"{file.role}{number}", "raw", suffix, None, file)
     return tuple(found)
 
 

@@ -18,6 +18,7 @@ from vmctl import (
     backup_store,
     backup_volumes,
     disk_journal,
+    image_users,
     images,
     networks,
     render,
@@ -110,12 +111,13 @@ def _do(
         _define(host, planned, wish, changes, owned, report, undo)
         undo.pop_all()
     if old is not None:
-        _clear_old(host, planned, old)
         for name in backup_marks.ours(backup.checkpoints(host.conn, planned.name)):
             backup.delete_checkpoint(host.conn, planned.name, name, metadata_only=True)
+    disk_journal.settle(host, planned.name, report)
+    if old is not None:
+        _clear_old(host, planned, old)
         if old.state is State.SAVED:
             domain.drop_saved(host.conn, planned.name)
-    disk_journal.settle(host, planned.name, report)
 
 
 def _paths(planned: Plan) -> tuple[str, ...]:
@@ -140,13 +142,21 @@ def _old_files(host: Host, planned: Plan) -> tuple[Owned, ...]:
 
 
 def _clear_old(host: Host, planned: Plan, old: Domain) -> None:
-    """Delete what of the old VM's own files is neither a disk nor named by the new definition: seed, UEFI variables."""
+    """Delete what of the old VM's own files is neither a disk nor named by the new definition: seed, UEFI variables.
+
+    What clones and forks of it are based on stays, its own still, and goes with the last of them.
+    """
     text = domain.xml(host.conn, planned.name, inactive=True)
-    gone = []
-    for one in _old_files(host, planned):
-        if f"{pools.pool(host.conn, one.pool).path}/{one.volume}" not in text:
+    files = {one: f"{pools.pool(host.conn, one.pool).path}/{one.volume}" for one in _old_files(host, planned)}
+    files = {one: path for one, path in files.items() if path not in text}
+    needed = image_users.needed(host.conn) if files else image_users.Needed({})
+    gone: list[Owned] = []
+    while free := [
+        one for one, path in files.items() if one not in gone and set(needed.by(path)) <= {one.volume for one in gone}
+    ]:
+        for one in free:
             storage.delete_volume(host.conn, one.pool, one.volume)
-            gone.append(one)
+        gone += free
     record = domain.find(host.conn, planned.name).facts.record
     if gone and record is not None:
         owned = tuple(one for one in record.owned if one not in gone)

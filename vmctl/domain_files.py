@@ -25,6 +25,15 @@ def named(text: str) -> frozenset[str]:
     return frozenset(found - {""})
 
 
+def above(text: str) -> frozenset[str]:
+    """What a domain's XML names, but for what lies below its disks."""
+    root = ET.fromstring(text)
+    for disk in root.iterfind("devices/disk"):
+        for below in disk.findall("backingStore"):
+            disk.remove(below)
+    return _named(root) | {one.get("file", "") for one in root.iter("entry")}
+
+
 def _named(root: ET.Element) -> frozenset[str]:
     found = set()
     for element in root.iter():

@@ -21,7 +21,7 @@ from vmctl.at_once import at_once
 from vmctl.cloning import own
 from vmctl.copies import Layer, Newcomer
 from vmctl.disk_replace import PREFIX
-from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, quietly
+from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, quietly
 from vmctl.events import Reporter, Step, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, network, saved, storage
@@ -254,7 +254,11 @@ def _bring(host: Host, vm: Domain, one: Newcomer, head: Head, memory: Path, repo
     renewed = time.monotonic()
     there = domain.find(host.conn, one.name)
     budget = readiness.default_timeout_s(there)
-    where = readiness.reach(host, there, timeout_s=budget, report=silent)
+    try:
+        where = readiness.reach(host, there, timeout_s=budget, report=silent)
+    except WaitTimeout as error:
+        error.hint = f"VM {one.name} is deleted again; is there a DHCP client in the guest, and an SSH server?"
+        raise
     ended = time.monotonic()
     quietly(lambda: agent.sync_time(host, one.name))  # what it was told on the way grew older on the way
     copies.complete(host, one)

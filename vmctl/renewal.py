@@ -113,6 +113,8 @@ card() {
     ip addr flush dev "$dev" scope global
     ip link set dev "$dev" address "$2" || { ip link set dev "$dev" down; ip link set dev "$dev" address "$2"; }
     ip link set dev "$dev" up
+    [ -z "$3" ] || ip addr add "$3" brd + dev "$dev"
+    [ -z "$4" ] || ip route replace default via "$4" dev "$dev"
   done
 }
 @CARDS@
@@ -126,7 +128,8 @@ done
 def script(new: Renewal) -> str:
     """The script, for sh's standard input."""
     text = _SCRIPT
-    cards = [f"card {old} {mac}" for old, mac in new.macs.items()]
+    # The address that DHCP will give it: some clients, dhclient among them, do not ask anew when the cable comes back.
+    cards = [" ".join(["card", old, mac, *new.addresses.get(mac, ())]).rstrip() for old, mac in new.macs.items()]
     parts = {
         "NAME": new.hostname,
         "MACHINE_ID": new.machine_id,

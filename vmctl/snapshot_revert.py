@@ -164,7 +164,7 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
             kept = _safety(host, vm, report)
             found = _plan(host, domain.find(host.conn, vm.name), ref)
         if found.one.kind == "internal" or _by_libvirt(host, found.one):
-            _libvirts(host, found, start)
+            _libvirts(host, found, report, start)
         else:
             _external(host, found, report, start=start)
         state, _why = domain.state(host.conn, vm.name)
@@ -186,7 +186,12 @@ def _by_libvirt(host: Host, one: Snapshot) -> bool:
     return snapshot_plan.libvirts_own(snapshots.version(host)) and not (one.kept and one.kept.nvram)
 
 
-def _libvirts(host: Host, found: _Plan, start: bool | None) -> None:
+def _libvirts(host: Host, found: _Plan, report: Reporter, start: bool | None) -> None:
+    from vmctl import backup_marks  # late: most VMs that are put back have none
+
+    # QEMU puts no file back that carries dirty bitmaps, and libvirt would end the VM before it finds out.
+    if backup_marks.give_up(host, found.vm):
+        report(Step(f"the next backup of {found.vm.name} will be a full one"))
     memory = found.one.memory != "no"
     known.revert(host.conn, found.vm.name, found.one.name, running=None if memory and start is None else start or None)
     now = domain.find(host.conn, found.vm.name)

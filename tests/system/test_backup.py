@@ -382,3 +382,60 @@ def test_a_vm_of_others_with_uefi_variables(shell: Shell, names: Any, store: Pat
         for left in pool.iterdir():
             left.unlink()
         shell.run("disk", "pool", "delete", "uefi", "--yes", check=None)
+
+
+def sha(path: str) -> str:
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def root_of(shell: Shell, vm: str) -> tuple[str, str]:
+    """The file of a VM's first disk and the one it is based on."""
+    found = next(d for d in disk_xml.read(shell.virsh("dumpxml", vm, "--inactive")) if d.target == "vda")
+    told = subprocess.run(
+        ["qemu-img", "info", "-U", "--output=json", found.source], check=True, capture_output=True, timeout=60
+    ).stdout
+    return found.source, json.loads(told).get("full-backing-filename", "")
+
+
+def test_what_clones_are_based_on_stays_whoever_is_restored(shell: Shell, vm: str, store: Path) -> None:
+    """Over the VM that was cloned, and again under the name of one that was cloned and deleted."""
+    clone, beside = f"{vm}-clone", f"{vm}-beside"
+    backup(shell, vm, store)
+    shell.run("stop", vm, "--force")
+    over = ("backup", "restore", vm, "--folder", str(store), "--yes")
+    try:
+        shell.run(*over)
+        shell.run("clone", vm, clone)
+        base = root_of(shell, clone)[1]
+        was = sha(base)
+        for _ in range(2):
+            shell.run(*over)
+            assert sha(base) == was
+        seeds = [d.source for d in disk_xml.read(shell.virsh("dumpxml", clone, "--inactive")) if d.readonly]
+        assert all(clone in seed for seed in seeds), seeds  # its own, not that of the restored one
+        subprocess.run(["qemu-img", "check", "-q", root_of(shell, clone)[0]], check=True, timeout=60)
+        shell.run("delete", clone, "--yes")
+
+        shell.run(*over, "--as", beside)
+        shell.run("clone", beside, clone)
+        base = root_of(shell, clone)[1]
+        with Path(base).open("ab") as file:
+            file.write(b"mark")  # what it holds besides what was backed up
+        shell.run("delete", beside, "--yes")
+        shell.run(*over, "--as", beside)
+        assert Path(base).read_bytes().endswith(b"mark")
+        assert root_of(shell, beside)[0] != base
+    finally:
+        for name in (clone, beside):
+            shell.run("delete", name, "--yes", "--missing-ok", check=None)
+
+
+def test_a_vm_with_snapshots_is_backed_up_without_what_its_disks_are_based_on(
+    shell: Shell, vm: str, store: Path
+) -> None:
+    shell.run("snapshot", "create", f"{vm}.one", "--no-memory")
+    made = backup(shell, vm, store)
+    folder = next((store / vm).glob("*/manifest.json")).parent
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    assert not [one["source"] for one in files if one["source"].endswith(".qcow2")], made

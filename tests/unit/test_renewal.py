@@ -47,6 +47,16 @@ def test_the_script_is_a_shells_and_has_no_mark_left(tmp_path: Path) -> None:
         subprocess.run([shell, "-n", str(script)], check=True, timeout=20)
 
 
+def test_the_script_gives_a_card_its_address_for_a_dhcp_client_that_does_not_ask_anew() -> None:
+    macs = {"52:54:00:00:00:01": "52:54:00:00:00:02", "52:54:00:00:00:03": "52:54:00:00:00:04"}
+    addresses = {"52:54:00:00:00:02": ("10.1.2.3/24", "10.1.2.1")}
+    lines = renewal.script(replace(renewed(), macs=macs, addresses=addresses)).splitlines()
+    assert "card 52:54:00:00:00:01 52:54:00:00:00:02 10.1.2.3/24 10.1.2.1" in lines
+    assert "card 52:54:00:00:00:03 52:54:00:00:00:04" in lines
+    assert any('ip addr add "$3"' in line for line in lines)
+    assert any('ip route replace default via "$4"' in line for line in lines)
+
+
 def test_the_program_is_told_the_same() -> None:
     lines = renewal.told(renewed()).splitlines()
     assert "hostname web-2" in lines and f"machine-id {'ab' * 16}" in lines and "clock 1700000000.250000" in lines
