@@ -59,6 +59,7 @@ def _leftovers(host: Host, name: str) -> tuple[Owned, ...]:
     pool = host.settings.pool
     if not storage.pool_exists(host.conn, pool) or spec.name_problems(name):
         return ()
+    storage.refresh(host.conn, pool)  # a killed restore wrote its disk's file itself
     present = {uuid for _, uuid in domain.identities(host.conn)}
     vm_uuid = resolve.identity(host.conn.host, name, present)
     volumes = identity.volumes_of(host, resolve.volume_prefix(name, vm_uuid))
