@@ -259,10 +259,13 @@ def _seed_disk(host: Host, vm: Domain, volume: Owned) -> str:
     return render.attached_disk(view)
 
 
-def make_log(host: Host, one: Newcomer) -> None:
-    """An empty console log, so that it is a volume."""
+def make_log(host: Host, one: Newcomer, first: str = "") -> None:
+    """A console log that begins with ``first``, so that it is a volume."""
     if one.record.console_log is not None:
-        make_volume(host, one.record.console_log.pool, VolumeView(one.record.console_log.volume, 0, "raw"))
+        pool, name = one.record.console_log
+        make_volume(host, pool, VolumeView(name, len(first), "raw"))
+        if first:
+            storage.upload_bytes(host.conn, pool, name, first.encode())
 
 
 def make_volume(host: Host, pool: str, view: VolumeView) -> None:

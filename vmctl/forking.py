@@ -29,7 +29,7 @@ from vmctl.hypervisor.agent import AgentState
 from vmctl.hypervisor.agent import state as agent_state
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.saved_memory import Head
-from vmctl.seed_disk import first_boot_is_over
+from vmctl.seed_disk import WENT_ON, first_boot_is_over
 from vmctl.spec import Accel
 from vmctl.wait import wait_until
 from vmctl.workspace import workspace
@@ -170,7 +170,7 @@ def _fill(host: Host, planned: Plan, new: Sequence[Newcomer]) -> None:
     def fill(one: Newcomer) -> None:
         for layer in planned.layers:
             copies.make_overlay(host, one.disks[layer.target], layer.base, layer.size)
-        copies.make_log(host, one)
+        copies.make_log(host, one, WENT_ON)
         copies.make_seed(host, planned.vm, one, size=size)
 
     at_once([lambda one=one: fill(one) for one in new])  # type: ignore[misc]

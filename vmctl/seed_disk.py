@@ -19,6 +19,9 @@ from vmctl.hypervisor.domain import Domain
 # there the kernel's last words must follow, which it prints after all file systems are closed.
 _KEPT = re.compile(r"vmctl-micro: seed done")
 _FINISHED = re.compile(r"Cloud-init v\. \S+ finished at")
+# What vmctl writes at the head of the console log of a VM that goes on from another's memory, and what a boot prints.
+WENT_ON = "vmctl: goes on from the memory of a VM whose first boot was over\r\n"
+_BOOTING = re.compile(r"vmctl-micro: init|Cloud-init v\. \S+ running")
 _CLOSED = re.compile(r"reboot: (?:Power down|Restarting system|System halted)")
 
 
@@ -41,7 +44,14 @@ def detach_used(host: Host, vm: Domain, report: Reporter) -> None:
 
 def first_boot_is_over(host: Host, vm: Domain) -> bool:
     """Whether the console log shows that the first boot went to its end, which a power cut may undo yet."""
-    log = _log(host, vm)
+    return tells_that_first_boot_is_over(_log(host, vm))
+
+
+def tells_that_first_boot_is_over(log: str) -> bool:
+    """Whether a console log shows it. A VM that came from a memory has had its first boot until it boots itself."""
+    came = log.rfind(WENT_ON.strip())
+    if came >= 0 and not _BOOTING.search(log, came):
+        return True
     return bool(_KEPT.search(log) or _FINISHED.search(log))
 
 

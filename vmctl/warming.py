@@ -37,6 +37,7 @@ from vmctl.images import Image
 from vmctl.locks import held
 from vmctl.manifest import Manifest, Warm
 from vmctl.readiness import Goal
+from vmctl.seed_disk import WENT_ON
 from vmctl.spec import VM
 from vmctl.workspace import workspace
 
@@ -268,7 +269,7 @@ def create(host: Host, vm: VM, report: Reporter) -> Forked:
         at_once(
             [
                 lambda: copies.make_overlay(host, new.disks[target], base, image.manifest.virtual_size),
-                lambda: copies.make_log(host, new),
+                lambda: copies.make_log(host, new, WENT_ON),
                 lambda: copies.make_seed(host, model, new, size=seed_size),
             ]
         )

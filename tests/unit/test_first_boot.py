@@ -10,7 +10,7 @@ import yaml
 from vmctl import cloud_init, render, spec, user_data
 from vmctl.cloud_init import Status
 from vmctl.errors import SpecError
-from vmctl.seed_disk import first_boot_is_kept
+from vmctl.seed_disk import WENT_ON, first_boot_is_kept, tells_that_first_boot_is_over
 from vmctl.spec import VM, Nic
 
 OURS = "#cloud-config\nhostname: web1\nruncmd:\n  - ours\nssh_keys:\n  ed25519_private: |\n    A\n    B\n"
@@ -135,3 +135,21 @@ def test_how_cloud_init_went(result: str, status: str, log: str, expected: Statu
 )
 def test_a_seed_goes_only_when_nothing_of_it_can_be_lost(log: str, kept: bool) -> None:
     assert first_boot_is_kept(log) is kept
+
+
+@pytest.mark.parametrize(
+    ("log", "over"),
+    [
+        ("", False),
+        ("vmctl-micro: init\nvmctl-micro: sshd ready\n", False),
+        ("vmctl-micro: init\nvmctl-micro: seed done\n", True),
+        ("Cloud-init v. 22.4.2 running 'init'\nCloud-init v. 22.4.2 finished at Mon\n", True),
+        (WENT_ON, True),
+        (f"{WENT_ON}# a shell's prompt", True),
+        (f"{WENT_ON}vmctl-micro: init\n", False),  # it booted since, as the machine it has become
+        (f"{WENT_ON}Cloud-init v. 22.4.2 running 'init-local'\n", False),
+        (f"{WENT_ON}vmctl-micro: init\nvmctl-micro: seed done\n", True),
+    ],
+)
+def test_a_fork_has_had_its_first_boot_until_it_boots_itself(log: str, over: bool) -> None:
+    assert tells_that_first_boot_is_over(log) is over
