@@ -79,7 +79,10 @@ def _lines(text: str) -> list[str]:
     for disk in disk_xml.read(text):
         if disk.source.startswith("/"):
             text = disk_xml.with_source(text, disk.target, disk.source, disk.format)
-    return [line.rstrip() for line in text.splitlines() if line.strip() and not _QUIET.match(line)]
+    lines = [line.rstrip() for line in text.splitlines() if line.strip() and not _QUIET.match(line)]
+    # Inside a snapshot's XML it stands further to the right.
+    margin = " " * max(0, len(lines[1]) - len(lines[1].lstrip()) - 2) if len(lines) > 1 else ""
+    return [line.removeprefix(margin) for line in lines]
 
 
 def _change(host: Host, target: str, before: tuple[str, str], after: tuple[str, str]) -> DiskChange:

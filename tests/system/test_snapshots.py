@@ -267,6 +267,7 @@ def test_diff_tells_how_much(shell: Shell, vm: str) -> None:
     changed = {one["target"]: one["changed"] for one in found["disks"]}
     assert 64 * 4096 <= changed["vdc"] < 1 << 20
     assert any("vdd" in line and line.startswith("+") for line in found["config"])
+    assert not any("<name>" in line for line in found["config"]), "what is the same is no difference"
     shell.run("snapshot", "create", f"{vm}.two", "--no-memory")
     between = shell.json("snapshot", "diff", f"{vm}.one", f"{vm}.two")
     assert {one["target"]: one["changed"] for one in between["disks"]}["vdc"] == changed["vdc"]

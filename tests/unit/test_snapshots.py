@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmctl import disk_xml, domain_files, snapshot_plan, snapshot_xml
+from vmctl import disk_xml, domain_files, snapshot_diff, snapshot_plan, snapshot_xml
 from vmctl.errors import NotFound, SpecError, Unsupported, VmctlError, WrongState
 from vmctl.snapshot_plan import DiskState, Files, Kind, Merge, Ref, Situation, Wanted, address, choose, tidy, tree
 from vmctl.snapshot_xml import Kept, Snapshot
@@ -273,3 +273,9 @@ def test_ranges_are_counted_once() -> None:
     assert snapshot_plan.union([(0, 10), (5, 15), (20, 30), (21, 22)]) == 25
     for order in itertools.permutations([(0, 4), (2, 6), (8, 9)]):
         assert snapshot_plan.union(order) == 7
+
+
+def test_a_definition_inside_a_snapshot_differs_not_by_where_it_stands() -> None:
+    now = "<domain type='qemu'>\n  <name>a</name>\n  <devices>\n    <emulator/>\n  </devices>\n</domain>\n"
+    inside = "<domain type='qemu'>\n    <name>a</name>\n    <devices>\n      <emulator/>\n    </devices>\n  </domain>"
+    assert snapshot_diff._lines(now) == snapshot_diff._lines(inside)
