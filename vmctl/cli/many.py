@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _PARALLEL = 8
+_LOOK_S = 0.2
 _UNDO_S = 10.0  # for what was cut off to take itself back; a second Ctrl-C does not wait for it
 
 
@@ -25,7 +26,7 @@ def each(names: Sequence[str], work: Callable[[str], T], done: Callable[[str, T]
     if len(names) == 1:
         done(names[0], work(names[0]))
         return
-    from concurrent.futures import ThreadPoolExecutor  # late: it brings logging with it
+    from concurrent.futures import ThreadPoolExecutor, wait  # late: it brings logging with it
 
     hands = _Hands()
     pool = ThreadPoolExecutor(max_workers=_PARALLEL)
@@ -46,7 +47,9 @@ def each(names: Sequence[str], work: Callable[[str], T], done: Callable[[str, T]
         for name in names:
             futures[name] = pool.submit(hands.at, name, work)
         for name in names:
-            futures[name].exception()  # waits; apart from the telling, which an interrupt must not repeat
+            # A signal that comes just before a lock is waited for is heard only after it: so never for long.
+            while not futures[name].done():
+                wait([futures[name]], timeout=_LOOK_S)
             tell(name)
     except (KeyboardInterrupt, Interrupted) as early:
         pool.shutdown(wait=False, cancel_futures=True)
