@@ -10,7 +10,7 @@ from vmctl import disk_journal, identity, image_users, resolve, snapshot_layers,
 from vmctl.events import Reporter, Warned
 from vmctl.guest import known_hosts
 from vmctl.hosts import Host, holding
-from vmctl.hypervisor import disks, domain, storage
+from vmctl.hypervisor import domain, storage
 from vmctl.hypervisor.domain import Domain
 from vmctl.lifecycle import power_off
 from vmctl.locks import held
@@ -68,8 +68,8 @@ def _leftovers(host: Host, name: str) -> tuple[Owned, ...]:
 
 
 def _of_snapshots(host: Host, vm: Domain) -> tuple[str, ...]:
-    """The files that snapshots made and that only this VM needs."""
-    return snapshot_layers.only_of(host, vm) if host.conn.local and disks.has_snapshots(host.conn, vm.name) else ()
+    """The files that snapshots made and only this VM needs; they outlive a snapshot where others need what is below."""
+    return snapshot_layers.only_of(host, vm) if host.conn.local else ()
 
 
 def _deletable(host: Host, vm: Domain, files: tuple[str, ...]) -> tuple[Owned, ...]:
