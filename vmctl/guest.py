@@ -22,6 +22,7 @@ from vmctl.hosts import Host
 from vmctl.hypervisor import domain, inventory, network, storage
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.login import Target
+from vmctl.record import SshAccess
 from vmctl.seed import client_key
 from vmctl.wait import pause, wait_until
 
@@ -138,6 +139,7 @@ def reachable(host: Host, name: str, *, user: str | None = None, report: Reporte
     """How to log in to a guest that answers SSH: one that is still booting is waited for. Raises as ``target`` does."""
     vm = domain.find(host.conn, name)
     domain.require(vm, frozenset({State.RUNNING}), "reach", f"vmctl start {name}")
+    _require_login(vm)
     left_s = booting_left_s(host, vm)
     if left_s > 0:
         why = missing(host, name)
@@ -175,16 +177,21 @@ def await_answer(host: Host, vm: Domain, why: str, report: Reporter) -> None:
 def target(host: Host, vm: Domain, *, user: str | None = None) -> Target:
     """How to log in to a running guest. Raises WrongState, NotFound."""
     domain.require(vm, frozenset({State.RUNNING}), "reach", f"vmctl start {vm.name}")
-    record = vm.facts.record
-    if record is None or record.ssh is None:
+    ssh = _require_login(vm)
+    where = address(host, vm)
+    if where is None:
+        raise NotFound(f"cannot reach VM {vm.name}: it has no address yet", hint=f"vmctl wait {vm.name} --for ip")
+    return Target(where.host, where.port, user or ssh.user, ssh.host_key, private_key(host))
+
+
+def _require_login(vm: Domain) -> SshAccess:
+    """How its record says to log in. Raises NotFound for a VM that vmctl did not create."""
+    if vm.facts.record is None or vm.facts.record.ssh is None:
         raise NotFound(
             f"cannot log in to VM {vm.name}: vmctl did not create it, so it knows no host key of its",
             hint=f"its console may do: vmctl console {vm.name}",
         )
-    where = address(host, vm)
-    if where is None:
-        raise NotFound(f"cannot reach VM {vm.name}: it has no address yet", hint=f"vmctl wait {vm.name} --for ip")
-    return Target(where.host, where.port, user or record.ssh.user, record.ssh.host_key, private_key(host))
+    return vm.facts.record.ssh
 
 
 def private_key(host: Host) -> Path:

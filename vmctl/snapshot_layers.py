@@ -18,6 +18,7 @@ from vmctl import (
     disk_xml,
     image_users,
     qemu_img,
+    resolve,
     snapshot_journal,
     snapshot_settle,
     snapshot_xml,
@@ -199,12 +200,20 @@ def shared(host: Host, name: str, one: Snapshot) -> bool:
 
 
 def only_of(host: Host, vm: Domain) -> tuple[str, ...]:
-    """The files that snapshots made and that only this VM needs, on top of disks that are its own: they go with it."""
+    """The files that snapshots made and that only this VM needs: they go with it.
+
+    They lie on top of disks that are its own, or did until they were flattened: then their names are this VM's.
+    """
     seen = view(host, vm.name)
     aside = [path for one in seen.found for path in one.aside if Path(path).exists()]
     tops = {one.source for one in seen.defined} | {path for one in seen.found for path in one.files}
     owned, files = _owned(host, vm), files_of(host, seen, also=[one for one in tops if one])
-    going = [path for path in files.own if path in files.made - owned and owned & set(seen.chain(path))]
+    prefix = f"{resolve.volume_prefix(vm.name, vm.uuid)}-"
+
+    def of_its_disks(path: str) -> bool:
+        return bool(owned & set(seen.chain(path))) or Path(path).name.startswith(prefix)
+
+    going = [path for path in files.own if path in files.made - owned and of_its_disks(path)]
     bases = dict(seen.seen.bases)
     mine: list[str] = []
     while True:  # from the top down: what somebody else's disk is based on stays, and all below it

@@ -67,6 +67,7 @@ def test_only_what_changed_is_built_again(shell: Shell, name: str, tmp_path: Pat
 def test_prune_takes_steps_that_led_nowhere_and_leaves_the_others(shell: Shell, tmp_path: Path) -> None:
     path = tmp_path / "web.toml"
     (tmp_path / "site").mkdir()
+    (tmp_path / "one").write_text("one")
 
     def build(word: str) -> str:
         (tmp_path / "site/word").write_text(word)
