@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vmctl import disk_header
 from vmctl.disk_header.window import Unreadable, Window
-from vmctl.errors import ImageError
+from vmctl.errors import ImageError, reason
 
 _BITS = 16
 _CLUSTER = 1 << _BITS
@@ -35,7 +35,7 @@ def make(path: Path, base: Path, base_format: str) -> None:
         parts = _parts(_size(base, base_format), name, base_format.encode())
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     except (OSError, Unreadable) as error:
-        raise ImageError(f"{what}: {error}") from error
+        raise ImageError(f"{what}: {reason(error, path=True)}") from error
     try:
         with os.fdopen(handle, "wb") as file:
             for number, part in enumerate(parts):
