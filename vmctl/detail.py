@@ -9,6 +9,7 @@ from vmctl.agent import GuestAddress, glance
 from vmctl.choices import AccelChoice, ShareDriver
 from vmctl.domain_brief import Brief
 from vmctl.domain_xml import DiskFacts, NicFacts
+from vmctl.errors import WrongState
 from vmctl.hosts import Host, decide_accel
 from vmctl.hypervisor import devices, domain, inventory
 from vmctl.hypervisor.domain import Domain
@@ -66,7 +67,14 @@ class Detail:
 
 
 def detail(host: Host, name: str) -> Detail:
-    """One VM in full, the host's accelerator decision beside what the VM uses."""
+    """One VM in full, the host's accelerator decision beside what the VM uses. Raises NotFound."""
+    try:
+        return _look(host, name)
+    except WrongState:  # it stopped or crashed while it was looked at: what it is now is the answer
+        return _look(host, name)
+
+
+def _look(host: Host, name: str) -> Detail:
     vm = domain.find(host.conn, name)
     facts, record = vm.facts, vm.facts.record
     pairs = tuple((nic.mac, nic.source) for nic in facts.nics)

@@ -9,10 +9,15 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.system.conftest import REPO, VMCTL, Shell
+from vmctl.detail import detail
+from vmctl.hosts import open_host
+from vmctl.hypervisor import agent
+from vmctl.hypervisor.states import State
 from vmctl.pytest_qemu import GuestVM
 from vmctl.wait import wait_until
 
@@ -70,6 +75,21 @@ def test_a_panic_ends_all_that_waits_at_once_and_says_so(shell: Shell, name: str
     assert "guest panicked" in line
     events.send_signal(signal.SIGINT)
     assert events.wait(20) == 130
+
+
+def test_it_stops_while_show_looks_at_it(shell: Shell, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its state and its agent's: what it is now is shown, and no error."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    asked = agent.call
+
+    def plug_pulled(*words: Any, **options: Any) -> Any:
+        shell.virsh("destroy", name)
+        return asked(*words, **options)
+
+    monkeypatch.setattr(agent, "call", plug_pulled)
+    with open_host() as host:
+        found = detail(host, name)
+    assert (found.state, found.agent_state) == (State.STOPPED, "not connected")
 
 
 def test_a_panic_that_no_driver_tells_of(shell: Shell, name: str) -> None:

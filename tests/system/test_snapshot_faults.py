@@ -406,7 +406,7 @@ def test_a_guest_that_was_left_frozen(guest: Guest, tmp_path: Path, healed: str)
 
 def test_no_room_in_the_pool(tmp_path: Path) -> None:
     """Full when one is taken, and full in the middle of a merge: nothing is lost, and with room it goes on."""
-    shell, name, small = Shell(), f"fault-{os.getpid()}-small", Path("/var/lib/libvirt/small")
+    shell, name, small = Shell(), f"fault-{os.getpid()}-small", Path("/var/lib/libvirt/snapshots-small")
     small.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=11M,mode=0711", "small", str(small)], check=True)
     machine = Machine(shell, name)
@@ -446,6 +446,7 @@ def test_no_room_in_the_pool(tmp_path: Path) -> None:
         shell.run("delete", name, "--yes", check=None)
         shell.run("disk", "pool", "delete", "small", "--yes", check=None)
         subprocess.run(["umount", "-l", str(small)], check=False)
+        small.rmdir()
 
 
 def whole(path: str) -> str:
