@@ -31,7 +31,8 @@ def _brief_patterns() -> dict[str, re.Pattern[str]]:
         "type": r"<domain type='(\w+)'",
         "uuid": r"<uuid>([^<]*)<",
         "kib": r"<memory unit='KiB'>(\d+)<",
-        "vcpus": r"<vcpu[^>]*>(\d+)<",
+        "vcpus": r"<vcpu(?: [^>]*)?>(\d+)<",
+        "online": r"<vcpu [^>]*current='(\d+)'",
         "nic": r"<mac address='([^']*)'/>\s*<source (?:network|bridge|dev)='([^']*)'",
         "record": rf"(?s)<{tag} [^>]*(?:/>|[^/]>.*?</{tag}>)",
     }
@@ -55,7 +56,7 @@ def brief(text: str) -> Brief:
     return Brief(
         uuid=first("uuid"),
         accel=ACCEL_OF_TYPE.get(first("type")),
-        vcpus=int(first("vcpus") or 1),
+        vcpus=int(first("online") or first("vcpus") or 1),
         memory_mib=int(first("kib") or 0) // 1024,
         nics=tuple(patterns["nic"].findall(text)),
         record=record.read(ET.fromstring(metadata[0])) if metadata else None,

@@ -117,7 +117,7 @@ def read(root: ET.Element) -> DomainFacts:
         name=_text(root, "name"),
         uuid=_text(root, "uuid"),
         accel=ACCEL_OF_TYPE.get(root.get("type", "")),
-        vcpus=int(_text(root, "vcpu") or 1),
+        vcpus=int(_attribute(root, "vcpu", "current") or _text(root, "vcpu") or 1),
         memory_mib=int(kib / 1024),
         machine=_attribute(root, "os/type", "machine"),
         firmware=("uefi-secure" if secure else "uefi") if uefi else "bios",

@@ -189,11 +189,13 @@ def test_record_can_be_replaced(conn: Connection) -> None:
 
 
 def test_a_foreign_domain_is_listed_and_shown(host: Host) -> None:
-    text = "<domain type='test'><name>f_1.x</name><memory>65536</memory><os><type>hvm</type></os><disk/></domain>"
-    domain.define(host.conn, text.replace("<disk/>", ""), name="f_1.x")
+    text = "<domain type='test'><name>f_1.x</name><memory>65536</memory><vcpu current='3'>8</vcpu>"
+    text += "<os><type>hvm</type></os></domain>"
+    domain.define(host.conn, text, name="f_1.x")
     (row,) = listing.rows(host)
-    assert (row.name, row.image, row.memory_mib) == ("f_1.x", "", 64)
-    assert domain.find(host.conn, "f_1.x").facts.record is None
+    assert (row.name, row.image, row.memory_mib, row.vcpus) == ("f_1.x", "", 64, 3), "3 of 8 vCPUs are plugged in"
+    facts = domain.find(host.conn, "f_1.x").facts
+    assert facts.record is None and facts.vcpus == 3
 
 
 def test_rename_to_a_bad_or_taken_name(host: Host) -> None:

@@ -80,6 +80,8 @@ def test_a_hung_guest_hangs_nothing(shell: Shell, name: str) -> None:
     pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
     os.kill(pid, signal.SIGSTOP)
     try:
+        # Nobody else asks it anything: to ask it would be to wait for it.
+        assert name in {row["name"] for row in _json_within(shell, 10)}
         # Some other client is stuck on that guest's monitor meanwhile.
         stuck = subprocess.Popen(
             ["virsh", "-c", "qemu:///system", "domblkinfo", name, "vda"],

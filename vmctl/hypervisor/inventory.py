@@ -1,14 +1,14 @@
 """All domains of a host at once, in a number of libvirt calls that does not grow with the number of domains.
 
-State, vCPUs and memory come from one bulk call, which does not wait for a hung guest (NOWAIT). Type, metadata and
-network cards are not in any bulk answer of libvirt's; they are read from the definitions libvirt keeps on disk
-where those can be read (this machine's own daemon), and asked for per domain where they cannot.
+The states come from one bulk call. It is asked for nothing else: for memory and vCPUs libvirt asks QEMU, which may
+hang, and NOWAIT only spares one that another client waits for already. All else is in the status of running domains
+and the definitions of others that libvirt keeps on disk, read where they can be (this machine's own daemon), and in
+their XML, asked for per domain, where they cannot.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +41,7 @@ def names(conn: Connection) -> tuple[str, ...]:
 def list_domains(conn: Connection) -> tuple[Entry, ...]:
     """Every domain, sorted by name."""
     with calling("list VMs"):
-        stats = conn.handle.getAllDomainStats(
-            libvirt.VIR_DOMAIN_STATS_STATE | libvirt.VIR_DOMAIN_STATS_BALLOON | libvirt.VIR_DOMAIN_STATS_VCPU,
-            libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT if conn.qemu else 0,
-        )
+        stats = conn.handle.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE, 0)
         saved = _saved(conn)
     local = _Local(conn)
     return tuple(sorted((_entry(dom, values, saved, local) for dom, values in stats), key=lambda entry: entry.name))
@@ -58,14 +55,14 @@ def _saved(conn: Connection) -> frozenset[str]:
 def _entry(dom: Any, values: dict[str, Any], saved: frozenset[str], local: _Local) -> Entry:
     name, uuid = dom.name(), dom.UUIDString()
     state, _ = state_of(values.get("state.state", 0), values.get("state.reason", 0), saved=uuid in saved)
-    facts = local.facts(name, uuid) or _asked(dom)
     active = dom.ID() != -1
+    facts = local.facts(name, uuid, active=active) or _asked(dom)
     return Entry(
         name=name,
         uuid=uuid,
         state=state,
-        vcpus=int(values.get("vcpu.current") or (facts.vcpus if facts else 0)),
-        memory_mib=int(values.get("balloon.maximum", 0)) // 1024 or (facts.memory_mib if facts else 0),
+        vcpus=facts.vcpus if facts else 0,
+        memory_mib=facts.memory_mib if facts else 0,
         uptime_s=local.uptime_s(name) if active else None,
         facts=facts,
     )
@@ -96,24 +93,18 @@ class _Local:
     def __init__(self, conn: Connection) -> None:
         self._folders: tuple[Path, Path] | None = _folders(conn) if conn.local and conn.qemu else None
 
-    def facts(self, name: str, uuid: str) -> Brief | None:
-        # libvirt replaces these files whole, so a reader sees the old one or the new one.
-        for path in self._candidates(name):
-            try:
-                # Unbuffered bytes: the other layers take longer than the read.
-                with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-                    found = brief(file.read().decode())
-            except (OSError, ValueError):
-                continue
-            if found.uuid == uuid:
-                return found
-        return None
-
-    def _candidates(self, name: str) -> Iterator[str]:
-        if self._folders is not None:
-            definitions, running = self._folders
-            yield f"{definitions}/{name}.xml"
-            yield f"{running}/{name}.xml"
+    def facts(self, name: str, uuid: str, *, active: bool) -> Brief | None:
+        if self._folders is None:
+            return None
+        path = f"{self._folders[active]}/{name}.xml"
+        try:
+            # libvirt replaces these files whole, so a reader sees the old one or the new one.
+            # Unbuffered bytes: the other layers take longer than the read.
+            with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+                found = brief(file.read().decode())
+        except (OSError, ValueError):
+            return None
+        return found if found.uuid == uuid else None
 
     def uptime_s(self, name: str) -> float | None:
         """Seconds since the QEMU process began, from /proc."""
