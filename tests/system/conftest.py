@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests import warm
+
 VMCTL = [sys.executable, "-m", "vmctl"]
 REPO = Path(__file__).parents[2]
 
@@ -27,11 +29,9 @@ class Shell:
     def run(
         self, *words: str, check: int | None = 0, timeout: float = 120, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        """Run vmctl; ``check`` is the exit code it must end with, None for any."""
+        """Run vmctl; ``check`` is the exit code it must end with, None for any. ``options`` as warm.run has them."""
         at = ["-c", self.uri] if self.uri else []
-        done = subprocess.run(
-            [*VMCTL, *at, *words], capture_output=True, text=True, timeout=timeout, check=False, cwd=REPO, **options
-        )
+        done = warm.run(["-m", "vmctl", *at, *words], timeout=timeout, **options)
         if check is not None:
             assert done.returncode == check, (
                 f"vmctl {' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 
-from tests.system.conftest import REPO, VMCTL, Shell
+from tests import warm
+from tests.system.conftest import Shell
 
 BLOCK = 4096
 
@@ -19,8 +19,7 @@ def blocks(seed: str, count: int, *, first: int = 0) -> bytes:
 def write(vm: str, path: str, data: bytes, *, at: int = 0) -> None:
     """Have the guest write ``data`` to a device or file at block ``at``, down to its disk."""
     script = f"dd of={path} bs={BLOCK} seek={at} conv=notrunc,fsync 2>/dev/null"
-    words = [*VMCTL, "exec", vm, "--", "sh", "-c", script]
-    done = subprocess.run(words, input=data, capture_output=True, timeout=120, cwd=REPO)
+    done = warm.run_bytes(["-m", "vmctl", "exec", vm, "--", "sh", "-c", script], input=data, timeout=120)
     assert done.returncode == 0, done.stderr.decode()
 
 

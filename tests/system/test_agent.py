@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import warm
 from tests.system.conftest import REPO, VMCTL, Shell
 
 pytestmark = pytest.mark.system
@@ -25,8 +26,7 @@ def vm() -> Iterator[str]:
 
 
 def by_agent(vm: str, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    argv = [*VMCTL, "exec", "--via", "agent", vm, "--", *words]
-    return subprocess.run(argv, input=stdin, capture_output=True, timeout=120, cwd=REPO, check=False)
+    return warm.run_bytes(["-m", "vmctl", "exec", "--via", "agent", vm, "--", *words], input=stdin, timeout=120)
 
 
 def test_exec_by_agent_passes_everything_through(vm: str) -> None:

@@ -10,13 +10,13 @@ import os
 import signal
 import struct
 import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.system.conftest import REPO, VMCTL, Shell, environment
 from vmctl.wait import wait_until
 
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.system
 
 STORE = Path("/var/lib/libvirt/vmctl/vmctl-images")
 CACHE = Path.home() / ".cache/vmctl"
-SCRIPT = Path(__file__).with_name("interrupting.py")
 SECRET = b"the content of a host file that no image may get"
 
 
@@ -366,13 +365,10 @@ def test_stopped_after_every_change(shell: Shell, tmp_path: Path, which: str) ->
     code, at = -1, 0
     while code:
         at += 1
-        done = subprocess.run(
-            [sys.executable, str(SCRIPT), which, str(at), "image", "import", str(raw)],
+        done = warm.run(
+            ["-m", "tests.system.interrupting", which, str(at), "image", "import", str(raw)],
             env=environment(CHANGES=str(tmp_path / "changes")),
-            capture_output=True,
-            text=True,
             timeout=120,
-            cwd=REPO,
         )
         code = done.returncode
         assert "Traceback" not in done.stderr

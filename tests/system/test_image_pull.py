@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.system.conftest import REPO, VMCTL, Shell, environment, volumes
 from tests.webserver import Page, Web, serving
 from vmctl.wait import wait_until
@@ -239,13 +240,9 @@ def test_a_killed_pull_goes_on_where_it_ended(puller: Puller, which: signal.Sign
 
 
 def test_a_pull_killed_after_any_change_to_the_store_is_made_good_by_the_next(puller: Puller) -> None:
-    script = str(REPO / "tests/system/interrupting.py")
     for at in range(1, 99):
-        words = ["SIGKILL", str(at), "image", "pull", puller.name]
-        env = puller.env | {"CHANGES": str(puller.home / "changes")}
-        code = subprocess.run(
-            [sys.executable, script, *words], env=env, cwd=REPO, capture_output=True, timeout=120, check=False
-        ).returncode
+        words = ["-m", "tests.system.interrupting", "SIGKILL", str(at), "image", "pull", puller.name]
+        code = warm.run(words, env=puller.env | {"CHANGES": str(puller.home / "changes")}, timeout=120).returncode
         listed = puller.name in {one["name"] for one in puller.shell.json("image", "list")}
         if code == 0:
             break

@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.system.conftest import REPO, VMCTL, Shell, environment, reservations, volumes
 
 pytestmark = pytest.mark.system
 
-SCRIPT = Path(__file__).with_name("interrupting.py")
 CREATE = ("create", "NAME", "--image", "micro", "--disk", "16M", "--autostart")
 
 
 def interrupted(tmp_path: Path, which: str, at: int, *words: str) -> tuple[int, list[str]]:
     """Run a command line that signals itself after change ``at``; its exit code and the changes it made."""
     log = tmp_path / f"changes-{which.replace('/', '_')}-{at}-{words[0]}"
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(SCRIPT),
-            which,
-            str(at),
-            *words,
-        ],
+    done = warm.run(
+        ["-m", "tests.system.interrupting", which, str(at), *words],
         env=environment(CHANGES=str(log)),
-        capture_output=True,
-        text=True,
         timeout=120,
-        cwd=REPO,
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, log.read_text().splitlines() if log.exists() else []

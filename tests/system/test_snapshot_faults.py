@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.system import pattern
-from tests.system.conftest import REPO, VMCTL, Shell
+from tests.system.conftest import Shell
 from tests.system.test_interrupted import interrupted
 from vmctl import disk_xml, snapshot_xml
 from vmctl.wait import wait_until
@@ -245,8 +246,9 @@ class Guest(Machine):
         """Have the guest write a pattern at that block, down to its disk."""
         words = f"{self.SCRIPT}; dd of=$d bs={pattern.BLOCK} seek={at} conv=notrunc,fsync 2>/dev/null"
         data = pattern.blocks(seed, PATTERN)
-        argv = [*VMCTL, "exec", "--via", "agent", self.name, "--", "sh", "-c", words]
-        subprocess.run(argv, input=data, check=True, capture_output=True, timeout=120, cwd=REPO)
+        argv = ["-m", "vmctl", "exec", "--via", "agent", self.name, "--", "sh", "-c", words]
+        done = warm.run_bytes(argv, input=data, timeout=120)
+        assert done.returncode == 0, done.stderr.decode()
 
     def reads(self) -> list[str]:
         """Which patterns the guest reads from its disk, "" for none of them, in the order in which they lie there."""
