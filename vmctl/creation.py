@@ -181,6 +181,8 @@ def create(host: Host, vm: VM, report: Reporter, *, exist_ok: bool = False, star
 def _make(host: Host, planned: Plan, report: Reporter, *, start_it: bool) -> Domain:
     vm = planned.vm
     tell_accel(planned.decision, report)
+    if images.outdated(planned.image.manifest, as_named=vm.image):
+        report(Warned(f"image {vm.image} is of an older recipe than vmctl has", f"mend: vmctl image build {vm.image}"))
     host_key = seed.new_host_key(vm.name)
     ssh = planned.record.ssh
     record = replace(planned.record, ssh=ssh._replace(host_key=host_key.public) if ssh else None)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from vmctl import ui
 from vmctl.errors import NotFound, VmctlError
 from vmctl.hosts import open_host
-from vmctl.images import find
+from vmctl.images import find, outdated
 
 _IMAGE = "micro"
 
@@ -17,10 +17,9 @@ _IMAGE = "micro"
 def _image_there(connect: str | None) -> bool:
     with open_host(connect) as host:
         try:
-            find(host, _IMAGE)
+            return not outdated(find(host, _IMAGE).manifest, as_named=_IMAGE)
         except NotFound:
             return False
-        return True
 
 
 def commands(name: str, connect: str | None, *, build: bool) -> list[list[str]]:

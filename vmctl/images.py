@@ -26,7 +26,7 @@ from vmctl.hosts import Host, pool_folder
 from vmctl.hypervisor import storage
 from vmctl.locks import held
 from vmctl.manifest import NAME, Manifest, NewImage, content_digest, is_manifest, parse
-from vmctl.resources import image_recipes_dir
+from vmctl.resources import image_recipes_dir, recipe_source
 from vmctl.workspace import clear_leftovers, workspace
 
 _LOCK_TIMEOUT_S = 900
@@ -124,6 +124,14 @@ def half_warmed(host: Host) -> dict[str, str]:
         if kind in {"warm", "memory"} and stem in known and known[stem].warm is None:
             found[volume] = known[stem].name
     return found
+
+
+def outdated(manifest: Manifest, *, as_named: str) -> bool:
+    """Whether an image was built by another version of a recipe of ours, and asked for by nothing but its name."""
+    name, source = manifest.name, manifest.source
+    return (
+        name == as_named and has_recipe(name) and source.startswith(f"recipe {name}") and source != recipe_source(name)
+    )
 
 
 def has_recipe(name: str) -> bool:

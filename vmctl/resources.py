@@ -33,3 +33,14 @@ def baremetal_guest(name: str) -> Path:
 def readonly_virtiofsd() -> Path:
     """The script that libvirt starts in virtiofsd's place for a folder that is to be read-only."""
     return _PACKAGE / "virtiofsd-readonly"
+
+
+def recipe_source(name: str) -> str:
+    """What the manifest of an image says it was built by: one of vmctl's recipes, in the version it has now."""
+    import hashlib
+
+    folder, digest = image_recipes_dir() / name, hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest.update(f"{path.relative_to(folder)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return f"recipe {name} {digest.hexdigest()[:12]}"

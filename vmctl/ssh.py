@@ -22,7 +22,7 @@ from pathlib import Path
 import paramiko
 
 from vmctl import ending
-from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound, VmctlError
+from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound, VmctlError, reason
 from vmctl.login import Target, Terminal
 
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -101,7 +101,7 @@ def session(target: Target, judge: Judge = lambda silent_s: None) -> Iterator[pa
     try:
         sock = socket.create_connection((target.host, target.port), timeout=_CONNECT_TIMEOUT_S)
     except OSError as error:
-        raise NotAnswering(target, error.strerror or str(error)) from error
+        raise NotAnswering(target, reason(error)) from error
     transport = paramiko.Transport(sock)
     watch = _Watch(transport, judge)
     transport.banner_timeout = transport.handshake_timeout = transport.auth_timeout = _ANSWER_TIMEOUT_S
@@ -133,7 +133,7 @@ def session(target: Target, judge: Judge = lambda silent_s: None) -> Iterator[pa
             raise  # not the connection's end: a reader of ours that went away, a full disk
         if not transport.remote_version:
             raise NotAnswering(target, "no SSH server greets") from error
-        raise HostUnreachable(f"cannot talk to {target}: {error or type(error).__name__}") from error
+        raise HostUnreachable(f"cannot talk to {target}: {reason(error)}") from error
     finally:
         watch.end()
         transport.close()
@@ -268,7 +268,7 @@ class Tunnel:
         except paramiko.ChannelException as error:
             raise GuestCommandFailed(f"cannot connect to port {port} of {self._target}: {error.text}") from error
         except (paramiko.SSHException, EOFError, OSError) as error:
-            raise HostUnreachable(f"cannot talk to {self._target}: {error or type(error).__name__}") from error
+            raise HostUnreachable(f"cannot talk to {self._target}: {reason(error)}") from error
         return Stream(channel)
 
 
@@ -362,7 +362,7 @@ def _put_one(client: paramiko.SFTPClient, source: Path, destination: str, moved:
         if _is_new_or_file(client, destination) or source.is_dir():
             client.chmod(destination, stat.S_IMODE(source.stat().st_mode))
     except (OSError, paramiko.SFTPError) as error:
-        raise GuestCommandFailed(f"cannot copy {source} to {destination} in the guest: {error}") from error
+        raise GuestCommandFailed(f"cannot copy {source} to {destination} in the guest: {reason(error)}") from error
 
 
 def get(target: Target, source: str, destination: Path, moved: Moved, judge: Judge) -> None:
@@ -394,7 +394,7 @@ def _get_one(client: paramiko.SFTPClient, source: str, destination: Path, moved:
                 partial.chmod(stat.S_IMODE(mode) & 0o777)
                 partial.replace(destination)
     except (OSError, paramiko.SFTPError) as error:
-        raise GuestCommandFailed(f"cannot copy {source} from the guest to {destination}: {error}") from error
+        raise GuestCommandFailed(f"cannot copy {source} from the guest to {destination}: {reason(error)}") from error
     finally:
         if not through:
             partial.unlink(missing_ok=True)

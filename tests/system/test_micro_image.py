@@ -113,6 +113,21 @@ def test_building_again_changes_nothing(shell: Shell) -> None:
     assert shell.json("image", "list") == before
 
 
+def test_an_image_of_an_older_recipe_is_told_of_until_it_is_built_again(shell: Shell, name: str) -> None:
+    """By its plain name; who names its digest has chosen it."""
+    with open_host() as host:
+        built = images.find(host, "micro").manifest
+        images.rewrite(host, replace(built, source="recipe micro 0123456789ab"))
+        words = ("--no-start", "--accel", "tcg")
+        assert "image micro is of an older recipe" in shell.run("create", name, "--image", "micro", *words).stderr
+        shell.run("delete", name, "--yes")
+        assert "older recipe" not in shell.run("create", name, "--image", built.stem, *words).stderr
+        shell.run("delete", name, "--yes")
+        shell.run("image", "build", "micro")
+        assert images.find(host, "micro").manifest == built
+    assert "older recipe" not in shell.run("create", name, "--image", "micro", *words).stderr
+
+
 def test_what_was_built_last_is_what_the_name_means(shell: Shell) -> None:
     """A recipe taken back to an earlier state: its image is there already, behind a newer one."""
     with open_host() as host:

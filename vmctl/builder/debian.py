@@ -19,7 +19,7 @@ from vmctl.builder.tree import Entry, Kind, Tree
 from vmctl.errors import ImageError, reason
 from vmctl.events import Reporter, Step
 from vmctl.manifest import NewImage
-from vmctl.resources import image_recipes_dir
+from vmctl.resources import image_recipes_dir, recipe_source
 
 _TOOLS = (
     "apt-cache", "apt-get", "debugfs", "dpkg-deb", "e2fsck", "gcc", "lz4", "mcopy", "mformat", "mke2fs", "mmd",
@@ -161,7 +161,7 @@ def _described(name: str, recipe: Recipe, built: Path, found: list[debs.Deb]) ->
         os_version=recipe.release,
         architecture=recipe.architecture,
         default_user=recipe.default_user,
-        source=f"recipe {name}",
+        source=recipe_source(name),
         boots=("direct", "bios", "uefi", "uefi-secure"),
         osinfo=recipe.osinfo,
         software={deb.name: deb.version for deb in found},

@@ -14,7 +14,7 @@ from vmctl.builder.tree import Tree
 from vmctl.errors import ImageError, reason
 from vmctl.events import Reporter, Step
 from vmctl.manifest import NewImage
-from vmctl.resources import image_recipes_dir
+from vmctl.resources import image_recipes_dir, recipe_source
 
 ROOT_LABEL = "vmctl-micro"
 _TOOLS = ("apt-cache", "apt-get", "debugfs", "dpkg-deb", "e2fsck", "gcc", "lz4", "mke2fs", "qemu-img")
@@ -81,7 +81,7 @@ def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> Ne
         os_version=recipe.release,
         architecture=recipe.architecture,
         default_user=recipe.default_user,
-        source="recipe micro",
+        source=recipe_source("micro"),
         boots=("direct",),
         osinfo="debian12",
         first_boot="micro",
