@@ -82,7 +82,7 @@ def test_every_word_from_elsewhere_leads_to_a_command() -> None:
 def test_wrong_choices_are_told_with_all_other_problems(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = told(
         capsys, "create", "web 1", "--image", "micro", "--accel", "nope", "--machine", "vax", "--vcpus", "many",
-        "--memory", "lots", "--disk", "1G,bus=floppy",
+        "--memory", "lots", "--disk", "1G,bus=floppy", "--disk", "2Q", "--share", "a", "--share", "/b",
     )  # fmt: skip
     for said in (
         "'nope' is not one of",
@@ -91,6 +91,9 @@ def test_wrong_choices_are_told_with_all_other_problems(capsys: pytest.CaptureFi
         "'web 1'",
         "'lots'",
         "it can have bus",
+        "'2Q'",
+        "share 'a'",
+        "share '/b'",
     ):
         assert said in line, line
     assert line.startswith("cannot create VM: ")

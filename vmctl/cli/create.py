@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
 
@@ -192,16 +193,13 @@ def create(
     nets = network or [""]
     size = _collected(problems, lambda: spec.parse_size_mib(memory), 512)
     root_mib = _collected(problems, lambda: spec.parse_size_mib(root_size) if root_size else None, None)
-    no_disks: tuple[spec.Disk, ...] = ()
-    no_nics: tuple[spec.Nic, ...] = (spec.Nic(),)
     no_labels: dict[str, str] = {}
     no_keys: tuple[str, ...] = ()
-    disks = _collected(problems, lambda: tuple(spec.parse_disk(text) for text in disk or []), no_disks)
-    no_shares: tuple[spec.Share, ...] = ()
-    shares = _collected(problems, lambda: tuple(spec.parse_share(text) for text in share or []), no_shares)
+    disks = _all_collected(problems, spec.parse_disk, disk or [])
+    shares = _all_collected(problems, spec.parse_share, share or [])
     labels = _collected(problems, lambda: spec.parse_labels(label or []), no_labels)
     keys = _collected(problems, lambda: first_boot.read_keys(ssh_key or []), no_keys)
-    nics = _collected(problems, lambda: tuple(spec.parse_nic(text, nic_model) for text in nets), no_nics)
+    nics = _all_collected(problems, lambda text: spec.parse_nic(text, nic_model), nets)
     parts = _collected(problems, lambda: first_boot.read_user_data(user_data or [], var or [], name), no_keys)
     vendor = _collected(problems, lambda: first_boot.read_text(vendor_data, "vendor-data"), "")
     networks = _collected(problems, lambda: first_boot.read_text(network_config, "network-config"), "")
@@ -292,6 +290,12 @@ def _collected(problems: list[str], parse: Callable[[], T], default: T) -> T:
     except SpecError as error:
         problems.append(error.message)
         return default
+
+
+def _all_collected(problems: list[str], parse: Callable[[str], T], texts: list[str]) -> tuple[T, ...]:
+    """Those that could be parsed, with the problems of all others noted."""
+    found = (_collected(problems, partial(parse, text), None) for text in texts)
+    return tuple(one for one in found if one is not None)
 
 
 def _goal(wait: str | None, problems: list[str]) -> Goal | None:
