@@ -21,7 +21,7 @@ from typing import IO
 from vmctl import digest, render
 from vmctl.durable import written_out
 from vmctl.errors import Conflict, ImageError, NotFound, VmctlError
-from vmctl.events import Progress, Reporter, Step
+from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host, pool_folder
 from vmctl.hypervisor import storage
 from vmctl.locks import held
@@ -221,7 +221,13 @@ def add(host: Host, new: NewImage, report: Reporter) -> Manifest:
     """Put an image into the store, under the lock of ``making``. One of the same content is there already: it stays."""
     with written_out(new.files().values()):
         manifest = _manifest(new, report)
-    present = next((m for m in list_images(host) if (m.name, m.digest) == (manifest.name, manifest.digest)), None)
+    known = list_images(host)
+    for other in known:
+        if manifest.name in other.tags and other.name != manifest.name:
+            report(
+                Warned(f"{manifest.name} means this image from now on, and no longer {other.stem}, which is so tagged")
+            )
+    present = next((m for m in known if (m.name, m.digest) == (manifest.name, manifest.digest)), None)
     if present is None:
         _store(host, manifest, new, report)
         return manifest

@@ -68,6 +68,18 @@ def test_a_tag_is_one_more_name_and_moves(shell: Shell, stored: Callable[[], str
     shell.run("image", "tag", one, "like-0123456789ab", check=2)
 
 
+def test_an_image_that_takes_the_name_of_a_tag_says_so(shell: Shell, stored: Callable[[], str], tmp_path: Path) -> None:
+    tagged = stored()
+    shell.run("image", "tag", tagged, "later")
+    raw = tmp_path / "later.raw"
+    raw.write_bytes(os.urandom(510) + b"\x55\xaa" + os.urandom(1 << 16))
+    done = shell.run("image", "import", str(raw))
+    assert f"later means this image from now on, and no longer {tagged}" in done.stderr
+    assert shell.run("image", "show", "later", "-o", "name").stdout == done.stdout
+    shell.run("image", "delete", "later", "--yes")
+    assert shell.run("image", "show", "later", "-o", "name").stdout.strip() == tagged
+
+
 def test_a_single_bit_is_found(shell: Shell, stored: Callable[[], str]) -> None:
     stem = stored()
     shell.run("image", "verify", stem, "micro")
