@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import libvirt
 
@@ -88,6 +89,31 @@ def pool_path(conn: Connection, pool: str) -> str:
     """The folder of a directory pool."""
     with calling(f"read storage pool {pool}"):
         return ET.fromstring(_pool(conn, pool).XMLDesc()).findtext("target/path") or ""
+
+
+class Space(NamedTuple):
+    """Bytes of a pool's file system."""
+
+    capacity: int
+    available: int
+
+
+def pool_space(conn: Connection, pool: str) -> Space:
+    """How large a pool is and how much of it is free; as old as its last refresh."""
+    with calling(f"read storage pool {pool}"):
+        info = _pool(conn, pool).info()
+    return Space(int(info[1]), int(info[3]))
+
+
+def pools(conn: Connection) -> tuple[tuple[str, str, str, int, int], ...]:
+    """Name, state (active or inactive), folder, capacity and free bytes of every pool."""
+    found = []
+    with calling("list storage pools"):
+        for pool in conn.handle.listAllStoragePools(0):
+            path = ET.fromstring(pool.XMLDesc()).findtext("target/path") or ""
+            state, (_, capacity, _, available) = "active" if pool.isActive() else "inactive", pool.info()
+            found.append((str(pool.name()), state, path, int(capacity), int(available)))
+    return tuple(sorted(found))
 
 
 def refresh(conn: Connection, pool: str) -> None:
@@ -230,6 +256,70 @@ def read(
                 sink(chunk)
                 done += len(chunk)
                 moved(done)
+
+
+def transfer(
+    source: Connection, there: tuple[str, str], target: Connection, here: tuple[str, str], moved: Callable[[int], None]
+) -> str:
+    """Fill a volume (pool and name) with the bytes of one on another host; the SHA-256 of what was sent."""
+    import hashlib
+
+    digest, done = hashlib.sha256(), 0
+    with calling(f"copy volume {there[1]}"), _stream(source) as reading, _stream(target) as writing:
+        size = volume_size(source, *there)
+        _volume(source, *there).download(reading, 0, size, 0)
+        _volume(target, *here).upload(writing, 0, size, 0)
+        while chunk := reading.recv(256 * 1024):
+            digest.update(chunk)
+            view = memoryview(chunk)
+            while view:
+                view = view[writing.send(bytes(view)) :]
+            done += len(chunk)
+            moved(done)
+    return digest.hexdigest()
+
+
+def volume_size(conn: Connection, pool: str, name: str) -> int:
+    """The length of a volume's file, whatever is in it."""
+    with calling(f"look up volume {name}"):
+        info = _volume(conn, pool, name).infoFlags(libvirt.VIR_STORAGE_VOL_GET_PHYSICAL)
+    return int(info[2])
+
+
+def sha256(conn: Connection, pool: str, name: str) -> str:
+    """Of a volume's bytes, read through libvirt."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    read(conn, pool, name, digest.update)
+    return digest.hexdigest()
+
+
+@contextmanager
+def folder_as_pool(conn: Connection, folder: str, xml: Callable[[str], str]) -> Iterator[str]:
+    """The name of a pool that shows a folder: the one that is there, else one for the time of the block.
+
+    Raises NotFound where there is no such folder.
+    """
+    try:
+        found = conn.handle.storagePoolLookupByTargetPath(folder)
+        if found.isActive():
+            yield str(found.name())
+            return
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
+            with calling(f"look up folder {folder}"):
+                raise
+    name = f"vmctl-look-{os.urandom(6).hex()}"
+    try:
+        made = conn.handle.storagePoolCreateXML(xml(name), 0)
+    except libvirt.libvirtError as error:
+        raise NotFound(f"cannot look into {folder}: {error.get_error_message()}") from error
+    try:
+        yield name
+    finally:
+        with suppress(libvirt.libvirtError):
+            made.destroy()
 
 
 def download(conn: Connection, pool: str, name: str) -> bytes:
