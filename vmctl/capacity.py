@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Set
 
-from vmctl.census import Census, HostSeen, Limits, VmSeen
+from vmctl.census import By, Census, HostSeen, Limits, VmSeen
 
 _EPSILON = 1e-9
 
@@ -14,8 +14,8 @@ class Room:
     """One host and what is given away of it. Use is its scarcest thing's: memory, vCPUs or busy processors."""
 
     __slots__ = (
-        *("host", "able", "capacity_mib", "most_vcpus", "cpus", "memory_mib", "vcpus", "load", "vms", "apart", "use"),
-        "watchers",
+        *("host", "able", "capacity_mib", "most_vcpus", "memory_mib", "vcpus", "load", "vms", "apart", "use"),
+        *("per_mib", "per_vcpu", "per_load", "watchers"),
     )
 
     def __init__(self, host: HostSeen, vms: Iterable[VmSeen], limits: Limits) -> None:
@@ -25,7 +25,10 @@ class Room:
         self.host, self.able = host, not host.problem and not host.draining
         self.capacity_mib = max(0, host.memory_mib - reserve)
         self.most_vcpus = host.cpus * limits.vcpus_per_cpu
-        self.cpus = max(1, host.cpus)
+        # What one more of each adds to the use.
+        self.per_mib = (By.MEMORY in limits.by) / max(1, self.capacity_mib)
+        self.per_vcpu = (By.VCPUS in limits.by) / max(1.0, self.most_vcpus)
+        self.per_load = (By.CPU in limits.by) / max(1, host.cpus)
         self.memory_mib, self.vcpus, self.load = 0, 0, max(0.0, host.load - sum(vm.load for vm in here))
         self.vms: dict[str, VmSeen] = {}
         self.apart: dict[str, int] = {}
@@ -66,11 +69,7 @@ class Room:
         memory, vcpus, load = self.memory_mib, self.vcpus, self.load
         if vm is not None and vm.running:
             memory, vcpus, load = memory + sign * vm.memory_mib, vcpus + sign * vm.vcpus, load + sign * vm.load
-        return max(
-            memory / self.capacity_mib if self.capacity_mib else float(memory > 0),
-            vcpus / self.most_vcpus if self.most_vcpus else float(vcpus > 0),
-            load / self.cpus,
-        )
+        return max(memory * self.per_mib, vcpus * self.per_vcpu, load * self.per_load)
 
     @property
     def over(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import NamedTuple
 
 from vmctl.choices import Accel
@@ -63,6 +64,14 @@ class Census(NamedTuple):
     vms: tuple[VmSeen, ...]
 
 
+class By(StrEnum):
+    """What a host is used by: memory given to VMs, vCPUs given to them, or processors that are busy."""
+
+    MEMORY = "memory"
+    VCPUS = "vcpus"
+    CPU = "cpu"
+
+
 class Limits(NamedTuple):
     """How full hosts may get, and what is worth a move; shares of 1.
 
@@ -76,3 +85,4 @@ class Limits(NamedTuple):
     even: float = 0.1  # hosts this close together are balanced
     gain: float = 0.02  # a move that relieves its source by less is not made
     packed: float = 0.8  # consolidation fills no host beyond this
+    by: frozenset[By] = frozenset(By)  # use is what there is most of, among these

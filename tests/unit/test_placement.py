@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmctl import placement, rebalance
-from vmctl.census import Accel, Census, Cpu, HostSeen, Limits, VmSeen
+from vmctl.census import Accel, By, Census, Cpu, HostSeen, Limits, VmSeen
 from vmctl.errors import NotFound
 from vmctl.rebalance import Move, Plan
 
@@ -111,7 +111,7 @@ class Books:
         began = sum(one.load for one in self.census.vms if one.host == name)
         load = max(0.0, self.hosts[name].load - began) + sum(one.load for one in on)
         return max(
-            memory / capacity if capacity else float(memory > 0),
+            memory / max(1, capacity),
             sum(one.vcpus for one in on) / (4 * self.hosts[name].cpus),
             load / self.hosts[name].cpus,
         )
@@ -369,6 +369,11 @@ def test_balance_looks_at_processors_too() -> None:
     vms = (vm("hot", "h1", 512, load=4.0), vm("warm", "h1", 512, load=3.0), vm("cold", "h1", 512, load=0.1))
     plan = rebalance.balance(Census(hosts, vms))
     assert [move.vm for move in plan.moves] == ["hot"]
+    # A host that is busy beside its VMs, as the other is: only what is given away can be evened out.
+    census = Census(tuple(one._replace(load=9.0) for one in hosts), tuple(one._replace(load=0.0) for one in vms))
+    assert not rebalance.balance(census).moves
+    by_memory = Limits(by=frozenset({By.MEMORY}), even=0.01)
+    assert len(rebalance.balance(census, by_memory).moves) == 1
 
 
 def test_balance_parts_and_relieves_first() -> None:
