@@ -105,7 +105,7 @@ class Room:
 def unusable(host: HostSeen) -> str:
     """Why nothing can be placed on a host; "" when it can."""
     if host.problem:
-        return f"does not answer: {host.problem}"
+        return f"cannot be used: {host.problem}"
     return "is being drained" if host.draining else ""
 
 

@@ -125,6 +125,12 @@ def chosen_uri(flag: str | None, env: Mapping[str, str], settings: Settings) -> 
     return flag or env.get("VMCTL_CONNECT") or env.get("LIBVIRT_DEFAULT_URI") or settings.connect
 
 
+def chosen_entry(flag: str | None, settings: Settings, env: Mapping[str, str] = os.environ) -> HostEntry:
+    """The host to connect to, by the same precedence, else this machine. Raises NotFound."""
+    uri = chosen_uri(flag, env, settings)
+    return entry(uri, settings) if uri else HostEntry("", "qemu:///system")
+
+
 def entry(text: str, settings: Settings) -> HostEntry:
     """The host that a name or URI means; one by its URI has no name and no key. Raises NotFound."""
     if text in settings.hosts:

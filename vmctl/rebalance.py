@@ -6,7 +6,7 @@ of one ``wave`` can be under way at the same time: they fit though nothing that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from vmctl.capacity import Ledger, Room, unusable
@@ -101,18 +101,20 @@ def in_waves(census: Census, limits: Limits, moves: Sequence[tuple[VmSeen, Move]
     return tuple(numbered)
 
 
-def drain(census: Census, host: str, limits: Limits = _DEFAULT) -> Plan:
-    """All VMs off a host, those of high priority first; what cannot leave is told. Raises NotFound."""
+def drain(census: Census, host: str, limits: Limits = _DEFAULT, *, only: Collection[str] | None = None) -> Plan:
+    """All VMs, or those in ``only``, off a host, high priority first; what cannot leave is told. Raises NotFound."""
     if host not in {one.name for one in census.hosts}:
         raise NotFound(f"cannot drain host {host}: there is none of that name", hint="see `vmctl host list`")
     hosts = tuple(one._replace(draining=True) if one.name == host else one for one in census.hosts)
     draft = _Draft(census._replace(hosts=hosts), limits)
     source = draft.ledger.rooms[host]
     for vm in sorted(source.vms.values(), key=first_served):
+        if only is not None and vm.name not in only:
+            continue
         if source.host.problem or vm.pinned:
             draft.leave(vm, f"{host} {unusable(source.host)}" if source.host.problem else vm.pinned)
         elif target := draft.ledger.least(vm):
-            draft.move(vm, source, target, f"{host} is drained; {_then(target, vm)}")
+            draft.move(vm, source, target, f"leaves {host}; {_then(target, vm)}")
         else:
             draft.leave(vm, draft.refusals(vm))
     return draft.plan([] if source.vms else [host])

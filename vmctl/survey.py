@@ -34,6 +34,7 @@ class Survey(NamedTuple):
 
 
 class _Part(NamedTuple):
+    uuid: str
     host: HostSeen
     vms: tuple[VmSeen, ...]
     notes: tuple[str, ...]
@@ -42,17 +43,21 @@ class _Part(NamedTuple):
 def survey(asked: Fleet, names: Sequence[str] = (), *, avoid: Collection[str] = (), timeout_s: float) -> Survey:
     """Look at all hosts, or those of ``names``; nothing is to be placed on those to ``avoid``. Raises NotFound.
 
-    A host that does not answer is in it, with its problem and without VMs.
+    A host that does not answer is in it, with its problem and without VMs; so is one that is there by another name.
     """
     entries = asked.entries(names)
     asked.entries([*avoid])  # a name that is none is an error
     hosts: list[HostSeen] = []
     vms: list[VmSeen] = []
     notes: list[str] = []
+    known: dict[str, str] = {}
     for name, answer in fleet.each(entries, lambda entry: _part(asked, entry), timeout_s):
-        if isinstance(answer, VmctlError):
-            hosts.append(HostSeen(name, problem=answer.message))
-            notes.append(f"{name}: {answer.message}")
+        problem = answer.message if isinstance(answer, VmctlError) else ""
+        if not isinstance(answer, VmctlError) and known.setdefault(answer.uuid, name) != name:
+            problem = f"it is the same host as {known[answer.uuid]}"
+        if problem or isinstance(answer, VmctlError):
+            hosts.append(HostSeen(name, problem=problem))
+            notes.append(f"{name}: {problem}")
         else:
             hosts.append(answer.host._replace(draining=name in avoid))
             vms += answer.vms
@@ -65,7 +70,7 @@ def _part(asked: Fleet, entry: HostEntry) -> _Part:
     host, first = _opened(asked, entry)
     with host:
         began, before, seen = time.monotonic(), node.load(host.conn), _host(name, host)
-        guests = population.guests(host.conn)
+        guests, uuid = population.guests(host.conn), capabilities.who(host.conn).uuid
         pause(max(0.0, _INTERVAL_S - (time.monotonic() - began)))
         second, took_s, now = population.measures(host.conn) or {}, time.monotonic() - began, node.load(host.conn)
     every = now.all_ns - before.all_ns
@@ -83,7 +88,7 @@ def _part(asked: Fleet, entry: HostEntry) -> _Part:
         available_mib=now.available_mib,
         load=now.cpus * (now.busy_ns - before.busy_ns) / every if every > 0 else 0.0,
     )
-    return _Part(seen, tuple(vms), tuple(notes))
+    return _Part(uuid, seen, tuple(vms), tuple(notes))
 
 
 def _opened(asked: Fleet, entry: HostEntry) -> tuple[Host, Mapping[str, Measure]]:

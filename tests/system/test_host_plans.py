@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.hosts import Testbed
-from tests.system.conftest import Shell
+from tests.system.conftest import VMCTL, Shell
 
 pytestmark = pytest.mark.system
 
@@ -23,10 +26,22 @@ class Fleet:
         self.bed, self.machines = bed, {machine.name: machine for machine in bed.machines}
         self.config = config
 
+    def begin(self, *words: str) -> subprocess.Popen[str]:
+        """Run vmctl beside the test."""
+        env = {**os.environ, "XDG_CONFIG_HOME": str(self.config)}
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*VMCTL, *words], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env)
+
     def run(self, *words: str, check: int = 0) -> subprocess.CompletedProcess[str]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CONFIG_HOME", str(self.config))
             return Shell().run(*words, check=check)
+
+    def run_any(self, *words: str) -> int:
+        """Run it, whatever comes of it."""
+        done = self.begin(*words)
+        done.communicate(timeout=120)
+        return done.returncode
 
     def json(self, *words: str, check: int = 0) -> Any:
         return json.loads(self.run(*words, "-o", "json", check=check).stdout)
@@ -159,3 +174,46 @@ def test_what_cannot_be_moved_is_told_before(fleet: Fleet) -> None:
     assert fleet.where() == {"a": "h1"}
     fleet.run("host", "drain", "h1", "--copy-storage", "full", "--yes")
     assert fleet.where()["a"] != "h1" and fleet.running() == {"a"}
+
+
+def test_migrate_to_auto(fleet: Fleet) -> None:
+    first = fleet.machines["h1"]
+    fleet.run("host", "add", "aaa", first.ssh_uri, "--host-key", first.host_key)
+    try:
+        fleet.define("h1", "a")
+        fleet.define("h1", "b")
+        fleet.define("h1", "held", pinned="")
+        assert "held: it is labelled pinned" in fleet.run("-c", "h1", "migrate", "*", "--to", "auto", check=11).stderr
+        assert set(fleet.where().values()) == {"h1"}
+        said = fleet.run("-c", "h1", "migrate", "a", "--to", "auto")
+        assert "aaa: it is the same host as h1" in said.stderr
+        after = fleet.where()
+        assert after == {"a": after["a"], "b": "h1", "held": "h1"} and after["a"] in {"h2", "h3"}
+        assert "cannot find VM nope" in fleet.run("-c", "h1", "migrate", "nope", "--to", "auto", check=4).stderr
+    finally:
+        fleet.run("host", "remove", "aaa")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_drain_that_is_cut_off_goes_on(fleet: Fleet, number: signal.Signals) -> None:
+    for name in ("a", "b", "c"):
+        fleet.define("h1", name)
+    fleet.bed.limit("2mbit")
+    try:
+        drain = fleet.begin("host", "drain", "h1", "--yes")
+        assert drain.stderr is not None
+        seen = ""
+        while "peer-to-peer" not in seen:
+            line = drain.stderr.readline()
+            assert line, seen
+            seen += line
+        time.sleep(0.3)
+        drain.send_signal(number)
+        _, rest = drain.communicate(timeout=60)
+        assert drain.returncode == (130 if number is signal.SIGINT else -number), seen + rest
+    finally:
+        fleet.bed.limit(None)
+    deadline = time.monotonic() + 60
+    while fleet.run_any("host", "drain", "h1", "--yes") != 0:  # libvirt may still be at what was begun
+        assert time.monotonic() < deadline
+    assert set(fleet.where()) == fleet.running() == {"a", "b", "c"} and "h1" not in fleet.where().values()

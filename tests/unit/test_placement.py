@@ -292,7 +292,7 @@ def test_the_least_used_host_is_taken_and_refusals_name_their_reason() -> None:
         "tcg": "runs no guests on kvm",
         "old": "has no machine type pc-q35-7.2",
         "cpu": "cannot give a guest the CPU Skylake",
-        "gone": "does not answer: no answer within 10 s",
+        "gone": "cannot be used: no answer within 10 s",
         "leaving": "is being drained",
         "taken": "has db1, which is kept apart from it (db)",
         "namesake": "has a VM of that name",
@@ -343,9 +343,17 @@ def test_draining_serves_priority_first() -> None:
         rebalance.drain(Census(hosts, vms), "h9")
 
 
+def test_some_of_a_host() -> None:
+    hosts = (host("h1"), host("h2"), host("h3"))
+    vms = (vm("a", "h1"), vm("b", "h1"), vm("c", "h1"))
+    plan = rebalance.drain(Census(hosts, vms), "h1", only=("a", "c", "elsewhere"))
+    assert [(move.vm, move.target) for move in plan.moves] == [("a", "h2"), ("c", "h3")] and not plan.freed
+    assert plan.moves[0].why == "leaves h1; h2 is then 7% in use"
+
+
 def test_a_host_that_does_not_answer_is_not_drained() -> None:
     plan = rebalance.drain(Census((host("h1", problem="no route"), host("h2")), (vm("a", "h1"),)), "h1")
-    assert not plan.moves and plan.left == (("a", "h1", "h1 does not answer: no route"),)
+    assert not plan.moves and plan.left == (("a", "h1", "h1 cannot be used: no route"),)
 
 
 def test_a_stopped_vm_moves_too_and_needs_no_room_now() -> None:

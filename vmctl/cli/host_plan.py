@@ -55,6 +55,7 @@ CopyStorage = Annotated[
 Direct = Annotated[
     bool, typer.Option("--direct", help="vmctl speaks with both hosts, which need not reach each other's libvirt.")
 ]
+_LOOK_S = 20.0
 HostTimeout = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Longest wait for what each host has.")
 ]
@@ -88,7 +89,7 @@ def drain(
     check: CheckOption = False,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
-    timeout: HostTimeout = 20.0,
+    timeout: HostTimeout = _LOOK_S,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Move all VMs off a host: running ones live, to where there is room for them, those of high priority first.
@@ -123,7 +124,7 @@ def balance(
     check: CheckOption = False,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
-    timeout: HostTimeout = 20.0,
+    timeout: HostTimeout = _LOOK_S,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Even out how much of hosts, all or those named, is in use: memory, vCPUs, busy processors, whichever is scarcest.
@@ -154,7 +155,7 @@ def consolidate(
     check: CheckOption = False,
     dry_run: DryRunOption = False,
     yes: YesOption = False,
-    timeout: HostTimeout = 20.0,
+    timeout: HostTimeout = _LOOK_S,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Empty hosts, the least used first and each wholly or not at all, by filling up others."""
@@ -165,6 +166,39 @@ def consolidate(
 
     how = _How(copy_storage, direct, at_once, check, dry_run, yes)
     _planned(fleet_of_config(), names or (), avoid, timeout, plan, how, output)
+
+
+def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, output: Output) -> None:
+    """Move VMs to the best hosts there are for them, or only look whether that could be.
+
+    Raises PreflightFailed for all that have none, before anything is changed.
+    """
+    from vmctl import config, rebalance, survey
+    from vmctl.fleet import called
+    from vmctl.hypervisor import domain
+    from vmctl.hypervisor.events import start_loop
+    from vmctl.listing import matching
+
+    start_loop()
+    asked = fleet_of_config()
+    source = config.chosen_entry(connect, asked.settings)
+    with asked.open(source) as host:
+        wanted = [domain.find(host.conn, name).name for name in matching(host, names)]
+    others = [called(one) for one in asked.entries() if one != source]
+    seen = survey.survey(asked, [called(source), *others], timeout_s=_LOOK_S)
+    for text in seen.notes:
+        note(text)
+    plan = rebalance.drain(seen.census, called(source), only=wanted)
+    if plan.left:
+        problems = [(f"{one.vm}: {one.why}", "") for one in plan.left]
+        raise PreflightFailed(
+            f"cannot place {len(plan.left)} of {len(wanted)} VMs: nothing was changed", problems=problems
+        )
+    if check:
+        ui.emit(plan, output, lambda: _table(plan), lambda: [move.vm for move in plan.moves])
+        _check(asked, plan, wish)
+    else:
+        _carry_out(asked, plan, wish, 1, output)
 
 
 def _planned(
@@ -189,12 +223,12 @@ def _planned(
         ui.emit(found, output, lambda: _table(found), lambda: [move.vm for move in found.moves])
         _tell(found)
         if how.check:
-            _check(asked, found, how)
+            _check(asked, found, how.wish())
     else:
         _tell(found)
         what = [f"{move.vm}: {move.source} -> {move.target} ({move.why})" for move in found.moves]
         refuse_unless_yes(what, yes=how.yes, question="Move these VMs?", hint="add --yes, or see --dry-run")
-        _carry_out(asked, found, how, output)
+        _carry_out(asked, found, how.wish(), how.at_once, output)
     if found.left and not how.dry_run:
         failures = {f"{one.vm or 'VMs'} on {one.host}": VmctlError(one.why) for one in found.left}
         raise PartialFailure(f"cannot move {len(found.left)} that should", failures=failures)
@@ -228,7 +262,7 @@ def _ends(asked: Fleet, move: Move) -> Ends:
     return Ends(asked, config.entry(move.source, asked.settings), config.entry(move.target, asked.settings))
 
 
-def _check(asked: Fleet, plan: Plan, how: _How) -> None:
+def _check(asked: Fleet, plan: Plan, wish: Wish) -> None:
     """Both hosts of each move are asked what stands against it. Raises PreflightFailed."""
     from vmctl import migrate
     from vmctl.migrate_problems import Problem, fatal
@@ -238,7 +272,7 @@ def _check(asked: Fleet, plan: Plan, how: _How) -> None:
 
     def work(name: str) -> tuple[Problem, ...]:
         with _ends(asked, by[name]) as ends:
-            return migrate.check(ends, by[name].vm, how.wish())
+            return migrate.check(ends, by[name].vm, wish)
 
     def told(name: str, found: tuple[Problem, ...]) -> None:
         bad.extend((f"{name}: {one.what}", one.mend) for one in fatal(found))
@@ -251,7 +285,7 @@ def _check(asked: Fleet, plan: Plan, how: _How) -> None:
         raise PreflightFailed(f"cannot make all of these {len(by)} moves: {len(bad)} problems", problems=bad)
 
 
-def _carry_out(asked: Fleet, plan: Plan, how: _How, output: Output) -> None:
+def _carry_out(asked: Fleet, plan: Plan, wish: Wish, at_once: int, output: Output) -> None:
     """Wave by wave. One that fails keeps the next from beginning, which may need the room it did not free."""
     from vmctl import migrate
     from vmctl.cli.migrate import told
@@ -262,7 +296,7 @@ def _carry_out(asked: Fleet, plan: Plan, how: _How, output: Output) -> None:
 
     def work(name: str) -> Moved:
         with _ends(asked, by[name]) as ends:
-            return migrate.migrate(ends, by[name].vm, how.wish(), report)
+            return migrate.migrate(ends, by[name].vm, wish, report)
 
     def done(_name: str, one: Moved) -> None:
         moved.append(one)
@@ -273,7 +307,7 @@ def _carry_out(asked: Fleet, plan: Plan, how: _How, output: Output) -> None:
         by = {_called(move): move for move in wave}
         left = left[len(by) :]
         try:
-            each([*by], work, done, "move", most=how.at_once)
+            each([*by], work, done, "move", most=at_once)
         except Interrupted:
             raise
         except PartialFailure as error:

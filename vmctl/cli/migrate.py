@@ -28,9 +28,20 @@ if TYPE_CHECKING:
     from vmctl.migrate_ends import Ends
 
 
+AUTO = "auto"
+
+
 def migrate(
     names: Names,
-    to: Annotated[str, typer.Option("--to", metavar="HOST", help="Where to.", autocompletion=complete_host)],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="HOST",
+            help="Where to; auto: where there is most room for each.",
+            autocompletion=complete_host,
+        ),
+    ],
     check: Annotated[bool, typer.Option("--check", help="Only look whether it could; exit 11 if not.")] = False,
     recover: Annotated[
         bool, typer.Option("--recover", help="Look where it is after a migration that was cut off, and end that.")
@@ -112,6 +123,13 @@ def migrate(
         tls=tls,
         bandwidth=_bytes(bandwidth),
     )
+    if to == AUTO:
+        from vmctl.cli import host_plan
+
+        if recover:
+            raise SpecError("cannot recover a migration to no host in particular", hint="--to the host it went to")
+        host_plan.send(connect or GLOBALS.connect, names, wish, check=check, output=output)
+        return
     with _ends(connect, to) as ends:
         found = _wanted(ends, names, recover=recover)
         if check:
@@ -129,17 +147,13 @@ def _bytes(text: str | None) -> int:
 @contextmanager
 def _ends(connect: str | None, to: str) -> Iterator[Ends]:
     """Source and target, not opened yet."""
-    import os
-
     from vmctl import config
-    from vmctl.config import HostEntry
     from vmctl.hypervisor.events import start_loop
     from vmctl.migrate_ends import Ends
 
     start_loop()
     fleet = fleet_of_config()
-    uri = config.chosen_uri(connect or GLOBALS.connect, os.environ, fleet.settings)
-    source = config.entry(uri, fleet.settings) if uri else HostEntry("", "qemu:///system")
+    source = config.chosen_entry(connect or GLOBALS.connect, fleet.settings)
     with Ends(fleet, source, config.entry(to, fleet.settings)) as ends:
         yield ends
 
