@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from vmctl.errors import NotFound, SpecError, reason
 
 _HOSTS = "host"
+AUTO = "auto"  # no host in particular: no host is called that
 
 
 @dataclass(frozen=True, slots=True)

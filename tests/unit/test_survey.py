@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vmctl import survey
+from vmctl import host_add, survey
 from vmctl.census import Accel, Cpu, HostSeen
 from vmctl.hypervisor.population import Guest, Measure
 from vmctl.hypervisor.states import State
@@ -100,3 +100,8 @@ def test_what_has_a_qemu_takes_room() -> None:
     running = {state: survey.vm_seen(guest(state=state), HOST, None, 0.0)[0].running for state in State}
     assert {state for state, is_on in running.items() if not is_on} >= {State.STOPPED, State.SAVED}
     assert all(running[state] for state in (State.RUNNING, State.PAUSED, State.CRASHED, State.SUSPENDED))
+
+
+def test_no_host_is_called_as_none_in_particular() -> None:
+    found = host_add.problems(host_add.Wish("auto", "qemu:///system"))
+    assert found == ["auto is what `vmctl migrate --to` calls no host in particular"]

@@ -98,6 +98,7 @@ def drain(
     left.
     """
     from vmctl import rebalance
+    from vmctl.fleet import called
 
     def plan(census: Census) -> Plan:
         if why := next((host.problem for host in census.hosts if host.name == name), ""):
@@ -106,8 +107,9 @@ def drain(
 
     asked = fleet_of_config()
     asked.entries([name])
+    others = [called(one) for one in asked.entries() if called(one) != name]
     how = _How(copy_storage, direct, at_once, check, dry_run, yes)
-    _planned(asked, (), avoid, timeout, plan, how, output)
+    _planned(asked, (name, *others), avoid, timeout, plan, how, output)
 
 
 def balance(

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from vmctl.migrate_ends import Ends
 
 
-AUTO = "auto"
-
-
 def migrate(
     names: Names,
     to: Annotated[
@@ -104,6 +101,7 @@ def migrate(
     Before anything is changed both hosts are looked at, and all that stands against it is told at once (exit 11).
     Ctrl-C leaves the VM where it is. What fails says where the VM is then, which is asked of both hosts.
     """
+    from vmctl.config import AUTO
     from vmctl.hypervisor.migration import Copying, Way
     from vmctl.migrate import Wish
     from vmctl.migrate_policy import Policy

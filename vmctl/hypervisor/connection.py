@@ -19,8 +19,8 @@ SYSTEM = "qemu:///system"
 SESSION = "qemu:///session"
 
 
-# libvirt prints each error to stderr unless told otherwise; vmctl reports them itself. It must be a function in C: in one
-# in Python an interrupt that came while libvirt was at it would be raised, and SystemError is what comes of that.
+# libvirt prints each error to stderr unless told otherwise; vmctl reports them itself. It must be a function in C: one
+# in Python is where an interrupt is raised that came while libvirt was at it, and SystemError is what comes of that.
 libvirt.registerErrorHandler(operator.is_, None)
 
 
