@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmctl import placement, rebalance
+from vmctl.capacity import Ledger
 from vmctl.census import Accel, By, Census, Cpu, HostSeen, Limits, VmSeen
 from vmctl.errors import NotFound
 from vmctl.rebalance import Move, Plan
@@ -52,16 +53,17 @@ def fleets(draw: st.DrawFn, *, sound: bool = False) -> Census:
             )
         )
     census = Census(tuple(hosts), ())
-    for number in range(draw(st.integers(0, 12))):
+    for _ in range(draw(st.integers(0, 12))):
         at = draw(st.sampled_from(hosts))
+        on = draw(st.sampled_from([True] * 4 + [False]))
         one = VmSeen(
-            f"vm{draw(st.integers(0, 3))}-{number // 2}",  # two hosts may have VMs of one name
+            f"vm{draw(st.integers(0, 7))}",  # two hosts may have VMs of one name
             at.name,
             draw(st.integers(1, 3)),
             draw(st.sampled_from([128, 512, 1024, 2048])),
-            draw(st.integers(0, 128)),
-            draw(st.floats(0, 2)),
-            draw(st.sampled_from([True] * 4 + [False])),
+            draw(st.integers(0, 128)) if on else 0,
+            draw(st.floats(0, 2)) if on else 0.0,
+            on,
             draw(st.integers(-1, 2)),
             draw(st.sampled_from([""] * 3 + ["a", "b"])),
             draw(st.sampled_from([""] * 6 + ["it has a host device"])),
@@ -317,6 +319,20 @@ def test_a_passed_through_cpu_needs_the_same_one() -> None:
     }
 
 
+def test_room_that_was_not_there_is_found_once_it_is() -> None:
+    ledger = Ledger(Census((host("h1", 4),), (there := vm("a", "h1", 3000),)), LIMITS)
+    big = vm("big", "", 3000)
+    assert ledger.least(big) is None and ledger.fullest(big, 1.0, frozenset()) is None
+    ledger.rooms["h1"].leave(there)
+    assert ledger.least(big) is ledger.fullest(big, 1.0, frozenset()) is ledger.rooms["h1"]
+
+
+def test_a_namesake_keeps_a_host_from_being_taken() -> None:
+    vms = (vm("a", "h1"), vm("a", "h2", 64), vm("b", "h1"))
+    plan = rebalance.drain(Census((host("h1"), host("h2")), vms), "h1")
+    assert [move.vm for move in plan.moves] == ["b"] and plan.left == (("a", "h1", "h2 has a VM of that name"),)
+
+
 def test_a_large_host_at_the_same_share_is_preferred() -> None:
     hosts = (host("small", 4), host("large", 64))
     vms = (vm("a", "small", 300), vm("b", "large", 8192))
@@ -421,6 +437,9 @@ def test_consolidation_packs_the_fullest_and_keeps_a_reserve() -> None:
     assert [(move.vm, move.target) for move in plan.moves] == [("b", "h1"), ("c", "h1"), ("d", "h1")]
     held = rebalance.consolidate(Census(hosts, (*vms[:3], vms[3]._replace(pinned="held"))))
     assert held.freed == ("h2",)
+    # Where the last of a host's VMs has no place, none leaves.
+    half = (vm("a", "h1", 10000), vm("b", "h2", 1024, priority=1), vm("c", "h2", 4096))
+    assert rebalance.consolidate(Census(hosts, half)).moves == ()
     full = Census(hosts[:2], (vm("a", "h1", 9000), vm("b", "h2", 9000)))
     assert rebalance.consolidate(full) == ((), (), pytest.approx(0.0), pytest.approx(0.0), ())
     assert rebalance.consolidate(Census(hosts, vms), most=1).freed == ("h2",)
