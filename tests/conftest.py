@@ -17,6 +17,8 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 # tests/testhost/up.sh writes it on the host's own /run, so that it can exist nowhere else.
+pytest_plugins = ["tests.hosts.fixtures"]
+
 TEST_HOST_MARKER = Path("/run/vmctl-test-host")
 
 

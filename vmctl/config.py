@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from vmctl.errors import SpecError, reason
+from vmctl.errors import NotFound, SpecError, reason
+
+_HOSTS = "host"
+
+
+@dataclass(frozen=True, slots=True)
+class HostEntry:
+    """A host by its name: how it is reached from here, the SSH key it must show, and how other hosts reach it.
+
+    ``peer`` "": by ``uri`` without what concerns this machine only; ``address``, for the data of migrations, "": the
+    one in ``uri``.
+    """
+
+    name: str
+    uri: str
+    host_key: str = ""
+    peer: str = ""
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +38,7 @@ class Settings:
     image_pool: str = "vmctl-images"
     ssh_key: str = ""
     backups: str = ""
+    hosts: Mapping[str, HostEntry] = field(default_factory=dict)
 
 
 class Folders(NamedTuple):
@@ -65,16 +83,36 @@ def load(path: Path) -> Settings:
         raise SpecError(
             f"cannot read config file {path}: {reason(error)}", hint='it is TOML: connect = "qemu:///system"'
         ) from error
-    known = {field.name for field in fields(Settings)}
+    return read(values, path)
+
+
+def read(values: Mapping[str, Any], path: Path) -> Settings:
+    """The settings in a parsed config file. Raises SpecError that names every problem."""
+    known = {one.name for one in fields(Settings)} - {"hosts"} | {_HOSTS}
     problems = [f"unknown key {key!r}" for key in values if key not in known]
-    problems += [
-        f"{key} is not a string" for key, value in values.items() if key in known and not isinstance(value, str)
-    ]
+    plain = {key: value for key, value in values.items() if key in known and key != _HOSTS}
+    problems += [f"{key} is not a string" for key, value in plain.items() if not isinstance(value, str)]
+    tables = values.get(_HOSTS, {})
+    if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
+        problems.append(f"{_HOSTS} is not made of tables such as [{_HOSTS}.one]")
+        tables = {}
+    for name, table in tables.items():
+        problems += _host_problems(name, table)
     if problems:
         raise SpecError(
             f"cannot use config file {path}", problems=problems, hint="known keys: " + ", ".join(sorted(known))
         )
-    return Settings(**values)
+    return Settings(**plain, hosts={name: HostEntry(name, **table) for name, table in tables.items()})
+
+
+def _host_problems(name: str, table: Mapping[str, Any]) -> list[str]:
+    known = [one.name for one in fields(HostEntry) if one.name != "name"]
+    where = f"[{_HOSTS}.{name}]"
+    problems = [f"unknown key {key!r} in {where}" for key in table if key not in known]
+    problems += [f"{key} in {where} is not a string" for key in table if not isinstance(table[key], str)]
+    if "uri" not in table:
+        problems.append(f"no uri in {where}")
+    return problems
 
 
 def backup_folder(flag: Path | None, settings: Settings, own: Folders) -> Path:
@@ -85,3 +123,13 @@ def backup_folder(flag: Path | None, settings: Settings, own: Folders) -> Path:
 def chosen_uri(flag: str | None, env: Mapping[str, str], settings: Settings) -> str:
     """The URI to connect to, by precedence: flag, VMCTL_CONNECT, LIBVIRT_DEFAULT_URI, config file; "" for none."""
     return flag or env.get("VMCTL_CONNECT") or env.get("LIBVIRT_DEFAULT_URI") or settings.connect
+
+
+def entry(text: str, settings: Settings) -> HostEntry:
+    """The host that a name or URI means; one by its URI has no name and no key. Raises NotFound."""
+    if text in settings.hosts:
+        return settings.hosts[text]
+    if ":" not in text:
+        hint = f"known: {', '.join(settings.hosts)}" if settings.hosts else "vmctl host add NAME URI makes one known"
+        raise NotFound(f"cannot find host {text}: the config file has none of that name", hint=hint)
+    return HostEntry("", text)

@@ -119,7 +119,7 @@ def _look(host: Host, name: str) -> Detail:
         autostart=vm.autostart,
         persistent=vm.persistent,
         spec_digest=record.spec_digest if record else "",
-        host=host.conn.host,
+        host=host.name,
     )
 
 

@@ -34,7 +34,7 @@ def info(host: Host, *, refresh: bool = False) -> HostInfo:
     """Gather what the host is."""
     facts, versions = host.facts, connection.versions(host.conn)
     return HostInfo(
-        name=host.conn.host,
+        name=host.name,
         uri=host.conn.uri,
         arch=facts.arch,
         cpu_model=facts.cpu_model,

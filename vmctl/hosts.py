@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vmctl import config
 from vmctl.choices import AccelChoice
-from vmctl.config import Folders, Settings
+from vmctl.config import Folders, HostEntry, Settings
 from vmctl.events import Reporter, Warned, silent
 from vmctl.hypervisor import connection
 from vmctl.hypervisor.connection import Connection
@@ -30,6 +30,12 @@ class Host:
     conn: Connection
     settings: Settings
     folders: Folders
+    entry: HostEntry | None = None
+
+    @property
+    def name(self) -> str:
+        """What it is called: its name in the config file, or the one it has itself."""
+        return (self.entry and self.entry.name) or self.conn.host
 
     @cached_property
     def facts(self) -> HostFacts:
@@ -70,8 +76,19 @@ def open_host(connect: str | None = None, env: Mapping[str, str] = os.environ, r
         text = f"using {connection.SESSION}, for {connection.SYSTEM} does not answer: {why}"
         report(Warned(text, "-c or VMCTL_CONNECT chooses"))
 
-    conn = connection.connect(uri) if uri else connection.connect_default(fell_back)
-    return Host(conn, settings, folders)
+    if uri:
+        return open_entry(config.entry(uri, settings), settings, folders)
+    return Host(connection.connect_default(fell_back), settings, folders)
+
+
+def open_entry(entry: HostEntry, settings: Settings, folders: Folders) -> Host:
+    """Open a host, by SSH only with the key that is pinned for it. Raises HostUnreachable."""
+    way = ""
+    if entry.host_key:
+        from vmctl import host_ssh  # late: a host of this machine needs none
+
+        way = host_ssh.through(entry, folders.runtime)
+    return Host(connection.connect(entry.uri, way), settings, folders, entry)
 
 
 def qemu_user_name(user: str | None) -> str | None:

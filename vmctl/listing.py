@@ -31,6 +31,12 @@ class Row(NamedTuple):
     uptime_s: float | None
     labels: Mapping[str, str]
     uuid: str
+    problem: str = ""
+
+
+def no_answer(host: str, why: str) -> Row:
+    """What stands for the VMs of a host that cannot be asked: never nothing, which would look like no VMs."""
+    return Row("", State.UNREACHABLE, "", 0, 0, "", host, "", None, {}, "", why)
 
 
 def rows(
@@ -39,7 +45,7 @@ def rows(
     """All VMs, or those in one of ``states`` and with all of ``labels`` (value None: any value)."""
     entries = inventory.list_domains(host.conn)
     addresses = addresses_of(host, entries)
-    name = host.conn.host
+    name = host.name
     found = (_row(entry, addresses, name) for entry in entries)
     return tuple(row for row in found if (not states or row.state in states) and _labelled(row.labels, labels or {}))
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The first process of a test host: furnishes the namespaces that enter.py made, starts libvirt, runs pytest.
 #
-#     up.sh CHECKOUT CACHE [PYTEST ARGUMENT...]
+#     up.sh CHECKOUT CACHE [PYTEST ARGUMENT... | --run COMMAND...]
 #
 # What a test may count on in here (the marker says it is in here):
 #   /run/vmctl-test-host    the marker: this file exists nowhere else
@@ -182,5 +182,10 @@ if [ "${1-}" = --figures-only ]; then
     exit 0
 fi
 status=0
+if [ "${1-}" = --run ]; then
+    shift
+    "$@" || status=$?
+    exit $status
+fi
 "$root/.venv/bin/python3" -m pytest "$@" || status=$?
 exit $status

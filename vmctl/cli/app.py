@@ -64,7 +64,7 @@ COMMANDS: Mapping[str, Entry] = {
     "disk": Entry("disk", "app", "Disks of VMs, and the pools they lie in."),
     "snapshot": Entry("snapshot", "app", "States of VMs to go back to."),
     "backup": Entry("backup", "app", "Backups of VMs, and VMs restored from them."),
-    "host": Entry("diagnose", "host_app", "Hosts that VMs run on."),
+    "host": Entry("host", "app", "Hosts that VMs run on."),
     "doctor": Entry("diagnose", "doctor", "Find, explain and mend what is wrong with a host."),
     "demo": Entry("diagnose", "demo", "Show the main job from end to end."),
 }

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vmctl import ui
-from vmctl.cli.command import Command, Group
 from vmctl.cli.options import ConnectOption, OutputOption, opened, reporter
 from vmctl.ui import Output
 
@@ -16,13 +15,6 @@ if TYPE_CHECKING:
 
     from vmctl.doctor import Finding
     from vmctl.host_info import HostInfo
-
-host_app = typer.Typer(cls=Group, help="Hosts that VMs run on.", no_args_is_help=True, rich_markup_mode=None)
-
-
-@host_app.callback()
-def _group() -> None:
-    """Hosts that VMs run on."""
 
 
 def _info_text(info: HostInfo) -> str:
@@ -49,7 +41,6 @@ def _info_text(info: HostInfo) -> str:
     )
 
 
-@host_app.command("info", cls=Command)
 def info(
     refresh: Annotated[bool, typer.Option("--refresh", help="Probe the accelerator again.")] = False,
     connect: ConnectOption = None,

@@ -7,14 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from vmctl import ui
-from vmctl.cli.options import ConnectOption, Name, Names, OutputOption, TimeoutOption, each, note, opened, reporter
-from vmctl.errors import SpecError
+from vmctl.cli.options import (
+    ConnectOption,
+    Name,
+    Names,
+    OutputOption,
+    TimeoutOption,
+    each,
+    fleet_of_config,
+    note,
+    opened,
+    reporter,
+)
+from vmctl.errors import PartialFailure, SpecError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vmctl.detail import Detail
+    from vmctl.hypervisor.states import State
     from vmctl.listing import Row
 
 _HEADER = ("NAME", "STATE", "ACCEL", "VCPUS", "MEMORY", "ADDRESS", "HOST", "IMAGE", "UPTIME")
@@ -31,8 +43,8 @@ def _table(rows: Sequence[Row]) -> str:
                 r.name,
                 r.state,
                 r.accel,
-                str(r.vcpus),
-                ui.memory(r.memory_mib),
+                str(r.vcpus or ""),
+                ui.memory(r.memory_mib) if r.vcpus else "",
                 r.address,
                 r.host,
                 r.image,
@@ -55,10 +67,18 @@ def list_(
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Show again whenever something changes; Ctrl-C ends.")
     ] = False,
+    all_hosts: Annotated[bool, typer.Option("--all-hosts", help="Of all hosts that `vmctl host list` lists.")] = False,
+    timeout: Annotated[
+        float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Longest wait for each of --all-hosts; 10.")
+    ] = 10.0,
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """List VMs. With -w, JSON is one line for each list."""
+    """List VMs. With -w, JSON is one line for each list.
+
+    With --all-hosts, all are asked at once; one that does not answer in time is a row of state unreachable, and the
+    exit code is 14.
+    """
     from vmctl import listing
     from vmctl.hypervisor.states import State
 
@@ -67,6 +87,11 @@ def list_(
         raise SpecError(f"cannot list VMs: {unknown[0]!r} is no state", hint="states: " + ", ".join(known))
     states = {known[text] for text in state or []}
     labels = {key: value if sep else None for key, sep, value in (text.partition("=") for text in label or [])}
+    if all_hosts:
+        if connect or watch:
+            raise SpecError(f"cannot list VMs: --all-hosts goes with no {'--connect' if connect else '--watch'}")
+        _list_all(states, labels, timeout, output)
+        return
     with opened(connect, events=watch) as host:
 
         def show(emit: Callable[..., None]) -> None:
@@ -83,6 +108,18 @@ def list_(
                 if output in {Output.TABLE, Output.NAME}:
                     ui.clear_or_blank()
                 show(ui.emit_again)
+
+
+def _list_all(states: set[State], labels: dict[str, str | None], timeout: float, output: Output) -> None:
+    from vmctl import fleet
+
+    asked = fleet_of_config()
+    rows, failures = fleet.rows(asked, states=states, labels=labels, timeout_s=timeout)
+    ui.emit(rows, output, lambda: _table(rows), lambda: [row.name for row in rows if row.name])
+    if failures:
+        raise PartialFailure(
+            f"cannot list the VMs of {len(failures)} of {len(asked.entries())} hosts", failures=failures
+        )
 
 
 def _details(d: Detail) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from vmctl.events import Reporter
+    from vmctl.fleet import Fleet
     from vmctl.hosts import Host
 
 __all__ = ["each"]
@@ -84,9 +85,32 @@ DiskName = Annotated[
         metavar="DISK", help="VM:TARGET, VM:SERIAL, POOL/VOLUME, VOLUME or a file.", autocompletion=_complete_disk
     ),
 ]
+
+
+def _complete_host(incomplete: str) -> list[str]:
+    from vmctl import config
+
+    try:
+        known = config.load(config.folders().config / "config.toml").hosts
+    except VmctlError:
+        return []
+    return [name for name in known if name.startswith(incomplete)]
+
+
 ConnectOption = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--connect", "-c", metavar="URI", help="libvirt URI of the host, such as qemu:///session."),
+    typer.Option(
+        "--connect",
+        "-c",
+        metavar="HOST",
+        help="Host: its name (see `vmctl host`), or a libvirt URI such as qemu:///session.",
+        autocompletion=_complete_host,
+    ),
+]
+HostName = Annotated[str, typer.Argument(metavar="HOST", help="Name of the host.", autocompletion=_complete_host)]
+HostNames = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(metavar="[HOST...]", help="Names of hosts; default: all.", autocompletion=_complete_host),
 ]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Form of the result.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
@@ -125,6 +149,15 @@ def opened(connect: str | None, *, events: bool = False) -> Iterator[Host]:
     # Loaded only when there is something to tell.
     with open_host(connect or GLOBALS.connect, report=lambda event: reporter()(event)) as host:
         yield host
+
+
+def fleet_of_config() -> Fleet:
+    """The hosts of the config file, none of them asked yet."""
+    from vmctl import config
+    from vmctl.fleet import Fleet
+
+    folders = config.folders()
+    return Fleet(config.load(folders.config / "config.toml"), folders)
 
 
 def note(text: str) -> None:

@@ -86,7 +86,7 @@ _IN_GROUPS = {
         "throttle": "limit",
         "unplug": "detach",
     },
-    "host": {"list": "info", "show": "info"},
+    "host": {"create": "add", "delete": "remove", "doctor": "check", "new": "add", "ping": "check", "rm": "remove"},
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import libvirt
 
@@ -78,6 +79,20 @@ def host_facts(conn: Connection) -> HostFacts:
         domain_types=tuple(types),
         qemu_user=None if conn.session else _dac_user(root),
     )
+
+
+class Who(NamedTuple):
+    """What tells a host from others: its own name, and libvirt's UUID of it."""
+
+    hostname: str
+    uuid: str
+
+
+def who(conn: Connection) -> Who:
+    """Which host that is, by whatever URI it was reached."""
+    with calling("ask the host who it is"):
+        root = ET.fromstring(conn.handle.getCapabilities())
+        return Who(str(conn.handle.getHostname()), root.findtext("host/uuid") or "")
 
 
 def text(conn: Connection) -> str:

@@ -69,10 +69,10 @@ class Connection:
         self.close()
 
 
-def connect(uri: str) -> Connection:
-    """Open ``uri``. Raises HostUnreachable with what to do about it."""
+def connect(uri: str, way: str = "") -> Connection:
+    """Open ``uri``, or the same place by the URI ``way``. Raises HostUnreachable with what to do about it."""
     try:
-        handle = libvirt.open(uri)
+        handle = libvirt.open(way or uri)
     except libvirt.libvirtError as error:
         raise HostUnreachable(translated(error, f"connect to {uri}").message, hint=_unreachable_hint(uri)) from error
     return Connection(uri, handle)

@@ -10,7 +10,8 @@ import libvirt
 class State(StrEnum):
     """Domain states in vmctl's words. ``saved`` is shut off with a saved memory image; ``creating`` is defined
     by a create that is still at it, or that was cut off; ``crashed`` is a guest whose kernel panicked, kept as it was
-    then (its reason is PANICKED), or a machine whose QEMU is gone."""
+    then (its reason is PANICKED), or a machine whose QEMU is gone; ``unreachable`` stands for all VMs of a host that
+    does not answer."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -20,6 +21,7 @@ class State(StrEnum):
     SUSPENDED = "suspended"
     SAVED = "saved"
     CREATING = "creating"
+    UNREACHABLE = "unreachable"
 
 
 PANICKED = "guest panicked"

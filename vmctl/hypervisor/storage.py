@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import libvirt
 
@@ -88,6 +88,31 @@ def pool_path(conn: Connection, pool: str) -> str:
     """The folder of a directory pool."""
     with calling(f"read storage pool {pool}"):
         return ET.fromstring(_pool(conn, pool).XMLDesc()).findtext("target/path") or ""
+
+
+class Space(NamedTuple):
+    """Bytes of a pool's file system."""
+
+    capacity: int
+    available: int
+
+
+def pool_space(conn: Connection, pool: str) -> Space:
+    """How large a pool is and how much of it is free; as old as its last refresh."""
+    with calling(f"read storage pool {pool}"):
+        info = _pool(conn, pool).info()
+    return Space(int(info[1]), int(info[3]))
+
+
+def pools(conn: Connection) -> tuple[tuple[str, str, str, int, int], ...]:
+    """Name, state (active or inactive), folder, capacity and free bytes of every pool."""
+    found = []
+    with calling("list storage pools"):
+        for pool in conn.handle.listAllStoragePools(0):
+            path = ET.fromstring(pool.XMLDesc()).findtext("target/path") or ""
+            state, (_, capacity, _, available) = "active" if pool.isActive() else "inactive", pool.info()
+            found.append((str(pool.name()), state, path, int(capacity), int(available)))
+    return tuple(sorted(found))
 
 
 def refresh(conn: Connection, pool: str) -> None:

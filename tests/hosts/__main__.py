@@ -1,0 +1,39 @@
+"""python -m tests.hosts up N [--shared] [--tls] [-- COMMAND...]: a shell, or a command, beside N hosts."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[2]
+_MARKER = Path("/run/vmctl-test-host")
+
+
+def main() -> int:
+    """Inside a test host: boot the hosts, and run the command beside them. Outside: enter one first."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.hosts",
+        description="Libvirt hosts in namespaces, and beside them a shell, or what stands after --.",
+    )
+    parser.add_argument("up", choices=["up"])
+    parser.add_argument("count", type=int, choices=range(1, 6))
+    parser.add_argument("--shared", action="store_true", help="one folder of disks in all of them")
+    parser.add_argument("--tls", action="store_true", help="certificates, by a CA of its own")
+    words, _, command = ("\0".join(sys.argv[1:]) + "\0").partition("\0--\0")
+    given = parser.parse_args([word for word in words.split("\0") if word])
+    if not _MARKER.exists():
+        os.execv(_ROOT / "tests/run", ["tests/run", "--run", sys.executable, "-m", "tests.hosts", *sys.argv[1:]])
+    from tests.hosts import booted
+
+    with booted(given.count, shared=given.shared, tls=given.tls) as bed:
+        for machine in bed.machines:
+            print(f"{machine.name}  {machine.address}  {machine.ssh_uri}", file=sys.stderr)
+        env = {**os.environ, "BED": str(bed.folder), "PS1": "testbed# "}
+        return subprocess.run(command.split("\0")[:-1] or ["bash", "--norc", "-i"], check=False, env=env).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""vmctl host and list --all-hosts, on three hosts that are reached by SSH."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import Testbed
+from tests.system.conftest import VMCTL, Shell
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def bed(make_testbed: Callable[..., Testbed]) -> Testbed:
+    return make_testbed(3, tls=True)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
+    """vmctl with a config file of its own."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    yield Shell()
+
+
+@pytest.fixture
+def known(here: Shell, bed: Testbed) -> Shell:
+    for machine in bed.machines:
+        here.run("host", "add", machine.name, machine.ssh_uri, "--host-key", machine.host_key)
+    return here
+
+
+def test_a_host_is_trusted_by_its_key_alone(here: Shell, bed: Testbed, tmp_path: Path) -> None:
+    first, second = bed.machines[:2]
+    refused = here.run("host", "add", "h1", first.ssh_uri, check=2)
+    assert "is not known, and there is no terminal" in refused.stderr and "--fingerprint SHA256:" in refused.stderr
+    shown = refused.stderr.partition("--fingerprint ")[2].split(",")[0]
+    other = subprocess.run(
+        ["ssh-keygen", "-lf", "-"], input=second.host_key, capture_output=True, text=True, check=True
+    )
+    wrong = here.run("host", "add", "h1", first.ssh_uri, "--fingerprint", other.stdout.split()[1], check=3)
+    assert "it shows other SSH host keys than that" in wrong.stderr
+    assert not (tmp_path / "vmctl/config.toml").exists()
+    imposter = here.run("host", "add", "h1", first.ssh_uri, "--host-key", second.host_key, check=3)
+    assert "Host key verification failed" in imposter.stderr
+    said = here.run("host", "add", "h1", first.ssh_uri, "--fingerprint", shown).stdout
+    assert shown in said
+    assert here.json("-c", "h1", "list") == []
+    # A key that changed: nothing is sent, and nobody is asked whether that is all right.
+    config = tmp_path / "vmctl/config.toml"
+    config.write_text(config.read_text().replace(first.host_key.split()[1], second.host_key.split()[1]))
+    assert "Host key verification failed" in here.run("-c", "h1", "list", check=3).stderr
+    assert "cannot find host h9" in here.run("-c", "h9", "list", check=4).stderr
+    assert here.run("host", "remove", "h1").stdout.startswith("h1: no longer known")
+    assert "cannot find host h1" in here.run("-c", "h1", "list", check=4).stderr
+
+
+def test_a_person_is_asked(here: Shell, bed: Testbed) -> None:
+    first = bed.machines[0]
+    for answer, code in (("n", 2), ("y", 0)):
+        main, side = pty.openpty()
+        argv = [*VMCTL, "host", "add", "asked", first.ssh_uri]
+        process = subprocess.Popen(argv, stdin=side, stdout=subprocess.PIPE, stderr=side, text=True)
+        os.close(side)
+        said = ""
+        while "[y/N]" not in said:
+            assert select.select([main], [], [], 30)[0], said
+            said += os.read(main, 4096).decode()
+        assert "SHA256:" in said
+        os.write(main, f"{answer}\n".encode())
+        process.communicate(timeout=30)
+        os.close(main)
+        assert process.returncode == code
+    assert here.json("-c", "asked", "list") == []
+
+
+def test_other_ways(here: Shell, bed: Testbed) -> None:
+    first = bed.machines[0]
+    assert "neither encrypted" in here.run("host", "add", "t", first.tcp_uri, check=2).stderr
+    here.run("host", "add", "t", first.tcp_uri, "--insecure")
+    here.run("host", "add", "s", first.tls_uri)
+    here.run("host", "add", "mine", "qemu:///system")
+    assert {row["name"]: row["state"] for row in here.json("host", "list")} == dict.fromkeys(("t", "s", "mine"), "up")
+    assert here.json("host", "show", "s")["hostname"] == "h1"
+    assert here.run("host", "add", "s", first.tls_uri, check=5).stderr.startswith("cannot add host s")
+    down = here.run("host", "add", "down", "qemu+tls://10.98.250.1/system", check=3)
+    assert "--no-check" in down.stderr
+    here.run("host", "add", "down", "qemu+tls://10.98.250.1/system", "--no-check")
+
+
+def test_all_hosts_and_one_that_does_not_answer(known: Shell, bed: Testbed, name: str) -> None:
+    second, third = bed.machines[1:]
+    xml = f"<domain type='qemu'><name>{name}</name><memory>8192</memory><os><type>hvm</type></os></domain>"
+    second.run("sh", "-c", "cat >/tmp/d.xml; virsh define /tmp/d.xml", input=xml)
+    try:
+        rows = known.json("list", "--all-hosts")
+        assert [(row["name"], row["host"], row["problem"]) for row in rows] == [(name, "h2", "")]
+        for stopped in (True, False):
+            if stopped:
+                third.kill("libvirtd", signal.SIGSTOP)
+            else:
+                third.kill("libvirtd", signal.SIGCONT)
+                third.cut()
+            began = time.monotonic()
+            said = known.run("list", "--all-hosts", "--timeout", "3", "-o", "json", check=14)
+            assert time.monotonic() - began < 7
+            marked = {row["host"]: row for row in json.loads(said.stdout)}
+            assert set(marked) == {"h2", "h3"} and marked["h3"]["state"] == "unreachable" and marked["h3"]["problem"]
+            assert "cannot list the VMs of 1 of 3 hosts" in said.stderr and "h3: " in said.stderr
+            states = {row["name"]: row["state"] for row in known.json("host", "list", "--timeout", "3")}
+            assert states == {"h1": "up", "h2": "up", "h3": "unreachable"}
+        third.mend()
+        assert "unreachable" not in known.run("list", "--all-hosts").stdout
+        assert known.run("list", "--all-hosts", "-o", "name").stdout.split() == [name]
+    finally:
+        second.virsh("undefine", name)
+
+
+def test_check(known: Shell, bed: Testbed) -> None:
+    first, second = bed.machines[:2]
+    found = known.json("host", "check")
+    by = {(one["host"], one["name"]): one for one in found}
+    assert {one["result"] for one in found} <= {"ok", "note"}
+    for host, other in (("h1", "h2"), ("h2", "h1"), ("h3", "h1")):
+        assert by[host, f"reaches {other}"]["result"] == "ok"
+    assert "SHA256:" in by["h1", "trust"]["detail"] and by["h1", "clock"]["result"] == "ok"
+    first.cut_from(second)
+    try:
+        said = known.run("host", "check", "h1", "h2", check=1).stdout
+        assert "failed   h1 reaches h2" in said and "failed   h2 reaches h1" in said and "mend: " in said
+    finally:
+        first.mend_from(second)
+
+
+def test_top_and_show(known: Shell, bed: Testbed) -> None:
+    looks = [
+        json.loads(line)
+        for line in known.run("host", "top", "--count", "2", "--interval", "0.3", "-o", "json").stdout.splitlines()
+    ]
+    assert len(looks) == 2
+    assert all([row["name"] for row in look] == ["h1", "h2", "h3"] for look in looks)
+    assert all(0 <= row["cpu_percent"] <= 100 and row["available_mib"] > 0 for look in looks for row in look)
+    shown = known.json("host", "show", "h2")
+    assert shown["peer"] == bed.machines[1].peer_uri and shown["address"] == bed.machines[1].address
+    assert "lan" in shown["networks"]
+    assert known.json("-c", "h2", "host", "info")["name"] == "h2"

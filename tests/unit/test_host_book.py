@@ -1,0 +1,112 @@
+"""Hosts in the config file, and how they are reached."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from vmctl import config, host_add, host_book, host_ssh
+from vmctl.config import Folders, HostEntry
+from vmctl.errors import Conflict, NotFound, SpecError
+
+KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ2m3tqF7Qq3b0m7cXW5w0m3F4yZ1QmXyq0m1u8Hq2xS"
+FILE = """# mine
+connect = "one"  # the first
+
+[host.one]
+uri = "qemu+ssh://root@one/system"
+
+# about two
+[host.two]
+uri = "qemu+tls://two/system"
+"""
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Folders:
+    return Folders(tmp_path, tmp_path, tmp_path, tmp_path / "run")
+
+
+def write(folders: Folders, text: str) -> Path:
+    path = folders.config / "config.toml"
+    path.write_text(text)
+    return path
+
+
+def test_add_and_remove_leave_the_rest_to_the_letter(folders: Folders) -> None:
+    path = write(folders, FILE)
+    path.chmod(0o640)
+    entry = HostEntry("three", "qemu+ssh://root@three/system", KEY, address='10.0.0.3"')
+    host_book.add(folders, entry)
+    assert path.read_text().startswith(FILE) and path.stat().st_mode & 0o777 == 0o640
+    assert config.load(path).hosts["three"] == entry
+    assert host_book.remove(folders, "three") == entry
+    assert path.read_text().rstrip() == FILE.rstrip()
+    host_book.remove(folders, "one")
+    assert "# mine" in path.read_text() and "root@one" not in path.read_text()
+    assert set(config.load(path).hosts) == {"two"}
+
+
+def test_the_first_host_makes_the_file(folders: Folders) -> None:
+    host_book.add(folders, HostEntry("one", "qemu:///system"))
+    assert tomllib.loads((folders.config / "config.toml").read_text()) == {"host": {"one": {"uri": "qemu:///system"}}}
+
+
+def test_what_is_refused(folders: Folders) -> None:
+    write(folders, FILE)
+    with pytest.raises(Conflict, match="has it already"):
+        host_book.add(folders, HostEntry("one", "qemu:///system"))
+    with pytest.raises(NotFound, match="none of that name"):
+        host_book.remove(folders, "ten")
+    path = write(folders, 'host = { one = { uri = "qemu:///system" } }\n')
+    with pytest.raises(SpecError, match="a way of their own"):
+        host_book.remove(folders, "one")
+    assert path.read_text() == 'host = { one = { uri = "qemu:///system" } }\n'
+    write(folders, 'host = "x"\nwrong = 1\n')
+    with pytest.raises(SpecError, match=r"unknown key 'wrong'; host is not made of tables"):
+        config.load(path)
+    write(folders, "[host.one]\nurl = 1\n")
+    with pytest.raises(SpecError, match=r"unknown key 'url' in \[host.one\]; url in .* no uri in"):
+        config.load(path)
+
+
+def test_names_and_uris(folders: Folders) -> None:
+    settings = config.load(write(folders, FILE))
+    assert config.entry("one", settings).uri == "qemu+ssh://root@one/system"
+    assert config.entry("qemu:///session", settings) == HostEntry("", "qemu:///session")
+    with pytest.raises(NotFound, match="cannot find host ten") as caught:
+        config.entry("ten", settings)
+    assert caught.value.hint == "known: one, two"
+
+
+def test_the_way_there_knows_the_pinned_key_alone(folders: Folders) -> None:
+    entry = HostEntry("one", "qemu+ssh://root@10.0.0.1:2222/system?keyfile=/k", KEY)
+    uri = host_ssh.through(entry, folders.runtime)
+    assert uri == f"{entry.uri}&command={folders.runtime}/host-one.ssh"
+    script = (folders.runtime / "host-one.ssh").read_text()
+    for part in ("StrictHostKeyChecking=yes", "GlobalKnownHostsFile=/dev/null", "HostKeyAlias=one", "BatchMode=yes"):
+        assert part in script
+    assert (folders.runtime / "host-one.keys").read_text() == f"one {KEY}\n"
+    argv = host_ssh.argv(entry, folders.runtime, "echo", "a b")
+    assert argv[-9:] == ["-l", "root", "-p", "2222", "-i", "/k", "--", "10.0.0.1", "echo 'a b'"]
+    assert host_ssh.elsewhere(entry) == "qemu+ssh://root@10.0.0.1:2222/system"
+    assert host_ssh.address(entry) == "10.0.0.1"
+    assert host_ssh.through(HostEntry("two", "qemu+tls://two/system"), folders.runtime) == "qemu+tls://two/system"
+
+
+def test_keys() -> None:
+    assert host_ssh.checked_key(f"one,10.0.0.1 {KEY} root@one") == KEY
+    assert host_ssh.fingerprint(KEY).startswith("SHA256:") and "=" not in host_ssh.fingerprint(KEY)
+    for wrong in ("", "ssh-ed25519", "ssh-ed25519 !!", "hello world"):
+        with pytest.raises(SpecError, match="cannot use SSH host key"):
+            host_ssh.checked_key(wrong)
+
+
+def test_all_that_is_wrong_with_a_wish() -> None:
+    wish = host_add.Wish("no name", "qemu+tcp://h/system", KEY, "MD5:x", "ftp://h")
+    found = "; ".join(host_add.problems(wish))
+    for part in ("no name", "neither encrypted", "ftp://h", "qemu+ssh only", "SHA256:"):
+        assert part in found
+    assert host_add.problems(host_add.Wish("one", "qemu+tcp://h/system", insecure=True)) == []

@@ -1,0 +1,110 @@
+"""Making a host known: what is asked of its URI, and which SSH key it is trusted by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from vmctl import host_book, host_ssh, spec
+from vmctl.config import HostEntry
+from vmctl.errors import Conflict, HostUnreachable, SpecError
+from vmctl.fleet import Fleet
+from vmctl.hypervisor import connection
+
+_SCHEMES = ("qemu", "qemu+unix", "qemu+ssh", "qemu+libssh", "qemu+libssh2", "qemu+tls", "qemu+tcp", "test")
+_CHECK_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What was asked for; "" where nothing was."""
+
+    name: str
+    uri: str
+    host_key: str = ""
+    fingerprint: str = ""
+    peer: str = ""
+    address: str = ""
+    insecure: bool = False
+    check: bool = True
+
+
+class Trust(NamedTuple):
+    """A key that a host shows and nobody vouches for yet."""
+
+    host: str
+    kind: str
+    fingerprint: str
+
+
+def fingerprint(entry: HostEntry) -> str:
+    """Of the key pinned for it."""
+    return host_ssh.fingerprint(entry.host_key)
+
+
+def problems(wish: Wish) -> list[str]:
+    """What is wrong with a wish, all of it."""
+    found = list(spec.name_problems(wish.name))
+    for uri in filter(None, (wish.uri, wish.peer)):
+        scheme = urlsplit(uri).scheme
+        if scheme not in _SCHEMES:
+            found.append(f"{uri!r} is no URI of a libvirt host, such as qemu+ssh://root@host/system")
+        elif scheme == "qemu+tcp" and not wish.insecure:
+            found.append(f"{uri} is neither encrypted nor authenticated; in a test network, --insecure lets it be")
+    if (wish.host_key or wish.fingerprint) and not host_ssh.by_ssh(wish.uri):
+        found.append("an SSH host key is for qemu+ssh only")
+    if wish.fingerprint and not wish.fingerprint.startswith("SHA256:"):
+        found.append(f"{wish.fingerprint!r} is no fingerprint: it begins with SHA256:")
+    return found
+
+
+def add(fleet: Fleet, wish: Wish, trusts: Callable[[Trust], bool]) -> HostEntry:
+    """Add a host to the config file once it answers; ``trusts`` judges a key that nobody vouched for.
+
+    Raises SpecError with all that is wrong, Conflict for a name that is taken, HostUnreachable.
+    """
+    if found := problems(wish):
+        raise SpecError(f"cannot add host {wish.name}", problems=found)
+    if wish.name in fleet.settings.hosts:
+        raise Conflict(
+            f"cannot add host {wish.name}: the config file has it already, at {fleet.settings.hosts[wish.name].uri}",
+            hint=f"vmctl host remove {wish.name}",
+        )
+    entry = HostEntry(wish.name, wish.uri, "", wish.peer, wish.address)
+    if host_ssh.by_ssh(wish.uri):
+        entry = replace(entry, host_key=_key(wish, trusts))
+    if wish.check:
+        try:
+            with fleet.open(entry) as host:
+                connection.versions(host.conn)
+        except HostUnreachable as error:
+            raise HostUnreachable(
+                f"cannot add host {wish.name}: {error.message}", hint="--no-check adds it all the same"
+            ) from error
+    host_book.add(fleet.folders, entry)
+    return entry
+
+
+def _key(wish: Wish, trusts: Callable[[Trust], bool]) -> str:
+    """The key to pin. Nothing is taken for true because it was seen first."""
+    there = host_ssh.place(wish.uri)
+    if wish.host_key:
+        key = host_ssh.checked_key(wish.host_key)
+        if wish.fingerprint and host_ssh.fingerprint(key) != wish.fingerprint:
+            raise SpecError(f"cannot add host {wish.name}: --host-key has the fingerprint {host_ssh.fingerprint(key)}")
+        return key
+    if wish.fingerprint:
+        shown = host_ssh.offered(there)
+        for key in shown:
+            if host_ssh.fingerprint(key) == wish.fingerprint:
+                return key
+        seen = ", ".join(host_ssh.fingerprint(key) for key in shown)
+        raise HostUnreachable(f"cannot trust {there.host}: it shows other SSH host keys than that: {seen}")
+    if vouched := host_ssh.known(there):
+        return vouched
+    key = host_ssh.offered(there)[0]
+    if not trusts(Trust(there.host, key.split()[0], host_ssh.fingerprint(key))):
+        raise SpecError(f"cannot add host {wish.name}: its SSH host key is not trusted")
+    return key

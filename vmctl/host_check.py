@@ -1,0 +1,139 @@
+"""What keeps hosts from being used, and from sending each other VMs: everything `vmctl host check` tells."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from vmctl import fleet, host_ssh
+from vmctl.config import HostEntry
+from vmctl.errors import VmctlError
+from vmctl.fleet import Fleet, called
+from vmctl.hosts import Host
+from vmctl.hypervisor import connection, network, storage
+
+_ASK_S = 15.0
+_SKEW_S = 2.0
+_SCARCE = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class HostFinding:
+    """One thing looked at on a host: ``result`` is ok, note or failed."""
+
+    host: str
+    name: str
+    result: str
+    detail: str
+    mend: str = ""
+
+
+def check(asked: Fleet, names: Sequence[str] = (), *, timeout_s: float) -> tuple[HostFinding, ...]:
+    """Look at all hosts, or those of ``names``, at once; each also whether it reaches the others."""
+    entries = asked.entries(names)
+    found: list[HostFinding] = []
+    for name, answer in fleet.each(entries, lambda entry: _of(asked, entry, entries), timeout_s):
+        if isinstance(answer, VmctlError):
+            found.append(HostFinding(name, "reachable", "failed", answer.message, answer.hint))
+        else:
+            found += answer
+    return tuple(found)
+
+
+def _of(asked: Fleet, entry: HostEntry, entries: Sequence[HostEntry]) -> list[HostFinding]:
+    began = time.monotonic()
+    with asked.open(entry) as host:
+        took = time.monotonic() - began
+        found = [("reachable", "ok", f"{entry.uri} answers in {took:.2f} s", ""), _trust(entry), _software(host)]
+        found += [*_pools(host), _network(host)]
+    if host_ssh.by_ssh(entry.uri):
+        found.append(_clock(asked, entry))
+    found += [_peer(asked, entry, other) for other in entries if other is not entry]
+    return [HostFinding(called(entry), *one) for one in found]
+
+
+_Found = tuple[str, str, str, str]
+
+
+def _trust(entry: HostEntry) -> _Found:
+    scheme = urlsplit(entry.uri).scheme
+    if scheme == "qemu+tcp":
+        return "trust", "note", "qemu+tcp: neither encrypted nor authenticated", "qemu+ssh or qemu+tls"
+    if not host_ssh.by_ssh(entry.uri):
+        return "trust", "ok", "by certificate" if scheme == "qemu+tls" else "no network on the way", ""
+    if entry.host_key:
+        return "trust", "ok", f"SSH host key {host_ssh.fingerprint(entry.host_key)}", ""
+    mend = "vmctl host remove, and add it again" if entry.name else "vmctl host add NAME URI"
+    return "trust", "note", "its SSH host key is not pinned: your known_hosts decides", mend
+
+
+def _software(host: Host) -> _Found:
+    versions = connection.versions(host.conn)
+    kvm = "KVM is offered" if "kvm" in host.facts.domain_types else "no KVM: guests run on TCG"
+    return "software", "ok", f"libvirt {versions.libvirt}, QEMU {versions.hypervisor}; {kvm}", ""
+
+
+def _pools(host: Host) -> list[_Found]:
+    found: list[_Found] = []
+    for pool in (host.settings.pool, host.settings.image_pool):
+        if not storage.pool_exists(host.conn, pool):
+            found.append(("pool", "note", f"no pool {pool} yet: it is made when it is needed", ""))
+            continue
+        storage.refresh(host.conn, pool)
+        free = storage.pool_space(host.conn, pool).available
+        scarce = free < _SCARCE
+        text = f"pool {pool}: {free / (1 << 30):.1f} GiB free"
+        found.append(("pool", "note" if scarce else "ok", text, "make room" if scarce else ""))
+    return found
+
+
+def _network(host: Host) -> _Found:
+    name = host.settings.network
+    there = any(net.name == name for net in network.all_networks(host.conn))
+    return "network", "ok" if there else "note", f"network {name}" + ("" if there else ": not made yet"), ""
+
+
+def _clock(asked: Fleet, entry: HostEntry) -> _Found:
+    skew = clock_skew_s(asked, entry)
+    if abs(skew) > _SKEW_S:
+        return "clock", "failed", f"its clock is {skew:+.1f} s off this machine's", "run NTP on both"
+    return "clock", "ok", f"within {_SKEW_S:g} s of this machine's", ""
+
+
+def clock_skew_s(asked: Fleet, entry: HostEntry) -> float:
+    """How far its clock is ahead of this machine's, by SSH; the way there and back is allowed for."""
+    before = time.time()
+    said = host_ssh.run(entry, asked.folders.runtime, "date", "+%s.%N", timeout_s=_ASK_S).out
+    after = time.time()
+    try:
+        there = float(said)
+    except ValueError as error:
+        raise VmctlError(f"cannot ask host {called(entry)} for its time: it says {said.strip()[:40]!r}") from error
+    return 0.0 if before <= there <= after else there - (after if there > after else before)
+
+
+def _peer(asked: Fleet, entry: HostEntry, other: HostEntry) -> _Found:
+    name = f"reaches {called(other)}"
+    if not host_ssh.by_ssh(entry.uri):
+        return name, "note", "cannot be asked from here: it is not reached by SSH", ""
+    why = unreached(asked, entry, host_ssh.elsewhere(other))
+    if why:
+        return name, "failed", f"{host_ssh.elsewhere(other)}: {why}", PEER_MEND
+    return name, "ok", host_ssh.elsewhere(other), ""
+
+
+PEER_MEND = "give its root an SSH key that the other lets in, and the other's host key; or migrate with --direct"
+
+
+def unreached(asked: Fleet, entry: HostEntry, uri: str) -> str:
+    """Why libvirt on that host does not reach another by ``uri``; "" when it does. Raises HostUnreachable."""
+    seconds = f"{_ASK_S - 3:.0f}"
+    answer = host_ssh.run(
+        entry, asked.folders.runtime, "timeout", seconds, "virsh", "-q", "-c", uri, "uri", timeout_s=_ASK_S
+    )
+    if answer.code == 0:
+        return ""
+    words = [line.removeprefix("error: ") for line in answer.err.splitlines() if line.strip()]
+    return words[-1] if words else f"no answer within {seconds} s"

@@ -1,0 +1,230 @@
+"""SSH to hosts, by OpenSSH's client: the key a host must show, libvirt's way through it, and commands there.
+
+A host's key is pinned in the config file, and nothing else is trusted for it: no known_hosts, and no first use.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import shlex
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
+
+from vmctl.config import HostEntry
+from vmctl.errors import HostUnreachable, NotFound, SpecError, VmctlError, reason
+
+_CONNECT_S = 10
+_ALIVE_S, _ALIVE_COUNT = 5, 3
+_KINDS = "ed25519,ecdsa,rsa"
+_SCHEME = "qemu+ssh"
+# Parameters of a URI that concern the machine it is used on.
+_OURS = ("keyfile", "pkipath", "command", "known_hosts", "no_tty", "socket")
+
+
+class Place(NamedTuple):
+    """Where an SSH server is, and as whom and with which key to log in ("" and 0: as the client decides)."""
+
+    host: str
+    user: str
+    port: int
+    keyfile: str
+
+
+def by_ssh(uri: str) -> bool:
+    """Whether libvirt goes there by OpenSSH's client."""
+    return urlsplit(uri).scheme == _SCHEME
+
+
+def place(uri: str) -> Place:
+    """The SSH server in a qemu+ssh URI. Raises SpecError."""
+    parts = urlsplit(uri)
+    try:
+        port = parts.port or 0
+    except ValueError as error:
+        raise SpecError(f"cannot use {uri}: its port is no number") from error
+    if not parts.hostname:
+        raise SpecError(f"cannot use {uri}: it names no host", hint="qemu+ssh://USER@HOST/system")
+    return Place(parts.hostname, parts.username or "", port, parse_qs(parts.query).get("keyfile", [""])[0])
+
+
+def elsewhere(entry: HostEntry) -> str:
+    """The URI by which other hosts reach it."""
+    if entry.peer:
+        return entry.peer
+    parts = urlsplit(entry.uri)
+    kept = {key: values for key, values in parse_qs(parts.query).items() if key not in _OURS}
+    return urlunsplit(parts._replace(query=urlencode(kept, doseq=True)))
+
+
+def address(entry: HostEntry) -> str:
+    """The address other hosts send migrations to."""
+    return entry.address or urlsplit(elsewhere(entry)).hostname or ""
+
+
+# --- keys ---------------------------------------------------------------------------------------------------
+
+
+def fingerprint(key: str) -> str:
+    """A key as OpenSSH shows it: SHA256:…"""
+    digest = hashlib.sha256(base64.b64decode(key.split()[1])).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+def checked_key(text: str) -> str:
+    """A public key as it stands in a .pub file or in known_hosts, as kind and key. Raises SpecError."""
+    words = text.split()
+    for kind, blob in zip(words, words[1:], strict=False):
+        if not kind.startswith(("ssh-", "ecdsa-sha2-")):
+            continue
+        try:
+            base64.b64decode(blob, validate=True)
+        except ValueError:
+            continue
+        return f"{kind} {blob}"
+    raise SpecError(f"cannot use SSH host key {text[:40]!r}: it is none", hint="as in a .pub file: ssh-ed25519 AAAA…")
+
+
+def known(there: Place) -> str:
+    """The key that the user's own known_hosts has for it; "" for none."""
+    name = there.host if there.port in {0, 22} else f"[{there.host}]:{there.port}"
+    said = _said(["ssh-keygen", "-F", name], timeout_s=_CONNECT_S)
+    return next(iter(_best_first(line for line in said.splitlines() if line and line[0] not in "#@")), "")
+
+
+def offered(there: Place) -> list[str]:
+    """The keys that it shows now, which prove nothing yet; best first. Raises HostUnreachable."""
+    argv = [
+        "ssh-keyscan",
+        "-T",
+        str(_CONNECT_S),
+        "-t",
+        _KINDS,
+        *(["-p", str(there.port)] if there.port else []),
+        there.host,
+    ]
+    keys = _best_first(line for line in _said(argv, timeout_s=2 * _CONNECT_S).splitlines() if line)
+    if not keys:
+        raise HostUnreachable(f"cannot ask {there.host} for its SSH host key: no SSH server answers")
+    return keys
+
+
+def _best_first(lines: Iterable[str]) -> list[str]:
+    """The keys in lines of known_hosts."""
+    keys = [checked_key(line.partition(" ")[2]) for line in lines]
+    return sorted(keys, key=lambda key: ("ed25519" not in key, "ecdsa" not in key))
+
+
+def _said(argv: Sequence[str], *, timeout_s: float) -> str:
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL
+        )
+    except FileNotFoundError as error:
+        raise NotFound(f"cannot run {argv[0]}: it is not installed", hint="Debian: openssh-client") from error
+    except subprocess.TimeoutExpired:
+        return ""
+    return done.stdout
+
+
+# --- the way there -------------------------------------------------------------------------------------------
+
+
+def options(entry: HostEntry, runtime: Path) -> list[str]:
+    """What makes OpenSSH's client trust the pinned key alone, ask nobody anything, and notice a dead host."""
+    file = runtime / f"host-{entry.name}.keys"
+    _put(file, f"{entry.name} {entry.host_key}\n", 0o600)
+    settings = {
+        "UserKnownHostsFile": file,
+        "GlobalKnownHostsFile": "/dev/null",
+        "StrictHostKeyChecking": "yes",
+        "UpdateHostKeys": "no",
+        "HostKeyAlias": entry.name,
+        "HostKeyAlgorithms": _algorithms(entry.host_key),
+        "BatchMode": "yes",
+        "ConnectTimeout": _CONNECT_S,
+        "ServerAliveInterval": _ALIVE_S,
+        "ServerAliveCountMax": _ALIVE_COUNT,
+    }
+    return [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
+
+
+def _algorithms(key: str) -> str:
+    kind = key.split()[0]
+    return "rsa-sha2-512,rsa-sha2-256" if kind == "ssh-rsa" else kind
+
+
+def through(entry: HostEntry, runtime: Path) -> str:
+    """The URI to open: libvirt starts a client of ours that knows the pinned key."""
+    if not entry.host_key or not by_ssh(entry.uri):
+        return entry.uri
+    program = runtime / f"host-{entry.name}.ssh"
+    _put(program, f'#!/bin/sh\nexec ssh {shlex.join(options(entry, runtime))} "$@"\n', 0o700)
+    parts = urlsplit(entry.uri)
+    if "command" in parse_qs(parts.query):
+        return entry.uri
+    return urlunsplit(parts._replace(query="&".join(filter(None, [parts.query, f"command={program}"]))))
+
+
+def _put(path: Path, text: str, mode: int) -> None:
+    """Write a file whole, unless it says so already."""
+    try:
+        if path.exists() and path.read_text() == text:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        new = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+        new.write_text(text)
+        new.chmod(mode)
+        new.rename(path)
+    except OSError as error:
+        raise VmctlError(f"cannot write {path}: {reason(error)}", hint="is XDG_RUNTIME_DIR yours?") from error
+
+
+def argv(entry: HostEntry, runtime: Path, *command: str) -> list[str]:
+    """The client's command line for a command there. Raises SpecError for a host that is not reached by SSH."""
+    if not by_ssh(entry.uri):
+        raise SpecError(f"cannot log in to host {entry.name or entry.uri}: it is not reached by SSH")
+    there = place(entry.uri)
+    login = ["-l", there.user] if there.user else []
+    login += ["-p", str(there.port)] if there.port else []
+    login += ["-i", there.keyfile] if there.keyfile else []
+    pinned = (
+        options(entry, runtime) if entry.host_key else ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_S}"]
+    )
+    return ["ssh", "-T", *pinned, *login, "--", there.host, shlex.join(command)]
+
+
+class Answer(NamedTuple):
+    """How a command there ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+_SSH_FAILED = 255
+
+
+def run(entry: HostEntry, runtime: Path, *command: str, timeout_s: float) -> Answer:
+    """Run a command there. Raises HostUnreachable, also when it is not done in time."""
+    name = entry.name or entry.uri
+    try:
+        done = subprocess.run(
+            argv(entry, runtime, *command),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise HostUnreachable(f"cannot run {command[0]} on host {name}: no answer within {timeout_s:.0f} s") from error
+    if done.returncode == _SSH_FAILED:
+        words = done.stderr.strip().splitlines()
+        raise HostUnreachable(f"cannot log in to host {name}: {words[-1] if words else 'ssh gives no reason'}")
+    return Answer(done.returncode, done.stdout, done.stderr)
