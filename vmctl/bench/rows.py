@@ -110,7 +110,7 @@ ROWS: tuple[Row, ...] = (
     Row("deadline_passed", "TSC deadline in the past", "WRMSR", _KERNEL, _HELPER, "fires at once", "tscdeadline_immed"),
     Row("deadline_soon", "TSC deadline in 3000 ticks", "WRMSR, timer", _KERNEL, _HELPER, "waits for it", "tscdeadline"),
     Row("ipi", "interrupt a vCPU that looks on", "APIC write or WRMSR", _KERNEL, _DEVICE, "until it has come there"),
-    Row("ipi_halted", "wake a vCPU that sleeps", "APIC write, HLT", _KERNEL, _DEVICE, "and 2000 ticks", "ipi_halt"),
+    Row("ipi_halted", "wake a vCPU that sleeps", "APIC write, HLT", _KERNEL, _DEVICE, "and 2000 ticks"),
 )
 BY_NAME = {row.name: row for row in ROWS}
 
