@@ -11,7 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-GUESTS = {"probe": ("start.S", "machine.c", "probe.c")}
+_FOUNDATIONS = ("start.S", "machine.c")
+GUESTS = {
+    "probe": (*_FOUNDATIONS, "probe.c"),
+    "traps": (*_FOUNDATIONS, "board.c", "clock.c", "apic.c", "smp.S", "rows.c", "traps.c"),
+}
 _FLAGS = (
     # No red zone, for traps come on the same stack; no SSE, for nothing has switched it on. No symbols (-s): among
     # them are gcc's temporary names, which differ from build to build.

@@ -16,6 +16,7 @@
 entry32:
         cld
         movl    $stack_top, %esp
+        movl    %ebx, start_info
 
         /* One table of each level: the first GiB, identity mapped in 2 MiB pages, open to CPL 3 as well. */
         movl    $(pdpt + 7), pml4
@@ -156,6 +157,7 @@ gdt_pointer:
 
         .bss
         .align  4096
+        .globl  pml4, pdpt
 pml4:   .skip   4096
 pdpt:   .skip   4096
 pd:     .skip   4096
@@ -167,6 +169,9 @@ user_stack_top:
         .globl  trap_stack_top
 trap_stack_top:
 kernel_rsp:
+        .skip   8
+        .globl  start_info
+start_info:
         .skip   8
 
         .section .note.GNU-stack, "", @progbits

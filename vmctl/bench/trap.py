@@ -1,0 +1,258 @@
+"""Measures what traps cost: fresh bare-metal guests, one after the other, each with all rows that are left.
+
+A row that ends its guest, or makes it fall silent, is reported; the next guest goes on with the row after it, and later
+ones leave it out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vmctl import __version__, bare_guest, render
+from vmctl.accel import Decision, Verdict
+from vmctl.bench import environment, store, words
+from vmctl.bench.environment import Waiting
+from vmctl.bench.result import Guest, Head, RowResult, Run, TrapResult
+from vmctl.bench.rows import BASE, BY_NAME, ROWS
+from vmctl.bench.words import Said
+from vmctl.choices import AccelChoice
+from vmctl.errors import GuestCommandFailed, SpecError, Unsupported, VmctlError
+from vmctl.events import Progress, Reporter, Step, Warned
+from vmctl.hosts import Host, decide_accel, pool_folder
+from vmctl.locks import held
+from vmctl.render import ProbeView
+from vmctl.resources import baremetal_guest
+from vmctl.spec import Accel
+
+METHOD = 1  # counted up when a row's figure would mean something else
+_NAME = "vmctl-bench-trap"
+_MEMORY_MIB, _VCPUS = 192, 2
+_SILENT_S = 10.0  # a row takes a twentieth of a second, an overloaded machine longer
+_FIRMWARE_S = 60.0  # a kernel that interprets its guests needs seconds for it
+_LONGEST_S = 600.0
+_GOODBYE = b"q"
+_TEST_DEVICE = ("-device", "pci-testdev,bus=pcie.0,addr=0x10")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How thorough to be: so many guests, and in each so many parts of a row, of so many microseconds each."""
+
+    guests: int = 5
+    parts: int = 100
+    part_us: int = 500
+    rows: tuple[str, ...] = tuple(row.name for row in ROWS)
+
+
+QUICK = Plan(guests=3, parts=20)
+
+
+def plan(rows: Sequence[str], *, quick: bool, guests: int | None) -> Plan:
+    """What to do for what was asked. The empty loop is always measured: net figures need it. Raises SpecError."""
+    unknown = [f"no row is called {name}" for name in rows if name not in BY_NAME]
+    if unknown:
+        raise SpecError("cannot measure traps", problems=unknown, hint="rows: " + ", ".join(BY_NAME))
+    chosen = QUICK if quick else Plan()
+    wanted = tuple(name for name in BY_NAME if not rows or name in rows or name == BASE)
+    return replace(chosen, rows=wanted, guests=guests or chosen.guests)
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What is known of each row so far."""
+
+    runs: dict[str, list[Run]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def take(self, said: Said, guest: int, waiting: Waiting) -> None:
+        for name, batch in said.batches.items():
+            run = Run(guest, batch.calls, batch.ticks, batch.asked_ns, waiting.percent(name))
+            self.runs.setdefault(name, []).append(run)
+        self.skipped |= said.skipped
+        self.failed |= said.wrong
+
+    def results(self, wanted: Sequence[str]) -> tuple[RowResult, ...]:
+        return tuple(
+            RowResult(name, tuple(self.runs.get(name, ())), self.skipped.get(name, ""), self.failed.get(name, ""))
+            for name in wanted
+        )
+
+
+def run(host: Host, wanted: Plan, choice: AccelChoice, report: Reporter, *, guest: Path | None = None) -> TrapResult:
+    """Measure, and keep the result after each guest. ``guest`` is another build of the same guest.
+
+    Raises Unsupported where KVM is required and not there, Conflict while another measures on that host,
+    GuestCommandFailed when no guest came as far as its first row.
+    """
+    if not host.conn.qemu:
+        raise Unsupported(f"cannot measure traps at {host.conn.uri}: no QEMU guests run there")
+    elf = guest or baremetal_guest("traps")
+    if not elf.exists():
+        raise VmctlError(
+            "cannot measure traps: the guest was not compiled", hint="install the package again; it needs gcc"
+        )
+    decision = decide_accel(host, choice)
+    interpreted = decision.chosen is Accel.KVM and decision.kvm.verdict is Verdict.INTERPRETED
+    if decision.chosen is Accel.TCG and decision.requested is not AccelChoice.TCG:
+        report(Warned(f"measuring TCG: {decision.reason}", "vmctl host info"))
+    if interpreted:
+        report(Warned("this KVM interprets its guests: the figures are the interpreter's, not a CPU's"))
+    place = store.folder(host.folders.data)
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    dimensions = {
+        "unit": "TSC cycles per call",
+        "method": METHOD,
+        "accelerator": str(decision.chosen),
+        "interpreted": interpreted,
+        "arch": host.facts.arch,
+        "vcpus": _VCPUS,
+        "parts": wanted.parts,
+        "part_us": wanted.part_us,
+    }
+    with held(host.folders.runtime, f"measurements on {host.lock_scope}"):
+        env = environment.capture(host, decision)
+        dimensions["host_cpu"] = env.get("cpu") or env["cpu_model"]
+        head = Head(store.new_id(place, "trap", made), "trap", made, __version__, False, dimensions, env)
+        return _Measuring(host, wanted, decision, report, head, place).all(elf.read_bytes())
+
+
+def _view(host: Host, decision: Decision, kernel: str) -> ProbeView:
+    if decision.chosen is Accel.TCG:
+        accel, mode = "qemu", "maximum"
+    else:  # a kernel that interprets cannot give all of the host's CPU
+        accel, mode = "kvm", "host-passthrough" if decision.kvm.verdict is Verdict.WORKS else "custom"
+    emulator = str(host.facts.emulator)
+    return ProbeView(_NAME, accel, "kvm64", emulator, kernel, _MEMORY_MIB, mode, _VCPUS, arguments=_TEST_DEVICE)
+
+
+class _Measuring:
+    """One measurement on its way."""
+
+    def __init__(self, host: Host, wanted: Plan, decision: Decision, report: Reporter, head: Head, place: Path) -> None:
+        self._host, self._plan, self._decision, self._report = host, wanted, decision, report
+        self._head, self._place = head, place
+        self._rows = _Rows()
+        self._guests: list[Guest] = []
+        self._through = 0
+
+    def all(self, elf: bytes) -> TrapResult:
+        """Every guest."""
+        pool = self._host.settings.pool
+        make = lambda: render.pool(pool, pool_folder(self._host, pool))  # noqa: E731
+        with bare_guest.uploaded(self._host.conn, pool, make, _NAME, elf) as kernel:
+            view = _view(self._host, self._decision, kernel)
+            for number in range(1, self._plan.guests + 1):
+                view = self._round(number, view)
+                if number < self._plan.guests:
+                    self._keep(complete=False)
+        return self._keep(complete=True)
+
+    def _round(self, number: int, view: ProbeView) -> ProbeView:
+        """One look at every row: one guest, and one more for each row that ends one. Returns what to start next."""
+        left = [row for row in self._plan.rows if row not in {**self._rows.skipped, **self._rows.failed}]
+        self._through = 0
+        while left:
+            began, waiting = time.monotonic(), Waiting(time.monotonic)
+            try:
+                said, how = self._hear(number, replace(view, words=self._words(left)), waiting)
+            except VmctlError:
+                if not view.arguments or self._guests:
+                    raise
+                view = bare_guest.without_devices(view)  # that QEMU may have none; if it is not that, it fails again
+                continue
+            self._require_begun(said, how)
+            self._rows.take(said, number, waiting)
+            self._guests.append(Guest(number, said.khz, said.clock_source, time.monotonic() - began, how))
+            self._head = replace(self._head, dimensions={**self._head.dimensions, **_guest_cpu(said)})
+            self._through += said.ended_rows
+            if said.done:
+                break
+            if not said.begun:
+                raise GuestCommandFailed(f"cannot measure traps: the guest {how} between two rows")
+            self._rows.failed[said.begun] = said.trapped or f"the guest {how}"
+            self._report(Step(f"row {said.begun}: {self._rows.failed[said.begun]}; going on with the next"))
+            self._through += 1
+            left = left[left.index(said.begun) + 1 :]
+        return view
+
+    def _words(self, left: Sequence[str]) -> str:
+        shape = f"memory={_MEMORY_MIB} parts={self._plan.parts} part={self._plan.part_us}"
+        return f"{shape} rows={','.join(left)}"
+
+    def _hear(self, number: int, view: ProbeView, waiting: Waiting) -> tuple[Said, str]:
+        """What a guest said, and how it ended."""
+        listener = _Listener(waiting, lambda ended: self._tell(number, ended))
+        heard = bare_guest.hear(
+            self._host.conn,
+            view,
+            until=listener.enough,
+            timeout_s=_LONGEST_S,
+            waited=waiting.look,
+            goodbye=_GOODBYE,
+        )
+        said = words.read(heard.said)
+        if said.done:
+            return said, "done"
+        if heard.timed_out:
+            return said, f"was not done after {_LONGEST_S:.0f} s"
+        return said, "ended" if heard.stopped else f"said nothing for {listener.silent_s:.0f} s"
+
+    def _tell(self, number: int, ended: int) -> None:
+        rows = len(self._plan.rows)
+        done = (number - 1) * rows + min(rows, self._through + ended)
+        self._report(Progress("traps", done, rows * self._plan.guests, "rows"))
+
+    def _require_begun(self, said: Said, how: str) -> None:
+        if said.refused:
+            raise Unsupported(f"cannot measure time here: {said.refused}")
+        if not (said.begun or said.ended_rows):
+            words = list(said.facts.values()) or ["(nothing)"]
+            raise GuestCommandFailed(
+                f"cannot measure traps: the guest {how} before its first row",
+                evidence=words,
+                hint="vmctl host info shows which accelerator works",
+            )
+        if not said.khz:
+            self._report(Warned("the guest found no clock to measure its TSC by: there are cycles, and no ns"))
+
+    def _keep(self, *, complete: bool) -> TrapResult:
+        head = replace(self._head, complete=complete)
+        result = TrapResult(head, tuple(self._guests), self._rows.results(self._plan.rows))
+        store.write(self._place, result.to_json())
+        return result
+
+
+def _guest_cpu(said: Said) -> dict[str, str]:
+    return {"guest_cpu": said.facts.get("brand", ""), "hypervisor": said.facts.get("hypervisor", "")}
+
+
+class _Listener:
+    """Decides when a guest has said enough: it is done, or has been silent for too long."""
+
+    def __init__(self, waiting: Waiting, tell: Callable[[int], None]) -> None:
+        self._waiting, self._tell = waiting, tell
+        self._length = 0
+        self._heard = time.monotonic()
+        self._ended: set[str] = set()
+        self.silent_s = 0.0
+
+    def enough(self, said: bytes) -> bool:
+        now = time.monotonic()
+        found = words.read(said)
+        self._lay(found)
+        if len(said) != self._length:
+            self._length, self._heard = len(said), now
+            self._tell(found.ended_rows)
+        self.silent_s = now - self._heard
+        over = found.done or bool(found.refused)
+        return over or self.silent_s > (_SILENT_S if found.greeted else _FIRMWARE_S)
+
+    def _lay(self, found: Said) -> None:
+        ended = {*found.batches, *found.skipped, *found.wrong}
+        self._waiting.during(ended - self._ended | ({found.begun} if found.begun else set()))
+        self._ended = ended
