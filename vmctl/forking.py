@@ -18,7 +18,7 @@ from vmctl.at_once import at_once, beside
 from vmctl.cloning import own
 from vmctl.copies import Layer, Newcomer
 from vmctl.disk_replace import PREFIX
-from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, quietly
+from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, WrongState, quietly
 from vmctl.events import Reporter, Step, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, network, saved, storage
@@ -305,6 +305,9 @@ def _renew(host: Host, vm: Domain, one: Newcomer) -> bool:
     )
 
     def connected() -> bool:
+        state, why = domain.state(host.conn, one.name)
+        if state not in domain.ACTIVE:
+            raise WrongState(f"cannot renew the identity of VM {one.name}: it is {domain.told(state, why)}")
         return agent_state(host.conn, one.name) is AgentState.CONNECTED
 
     wait_until(connected, what=f"agent of VM {one.name}", timeout_s=_AGENT_S, interval_s=0.01)

@@ -22,6 +22,7 @@ from vmctl.wait import wait_until
 _PIPE = 1 << 20
 _CHUNK = 8 << 20
 _HELD_BACK = 4096
+_NO_STREAM = bytes(8)  # QEMU 7.2 waits for ever for the first byte of a pipe that is closed; this one it refuses
 _LOOK_S = 0.005
 _READER_S = 60.0
 _BEGIN_S = 60.0
@@ -108,15 +109,23 @@ class SavedMemory:
         view = memoryview(head)
         while view:
             view = view[os.write(out, view) :]
+        try:
+            whole = self._pour_stream(start, out)
+        except FileNotFoundError:  # libvirt removes what it could not write to its end
+            whole = False
+        if not whole:
+            os.write(out, _NO_STREAM)
+
+    def _pour_stream(self, start: int, out: int) -> bool:
         with self.path.open("rb") as file:
             while True:
                 over = self._over.is_set()  # before the size is looked at
                 if over and not self._good:
-                    return
+                    return False
                 end = os.fstat(file.fileno()).st_size - (0 if over else _HELD_BACK)
                 if start < end:
                     start += os.sendfile(out, file.fileno(), start, min(_CHUNK, end - start))
                 elif over:
-                    return
+                    return True
                 else:
                     self._over.wait(_LOOK_S)

@@ -80,8 +80,18 @@ def test_one_that_is_not_written_to_its_end_is_cut_off(tmp_path: Path) -> None:
         memory.end(good=False)
         reader.join(10)
     assert not reader.is_alive() and len(reader.got) < len(OWN + STREAM)
+    assert reader.got.endswith(bytes(8))
     with pytest.raises(VmctlError, match="not written to its end"):
         memory.head()
+
+
+def test_one_that_was_removed_is_no_stream(tmp_path: Path) -> None:
+    memory = SavedMemory(tmp_path / "memory", whole=False)
+    with memory.piped(0, OWN) as pipe:
+        reader = Reader(pipe)
+        memory.end(good=False)
+        reader.join(10)
+    assert reader.got == OWN + bytes(8)
 
 
 def test_one_that_never_came(tmp_path: Path) -> None:
