@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from vmctl.wait import wait_until
 from vmctl.workspace import workspace
 
 _AGENT_S = 60.0
+_CLOCK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +136,16 @@ def _correct_clock(host: Host, name: str) -> None:
     """Of one that was held for a moment, and its clock with it."""
     with hosts.another(host) as own:
         try:
-            _feed(own, name, [renewal.PROGRAM], lambda: f"clock {time.time():.6f}\n", "set the clock of")
+            agent.feed(
+                own,
+                name,
+                [renewal.PROGRAM],
+                lambda: renewal.clock(time.time()).encode(),
+                "set the clock of",
+                timeout_s=_CLOCK_S,
+            )
         except GuestCommandFailed:  # an image without it
             agent.sync_time(own, name)
-
-
-def _feed(host: Host, name: str, argv: Sequence[str], text: Callable[[], str], doing: str) -> None:
-    agent.feed(host, name, argv, lambda: text().encode(), doing)
 
 
 def _settled(host: Host, name: str, report: Reporter) -> None:
@@ -311,11 +315,15 @@ def _renew(host: Host, vm: Domain, one: Newcomer) -> bool:
         return agent_state(host.conn, one.name) is AgentState.CONNECTED
 
     wait_until(connected, what=f"agent of VM {one.name}", timeout_s=_AGENT_S, interval_s=0.01)
+
+    def timed() -> renewal.Renewal:
+        return replace(new, now=time.time())
+
     doing = "renew the identity of"
     try:
-        _feed(host, one.name, [renewal.PROGRAM], lambda: renewal.told(replace(new, now=time.time())), doing)
+        agent.feed(host, one.name, [renewal.PROGRAM], lambda: renewal.told(timed()).encode(), doing)
     except GuestCommandFailed:  # an image without it
-        _feed(host, one.name, ["/bin/sh", "-s"], lambda: renewal.script(replace(new, now=time.time())), doing)
+        agent.feed(host, one.name, ["/bin/sh", "-s"], lambda: renewal.script(timed()).encode(), doing)
         return False
     return True
 

@@ -92,18 +92,18 @@ def main() -> int:
     def wrapped(label: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
-            count += 1
-            mine = count
-            if mine == at and which in VICTIMS:
-                log.write(label + "\n")
-                log.flush()
-                threading.Timer(0.03, kill, (which,)).start()
-            result = original(*args, **kwargs)
             if which in VICTIMS:
-                return result
+                count += 1
+                if count == at:
+                    log.write(label + "\n")
+                    log.flush()
+                    threading.Timer(0.03, kill, (which,)).start()
+                return original(*args, **kwargs)
+            result = original(*args, **kwargs)
+            count += 1  # now: one change may be made within another
             log.write(label + "\n")
             log.flush()
-            if mine == at:
+            if count == at:
                 os.kill(int(Path(pid_file).read_text()) if pid_file else os.getpid(), which)
             return result
 
