@@ -1,6 +1,8 @@
 /* What stands around the CPU: the PCI bus, the chipset's power management, device memory; and the command line. */
 #include "machine.h"
 
+#define PATIENCE 20000000000UL
+
 enum {
     CONFIG_ADDRESS = 0xcf8,
     CONFIG_DATA = 0xcfc,
@@ -26,6 +28,48 @@ void map_devices(void) {
     __asm__ volatile("mov %%cr3, %%rax; mov %%rax, %%cr3" ::: "rax", "memory");
 }
 
+void say(const char *key, u64 value) {
+    print(key);
+    print(" ");
+    print_number(value);
+    print("\n");
+}
+
+static void print_word(u32 word) {
+    char text[5] = {word, word >> 8, word >> 16, word >> 24, 0};
+    for (int i = 0; i < 4; i++)
+        if (text[i] && (text[i] < ' ' || text[i] > '~'))
+            text[i] = '?';
+    print(text);
+}
+
+void tell_cpu(void) {
+    struct leaf who = cpuid(0, 0), features = cpuid(1, 0);
+    print("cpu ");
+    print_word(who.b);
+    print_word(who.d);
+    print_word(who.c);
+    print("\nbrand ");
+    if (cpuid(0x80000000, 0).a >= 0x80000004)
+        for (u32 leaf = 0x80000002; leaf <= 0x80000004; leaf++) {
+            struct leaf part = cpuid(leaf, 0);
+            print_word(part.a);
+            print_word(part.b);
+            print_word(part.c);
+            print_word(part.d);
+        }
+    print("\nhypervisor ");
+    if (features.c >> 31) {
+        struct leaf below = cpuid(0x40000000, 0);
+        print_word(below.b);
+        print_word(below.c);
+        print_word(below.d);
+    }
+    print("\n");
+    say("signature", features.a);
+    say("invariant_tsc", cpuid(0x80000000, 0).a >= 0x80000007 ? cpuid(0x80000007, 0).d >> 8 & 1 : 0);
+}
+
 u32 pci_read(u32 device, u32 at) {
     outl(CONFIG_ADDRESS, 0x80000000 | device << 8 | at);
     return inl(CONFIG_DATA);
@@ -40,6 +84,13 @@ void power_off(void) {
     outw(power_management() + PM1_CONTROL, SLEEP_ENABLE);
     for (;;)
         __asm__ volatile("cli; hlt");
+}
+
+/* A power-off at once would take away what the other side has not read yet: it types q when it has. */
+void say_goodbye(void) {
+    for (u64 until = ticks() + PATIENCE; ticks() < until && !heard('q');)
+        ;
+    power_off();
 }
 
 /* Xen's docs/misc/pvh.pandoc: magic, version, flags, number of modules, their list, the command line. */

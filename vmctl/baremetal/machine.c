@@ -60,7 +60,6 @@ struct pointer {
 
 extern char stubs[], trap_stack_top[];
 extern u64 gdt[];
-void leave_cpl3(void);
 
 static struct gate_descriptor idt[256];
 static struct task_state task;
@@ -69,8 +68,9 @@ volatile struct seen seen;
 void *volatile resume;
 
 void trap(struct frame *frame) {
-    if (frame->vector == 0x80) {
+    if (frame->vector == 0x80 || resume == (void *)leave_cpl3) {
         seen.cs = frame->cs;
+        resume = 0;
         leave_cpl3();
     }
     seen.count++;
@@ -92,9 +92,10 @@ void trap(struct frame *frame) {
 
 void gate(u8 vector, const void *handler) {
     u64 at = (u64)handler;
-    /* A 64-bit interrupt gate; only 0x80 may be called from CPL 3. */
-    idt[vector] = (struct gate_descriptor){at, 0x08, 0, vector == 0x80 ? 0xee : 0x8e, at >> 16, at >> 32, 0};
+    idt[vector] = (struct gate_descriptor){at, 0x08, 0, 0x8e, at >> 16, at >> 32, 0}; /* a 64-bit interrupt gate */
 }
+
+void open_gate(u8 vector) { idt[vector].kind = 0xee; }
 
 void traps_load(void) {
     struct pointer table = {sizeof idt - 1, (u64)idt};
@@ -104,6 +105,7 @@ void traps_load(void) {
 void traps_init(void) {
     for (int i = 0; i < 256; i++)
         gate(i, stubs + 16 * i);
+    open_gate(0x80);
     traps_load();
 
     /* The I/O map lies past the segment's limit, or CPL 3 could do port I/O. */

@@ -68,7 +68,10 @@ extern void *volatile resume;
 void traps_init(void);
 void traps_load(void);                            /* the same table, on another CPU */
 void gate(u8 vector, const void *handler);        /* past the stubs, straight to a handler */
+void open_gate(u8 vector);                        /* may be called from CPL 3 as well */
 void at_cpl3(void (*code)(void));
+void leave_cpl3(void);                            /* as resume: the next trap ends the stay, as int 0x80 does */
+extern u64 user_flags;                            /* that it begins with */
 
 void print(const char *text);
 void print_number(u64 value);
@@ -76,6 +79,10 @@ void print_hex(u64 value);
 int heard(char letter); /* whether the other side has typed it */
 void leave(u8 code) __attribute__((noreturn)); /* QEMU exits with 2 * code + 1 */
 void power_off(void) __attribute__((noreturn));
+void say_goodbye(void) __attribute__((noreturn)); /* and power off */
+
+void say(const char *key, u64 value); /* a line of both */
+void tell_cpu(void);
 
 void map_devices(void);                           /* the addresses from 2 to 4 GiB, where devices are */
 u32 pci_read(u32 device, u32 at);                 /* device: slot << 3 | function, on bus 0 */

@@ -24,7 +24,7 @@ startup:
         lgdtl   0x8000 + (table - startup)
         movl    %eax, %cr0
         ljmpl   $0x08, $other64
-table:  .word   0x37
+table:  .word   0x47
         .long   gdt
 startup_end:
 

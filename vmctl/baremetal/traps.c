@@ -13,19 +13,10 @@
 #include "clock.h"
 #include "rows.h"
 
-#define PATIENCE 20000000000UL
-
 enum { MOST_PARTS = 200, FEWEST_PARTS = 5, LONGEST = 4, LOOKS = 4 };
 
 static u64 part_ticks;
 static u64 parts;
-
-static void say(const char *key, u64 value) {
-    print(key);
-    print(" ");
-    print_number(value);
-    print("\n");
-}
 
 __attribute__((noinline, noclone)) static u64 timed(void (*once)(void), u64 calls) {
     u64 began = ticks();
@@ -83,48 +74,6 @@ static void measure(const struct row *row) {
         print_number(took[i]);
     }
     print("\n");
-}
-
-static void print_word(u32 word) {
-    char text[5] = {word, word >> 8, word >> 16, word >> 24, 0};
-    for (int i = 0; i < 4; i++)
-        if (text[i] && (text[i] < ' ' || text[i] > '~'))
-            text[i] = '?';
-    print(text);
-}
-
-static void tell_cpu(void) {
-    struct leaf who = cpuid(0, 0), features = cpuid(1, 0);
-    print("cpu ");
-    print_word(who.b);
-    print_word(who.d);
-    print_word(who.c);
-    print("\nbrand ");
-    if (cpuid(0x80000000, 0).a >= 0x80000004)
-        for (u32 leaf = 0x80000002; leaf <= 0x80000004; leaf++) {
-            struct leaf part = cpuid(leaf, 0);
-            print_word(part.a);
-            print_word(part.b);
-            print_word(part.c);
-            print_word(part.d);
-        }
-    print("\nhypervisor ");
-    if (features.c >> 31) {
-        struct leaf below = cpuid(0x40000000, 0);
-        print_word(below.b);
-        print_word(below.c);
-        print_word(below.d);
-    }
-    print("\n");
-    say("signature", features.a);
-    say("invariant_tsc", cpuid(0x80000000, 0).a >= 0x80000007 ? cpuid(0x80000007, 0).d >> 8 & 1 : 0);
-}
-
-/* A power-off at once would take away what the other side has not read yet: it types q when it has. */
-static void say_goodbye(void) {
-    for (u64 until = ticks() + PATIENCE; ticks() < until && !heard('q');)
-        ;
-    power_off();
 }
 
 void guest_main(void) {

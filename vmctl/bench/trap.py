@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vmctl import __version__, bare_guest, render
-from vmctl.accel import Decision, Verdict
-from vmctl.bench import environment, store, words
+from vmctl import __version__, bare_guest
+from vmctl.accel import Verdict
+from vmctl.bench import environment, guests, store, words
 from vmctl.bench.environment import Waiting
 from vmctl.bench.result import Guest, Head, RowResult, Run, TrapResult
 from vmctl.bench.rows import BASE, BY_NAME, ROWS
@@ -22,19 +22,13 @@ from vmctl.bench.words import Said
 from vmctl.choices import AccelChoice
 from vmctl.errors import GuestCommandFailed, SpecError, Unsupported, VmctlError
 from vmctl.events import Progress, Reporter, Step, Warned
-from vmctl.hosts import Host, decide_accel, pool_folder
-from vmctl.locks import held
+from vmctl.hosts import Host, decide_accel
 from vmctl.render import ProbeView
-from vmctl.resources import baremetal_guest
 from vmctl.spec import Accel
 
 METHOD = 1  # counted up when a row's figure would mean something else
 _NAME = "vmctl-bench-trap"
-_MEMORY_MIB, _VCPUS = 192, 2
 _SILENT_S = 10.0  # a row takes a twentieth of a second, an overloaded machine longer
-_FIRMWARE_S = 60.0  # a kernel that interprets its guests needs seconds for it
-_LONGEST_S = 600.0
-_GOODBYE = b"q"
 _TEST_DEVICE = ("-device", "pci-testdev,bus=pcie.0,addr=0x10")
 
 
@@ -91,11 +85,7 @@ def run(host: Host, wanted: Plan, choice: AccelChoice, report: Reporter, *, gues
     """
     if not host.conn.qemu:
         raise Unsupported(f"cannot measure traps at {host.conn.uri}: no QEMU guests run there")
-    elf = guest or baremetal_guest("traps")
-    if not elf.exists():
-        raise VmctlError(
-            "cannot measure traps: the guest was not compiled", hint="install the package again; it needs gcc"
-        )
+    elf = guests.read(guest) if guest else guests.compiled("traps")
     decision = decide_accel(host, choice)
     interpreted = decision.chosen is Accel.KVM and decision.kvm.verdict is Verdict.INTERPRETED
     if decision.chosen is Accel.TCG and decision.requested is not AccelChoice.TCG:
@@ -110,46 +100,34 @@ def run(host: Host, wanted: Plan, choice: AccelChoice, report: Reporter, *, gues
         "accelerator": str(decision.chosen),
         "interpreted": interpreted,
         "arch": host.facts.arch,
-        "vcpus": _VCPUS,
+        "vcpus": guests.VCPUS,
         "parts": wanted.parts,
         "part_us": wanted.part_us,
     }
-    with held(host.folders.runtime, f"measurements on {host.lock_scope}"):
+    with guests.on(host, _NAME, elf) as kernel:
         env = environment.capture(host, decision)
         dimensions["host_cpu"] = env.get("cpu") or env["cpu_model"]
         head = Head(store.new_id(place, "trap", made), "trap", made, __version__, False, dimensions, env)
-        return _Measuring(host, wanted, decision, report, head, place).all(elf.read_bytes())
-
-
-def _view(host: Host, decision: Decision, kernel: str) -> ProbeView:
-    if decision.chosen is Accel.TCG:
-        accel, mode = "qemu", "maximum"
-    else:  # a kernel that interprets cannot give all of the host's CPU
-        accel, mode = "kvm", "host-passthrough" if decision.kvm.verdict is Verdict.WORKS else "custom"
-    emulator = str(host.facts.emulator)
-    return ProbeView(_NAME, accel, "kvm64", emulator, kernel, _MEMORY_MIB, mode, _VCPUS, arguments=_TEST_DEVICE)
+        view = guests.machine(host, _NAME, decision.chosen, decision.kvm, kernel)
+        return _Measuring(host, wanted, report, head, place).all(replace(view, arguments=_TEST_DEVICE))
 
 
 class _Measuring:
     """One measurement on its way."""
 
-    def __init__(self, host: Host, wanted: Plan, decision: Decision, report: Reporter, head: Head, place: Path) -> None:
-        self._host, self._plan, self._decision, self._report = host, wanted, decision, report
+    def __init__(self, host: Host, wanted: Plan, report: Reporter, head: Head, place: Path) -> None:
+        self._host, self._plan, self._report = host, wanted, report
         self._head, self._place = head, place
         self._rows = _Rows()
         self._guests: list[Guest] = []
         self._through = 0
 
-    def all(self, elf: bytes) -> TrapResult:
+    def all(self, view: ProbeView) -> TrapResult:
         """Every guest."""
-        pool = self._host.settings.pool
-        make = lambda: render.pool(pool, pool_folder(self._host, pool))  # noqa: E731
-        with bare_guest.uploaded(self._host.conn, pool, make, _NAME, elf) as kernel:
-            view = _view(self._host, self._decision, kernel)
-            for number in range(1, self._plan.guests + 1):
-                view = self._round(number, view)
-                if number < self._plan.guests:
-                    self._keep(complete=False)
+        for number in range(1, self._plan.guests + 1):
+            view = self._round(number, view)
+            if number < self._plan.guests:
+                self._keep(complete=False)
         return self._keep(complete=True)
 
     def _round(self, number: int, view: ProbeView) -> ProbeView:
@@ -181,26 +159,27 @@ class _Measuring:
         return view
 
     def _words(self, left: Sequence[str]) -> str:
-        shape = f"memory={_MEMORY_MIB} parts={self._plan.parts} part={self._plan.part_us}"
+        shape = f"memory={guests.MEMORY_MIB} parts={self._plan.parts} part={self._plan.part_us}"
         return f"{shape} rows={','.join(left)}"
 
     def _hear(self, number: int, view: ProbeView, waiting: Waiting) -> tuple[Said, str]:
         """What a guest said, and how it ended."""
         listener = _Listener(waiting, lambda ended: self._tell(number, ended))
+        ear = guests.Ear(listener.over, _SILENT_S)
         heard = bare_guest.hear(
             self._host.conn,
             view,
-            until=listener.enough,
-            timeout_s=_LONGEST_S,
+            until=ear.enough,
+            timeout_s=guests.LONGEST_S,
             waited=waiting.look,
-            goodbye=_GOODBYE,
+            goodbye=guests.GOODBYE,
         )
         said = words.read(heard.said)
         if said.done:
             return said, "done"
         if heard.timed_out:
-            return said, f"was not done after {_LONGEST_S:.0f} s"
-        return said, "ended" if heard.stopped else f"said nothing for {listener.silent_s:.0f} s"
+            return said, f"was not done after {guests.LONGEST_S:.0f} s"
+        return said, "ended" if heard.stopped else f"said nothing for {ear.silent_s:.0f} s"
 
     def _tell(self, number: int, ended: int) -> None:
         rows = len(self._plan.rows)
@@ -232,27 +211,18 @@ def _guest_cpu(said: Said) -> dict[str, str]:
 
 
 class _Listener:
-    """Decides when a guest has said enough: it is done, or has been silent for too long."""
+    """Hears a guest: tells how far it is, and lays waiting to the rows it fell on."""
 
     def __init__(self, waiting: Waiting, tell: Callable[[int], None]) -> None:
         self._waiting, self._tell = waiting, tell
-        self._length = 0
-        self._heard = time.monotonic()
         self._ended: set[str] = set()
-        self.silent_s = 0.0
 
-    def enough(self, said: bytes) -> bool:
-        now = time.monotonic()
+    def over(self, said: bytes) -> tuple[bool, bool]:
+        """Whether the guest is done, and whether it has begun."""
         found = words.read(said)
-        self._lay(found)
-        if len(said) != self._length:
-            self._length, self._heard = len(said), now
-            self._tell(found.ended_rows)
-        self.silent_s = now - self._heard
-        over = found.done or bool(found.refused)
-        return over or self.silent_s > (_SILENT_S if found.greeted else _FIRMWARE_S)
-
-    def _lay(self, found: Said) -> None:
         ended = {*found.batches, *found.skipped, *found.wrong}
         self._waiting.during(ended - self._ended | ({found.begun} if found.begun else set()))
-        self._ended = ended
+        if ended != self._ended:
+            self._ended = ended
+            self._tell(found.ended_rows)
+        return found.done or bool(found.refused), found.greeted

@@ -10,6 +10,7 @@ from vmctl import ui
 from vmctl.choices import AccelChoice
 from vmctl.cli.command import Command, Group
 from vmctl.cli.options import ConnectOption, OutputOption, note, opened, reporter
+from vmctl.errors import SpecError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vmctl.bench.compare import Change, Comparison
+    from vmctl.bench.popek_result import PopekResult
     from vmctl.bench.result import TrapResult
     from vmctl.bench.table import Line
+    from vmctl.bench.theorems import Machine
 
 REGRESSED = 15
 
@@ -147,6 +150,55 @@ def _explained(lines: Sequence[Line]) -> str:
     return ui.columns(["ROW", "WHAT IS DONE", "EXIT (KVM)", "BY, KVM", "BY, TCG", "WHY"], rows)
 
 
+@app.command("popek-goldberg", cls=Command)
+def popek_goldberg(
+    accel: Annotated[
+        AccelChoice, typer.Option("--accel", help="Which accelerator to try; auto: every one that runs a guest.")
+    ] = AccelChoice.AUTO,
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Try every sensitive instruction in user mode, and tell what Popek and Goldberg's theorems come to here."""
+    from vmctl.bench import popek
+
+    with opened(connect) as host:
+        result = popek.run(host, accel, reporter())
+    _show_popek(result, output)
+    note(f"kept as {result.head.id}")
+
+
+def _show_popek(result: PopekResult, output: Output) -> None:
+    from vmctl.bench import theorems
+
+    verdicts = {one.accelerator: [ui.jsonable(s) for s in theorems.statements(one)] for one in result.machines}
+    shown = {**result.to_json(), "verdicts": verdicts}
+    names = lambda: [f"{one.accelerator}: {name.name}" for one in result.machines for name in one.outcomes]  # noqa: E731
+    ui.emit(shown, output, lambda: _popek_text(result), names)
+
+
+def _popek_text(result: PopekResult) -> str:
+    env = result.head.environment
+    told = [
+        ("result", result.head.id + ("" if result.head.complete else " (incomplete)")),
+        ("host", f"{env.get('cpu') or env.get('cpu_model', '')}, QEMU {env.get('qemu', '?')}, {env.get('kernel', '')}"),
+    ]
+    return "\n\n".join([ui.fields(told), *(_machine_text(machine) for machine in result.machines)])
+
+
+def _machine_text(machine: Machine) -> str:
+    from vmctl.bench import theorems
+
+    what = machine.accelerator.upper() + (", interpreted by the kernel" if machine.interpreted else "")
+    umip = "with UMIP" if machine.umip else "without UMIP"
+    head = f"{what}: the guest sees {machine.cpu or 'a CPU without a name'}, {umip}"
+    header = ["INSTRUCTION", "CPL 0", "CPL 3", "UMIP", "FINDING", "WHY"]
+    parts = [head, ui.columns(header, theorems.lines(machine))]
+    for one in theorems.statements(machine):
+        lines = [f"{one.title}: {one.holds}", f"  {one.why}", *(f"  - {line}" for line in one.evidence)]
+        parts.append("\n".join(ui.visible(line) for line in lines))
+    return "\n\n".join(parts)
+
+
 @app.command("list", cls=Command)
 def list_(output: OutputOption = Output.TABLE) -> None:
     """List results, oldest first. Needs no libvirt."""
@@ -165,9 +217,16 @@ def list_(output: OutputOption = Output.TABLE) -> None:
 def show(result: ResultName, explain: ExplainOption = False, output: OutputOption = Output.TABLE) -> None:
     """Show a result, its figures computed anew from its samples. Needs no libvirt."""
     from vmctl.bench import store
-    from vmctl.bench.result import trap_of
 
-    _show_trap(trap_of(store.find(_place(), result)), output, explain=explain)
+    values = store.find(_place(), result)
+    if values["workload"] == "trap":
+        from vmctl.bench.result import trap_of
+
+        _show_trap(trap_of(values), output, explain=explain)
+    else:
+        from vmctl.bench.popek_result import popek_of
+
+        _show_popek(popek_of(values), output)
 
 
 @app.command(cls=Command)
@@ -185,7 +244,10 @@ def compare(
     from vmctl.bench import store
     from vmctl.bench.result import trap_of
 
-    old, new = (trap_of(store.find(_place(), name)) for name in (before, after))
+    found_ones = [store.find(_place(), name) for name in (before, after)]
+    if other := [one["id"] for one in found_ones if one["workload"] != "trap"]:
+        raise SpecError(f"cannot compare {other[0]}: it is no trap table", hint="vmctl bench list shows what each is")
+    old, new = (trap_of(values) for values in found_ones)
     found = comparing.compare(old, new, threshold=threshold / 100)
     changed = [change.name for change in found.changes if change.verdict is not comparing.Verdict.SAME]
     ui.emit(found, output, lambda: _compared_text(found), lambda: changed)
