@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.system import libvirtd
 from vmctl import (
     agent,
     backup_copy,
@@ -78,7 +78,7 @@ def kill(which: str) -> None:
         with suppress(OSError, ValueError):
             os.kill(int(path.read_text()), signal.SIGKILL)
     if which == "LIBVIRTD":
-        subprocess.run(["libvirtd", "-d"], check=True, stdin=subprocess.DEVNULL)
+        libvirtd.begin()
 
 
 def main() -> int:

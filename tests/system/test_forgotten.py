@@ -6,11 +6,11 @@ import json
 import os
 import re
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.system import libvirtd
 from tests.system.conftest import Shell
 from vmctl.wait import wait_until
 
@@ -25,12 +25,7 @@ def forget(shell: Shell, vm: str) -> int:
     wait_until(lambda: not Path(f"/proc/{daemon}").exists(), what="end of libvirtd", timeout_s=30)
     text = status.read_text()
     status.write_text(text.replace("<target dev='vda'", "<mirror type='file' job=''/>\n<target dev='vda'", 1))
-    subprocess.run(["libvirtd", "-d"], check=True, stdin=subprocess.DEVNULL, timeout=60)
-    wait_until(
-        lambda: subprocess.run(["virsh", "-q", "uri"], capture_output=True, timeout=60).returncode == 0,
-        what="libvirtd",
-        timeout_s=60,
-    )
+    libvirtd.begin()
     return qemu
 
 
