@@ -84,7 +84,7 @@ def feed(
 
     # Each look costs an emulated guest some of the time that the command needs.
     status = wait_until(
-        ended, what=f"cannot {doing} VM {name}: {argv[0]}", timeout_s=timeout_s, interval_s=0.04, growth=1.3
+        ended, what=f"cannot {doing} VM {name}: {argv[0]}", timeout_s=timeout_s, interval_s=0.04, growth=1.2
     )
     if status.get("exitcode") != 0:
         words = base64.b64decode(status.get("err-data", "")).decode("utf-8", "replace").strip()

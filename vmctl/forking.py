@@ -180,10 +180,14 @@ def _fill(host: Host, planned: Plan, new: Sequence[Newcomer]) -> None:
     size = storage.volume(host.conn, *_seed_of(planned.vm)).capacity if new[0].seed else 0
 
     def fill(one: Newcomer) -> None:
-        for layer in planned.layers:
-            copies.make_overlay(host, one.disks[layer.target], layer.base, layer.size)
-        copies.make_log(host, one, WENT_ON)
-        copies.make_seed(host, planned.vm, one, size=size)
+        def small() -> None:
+            copies.make_log(host, one, WENT_ON)
+            copies.make_seed(host, planned.vm, one, size=size)
+
+        with beside(small) as made:
+            for layer in planned.layers:
+                copies.make_overlay(host, one.disks[layer.target], layer.base, layer.size)
+            made()
 
     at_once([lambda one=one: fill(one) for one in new])  # type: ignore[misc]
 

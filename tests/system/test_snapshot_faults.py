@@ -300,6 +300,7 @@ class Guest(Machine):
         if not found.stdout:
             return False
         assert "unknown mirror job type" in Path("/var/log/libvirt/libvirtd.log").read_text()
+        assert f"{self.name} runs in process" in self.shell.run("doctor", check=None).stdout
         print(f"libvirt does not know of {self.name}, which runs")
         subprocess.run(["kill", "-KILL", *found.stdout.split()], check=True)
         wait_until(

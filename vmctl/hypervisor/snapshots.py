@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import libvirt
 
@@ -66,17 +67,6 @@ def _beside_checkpoints(dom: libvirt.virDomain, aside: Path) -> Iterator[None]:
     libvirt 9.0 describes no snapshot of a stopped domain that has any, not knowing then whether its QEMU could merge
     their bitmaps. Their bitmaps stay in the files; whether they are still good is looked at by each backup.
     """
-    kept: dict[str, str] = {}
-    try:
-        _set_aside(dom, aside, kept)
-        yield
-    finally:
-        if kept:
-            _put_back(dom, kept)
-            aside.unlink(missing_ok=True)
-
-
-def _set_aside(dom: libvirt.virDomain, aside: Path, kept: dict[str, str]) -> None:
     try:
         found = [] if dom.isActive() else dom.listAllCheckpoints(libvirt.VIR_DOMAIN_CHECKPOINT_LIST_TOPOLOGICAL)
     except libvirt.libvirtError as error:
@@ -84,20 +74,29 @@ def _set_aside(dom: libvirt.virDomain, aside: Path, kept: dict[str, str]) -> Non
             raise
         found = []
     if not found:
+        yield
         return
-    texts = {one.getName(): one.getXMLDesc(0) for one in found}
+    kept = {one.getName(): one.getXMLDesc(0) for one in found}
+    try:
+        _set_aside(dom, found, kept, aside)
+        yield
+    finally:
+        _put_back(dom, kept)
+        aside.unlink(missing_ok=True)
+
+
+def _set_aside(dom: libvirt.virDomain, found: Sequence[Any], kept: Mapping[str, str], aside: Path) -> None:
     aside.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     new = aside.with_name(f"{aside.name}.new")
     with new.open("w") as file:
-        json.dump({"uuid": dom.UUIDString(), "checkpoints": texts}, file)
+        json.dump({"uuid": dom.UUIDString(), "checkpoints": kept}, file)
         durable.sync(file)
     new.replace(aside)
-    kept |= texts
     for one in reversed(found):
         one.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
 
 
-def _put_back(dom: libvirt.virDomain, kept: dict[str, str]) -> None:
+def _put_back(dom: libvirt.virDomain, kept: Mapping[str, str]) -> None:
     there = {one.getName() for one in dom.listAllCheckpoints()}
     for name, text in kept.items():
         if name not in there:
