@@ -6,7 +6,7 @@
  * away. Then parts of that many calls are timed until the batch is complete, and each part is told as it is, in ticks of
  * the TSC. Statistics are made elsewhere, from these.
  *
- * Command line: rows=NAME,… (default all), part=MICROSECONDS, parts=N, clocks=NAME,…
+ * Command line: rows=NAME,… (default all), part=MICROSECONDS, parts=N, clocks=NAME,…, slow=MS
  * Says: "row NAME", then "skip WHY", or "calls N", "asked NS" (of time that the row asks to pass) and "ticks T T T …", or
  * "wrong WHY"; last "done". A row that is begun and not ended was this guest's end.
  */
@@ -78,6 +78,7 @@ static void measure(const struct row *row) {
 
 void guest_main(void) {
     print("vmctl-trap 1\n");
+    pace();
     traps_init();
     map_devices();
     tell_cpu();
@@ -104,6 +105,7 @@ void guest_main(void) {
         print("row ");
         print(row->name);
         print("\n");
+        pace();
         const char *why_not = row->prepare ? row->prepare() : 0;
         if (why_not) {
             print("skip ");
