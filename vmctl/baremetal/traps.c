@@ -13,7 +13,7 @@
 #include "clock.h"
 #include "rows.h"
 
-enum { MOST_PARTS = 200, FEWEST_PARTS = 5, LONGEST = 4, LOOKS = 4 };
+enum { MOST_PARTS = 200, FEWEST_PARTS = 5, LONGEST = 2, LOOKS = 4 };
 
 static u64 part_ticks;
 static u64 parts;
@@ -52,13 +52,12 @@ static void measure(const struct row *row) {
     u64 calls = row->calls ? row->calls : enough_calls(row->once);
     u64 sum = 0, count = 0, batch = parts * part_ticks;
     lost = 0;
-    if (row->calls)
-        while (count < parts && row->parts() > count)
-            took[count++] = timed(row->once, calls);
     /* A batch whose parts turn out short goes on until it is long enough; one whose parts turn out long ends early. */
-    else
-        while (count < FEWEST_PARTS || (count < parts && sum < LONGEST * batch) || (count < MOST_PARTS && sum < batch))
-            sum += took[count++] = timed(row->once, calls);
+    while (count < FEWEST_PARTS || (count < parts && sum < LONGEST * batch) || (count < MOST_PARTS && sum < batch)) {
+        if (row->calls && count == row->parts())
+            break;
+        sum += took[count++] = timed(row->once, calls);
+    }
     if (lost) {
         print("wrong ");
         print_number(lost);

@@ -17,7 +17,7 @@ from vmctl.render import ProbeView
 from vmctl.resources import baremetal_guest
 from vmctl.spec import Accel
 
-MEMORY_MIB, VCPUS = 192, 2
+MEMORY_MIB, VCPUS = 112, 2
 GOODBYE = b"q"
 LONGEST_S = 600.0
 SLOWLY = "slow=500"  # ms between what a guest says it is about to do, and doing it

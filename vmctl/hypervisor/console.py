@@ -20,6 +20,7 @@ from vmctl.wait import wait_until
 _SEND_TIMEOUT_S = 10.0
 _LISTEN_S = 0.05
 _LEAVE_S = 2.0
+_HEAR_OUT_S = 0.5
 
 
 @contextmanager
@@ -159,6 +160,8 @@ def transcript(
                 )
                 if goodbye and stopped == "enough":
                     _take_leave(dom, stream, goodbye)
+                if stopped == "stopped":
+                    _hear_out(dom, stream, said)
             except WaitTimeout:
                 return Transcript(bytes(said), stopped=False, timed_out=True)
             finally:
@@ -174,6 +177,17 @@ def _take_leave(dom: Any, stream: Any, goodbye: bytes) -> None:
     with suppress(libvirt.libvirtError, WaitTimeout):
         stream.send(goodbye)
         wait_until(lambda: not dom.isActive(), what="its end", timeout_s=_LEAVE_S, interval_s=_LISTEN_S)
+
+
+def _hear_out(dom: Any, stream: Any, said: bytearray) -> None:
+    """Take what is still on the way from a domain that has stopped and is there yet."""
+    with suppress(libvirt.libvirtError, WaitTimeout):
+        wait_until(
+            lambda: _heard(dom, stream, said, lambda _said: False) == "gone",
+            what="its end",
+            timeout_s=_HEAR_OUT_S,
+            interval_s=_LISTEN_S,
+        )
 
 
 def _telling(
