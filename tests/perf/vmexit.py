@@ -28,7 +28,8 @@ def theirs(qemu: str, flat: Path, accel: str, test: str) -> int | None:
     """Cycles that vmexit prints for a test; None when it skips it or comes to no end."""
     board = ["-M", "q35", "-accel", accel, "-cpu", "host" if accel == "kvm" else "max", "-smp", "2", "-nodefaults"]
     devices = ["-display", "none", "-serial", "stdio", "-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-no-reboot"]
-    command = [qemu, *board, *devices, "-device", "pc-testdev", "-kernel", str(flat), "-append", test]
+    devices += ["-device", "pc-testdev", "-device", "pci-testdev"]
+    command = [qemu, *board, *devices, "-kernel", str(flat), "-append", test.rpartition(":")[2]]
     try:
         said = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False).stdout
     except subprocess.TimeoutExpired:

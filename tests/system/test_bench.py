@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from tests.system.conftest import REPO, VMCTL, Shell, volumes
-from vmctl.bench import popek, trap
+from tests.system.test_session import Person
+from vmctl.bench import guests, popek, trap
 from vmctl.bench.compare import Verdict, compare
 from vmctl.bench.popek_result import popek_of
 from vmctl.bench.result import TrapResult
@@ -139,7 +140,8 @@ def test_rows_that_end_their_guest_are_told_and_the_rest_goes_on(
     assert rows["rdtsc"].failed.startswith("unexpected trap 14 at 0x")
     assert rows["cpuid"].failed == "the guest ended" and rows["cr0_read"].failed == "the guest said nothing for 3 s"
     assert [len(rows[name].runs) for name in ("loop", "rdtsc", "cpuid", "cr0_read", "cr8_read")] == [2, 0, 0, 0, 2]
-    assert len(found.guests) == 5 and {line.note for line in table(found) if line.name == "cpuid"} == {
+    # One guest for each of the two that can be heard to the end, two for the one that vanished, one for what is left.
+    assert len(found.guests) == 6 and {line.note for line in table(found) if line.name == "cpuid"} == {
         "the guest ended"
     }
 
@@ -261,7 +263,10 @@ def test_the_verdict_under_tcg(theory: dict[str, Any]) -> None:
     (machine,) = theory["machines"]
     assert machine["work"]["digest"] == machine["work_user"]["digest"] == machine["native_digest"]
     assert 4_000_000 < machine["instructions_counted"] < 12_000_000 and machine["work"]["interventions"] == 200
-    assert machine["reach"] == {"looked": 832, "answered": 0, "kept": 0} and 0 < machine["ended_in_s"] < 20
+    assert (
+        machine["reach"] == {"looked": 1024 - guests.MEMORY_MIB, "answered": 0, "kept": 0}
+        and 0 < machine["ended_in_s"] < 20
+    )
 
 
 def test_instructions_that_end_their_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +277,7 @@ def test_instructions_that_end_their_guest(tmp_path: Path, monkeypatch: pytest.M
         ("sensitive.c", "lar %%ecx, %%eax;", "mov $0x2000, %%eax; mov $0x604, %%edx; out %%ax, %%dx; 5: jmp 5b;"),
         ("sensitive.c", "str %%ax;", "mov %%cs, %%ecx; test $3, %%ecx; 6: jnz 6b;"),
     )
-    monkeypatch.setattr(popek.guests, "compiled", lambda _name: (bad.parent / "popek.elf").read_bytes())
+    monkeypatch.setattr(guests, "compiled", lambda _name: (bad.parent / "popek.elf").read_bytes())
     with open_host("qemu:///system") as host:
         (machine,) = popek.run(host, AccelChoice.TCG, silent).machines
     found = {one.name: one for one in machine.outcomes}
@@ -280,3 +285,8 @@ def test_instructions_that_end_their_guest(tmp_path: Path, monkeypatch: pytest.M
     assert (found["lar"].finding, found["lar"].note) == ("ended the guest", "the guest ended")
     assert (found["str"].finding, found["str"].note) == ("ended the guest", "the guest said nothing for 2 s")
     assert found["lsl"].finding == found["mov_cs"].finding == "sensitive and silent"
+
+
+def test_without_root() -> None:
+    found = Person().json("bench", "trap", "--accel", "tcg", "--row", "cpuid", "--guests", "1")
+    assert found["rows"][1]["runs"] and found["environment"]["uri"] == "qemu:///session"

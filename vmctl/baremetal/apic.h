@@ -24,11 +24,11 @@ void apic_on(void);       /* as xAPIC, PICs masked */
 int x2apic_on(void);      /* once on, it cannot be read by MMIO again; 0 where the CPU has none */
 void interrupt_self(void);
 void interrupt_other(void);
-void timer_on(u32 mode);  /* TIMER_ONCE or TIMER_DEADLINE */
+void timer_on(u32 mode);
 void timer_in(u32 ticks_of_bus);
 int deadline_timer(void); /* whether the CPU has it */
 
-enum { TIMER_ONCE = 0, TIMER_DEADLINE = 2 << 17 };
+enum { TIMER_ONCE = 0, TIMER_AGAIN = 1 << 17, TIMER_DEADLINE = 2 << 17 };
 
 int second_cpu(void);     /* starts it once; 0 when none came */
 void let_other_spin(int spin); /* it halts between interrupts, or looks on with interrupts allowed */

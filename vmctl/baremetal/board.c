@@ -2,6 +2,7 @@
 #include "machine.h"
 
 #define PATIENCE 20000000000UL
+#define TICKS_OF_A_MS 2000000UL /* about */
 
 enum {
     CONFIG_ADDRESS = 0xcf8,
@@ -91,6 +92,11 @@ void say_goodbye(void) {
     for (u64 until = ticks() + PATIENCE; ticks() < until && !heard('q');)
         ;
     power_off();
+}
+
+void pace(void) {
+    for (u64 until = ticks() + number_option("slow", 0) * TICKS_OF_A_MS; ticks() < until;)
+        ;
 }
 
 /* Xen's docs/misc/pvh.pandoc: magic, version, flags, number of modules, their list, the command line. */

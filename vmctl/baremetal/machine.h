@@ -81,6 +81,7 @@ void leave(u8 code) __attribute__((noreturn)); /* QEMU exits with 2 * code + 1 *
 void power_off(void) __attribute__((noreturn));
 void say_goodbye(void) __attribute__((noreturn)); /* and power off */
 
+void pace(void); /* with slow=MS on the command line: time for the other side to hear what was said, before what may end us */
 void say(const char *key, u64 value); /* a line of both */
 void tell_cpu(void);
 

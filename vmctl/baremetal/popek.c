@@ -1,7 +1,7 @@
 /* Popek and Goldberg's conditions, tried out: which sensitive instructions trap at CPL 3, and which do not.
  *
  * Command line: tries=NAME,… (default all; none for no tries), rounds=N of the workload (default 0: not done),
- * memory=MIB, reach=1 to look beyond the memory, spin=1 to keep the CPU for ever.
+ * memory=MIB, reach=1 to look beyond the memory, spin=1 to keep the CPU for ever, slow=MS.
  * Says: facts, "try NAME", then for each of the levels "kernel", "user" and, where the CPU has UMIP, "umip": "trap VECTOR" or
  * "silent VALUE" (hex); or "skip WHY". Then "work" and "work_user DIGEST TICKS INTERVENTIONS", "reach LOOKED ANSWERED KEPT", "spin", "done".
  */
@@ -80,6 +80,7 @@ static void try_all(const char *wanted) {
         print("try ");
         print(attempt->name);
         print("\n");
+        pace();
         if (!one(attempt, "kernel", 0))
             continue;
         one(attempt, "user", 1);
@@ -161,6 +162,7 @@ static void reach(u64 memory_mib) {
 
 void guest_main(void) {
     print("vmctl-popek 1\n");
+    pace();
     traps_init();
     map_devices();
     apic_on();

@@ -134,15 +134,16 @@ static const char *idt_known(void) {
     return 0;
 }
 
-/* A timer wakes who may halt; who may not is long past it when it comes. */
+/* A timer wakes who may halt, again and again: on a busy host the first alarm may come before the halt. */
 static const char *alarm(void) {
-    timer_on(TIMER_ONCE);
+    timer_on(TIMER_AGAIN);
     timer_in(1000000);
     return 0;
 }
 
 static void alarm_off(void) {
     timer_in(0);
+    timer_on(TIMER_ONCE);
 }
 
 static const char *before_ticks(void) {

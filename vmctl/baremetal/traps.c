@@ -6,14 +6,14 @@
  * away. Then parts of that many calls are timed until the batch is complete, and each part is told as it is, in ticks of
  * the TSC. Statistics are made elsewhere, from these.
  *
- * Command line: rows=NAME,… (default all), part=MICROSECONDS, parts=N, clocks=NAME,…
+ * Command line: rows=NAME,… (default all), part=MICROSECONDS, parts=N, clocks=NAME,…, slow=MS
  * Says: "row NAME", then "skip WHY", or "calls N", "asked NS" (of time that the row asks to pass) and "ticks T T T …", or
  * "wrong WHY"; last "done". A row that is begun and not ended was this guest's end.
  */
 #include "clock.h"
 #include "rows.h"
 
-enum { MOST_PARTS = 200, FEWEST_PARTS = 5, LONGEST = 4, LOOKS = 4 };
+enum { MOST_PARTS = 200, FEWEST_PARTS = 5, LONGEST = 2, LOOKS = 4 };
 
 static u64 part_ticks;
 static u64 parts;
@@ -52,13 +52,12 @@ static void measure(const struct row *row) {
     u64 calls = row->calls ? row->calls : enough_calls(row->once);
     u64 sum = 0, count = 0, batch = parts * part_ticks;
     lost = 0;
-    if (row->calls)
-        while (count < parts && row->parts() > count)
-            took[count++] = timed(row->once, calls);
     /* A batch whose parts turn out short goes on until it is long enough; one whose parts turn out long ends early. */
-    else
-        while (count < FEWEST_PARTS || (count < parts && sum < LONGEST * batch) || (count < MOST_PARTS && sum < batch))
-            sum += took[count++] = timed(row->once, calls);
+    while (count < FEWEST_PARTS || (count < parts && sum < LONGEST * batch) || (count < MOST_PARTS && sum < batch)) {
+        if (row->calls && count == row->parts())
+            break;
+        sum += took[count++] = timed(row->once, calls);
+    }
     if (lost) {
         print("wrong ");
         print_number(lost);
@@ -78,6 +77,7 @@ static void measure(const struct row *row) {
 
 void guest_main(void) {
     print("vmctl-trap 1\n");
+    pace();
     traps_init();
     map_devices();
     tell_cpu();
@@ -104,6 +104,7 @@ void guest_main(void) {
         print("row ");
         print(row->name);
         print("\n");
+        pace();
         const char *why_not = row->prepare ? row->prepare() : 0;
         if (why_not) {
             print("skip ");

@@ -11,14 +11,16 @@ from vmctl import bare_guest, render
 from vmctl.accel import KvmFindings, Verdict
 from vmctl.errors import VmctlError
 from vmctl.hosts import Host, pool_folder
+from vmctl.hypervisor.console import Transcript
 from vmctl.locks import held
 from vmctl.render import ProbeView
 from vmctl.resources import baremetal_guest
 from vmctl.spec import Accel
 
-MEMORY_MIB, VCPUS = 192, 2
+MEMORY_MIB, VCPUS = 112, 2
 GOODBYE = b"q"
 LONGEST_S = 600.0
+SLOWLY = "slow=500"  # ms between what a guest says it is about to do, and doing it
 _FIRMWARE_S = 60.0  # a kernel that interprets its guests needs seconds for it
 
 
@@ -77,3 +79,9 @@ class Ear:
             self._length, self._heard = len(said), now
         self.silent_s = now - self._heard
         return done or self.silent_s > (self._limit_s if begun else _FIRMWARE_S)
+
+    def how(self, heard: Transcript) -> str:
+        """In words, how a guest ended that did not come to its end."""
+        if heard.timed_out:
+            return f"was not done after {LONGEST_S:.0f} s"
+        return "ended" if heard.stopped else f"said nothing for {self.silent_s:.0f} s"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from typing import NamedTuple
 
 from vmctl import __version__, bare_guest
 from vmctl.accel import Decision, Verdict
@@ -106,30 +107,36 @@ def _native(report: Reporter) -> tuple[int, int]:
     return best
 
 
+class _Heard(NamedTuple):
+    """What one guest said, how it ended ("" for as it should), and whether it vanished with words that nobody heard."""
+
+    said: Said
+    how: str
+    last_words_lost: bool
+
+
 def _hear(
     host: Host, view: ProbeView, over: Callable[[Said], bool], silent_s: float, goodbye: bytes = guests.GOODBYE
-) -> tuple[Said, str]:
-    """What a guest said until ``over`` says it is enough, and how it ended; "" for as it should."""
+) -> _Heard:
+    """What a guest said until ``over`` says it is enough, and how it ended."""
 
     def look(said: bytes) -> tuple[bool, bool]:
         found = popek_words.read(said)
-        return over(found), found.greeted
+        return over(found) or bool(found.trapped), found.greeted
 
     ear = guests.Ear(look, silent_s)
     heard = bare_guest.hear(host.conn, view, until=ear.enough, timeout_s=guests.LONGEST_S, goodbye=goodbye)
     said = popek_words.read(heard.said)
     if over(said):
-        return said, ""
-    if heard.timed_out:
-        return said, f"was not done after {guests.LONGEST_S:.0f} s"
-    return said, "ended" if heard.stopped else f"said nothing for {ear.silent_s:.0f} s"
+        return _Heard(said, "", False)
+    return _Heard(said, ear.how(heard), heard.gone and not said.trapped)
 
 
 def _count(host: Host, view: ProbeView) -> int:
     """How many instructions the workload has; 0 where that QEMU cannot count them."""
     counting = replace(view, arguments=_COUNTING, vcpus=1, words=f"tries=none rounds={_ROUNDS}")
     try:
-        said, _ = _hear(host, counting, lambda found: found.done, _SILENT_S)
+        said = _hear(host, counting, lambda found: found.done, _SILENT_S).said
     except VmctlError:
         return 0
     return said.work.ticks if said.work else 0
@@ -146,7 +153,7 @@ class _Trying:
         """Everything that can be seen of it."""
         outcomes = self._instructions(str(accel))
         shape = f"memory={guests.MEMORY_MIB}"
-        rest, how = self._listen(f"tries=none rounds={_ROUNDS} reach=1 {shape}", lambda said: said.done, _SILENT_S)
+        rest, how, _ = self._listen(f"tries=none rounds={_ROUNDS} reach=1 {shape}", lambda said: said.done, _SILENT_S)
         if how:
             self._report(Step(f"{accel}: the guest {how} at the workload"))
         return Machine(
@@ -166,37 +173,45 @@ class _Trying:
             ended_in_s=self._ended_in_s(),
         )
 
-    def _listen(self, words: str, over: Callable[[Said], bool], silent_s: float) -> tuple[Said, str]:
-        said, how = _hear(self._host, replace(self._view, words=words), over, silent_s)
-        self._facts |= said.facts
-        return said, how
+    def _listen(self, words: str, over: Callable[[Said], bool], silent_s: float) -> _Heard:
+        heard = _hear(self._host, replace(self._view, words=words), over, silent_s)
+        self._facts |= heard.said.facts
+        return heard
 
     def _instructions(self, accel: str) -> tuple[Outcome, ...]:
-        left, found, begun = list(theorems.names()), {}, False
+        left, found, slowly = list(theorems.names()), dict[str, Outcome](), ""
         total = len(left)
         while left:
             over = partial(self._tell, accel, total - len(left), total)
-            said, how = self._listen(f"tries={','.join(left)}", over, _TRY_SILENT_S)
-            begun = begun or bool(said.tries or said.skipped)
-            if not begun:
+            heard = self._listen(f"tries={','.join(left)} {slowly}", over, _TRY_SILENT_S)
+            # Of one that vanished it is not sure where it was: again from there, and with time to be heard.
+            sure = bool(slowly) or not heard.last_words_lost
+            seen = self._judged(accel, heard, sure=sure)
+            if sure and not seen:
                 raise GuestCommandFailed(
-                    f"cannot try instructions under {accel}: the guest {how} before the first",
-                    evidence=list(said.facts.values()) or ["(nothing)"],
+                    f"cannot try instructions under {accel}: the guest {heard.how} before any",
+                    evidence=list(heard.said.facts.values()) or ["(nothing)"],
                     hint="vmctl host info shows which accelerator works",
                 )
-            failed = {said.begun: said.trapped or f"the guest {how}"} if said.begun and not said.done else {}
-            seen = [name for name in left if name in said.tries or name in said.skipped]
-            for name in seen:
-                tries, skipped = said.tries.get(name, {}), said.skipped.get(name, "")
-                found[name] = theorems.outcome(name, tries, skipped, failed.get(name, ""))
-            if failed:
-                self._report(Step(f"{accel}: {said.begun}: {failed[said.begun]}; going on with the next"))
-            if said.done:
+            found |= seen
+            left = [name for name in left if name not in found]
+            if heard.said.done:
                 break
-            if not seen:
-                raise GuestCommandFailed(f"cannot try instructions under {accel}: the guest {how} between two")
-            left = left[left.index(seen[-1]) + 1 :]
-        return tuple(found.values())
+            slowly = "" if sure else guests.SLOWLY
+        return tuple(found[name] for name in theorems.names() if name in found)
+
+    def _judged(self, accel: str, heard: _Heard, *, sure: bool) -> dict[str, Outcome]:
+        """What a guest found out of each instruction; where it ended is the culprit, if that is sure."""
+        said, found = heard.said, {}
+        culprit = said.begun if not said.done else ""
+        if culprit and sure:
+            why = said.trapped or f"the guest {heard.how}"
+            self._report(Step(f"{accel}: {culprit}: {why}; going on with the next"))
+            found[culprit] = theorems.outcome(culprit, said.tries.get(culprit, {}), "", why)
+        for name in {**said.tries, **said.skipped}:
+            if name != culprit:
+                found[name] = theorems.outcome(name, said.tries.get(name, {}), said.skipped.get(name, ""), "")
+        return found
 
     def _tell(self, accel: str, before: int, total: int, said: Said) -> bool:
         through = before + len(said.tries) + len(said.skipped)
@@ -213,7 +228,7 @@ class _Trying:
             return bool(first) and time.monotonic() - first[0] > _SPIN_S
 
         view = replace(self._view, words="tries=none spin=1")
-        said, _ = _hear(self._host, view, spun, _TRY_SILENT_S, b"")  # it would not hear a goodbye
+        said = _hear(self._host, view, spun, _TRY_SILENT_S, b"").said  # it would not hear a goodbye
         return time.monotonic() - first[0] - _SPIN_S if said.spins and first else None
 
 

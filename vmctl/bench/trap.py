@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from vmctl import __version__, bare_guest
 from vmctl.accel import Verdict
@@ -112,6 +113,14 @@ def run(host: Host, wanted: Plan, choice: AccelChoice, report: Reporter, *, gues
         return _Measuring(host, wanted, report, head, place).all(replace(view, arguments=_TEST_DEVICE))
 
 
+class _Heard(NamedTuple):
+    """What one guest said, how it ended, and whether it vanished with words that nobody heard."""
+
+    said: Said
+    how: str
+    last_words_lost: bool
+
+
 class _Measuring:
     """One measurement on its way."""
 
@@ -131,38 +140,52 @@ class _Measuring:
         return self._keep(complete=True)
 
     def _round(self, number: int, view: ProbeView) -> ProbeView:
-        """One look at every row: one guest, and one more for each row that ends one. Returns what to start next."""
+        """One look at every row: one guest, and further ones for each row that ends one. Returns what to start next."""
         left = [row for row in self._plan.rows if row not in {**self._rows.skipped, **self._rows.failed}]
-        self._through = 0
+        self._through, slowly = 0, ""
         while left:
             began, waiting = time.monotonic(), Waiting(time.monotonic)
             try:
-                said, how = self._hear(number, replace(view, words=self._words(left)), waiting)
+                heard = self._hear(number, replace(view, words=self._words(left, slowly)), waiting)
             except VmctlError:
                 if not view.arguments or self._guests:
                     raise
                 view = bare_guest.without_devices(view)  # that QEMU may have none; if it is not that, it fails again
                 continue
-            self._require_begun(said, how)
-            self._rows.take(said, number, waiting)
-            self._guests.append(Guest(number, said.khz, said.clock_source, time.monotonic() - began, how))
-            self._head = replace(self._head, dimensions={**self._head.dimensions, **_guest_cpu(said)})
-            self._through += said.ended_rows
+            said = heard.said
+            if heard.last_words_lost and not slowly:
+                # Which row it was in is not sure: again from where it was last heard, and with time to be heard.
+                left, slowly = self._taken(heard, number, began, waiting, left, sure=False), guests.SLOWLY
+                continue
+            self._require_begun(heard)
+            left, slowly = self._taken(heard, number, began, waiting, left, sure=True), ""
             if said.done:
                 break
-            if not said.begun:
-                raise GuestCommandFailed(f"cannot measure traps: the guest {how} between two rows")
-            self._rows.failed[said.begun] = said.trapped or f"the guest {how}"
-            self._report(Step(f"row {said.begun}: {self._rows.failed[said.begun]}; going on with the next"))
-            self._through += 1
-            left = left[left.index(said.begun) + 1 :]
         return view
 
-    def _words(self, left: Sequence[str]) -> str:
-        shape = f"memory={guests.MEMORY_MIB} parts={self._plan.parts} part={self._plan.part_us}"
+    def _taken(
+        self, heard: _Heard, number: int, began: float, waiting: Waiting, left: list[str], *, sure: bool
+    ) -> list[str]:
+        """Take what a guest found out; the rows that are left then. Whatever it was in when it ended is the culprit."""
+        said = heard.said
+        self._rows.take(said, number, waiting)
+        self._guests.append(Guest(number, said.khz, said.clock_source, time.monotonic() - began, heard.how))
+        self._head = replace(self._head, dimensions={**self._head.dimensions, **_guest_cpu(said)})
+        self._through += said.ended_rows
+        if sure and not said.done:
+            if not said.begun:
+                raise GuestCommandFailed(f"cannot measure traps: the guest {heard.how} between two rows")
+            self._rows.failed[said.begun] = said.trapped or f"the guest {heard.how}"
+            self._report(Step(f"row {said.begun}: {self._rows.failed[said.begun]}; going on with the next"))
+            self._through += 1
+        over = {*said.batches, *said.skipped, *said.wrong, *self._rows.failed}
+        return [row for row in left if row not in over]
+
+    def _words(self, left: Sequence[str], slowly: str) -> str:
+        shape = f"memory={guests.MEMORY_MIB} parts={self._plan.parts} part={self._plan.part_us} {slowly}"
         return f"{shape} rows={','.join(left)}"
 
-    def _hear(self, number: int, view: ProbeView, waiting: Waiting) -> tuple[Said, str]:
+    def _hear(self, number: int, view: ProbeView, waiting: Waiting) -> _Heard:
         """What a guest said, and how it ended."""
         listener = _Listener(waiting, lambda ended: self._tell(number, ended))
         ear = guests.Ear(listener.over, _SILENT_S)
@@ -175,25 +198,23 @@ class _Measuring:
             goodbye=guests.GOODBYE,
         )
         said = words.read(heard.said)
-        if said.done:
-            return said, "done"
-        if heard.timed_out:
-            return said, f"was not done after {guests.LONGEST_S:.0f} s"
-        return said, "ended" if heard.stopped else f"said nothing for {ear.silent_s:.0f} s"
+        over = said.done or bool(said.refused)
+        lost = heard.gone and not over and not said.trapped
+        return _Heard(said, "done" if said.done else ear.how(heard), lost)
 
     def _tell(self, number: int, ended: int) -> None:
         rows = len(self._plan.rows)
         done = (number - 1) * rows + min(rows, self._through + ended)
         self._report(Progress("traps", done, rows * self._plan.guests, "rows"))
 
-    def _require_begun(self, said: Said, how: str) -> None:
+    def _require_begun(self, heard: _Heard) -> None:
+        said = heard.said
         if said.refused:
             raise Unsupported(f"cannot measure time here: {said.refused}")
         if not (said.begun or said.ended_rows):
-            words = list(said.facts.values()) or ["(nothing)"]
             raise GuestCommandFailed(
-                f"cannot measure traps: the guest {how} before its first row",
-                evidence=words,
+                f"cannot measure traps: the guest {heard.how} before its first row",
+                evidence=list(said.facts.values()) or ["(nothing)"],
                 hint="vmctl host info shows which accelerator works",
             )
         if not said.khz:
@@ -225,4 +246,4 @@ class _Listener:
         if ended != self._ended:
             self._ended = ended
             self._tell(found.ended_rows)
-        return found.done or bool(found.refused), found.greeted
+        return found.done or bool(found.refused or found.trapped), found.greeted

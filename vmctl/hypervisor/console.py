@@ -20,6 +20,7 @@ from vmctl.wait import wait_until
 _SEND_TIMEOUT_S = 10.0
 _LISTEN_S = 0.05
 _LEAVE_S = 2.0
+_HEAR_OUT_S = 0.5
 
 
 @contextmanager
@@ -114,11 +115,15 @@ class Console:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What a domain said on its serial line, and whether it stopped by itself, or ran out of time."""
+    """What a domain said on its serial line, and whether it stopped by itself, or ran out of time.
+
+    ``gone``: it had ended altogether, and with it went what it had said in its last moment.
+    """
 
     said: bytes
     stopped: bool
     timed_out: bool
+    gone: bool = False
 
 
 def transcript(
@@ -155,12 +160,14 @@ def transcript(
                 )
                 if goodbye and stopped == "enough":
                     _take_leave(dom, stream, goodbye)
+                if stopped == "stopped":
+                    _hear_out(dom, stream, said)
             except WaitTimeout:
                 return Transcript(bytes(said), stopped=False, timed_out=True)
             finally:
                 with suppress(libvirt.libvirtError):
                     stream.abort()
-            return Transcript(bytes(said), stopped=stopped == "stopped", timed_out=False)
+            return Transcript(bytes(said), stopped != "enough", timed_out=False, gone=stopped == "gone")
         finally:
             with suppress(libvirt.libvirtError):
                 dom.destroy()
@@ -170,6 +177,17 @@ def _take_leave(dom: Any, stream: Any, goodbye: bytes) -> None:
     with suppress(libvirt.libvirtError, WaitTimeout):
         stream.send(goodbye)
         wait_until(lambda: not dom.isActive(), what="its end", timeout_s=_LEAVE_S, interval_s=_LISTEN_S)
+
+
+def _hear_out(dom: Any, stream: Any, said: bytearray) -> None:
+    """Take what is still on the way from a domain that has stopped and is there yet."""
+    with suppress(libvirt.libvirtError, WaitTimeout):
+        wait_until(
+            lambda: _heard(dom, stream, said, lambda _said: False) == "gone",
+            what="its end",
+            timeout_s=_HEAR_OUT_S,
+            interval_s=_LISTEN_S,
+        )
 
 
 def _telling(
@@ -195,14 +213,18 @@ def _waited_s(conn: Connection, dom: Any) -> float | None:
 
 
 def _heard(dom: Any, stream: Any, said: bytearray, until: Callable[[bytes], bool]) -> str | None:
-    """Take what has come: "enough", "stopped", or None for neither yet."""
+    """Take what has come: "enough", "stopped", "gone", or None for none of these yet."""
     try:
-        running = dom.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+        state = dom.state()[0]
     except libvirt.libvirtError as error:
         if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
             raise
-        running = False
+        state = libvirt.VIR_DOMAIN_SHUTOFF
     with suppress(libvirt.libvirtError):  # the stream ends with the domain
         while isinstance(data := stream.recv(64 * 1024), bytes) and data:
             said += data
-    return "enough" if until(bytes(said)) else None if running else "stopped"
+    if until(bytes(said)):
+        return "enough"
+    if state == libvirt.VIR_DOMAIN_RUNNING:
+        return None
+    return "gone" if state in {libvirt.VIR_DOMAIN_SHUTDOWN, libvirt.VIR_DOMAIN_SHUTOFF} else "stopped"
