@@ -44,8 +44,10 @@ def plan(vms: Sequence[Load], room: Mapping[str, int]) -> tuple[Plan, ...]:
     return tuple(found)
 
 
-def look(fleet: Fleet, source: HostEntry, to: Sequence[str], report: Reporter) -> tuple[Plan, ...]:
-    """What would go where. Raises HostUnreachable, SpecError where no other host answers."""
+def look(
+    fleet: Fleet, source: HostEntry, to: Sequence[str], report: Reporter, *, only: Sequence[str] | None = None
+) -> tuple[Plan, ...]:
+    """What would go where: all VMs, or those of ``only``. Raises SpecError where no other host answers."""
     others = [one for one in fleet.entries(to) if called(one) != called(source)]
     room: dict[str, int] = {}
     for name, answer in each(others, lambda entry: _available(fleet, entry), _ASK_S):
@@ -54,10 +56,12 @@ def look(fleet: Fleet, source: HostEntry, to: Sequence[str], report: Reporter) -
         else:
             room[name] = answer
     if not room:
-        raise SpecError(f"cannot drain host {called(source)}: no other host answers", hint="vmctl host check")
+        raise SpecError(f"cannot move VMs off {called(source)}: no other host answers", hint="vmctl host check")
     with fleet.open(source) as host:
         vms = [
-            Load(one.name, one.memory_mib if one.state in ACTIVE else 0) for one in inventory.list_domains(host.conn)
+            Load(one.name, one.memory_mib if one.state in ACTIVE else 0)
+            for one in inventory.list_domains(host.conn)
+            if only is None or one.name in only
         ]
     return plan(vms, room)
 

@@ -18,20 +18,30 @@ from vmctl.cli.options import (
     fleet_of_config,
     reporter,
 )
-from vmctl.errors import PartialFailure, PreflightFailed, SpecError, VmctlError
+from vmctl.errors import Interrupted, PartialFailure, PreflightFailed, SpecError, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from vmctl.config import HostEntry
+    from vmctl.fleet import Fleet
     from vmctl.migrate import Moved, Wish
     from vmctl.migrate_ends import Ends
 
 
 def migrate(
     names: Names,
-    to: Annotated[str, typer.Option("--to", metavar="HOST", help="Where to.", autocompletion=complete_host)],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="HOST", help="Where to; auto: where there is most room.", autocompletion=complete_host
+        ),
+    ],
     check: Annotated[bool, typer.Option("--check", help="Only look whether it could; exit 11 if not.")] = False,
+    adjust: Annotated[
+        bool, typer.Option("--adjust", help="Give one that is under way other --bandwidth and --downtime.")
+    ] = False,
     recover: Annotated[
         bool, typer.Option("--recover", help="Look where it is after a migration that was cut off, and end that.")
     ] = False,
@@ -69,7 +79,10 @@ def migrate(
         Optional[str],  # noqa: UP045
         typer.Option("--bandwidth", metavar="BYTES", help="Most bytes sent a second, as 50M."),
     ] = None,
-    downtime: Annotated[int, typer.Option("--downtime", metavar="MS", min=1, help="Downtime to begin with.")] = 300,
+    downtime: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--downtime", metavar="MS", min=1, help="Downtime to begin with; 300."),
+    ] = None,
     max_downtime: Annotated[
         int,
         typer.Option("--max-downtime", metavar="MS", min=1, help="Downtime it may come to when it does not converge."),
@@ -103,7 +116,7 @@ def migrate(
         way=Way.DIRECT if direct else Way.TUNNELLED if tunnelled else Way.PEER,
         live=live,
         copying=Copying(copy_storage.value) if copy_storage else Copying.NONE,
-        policy=Policy(downtime, max(downtime, max_downtime), give_up_s=timeout, postcopy=postcopy),
+        policy=Policy(downtime or 300, max(downtime or 300, max_downtime), give_up_s=timeout, postcopy=postcopy),
         persistent=persistent,
         keep=not undefine_source,
         auto_converge=auto_converge,
@@ -112,12 +125,27 @@ def migrate(
         tls=tls,
         bandwidth=_bytes(bandwidth),
     )
+    if to == "auto":
+        _anywhere(connect, names, wish, output)
+        return
     with _ends(connect, to) as ends:
         found = _wanted(ends, names, recover=recover)
-        if check:
+        if adjust:
+            _adjust(ends, found, _bytes(bandwidth), downtime)
+        elif check:
             _check(ends, found, wish, output)
         else:
             _move(ends, found, wish, output, recover=recover)
+
+
+def _adjust(ends: Ends, names: tuple[str, ...], bandwidth: int, downtime: int | None) -> None:
+    from vmctl import migrate as verb
+
+    if not bandwidth and downtime is None:
+        raise SpecError("cannot adjust: nothing to change is given", hint="--bandwidth, --downtime")
+    for name in names:
+        verb.adjust(ends.source, name, bandwidth=bandwidth, downtime_ms=downtime)
+        ui.say(f"{name}: adjusted")
 
 
 def _bytes(text: str | None) -> int:
@@ -129,19 +157,40 @@ def _bytes(text: str | None) -> int:
 @contextmanager
 def _ends(connect: str | None, to: str) -> Iterator[Ends]:
     """Source and target, not opened yet."""
-    import os
-
     from vmctl import config
-    from vmctl.config import HostEntry
     from vmctl.hypervisor.events import start_loop
     from vmctl.migrate_ends import Ends
 
     start_loop()
     fleet = fleet_of_config()
-    uri = config.chosen_uri(connect or GLOBALS.connect, os.environ, fleet.settings)
-    source = config.entry(uri, fleet.settings) if uri else HostEntry("", "qemu:///system")
-    with Ends(fleet, source, config.entry(to, fleet.settings)) as ends:
+    with Ends(fleet, _source(fleet, connect), config.entry(to, fleet.settings)) as ends:
         yield ends
+
+
+def _source(fleet: Fleet, connect: str | None) -> HostEntry:
+    """The host that VMs are on."""
+    import os
+
+    from vmctl import config
+    from vmctl.config import HostEntry
+
+    uri = config.chosen_uri(connect or GLOBALS.connect, os.environ, fleet.settings)
+    return config.entry(uri, fleet.settings) if uri else HostEntry("", "qemu:///system")
+
+
+def _anywhere(connect: str | None, names: list[str], wish: Wish, output: Output) -> None:
+    """Each to the host with most memory left that nothing stands against."""
+    from vmctl import drain
+    from vmctl.hypervisor.events import start_loop
+    from vmctl.listing import matching
+
+    start_loop()
+    fleet, report = fleet_of_config(), reporter()
+    source = _source(fleet, connect)
+    with fleet.open(source) as host:
+        wanted = matching(host, names)
+    plans = {one.vm: one for one in drain.look(fleet, source, (), report, only=wanted)}
+    _each(wanted, lambda name: drain.move(fleet, source, plans[name], wish, report), output)
 
 
 def _wanted(ends: Ends, names: list[str], *, recover: bool) -> tuple[str, ...]:
@@ -168,19 +217,22 @@ def _check(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output) -> No
 
 
 def _move(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output, *, recover: bool) -> None:
-    """One after the other: two at once would only share the wire."""
     from vmctl import migrate as verb
     from vmctl import migrate_recover
 
-    work = migrate_recover.recover if recover else verb.migrate
-    report = reporter()
+    work, report = migrate_recover.recover if recover else verb.migrate, reporter()
+    _each(names, lambda name: work(ends, name, wish, report), output)
+
+
+def _each(names: tuple[str, ...], work: Callable[[str], Moved], output: Output) -> None:
+    """One after the other: two at once would only share the wire."""
     failures: dict[str, VmctlError] = {}
     moved: list[Moved] = []
     for name in names:
         try:
-            result = work(ends, name, wish, report)
+            result = work(name)
         except VmctlError as error:
-            if len(names) == 1 or error.exit_code == 130:
+            if len(names) == 1 or isinstance(error, Interrupted):
                 raise
             failures[name] = error
             continue
