@@ -136,3 +136,10 @@ class Compression(StrEnum):
     NONE = "none"
     ZLIB = "zlib"
     ZSTD = "zstd"
+
+
+class StorageCopy(StrEnum):
+    """Which part of disks a migration takes along: all of it, or what lies above base images."""
+
+    OVERLAY = "overlay"
+    FULL = "full"

@@ -90,6 +90,22 @@ class ImageError(VmctlError):
     exit_code = 10
 
 
+class PreflightFailed(VmctlError):
+    """What was asked cannot go well. Carries every problem found with its mend, before anything was changed."""
+
+    exit_code = 11
+
+    def __init__(self, message: str, *, problems: Sequence[tuple[str, str]], hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.problems = tuple(problems)
+
+
+class MigrationFailed(VmctlError):
+    """A migration did not come to its end; the message says where the VM is now."""
+
+    exit_code = 12
+
+
 class HypervisorError(VmctlError):
     """A libvirt error that has no class of its own. ``code`` and ``domain`` are libvirt's."""
 

@@ -50,7 +50,15 @@ class Progress:
     unit: str = "B"
 
 
-Event: TypeAlias = Step | Warned | StageBegan | StageDone | Progress
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How the named work stands, in words; the next one of that name takes its place."""
+
+    name: str
+    text: str
+
+
+Event: TypeAlias = Step | Warned | StageBegan | StageDone | Progress | Status
 Reporter: TypeAlias = Callable[[Event], None]
 
 

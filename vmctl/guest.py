@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vmctl import greeting
+from vmctl import agent, greeting
 from vmctl.accel import timeout_scale
 from vmctl.choices import Accel
 from vmctl.errors import HostUnreachable, NotFound, VmctlError, WaitTimeout, WrongState
@@ -34,6 +34,7 @@ _FOLLOW_S = 0.3
 # A pause of half a minute is a snapshot, a move to another host, a full disk being enlarged.
 _PAUSED_S = 30.0
 _SILENT_S = 120.0
+_GONE_S = 35.0
 _GREETING_S = 5.0
 _AGAIN_S = 0.1
 _PANIC_LINES = 5
@@ -77,6 +78,18 @@ def address(host: Host, vm: Domain) -> Address | None:
         held = [lease for lease in network.leases(host.conn, facts.name) if lease.mac == nic.mac]
         if held:
             return Address(max(held, key=lambda lease: lease.expiry).address, 22, nic.mac, facts.name)
+    return _told_by_agent(host, vm)
+
+
+def _told_by_agent(host: Host, vm: Domain) -> Address | None:
+    """Where the guest says it is, on a network whose addresses libvirt does not give."""
+    if vm.state is not State.RUNNING or not vm.facts.agent:
+        return None
+    macs = {nic.mac for nic in vm.facts.nics}
+    for one in agent.glance(host, vm.name, active=True).addresses:
+        plain = one.address.partition("/")[0]
+        if one.mac.lower() in macs and "." in plain and not plain.startswith("169.254."):
+            return Address(plain, 22, one.mac.lower(), "")
     return None
 
 
@@ -93,6 +106,10 @@ class Vigil:
             state, why = domain.state(self._host.conn, self._name)
         except HostUnreachable:
             state, why = State.RUNNING, ""  # libvirt's daemon went away, which says nothing of the guest
+        except NotFound:
+            if silent_s >= _GONE_S:
+                raise
+            state, why = State.RUNNING, ""  # it may have moved to another host, and its connections with it
         now = self._clock()
         if state is not State.PAUSED:
             self._paused_since = None

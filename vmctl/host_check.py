@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from vmctl import fleet, host_ssh
@@ -129,11 +130,35 @@ PEER_MEND = "give its root an SSH key that the other lets in, and the other's ho
 
 def unreached(asked: Fleet, entry: HostEntry, uri: str) -> str:
     """Why libvirt on that host does not reach another by ``uri``; "" when it does. Raises HostUnreachable."""
+    return seen_from(asked, entry, uri).problem
+
+
+class SeenFrom(NamedTuple):
+    """What a host says: why libvirt there does not reach another, how far its clock is ahead of this machine's, and
+    whether programs of others than root may handle page faults themselves; None: not said."""
+
+    problem: str
+    skew_s: float
+    userfaults: bool | None = None
+
+
+def seen_from(asked: Fleet, entry: HostEntry, uri: str) -> SeenFrom:
+    """Ask it over one SSH session. Raises HostUnreachable."""
     seconds = f"{_ASK_S - 3:.0f}"
-    answer = host_ssh.run(
-        entry, asked.folders.runtime, "timeout", seconds, "virsh", "-q", "-c", uri, "uri", timeout_s=_ASK_S
-    )
+    before = time.time()
+    answer = host_ssh.run(entry, asked.folders.runtime, "sh", "-c", _LOOK, "sh", seconds, uri, timeout_s=_ASK_S)
+    after = time.time()
+    clock, faults, *_ = [*answer.out.splitlines(), "", ""]
+    userfaults = None if not faults.strip() else faults.strip() != "0"
+    skew = 0.0
+    if clock.replace(".", "").isdigit() and not before <= float(clock) <= after:
+        skew = float(clock) - (after if float(clock) > after else before)
     if answer.code == 0:
-        return ""
+        return SeenFrom("", skew, userfaults)
     words = [line.removeprefix("error: ") for line in answer.err.splitlines() if line.strip()]
-    return words[-1] if words else f"no answer within {seconds} s"
+    return SeenFrom(words[-1] if words else f"no answer within {seconds} s", skew, userfaults)
+
+
+_LOOK = """date +%s.%N
+cat /proc/sys/vm/unprivileged_userfaultfd 2>/dev/null || echo
+exec timeout "$1" virsh -q -c "$2" uri"""

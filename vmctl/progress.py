@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import IO
 
-from vmctl.events import Event, Progress, Reporter, StageBegan, StageDone, Step, Warned
+from vmctl.events import Event, Progress, Reporter, StageBegan, StageDone, Status, Step, Warned
 from vmctl.ui import Verbosity, duration, paint, size, visible
 
 _BAR_EVERY_S = 0.1
@@ -25,6 +25,7 @@ class _Lines:
         self._tty = stream.isatty()
         # By name: when it was first told of, how much was done then, and when it was last shown.
         self._bars: dict[str, tuple[float, int, float]] = {}
+        self._told: dict[str, float] = {}
         self._open_line = False
         self._lock = threading.Lock()
 
@@ -50,6 +51,15 @@ class _Lines:
                 self._line(f"  {name:<8} {took_s:6.2f} s   at {elapsed_s:6.2f} s   {visible(detail)}".rstrip())
             case Progress(name, done, total, unit):
                 self._progress(name, done, total, unit)
+            case Status(name, text):
+                self._status(name, text)
+
+    def _status(self, name: str, text: str) -> None:
+        now = time.monotonic()
+        if now - self._told.get(name, 0.0) < (_BAR_EVERY_S if self._tty else _PLAIN_EVERY_S):
+            return
+        self._told[name] = now
+        (self._rewrite if self._tty else self._line)(f"{visible(name)}: {visible(text)}")
 
     def _progress(self, name: str, done: int, total: int, unit: str) -> None:
         now = time.monotonic()

@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import PurePath
 from typing import IO, Any
 
-from vmctl.errors import GuestCommandFailed, PartialFailure, VmctlError, WaitTimeout
+from vmctl.errors import GuestCommandFailed, PartialFailure, PreflightFailed, VmctlError, WaitTimeout
 
 
 class Output(StrEnum):
@@ -186,6 +186,9 @@ def tell_error(error: VmctlError) -> None:
     if isinstance(error, WaitTimeout | GuestCommandFailed):
         for line in error.evidence:
             print(f"  {visible(line)}", file=sys.stderr)
+    if isinstance(error, PreflightFailed):
+        for what, mend in error.problems:
+            print(f"  {visible(what)}" + (f"\n    mend: {visible(mend)}" if mend else ""), file=sys.stderr)
     if isinstance(error, PartialFailure):
         for name, cause in error.failures.items():
             print(f"  {name}: {visible(cause.message)}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Several libvirt hosts on this one machine, in namespaces: for migration, and for what goes wrong with it.
 
-    with booted(3, shared=True) as bed:       # or the pytest fixture `make_testbed` (tests/hosts/fixtures.py)
+    with booted(3, shared=True) as bed:       # or the pytest fixture `make_testbed`
         first, second, third = bed.machines
         first.ssh_uri, first.tcp_uri, first.tls_uri          # how the tests' side, and the hosts, reach it
         first.run("virsh", "list")                            # a command in it, as root
@@ -19,7 +19,8 @@ By hand: `sudo python -m tests.hosts up 3 [--shared] [--tls] [-- COMMAND...]` gi
 Each host has its own mount, network, UTS, IPC and pid namespaces, host name (h1, h2 …), host UUID, machine-id, root's
 home, sshd with a key that all others have pinned, virtlogd and libvirtd (on its socket, tcp without authentication,
 and tls). Guests hang on `lan0`, libvirt network `lan`, one Ethernet with the hosts and the tests' side: 10.98.N.0/24,
-.1 the tests' side, .11 the first host, guests' static addresses from .100 on. They keep them when they move.
+.1 the tests' side, .11 the first host, guests from .100 on by DHCP (`bed.guest_address(mac)`). They keep them when they
+move.
 `shared=True`: /var/lib/libvirt/vmctl, where vmctl's pools lie, is one folder in all of them. libvirt does not take it
 for shared (only a network file system is), and asks for --unsafe.
 

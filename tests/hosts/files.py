@@ -36,6 +36,11 @@ migration_address = "{address}"
 keepalive_interval = 5
 keepalive_count = 5
 """
+# Post-copy needs page faults handled by QEMU, which many kernels let root alone do.
+ROOT = """user = "root"
+group = "root"
+clear_emulator_capabilities = 0
+"""
 SSHD = """Port 22
 ListenAddress {address}
 HostKey /run/testbed/host_key
@@ -58,7 +63,7 @@ def key_pair(path: Path, comment: str) -> None:
     subprocess.run(words, check=True, stdin=subprocess.DEVNULL)
 
 
-def furnish(folder: Path, name: str, address: str, sshd: Path) -> None:
+def furnish(folder: Path, name: str, address: str, sshd: Path, *, qemu_root: bool) -> None:
     """Make the folder of one host, all but what needs the others' keys; those come with ``introduce``."""
     for part in ("etc-libvirt/qemu/networks/autostart", "etc-libvirt/hooks", "log", "own", "root/.ssh", "disk"):
         (folder / part).mkdir(parents=True)
@@ -66,7 +71,7 @@ def furnish(folder: Path, name: str, address: str, sshd: Path) -> None:
     values = {"uuid": uuid.uuid4(), "address": address, "tls": int(tls)}
     libvirt = folder / "etc-libvirt"
     (libvirt / "libvirtd.conf").write_text(LIBVIRTD.format(**values))
-    (libvirt / "qemu.conf").write_text(QEMU.format(**values))
+    (libvirt / "qemu.conf").write_text(QEMU.format(**values) + (ROOT if qemu_root else ""))
     (libvirt / "qemu/networks/lan.xml").write_text(LAN.format(uuid=uuid.uuid4()))
     (libvirt / "qemu/networks/autostart/lan.xml").symlink_to("/etc/libvirt/qemu/networks/lan.xml")
     if Path("/usr/share/libvirt/nwfilter").exists():

@@ -32,7 +32,7 @@ def sh(*argv: str, check: bool = True, timeout: float = 60, **options: Any) -> s
     return done
 
 
-def _tied() -> None:
+def tied() -> None:
     """In a new child: end when this process does."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -90,7 +90,7 @@ class Machine:
 
     def popen(self, *argv: str, **options: Any) -> subprocess.Popen[bytes]:
         """Begin a command in the host; it ends with this process at the latest."""
-        return subprocess.Popen(self._inside(*argv), preexec_fn=_tied, **options)
+        return subprocess.Popen(self._inside(*argv), preexec_fn=tied, **options)
 
     def virsh(self, *words: str, check: bool = True) -> str:
         """What virsh says in the host."""
@@ -128,7 +128,7 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            preexec_fn=_tied,
+            preexec_fn=tied,
             start_new_session=True,  # a Ctrl-C at the terminal is not for the hosts
         )
         log.close()
@@ -227,5 +227,5 @@ class Machine:
         self.cut()
         sh("ip", "link", "set", far, "master", self._bridge)
         argv = [sys.executable, relay, self._port, near, str(delay_ms), str(loss_percent)]
-        self._relay = subprocess.Popen(argv, stdout=subprocess.PIPE, preexec_fn=_tied, start_new_session=True)
+        self._relay = subprocess.Popen(argv, stdout=subprocess.PIPE, preexec_fn=tied, start_new_session=True)
         assert self._relay.stdout is not None and self._relay.stdout.readline() == b"ready\n"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.hosts import certificates, files, sshd
-from tests.hosts.machine import Machine, sh
+from tests.hosts.machine import Machine, sh, tied
 
 _ROOT = Path("/run/vmctl-hosts")
 _MARKER = Path("/run/vmctl-test-host")
@@ -35,9 +36,12 @@ class Testbed:
         """All hosts' SSH keys, by address and by name."""
         return self.folder / "known_hosts"
 
-    def guest_address(self, index: int) -> str:
-        """An address for a guest."""
-        return f"10.98.{self.number}.{100 + index}"
+    def guest_address(self, mac: str) -> str:
+        """The address that DHCP gave the guest with that MAC; "" for none yet."""
+        for line in (self.folder / "leases").read_text().splitlines():
+            if line.split()[1] == mac:
+                return line.split()[2]
+        return ""
 
     def limit(self, rate: str | None) -> None:
         """At most ``rate`` on each host's cable."""
@@ -74,17 +78,23 @@ def _number() -> Iterator[int]:
 
 
 @contextmanager
-def booted(count: int = 2, *, shared: bool = False, tls: bool = False, disk: str = "2G") -> Iterator[Testbed]:
-    """Boot ``count`` hosts; ``disk`` is the size of each one's /var/lib/libvirt. Only in a test host (tests/run)."""
+def booted(
+    count: int = 2, *, shared: bool = False, tls: bool = False, disk: str = "2G", qemu_root: bool = False
+) -> Iterator[Testbed]:
+    """Boot ``count`` hosts; ``disk`` is the size of each one's /var/lib/libvirt. Only in a test host (tests/run).
+
+    ``qemu_root``: QEMU runs as root, which post-copy needs where the kernel lets root alone handle page faults.
+    """
     assert _MARKER.exists(), "a testbed is made only inside a test host: tests/run, or python -m tests.hosts up"
     assert 1 <= count <= 5
     with _number() as number, ExitStack() as stack:
         folder, bridge = _ROOT / str(number), f"vmctl-bed{number:03}"
         _clear(folder, bridge)
         stack.callback(_clear, folder, bridge)
-        bed = _furnish(number, folder, bridge, count, shared=shared, tls=tls, disk=disk)
+        bed = _furnish(number, folder, bridge, count, shared=shared, tls=tls, disk=disk, qemu_root=qemu_root)
         for machine in bed.machines:
             stack.callback(machine.lose_power)
+        stack.callback(_end, _dhcp(bed))
         for machine in bed.machines:
             machine.boot()
         for machine in bed.machines:
@@ -92,7 +102,25 @@ def booted(count: int = 2, *, shared: bool = False, tls: bool = False, disk: str
         yield bed
 
 
-def _furnish(number: int, folder: Path, bridge: str, count: int, *, shared: bool, tls: bool, disk: str) -> Testbed:
+def _dhcp(bed: Testbed) -> subprocess.Popen[bytes]:
+    """A DHCP server on the bridge, for guests."""
+    (bed.folder / "leases").touch()
+    net = f"10.98.{bed.number}"
+    argv = ["dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--port=0", "--user=root", "--bind-interfaces"]
+    argv += [f"--interface={bed.bridge}", f"--dhcp-range={net}.100,{net}.199,infinite", "--dhcp-authoritative"]
+    argv += [f"--dhcp-leasefile={bed.folder}/leases", f"--pid-file={bed.folder}/dnsmasq.pid", "--no-ping"]
+    with (bed.folder / "dnsmasq.log").open("w") as log:
+        return subprocess.Popen(argv, stdout=log, stderr=log, preexec_fn=tied, start_new_session=True)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+
+
+def _furnish(
+    number: int, folder: Path, bridge: str, count: int, *, shared: bool, tls: bool, disk: str, qemu_root: bool
+) -> Testbed:
     folder.mkdir(mode=0o755)
     key = folder / "key"
     files.key_pair(key, "testbed")
@@ -110,7 +138,7 @@ def _furnish(number: int, folder: Path, bridge: str, count: int, *, shared: bool
     for machine in machines:
         if tls:
             certificates.host(folder / "ca", machine.folder / "pki", machine.name, machine.address)
-        files.furnish(machine.folder, machine.name, machine.address, sshd.folder())
+        files.furnish(machine.folder, machine.name, machine.address, sshd.folder(), qemu_root=qemu_root)
         sh("mount", "-t", "tmpfs", "-o", f"size={disk},mode=0755", "tmpfs", str(machine.folder / "disk"))
         (machine.folder / "disk/images").mkdir()
         if shared:

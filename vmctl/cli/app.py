@@ -58,6 +58,7 @@ COMMANDS: Mapping[str, Entry] = {
     "autostart": Entry("state", "autostart", "Start VMs with their host, or no longer."),
     "clone": Entry("copies", "clone", "Make new VMs with the disks of a stopped one."),
     "fork": Entry("copies", "fork", "Make new running VMs from a running one."),
+    "migrate": Entry("migrate", "migrate", "Move VMs to another host, running ones live."),
     "delete": Entry("create", "delete", "Delete VMs with what is their own."),
     "events": Entry("inspect", "events", "Show what happens to VMs as it happens."),
     "image": Entry("image", "app", "Images that VMs start from."),

@@ -1,4 +1,4 @@
-"""vmctl host: the group, with add, list, show, check, remove and top; info is in a file of its own."""
+"""vmctl host: the group, with add, list, show, check, remove and top; info and drain are in files of their own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from vmctl import ui
 from vmctl.cli.command import Command, Group
 from vmctl.cli.diagnose import info
+from vmctl.cli.host_drain import drain
 from vmctl.cli.options import HostName, HostNames, OutputOption, fleet_of_config, note
 from vmctl.errors import SpecError
 from vmctl.ui import Output
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Group, help="Hosts that VMs run on.", no_args_is_help=True, rich_markup_mode=None)
 app.command("info", cls=Command)(info)
+app.command("drain", cls=Command)(drain)
 
 HostTimeout = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Longest wait for each host.")

@@ -87,7 +87,8 @@ DiskName = Annotated[
 ]
 
 
-def _complete_host(incomplete: str) -> list[str]:
+def complete_host(incomplete: str) -> list[str]:
+    """Names of hosts."""
     from vmctl import config
 
     try:
@@ -104,13 +105,13 @@ ConnectOption = Annotated[
         "-c",
         metavar="HOST",
         help="Host: its name (see `vmctl host`), or a libvirt URI such as qemu:///session.",
-        autocompletion=_complete_host,
+        autocompletion=complete_host,
     ),
 ]
-HostName = Annotated[str, typer.Argument(metavar="HOST", help="Name of the host.", autocompletion=_complete_host)]
+HostName = Annotated[str, typer.Argument(metavar="HOST", help="Name of the host.", autocompletion=complete_host)]
 HostNames = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Argument(metavar="[HOST...]", help="Names of hosts; default: all.", autocompletion=_complete_host),
+    typer.Argument(metavar="[HOST...]", help="Names of hosts; default: all.", autocompletion=complete_host),
 ]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Form of the result.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]

@@ -95,6 +95,14 @@ def who(conn: Connection) -> Who:
         return Who(str(conn.handle.getHostname()), root.findtext("host/uuid") or "")
 
 
+def machines(conn: Connection, arch: str) -> frozenset[str]:
+    """The machine types a host has for guests of its own architecture, by all their names."""
+    with calling("read host capabilities"):
+        root = ET.fromstring(conn.handle.getCapabilities())
+    found = root.iterfind(f"guest/arch[@name='{arch}']//machine")
+    return frozenset(name for one in found for name in (one.text or "", one.get("canonical", "")) if name)
+
+
 def text(conn: Connection) -> str:
     """libvirt's own words on the host: CPU with microcode, versions of QEMU's machine types, users."""
     with calling("read host capabilities"):

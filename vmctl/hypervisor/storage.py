@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -255,6 +256,70 @@ def read(
                 sink(chunk)
                 done += len(chunk)
                 moved(done)
+
+
+def transfer(
+    source: Connection, there: tuple[str, str], target: Connection, here: tuple[str, str], moved: Callable[[int], None]
+) -> str:
+    """Fill a volume (pool and name) with the bytes of one on another host; the SHA-256 of what was sent."""
+    import hashlib
+
+    digest, done = hashlib.sha256(), 0
+    with calling(f"copy volume {there[1]}"), _stream(source) as reading, _stream(target) as writing:
+        size = volume_size(source, *there)
+        _volume(source, *there).download(reading, 0, size, 0)
+        _volume(target, *here).upload(writing, 0, size, 0)
+        while chunk := reading.recv(256 * 1024):
+            digest.update(chunk)
+            view = memoryview(chunk)
+            while view:
+                view = view[writing.send(bytes(view)) :]
+            done += len(chunk)
+            moved(done)
+    return digest.hexdigest()
+
+
+def volume_size(conn: Connection, pool: str, name: str) -> int:
+    """The length of a volume's file, whatever is in it."""
+    with calling(f"look up volume {name}"):
+        info = _volume(conn, pool, name).infoFlags(libvirt.VIR_STORAGE_VOL_GET_PHYSICAL)
+    return int(info[2])
+
+
+def sha256(conn: Connection, pool: str, name: str) -> str:
+    """Of a volume's bytes, read through libvirt."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    read(conn, pool, name, digest.update)
+    return digest.hexdigest()
+
+
+@contextmanager
+def folder_as_pool(conn: Connection, folder: str, xml: Callable[[str], str]) -> Iterator[str]:
+    """The name of a pool that shows a folder: the one that is there, else one for the time of the block.
+
+    Raises NotFound where there is no such folder.
+    """
+    try:
+        found = conn.handle.storagePoolLookupByTargetPath(folder)
+        if found.isActive():
+            yield str(found.name())
+            return
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
+            with calling(f"look up folder {folder}"):
+                raise
+    name = f"vmctl-look-{os.urandom(6).hex()}"
+    try:
+        made = conn.handle.storagePoolCreateXML(xml(name), 0)
+    except libvirt.libvirtError as error:
+        raise NotFound(f"cannot look into {folder}: {error.get_error_message()}") from error
+    try:
+        yield name
+    finally:
+        with suppress(libvirt.libvirtError):
+            made.destroy()
 
 
 def download(conn: Connection, pool: str, name: str) -> bytes:

@@ -1,0 +1,236 @@
+"""VMs that move between two hosts that share their storage, for real: live, stopped, interrupted."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import Testbed
+from tests.system.migrating import Pair, busy, guest, known_pair, until
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def pair(make_testbed: Callable[..., Testbed], tmp_path_factory: pytest.TempPathFactory, micro_image: None) -> Pair:
+    return known_pair(make_testbed(2, shared=True), tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def vm(pair: Pair) -> Iterator[str]:
+    """A guest that the tests of this module hand to each other; each begins with it on h1."""
+    with guest(pair) as name:
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def home(pair: Pair, vm: str) -> Iterator[None]:
+    yield
+    pair.bed.limit(None)
+    if pair.where(vm).get("h2"):
+        pair.vmctl("-c", "h2", "migrate", vm, "--to", "h1", check=None)
+    if "shut off" in pair.where(vm).get("h1", ""):
+        pair.vmctl("-c", "h1", "start", vm)
+        pair.vmctl("-c", "h1", "wait", vm, "--for", "agent")
+    assert pair.where(vm) == {"h1": "running"}, pair.vmctl("-c", "h1", "logs", vm, "-n", "30", check=None).stdout
+
+
+def test_live_with_its_memory_address_and_connections(pair: Pair, vm: str) -> None:
+    files = pair.files("h1")
+    pair.vmctl("-c", "h1", "exec", vm, "--", "sh", "-c", "echo in memory >/run/kept; echo on disk >/root/kept; sync")
+    before = pair.json("-c", "h1", "show", vm)
+    line = pair.begin("-c", "h1", "exec", vm, "--", "cat")  # its host is asked after it, and does not know it any more
+    assert line.stdin is not None and line.stdout is not None
+    line.stdin.write("before\n")
+    line.stdin.flush()
+    assert line.stdout.readline() == "before\n"
+
+    (moved,) = pair.json("-c", "h1", "migrate", vm, "--to", "h2")
+    assert pair.where(vm) == {"h2": "running"}, "nothing of it is left where it was"
+    assert moved["mode"] == "held" and moved["source"] == "h1" and moved["target"] == "h2" and not moved["copied"]
+    assert moved["data"] > 10_000_000 and moved["passes"] >= 1
+    assert 0 < moved["outage_ms"] < 5000, "seen from outside"
+
+    line.stdin.write("after\n")
+    line.stdin.close()
+    assert line.stdout.readline() == "after\n", "a TCP connection through the guest survives"
+    assert line.wait(30) == 0
+    kept = pair.vmctl("-c", "h2", "exec", vm, "--", "cat", "/run/kept", "/root/kept").stdout
+    assert kept == "in memory\non disk\n"
+    after = pair.json("-c", "h2", "show", vm)
+    for key in ("uuid", "nics", "ssh_host_key", "labels", "image", "persistent", "disks"):
+        left, right = before[key], after[key]
+        if key == "nics":
+            left, right = [one["mac"] for one in left], [one["mac"] for one in right]
+        assert left == right, key
+    assert [one["address"] for one in after["addresses"]] == [one["address"] for one in before["addresses"]]
+    assert pair.files("h1") == files
+
+    said = pair.vmctl("-c", "h2", "migrate", vm, "--to", "h1", "--direct")
+    assert f"{vm}: h2 -> h1 in " in said.stdout and "held" in said.stdout and "emulated" in said.stderr
+    assert pair.where(vm) == {"h1": "running"}
+    assert pair.vmctl("-c", "h1", "exec", vm, "--", "cat", "/run/kept").stdout == "in memory\n"
+
+
+@pytest.mark.parametrize(
+    "way", [["--tunnelled"], ["--parallel", "2"], ["--compress"], ["--live", "--no-auto-converge"]]
+)
+def test_other_ways(pair: Pair, vm: str, way: list[str]) -> None:
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", *way)
+    assert pair.where(vm) == {"h2": "running"}
+
+
+def test_a_stopped_one(pair: Pair, vm: str) -> None:
+    pair.vmctl("-c", "h1", "stop", vm, "--force")
+    pair.vmctl("-c", "h1", "autostart", vm)
+    said = pair.json("-c", "h1", "migrate", vm, "--to", "h2")
+    assert said[0]["mode"] == "stopped" and said[0]["downtime_ms"] is None
+    assert pair.where(vm) == {"h2": "shut off"}
+    assert pair.json("-c", "h2", "show", vm)["autostart"] is True
+    pair.vmctl("-c", "h2", "autostart", vm, "--off")
+    pair.vmctl("-c", "h2", "migrate", vm, "--to", "h1")
+    assert pair.where(vm) == {"h1": "shut off"}
+    pair.vmctl("-c", "h1", "start", vm)
+    pair.vmctl("-c", "h1", "wait", vm, "--for", "agent")
+    assert pair.vmctl("-c", "h1", "exec", vm, "--", "cat", "/root/kept").stdout == "on disk\n"
+
+
+def test_to_where_there_is_room(pair: Pair, vm: str) -> None:
+    assert f"{vm}: h1 -> h2" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "auto").stdout
+
+
+def test_what_is_asked_to_stay(pair: Pair, vm: str) -> None:
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--transient", "--keep-source")
+    assert pair.where(vm) == {"h1": "shut off", "h2": "running"}
+    assert pair.machine("h2").virsh("dominfo", vm).split("Persistent:")[1].split()[0] == "no"
+    refused = pair.vmctl("-c", "h2", "migrate", vm, "--to", "h1", check=11)
+    assert f"h1 has a VM of the same UUID already: {vm}" in refused.stderr
+    pair.machine("h1").virsh("undefine", vm)
+    pair.vmctl("-c", "h2", "migrate", vm, "--to", "h1", "--persistent")
+    assert pair.json("-c", "h1", "show", vm)["persistent"] is True
+
+
+def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_path: Path) -> None:
+    assert "ok" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--check").stdout
+    second = pair.machine("h2")
+    second.virsh("net-destroy", "lan")
+    pair.machine("h1").cut_from(second)
+    xml = f"<domain type='qemu'><name>{vm}</name><memory>8192</memory><os><type>hvm</type></os></domain>"
+    second.run("sh", "-c", "cat >/tmp/d.xml; virsh define /tmp/d.xml", input=xml)
+    try:
+        done = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", check=11)
+        for said in (f"another VM called {vm}", "network lan on h2 is down", "libvirt on h1 does not reach h2"):
+            assert said in done.stderr
+        assert done.stderr.count("mend:") == 3 and "nothing was changed" in done.stderr
+        checked = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--check", "-o", "json", check=11)
+        assert len([one for one in json.loads(checked.stdout) if not one["note"]]) == 3
+    finally:
+        pair.machine("h1").mend_from(second)
+        second.virsh("undefine", vm)
+        second.virsh("net-start", "lan")
+    assert "are one host" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h1", check=11).stderr
+    assert pair.vmctl("-c", "h1", "migrate", "nope", "--to", "h2", check=4).stderr.startswith("cannot find VM nope")
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h9", check=4)
+    assert pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--tunnelled", "--parallel", "2", check=2)
+    assert pair.where(vm) == {"h1": "running"}
+
+
+def sending(pair: Pair, vm: str) -> bool:
+    said = pair.machine("h1").virsh("domjobinfo", vm, check=False)
+    return "Outgoing migration" in said and "Memory processed" in said
+
+
+@pytest.mark.parametrize("way", [[], ["--direct"]], ids=["peer", "direct"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_stays(pair: Pair, vm: str, way: list[str], number: signal.Signals) -> None:
+    pair.bed.limit("10mbit")
+    process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2", *way)
+    until(lambda: sending(pair, vm), "the migration sends")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert f"{vm} runs on h1 as before" in said
+    assert pair.where(vm) == {"h1": "running"}
+    assert pair.vmctl("-c", "h1", "exec", "--via", "agent", vm, "--", "echo", "well").stdout == "well\n"
+
+
+def test_vmctl_is_killed_and_the_job_is_finished(pair: Pair, vm: str) -> None:
+    pair.bed.limit("10mbit")
+    process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2")
+    until(lambda: sending(pair, vm), "the migration sends")
+    process.kill()
+    process.wait()
+    assert process.stderr is not None and process.stdout is not None
+    process.stderr.close()
+    process.stdout.close()
+    pair.bed.limit(None)
+    said = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+    assert f"{vm}: h1 -> h2" in said.stdout
+    assert pair.where(vm) == {"h2": "running"}
+
+
+def test_a_cable_that_is_cut_for_ever(pair: Pair, vm: str) -> None:
+    pair.bed.limit("10mbit")
+    process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2")
+    until(lambda: sending(pair, vm), "the migration sends")
+    pair.machine("h2").cut()
+    began = time.monotonic()
+    try:
+        _, said = process.communicate(timeout=170)
+        assert process.returncode == 12, said
+        assert time.monotonic() - began < 160
+        assert f"{vm} runs on h1 as before, h2 cannot be asked" in said and "--recover" in said
+        assert pair.machine("h1").virsh("domstate", vm) == "running"
+    finally:
+        pair.machine("h2").mend()
+    pair.bed.limit(None)
+    until(lambda: pair.where(vm) == {"h1": "running"}, "h2 has let go of it")
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+    assert pair.where(vm) == {"h2": "running"}
+
+
+def test_a_busy_guest(pair: Pair) -> None:
+    """It changes memory faster than the link takes it: left alone, it would never come to its end."""
+    pair.bed.limit("100mbit")
+    with busy(pair) as name:
+        said = pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--live", timeout=240)
+        assert pair.where(name) == {"h2": "running"}
+        assert "the VM changes memory as fast as it is sent" in said.stderr
+        assert "no end in sight at this rate" in said.stderr
+
+
+def test_limits_that_change_on_the_way(pair: Pair) -> None:
+    with busy(pair) as name:
+        assert (
+            "none is under way"
+            in pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--adjust", "--bandwidth", "9M", check=6).stderr
+        )
+        process = pair.begin("-c", "h1", "migrate", name, "--to", "h2", "--bandwidth", "1M")
+        until(lambda: sending(pair, name), "the migration sends")
+        assert pair.machine("h1").virsh("migrate-getspeed", name) == "1"
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--adjust", "--bandwidth", "900M", "--downtime", "700")
+        assert pair.machine("h1").virsh("migrate-getmaxdowntime", name) == "700"
+        _, said = process.communicate(timeout=40)  # at 1 MiB/s it would take more than a minute
+        assert process.returncode == 0, said
+        assert pair.where(name) == {"h2": "running"}
+
+
+def test_what_takes_too_long_is_given_up(pair: Pair) -> None:
+    pair.bed.limit("20mbit")
+    with busy(pair) as name:
+        words = ("migrate", name, "--to", "h2", "--live", "--no-auto-converge", "--timeout", "6")
+        said = pair.vmctl("-c", "h1", *words, check=12).stderr
+        assert "did not come to its end in" in said and f"{name} runs on h1 as before" in said
+        assert pair.where(name) == {"h1": "running"}
+
+
+def test_post_copy_is_refused_where_it_cannot_be(pair: Pair, vm: str) -> None:
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
+        pytest.skip("this kernel lets every program handle page faults")
+    said = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--postcopy", check=11).stderr
+    assert "may not handle page faults" in said and "sysctl" in said

@@ -1,0 +1,152 @@
+"""VMs that move between two hosts that share nothing: disks and base images go along, and are gone from there."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.hosts import Testbed
+from tests.system.migrating import Pair, guest, known_pair, until
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def pair(make_testbed: Callable[..., Testbed], tmp_path_factory: pytest.TempPathFactory, micro_image: None) -> Pair:
+    return known_pair(make_testbed(2), tmp_path_factory.mktemp("config"))
+
+
+@pytest.fixture(scope="module")
+def vm(pair: Pair) -> Iterator[str]:
+    with guest(pair) as name:
+        yield name
+
+
+@pytest.fixture(autouse=True)
+def home(pair: Pair, vm: str) -> Iterator[None]:
+    yield
+    pair.bed.limit(None)
+    if pair.where(vm).get("h2"):
+        pair.vmctl("-c", "h2", "migrate", vm, "--to", "h1", "--copy-storage", "overlay", check=None)
+    assert pair.where(vm) == {"h1": "running"}
+
+
+def of(vm: str, names: set[str]) -> set[str]:
+    return {name for name in names if name.startswith(f"{vm}-")}
+
+
+def written(pair: Pair, host: str, vm: str) -> str:
+    """Write something new to the guest's disk; its digest."""
+    script = "head -c 3000000 /dev/urandom >/root/data; sync; md5sum </root/data"
+    return pair.vmctl("-c", host, "exec", "--via", "agent", vm, "--", "sh", "-c", script).stdout
+
+
+def read(pair: Pair, host: str, vm: str) -> str:
+    """The same digest again, of what is on the disk and not in the guest's memory."""
+    script = "echo 3 >/proc/sys/vm/drop_caches; md5sum </root/data"
+    return pair.vmctl("-c", host, "exec", "--via", "agent", vm, "--", "sh", "-c", script).stdout
+
+
+def test_it_is_refused_without_and_says_which_files(pair: Pair, vm: str) -> None:
+    said = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", check=11).stderr
+    for file in ("disk vda", "read-only disk vdb", "base image", "kernel", "initrd"):
+        assert f"{file} (" in said
+    assert said.count("h2 does not see the same file") == 5 and "--copy-storage" in said
+    assert pair.files("h2") == set() and pair.where(vm) == {"h1": "running"}
+
+
+def test_live_with_what_lies_above_the_base(pair: Pair, vm: str) -> None:
+    digest = written(pair, "h1", vm)
+    files = of(vm, pair.files("h1"))
+    (moved,) = pair.json("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    assert moved["copied"] and pair.where(vm) == {"h2": "running"}
+    assert of(vm, pair.files("h1")) == set(), "its disks are gone from where it was"
+    assert of(vm, pair.files("h2")) == files
+    assert read(pair, "h2", vm) == digest
+    top = pair.machine("h2").virsh("domblklist", vm).splitlines()[0].split()[1]
+    chain = pair.machine("h2").run("qemu-img", "info", "-U", "--backing-chain", top).stdout
+    assert chain.count("image: ") == 2, "still an overlay on its base image"
+    again = pair.json("-c", "h2", "migrate", vm, "--to", "h1", "--copy-storage", "overlay")[0]
+    assert not any("vmctl-images" in path for path in again["copied"]), (
+        "the base image is there, and known by its digest"
+    )
+    assert read(pair, "h1", vm) == digest
+
+
+def test_a_file_that_arrives_changed_is_not_taken(pair: Pair, vm: str) -> None:
+    """A base image of the same name and size with one other byte: not the same file, whatever its name says."""
+    second = pair.machine("h2")
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    pair.vmctl("-c", "h2", "migrate", vm, "--to", "h1", "--copy-storage", "overlay")
+    (image,) = second.images.glob("micro-*.qcow2")
+    kept = image.read_bytes()
+    image.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    try:
+        said = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay", check=11).stderr
+        assert "base image would be" in said and "another file is" in said
+    finally:
+        image.write_bytes(kept)
+
+
+def test_live_with_whole_disks(pair: Pair, vm: str) -> None:
+    digest = written(pair, "h1", vm)
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "full")
+    top = pair.machine("h2").virsh("domblklist", vm).splitlines()[0].split()[1]
+    chain = pair.machine("h2").run("qemu-img", "info", "-U", "--backing-chain", top).stdout
+    assert chain.count("image: ") == 1, "based on nothing"
+    assert read(pair, "h2", vm) == digest
+
+
+def test_stopped(pair: Pair, vm: str) -> None:
+    digest = written(pair, "h1", vm)
+    pair.vmctl("-c", "h1", "stop", vm, "--force")
+    files = of(vm, pair.files("h1"))
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    assert pair.where(vm) == {"h2": "shut off"} and of(vm, pair.files("h1")) == set()
+    assert files - of(vm, pair.files("h2")) <= {name for name in files if name.endswith("console.log")}
+    pair.vmctl("-c", "h2", "start", vm)
+    pair.vmctl("-c", "h2", "wait", vm, "--for", "agent")
+    assert read(pair, "h2", vm) == digest
+
+
+def test_no_room_and_something_in_the_way(pair: Pair, vm: str) -> None:
+    second = pair.machine("h2")
+    top = pair.machine("h1").virsh("domblklist", vm).splitlines()[0].split()[1]
+    second.run("sh", "-c", f"mkdir -p {top.rpartition('/')[0]}; echo mine >{top}")
+    words = ("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "full")
+    assert "where another file is" in pair.vmctl(*words, check=11).stderr
+    assert second.run("cat", top).stdout == "mine\n", "what is not ours stays"
+    second.run("rm", top)
+    second.resize_disk("150M")
+    try:
+        assert "MiB free, and" in pair.vmctl(*words, check=11).stderr
+        assert of(vm, pair.files("h2")) == set()
+    finally:
+        second.resize_disk("2G")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_cut_off_it_stays_and_the_target_is_clean(pair: Pair, vm: str, number: signal.Signals) -> None:
+    digest = written(pair, "h1", vm)
+    before = of(vm, pair.files("h1"))
+    pair.bed.limit("20mbit")
+    process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay", "--direct")
+
+    def begun() -> bool:
+        return "Outgoing migration" in pair.machine("h1").virsh("domjobinfo", vm, check=False)
+
+    until(begun, "the migration sends")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    pair.bed.limit(None)
+    if number is signal.SIGINT:
+        assert process.returncode == 130 and f"{vm} runs on h1 as before" in said, said
+        assert of(vm, pair.files("h2")) == set()
+    until(lambda: pair.where(vm) == {"h1": "running"}, "it runs where it was")
+    assert of(vm, pair.files("h1")) == before and read(pair, "h1", vm) == digest
+    # A plain second run copes with whatever a kill left.
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    assert read(pair, "h2", vm) == digest
+    assert not [name for name in pair.files("h2") if name.endswith(".migrating")]

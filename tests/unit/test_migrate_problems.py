@@ -1,0 +1,93 @@
+"""What keeps a VM from moving: each finding by itself, and all of them together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from vmctl.hypervisor.states import State
+from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, VmFacts, fatal, problems
+
+VM = VmFacts("web", "u1", State.RUNNING, "", True, "kvm", "pc-q35-7.2", "/usr/bin/qemu", 1024, ("lan",))
+HERE = HostSide(
+    "h1", "a", "one", "9.0.0", "7.2.0", ("kvm",), frozenset({"pc-q35-7.2"}), "/usr/bin/qemu", 0, {"lan": True}
+)
+THERE = replace(HERE, name="h2", uuid="b", hostname="two", available_mib=4096)
+FINE = Facts(VM, HERE, THERE, Cpu(True, "x"), (DiskNeed("disk vda", "/p/web.qcow2", True),), skew_s=0.1)
+
+
+def test_nothing_stands_against_it() -> None:
+    assert problems(FINE) == ()
+
+
+TAKEN = DiskNeed("d", "/p/x", False, in_the_way="another file is")
+LARGE = DiskNeed("d", "/p/x", False, space=1 << 30)
+CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    # what is said, of the VM, of the target, of all
+    ("is saved", {"state": State.SAVED}, {}, {"live": False}),
+    ("web is crashed", {"state": State.CRASHED}, {}, {}),
+    ("paused (I/O error)", {"state": State.PAUSED, "why": "I/O error"}, {}, {}),
+    ("another job", {"busy": True}, {}, {}),
+    ("a job on disk vda", {"disk_jobs": ("vda",)}, {}, {}),
+    ("is transient", {"persistent": False}, {}, {"live": False}),
+    ("are one host to libvirt", {}, {"uuid": "a"}, {}),
+    ("both hosts are called one", {}, {"hostname": "one"}, {}),
+    ("another VM called web", {}, {"vms": {"web": "u2"}}, {}),
+    ("a VM of the same UUID already: old", {}, {"vms": {"old": "u1"}}, {}),
+    ("runs on KVM, which h2 does not offer", {}, {"kinds": ("qemu",)}, {}),
+    ("no machine type pc-q35-7.2", {}, {"machines": frozenset({"pc-q35-6.0"})}, {}),
+    ("on h2 QEMU is /opt/qemu", {}, {"emulator": "/opt/qemu"}, {}),
+    ("QEMU 7.1.9 on h2 is older than 7.2.0", {}, {"qemu": "7.1.9"}, {}),
+    ("cannot give web its processor", {}, {}, {"cpu": Cpu(False, "host-passthrough")}),
+    ("a device of its host: pci 1", {"host_devices": ("pci 1",)}, {}, {}),
+    ("a folder of its host mounted: /srv", {"shares": ("/srv",)}, {}, {}),
+    ("2 snapshots", {"snapshots": 2}, {}, {}),
+    ("512 MiB of memory to spare", {}, {"available_mib": 512}, {}),
+    ("3 free huge pages of 2048 KiB, not 512", {"huge_pages_kib": 2048}, {"huge_pages_free": 3}, {}),
+    ("h2 has no network lan", {}, {"networks": {}}, {}),
+    ("network lan on h2 is down", {}, {"networks": {"lan": False}}, {}),
+    ("libvirt on h1 does not reach h2: refused", {}, {}, {"peer_problem": "refused", "peer_mend": "keys"}),
+    ("may not handle page faults", {}, {}, {"postcopy": True, "userfaults": False}),
+    # of storage
+    ("is on h1 only", {}, {}, {"needs": (DiskNeed("disk vda", "/p/x", False),)}),
+    ("cache mode unsafe", {}, {}, {"needs": (DiskNeed("disk vda", "/p/x", True, cache="unsafe"),)}),
+    ("in use on h2, by running VM db", {}, {}, {"needs": (DiskNeed("disk vda", "/p/x", True, users=("db",)),)}),
+    ("no folder /p", {}, {}, {"copy": True, "needs": (DiskNeed("disk", "/p/x", False, folder_missing=True),)}),
+    ("where another file is", {}, {}, {"copy": True, "needs": (TAKEN,)}),
+    ("1 MiB free", {}, {"space": {"/p": 1 << 20}}, {"copy": True, "needs": (LARGE,)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "vm", "there", "both"), CASES, ids=[case[0] for case in CASES])
+def test_each(said: str, vm: dict[str, Any], there: dict[str, Any], both: dict[str, Any]) -> None:
+    facts = replace(FINE, vm=replace(VM, **vm), target=replace(THERE, **there), **both)
+    (found,) = fatal(problems(facts))
+    assert said in found.what
+    assert found.mend or "same UUID" in found.what
+
+
+def test_notes_keep_nobody_from_it() -> None:
+    facts = replace(
+        FINE,
+        vm=replace(VM, checkpoints=("c1",)),
+        target=replace(THERE, libvirt="8.0.0", nat=frozenset({"lan"})),
+        back_problem="refused",
+        skew_s=-3.0,
+    )
+    assert len(problems(facts)) == 5 and fatal(problems(facts)) == ()
+
+
+def test_all_at_once_and_stopped_ones_ask_less() -> None:
+    bad = replace(
+        FINE,
+        vm=replace(VM, snapshots=1, shares=("/srv",)),
+        target=replace(THERE, kinds=("qemu",), qemu="6.0.0", available_mib=1, networks={}),
+        cpu=Cpu(False, "x"),
+        needs=(DiskNeed("disk vda", "/p/x", False),),
+        peer_problem="refused",
+    )
+    assert len(fatal(problems(bad))) == 9
+    off = replace(bad, vm=replace(bad.vm, state=State.STOPPED), live=False, peer_problem="")
+    assert len(fatal(problems(off))) == 4

@@ -1,0 +1,258 @@
+"""vmctl migrate."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from vmctl import ui
+from vmctl.choices import StorageCopy
+from vmctl.cli.options import (
+    GLOBALS,
+    ConnectOption,
+    Names,
+    OutputOption,
+    complete_host,
+    fleet_of_config,
+    reporter,
+)
+from vmctl.errors import Interrupted, PartialFailure, PreflightFailed, SpecError, VmctlError
+from vmctl.ui import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from vmctl.config import HostEntry
+    from vmctl.fleet import Fleet
+    from vmctl.migrate import Moved, Wish
+    from vmctl.migrate_ends import Ends
+
+
+def migrate(
+    names: Names,
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", metavar="HOST", help="Where to; auto: where there is most room.", autocompletion=complete_host
+        ),
+    ],
+    check: Annotated[bool, typer.Option("--check", help="Only look whether it could; exit 11 if not.")] = False,
+    adjust: Annotated[
+        bool, typer.Option("--adjust", help="Give one that is under way other --bandwidth and --downtime.")
+    ] = False,
+    recover: Annotated[
+        bool, typer.Option("--recover", help="Look where it is after a migration that was cut off, and end that.")
+    ] = False,
+    copy_storage: Annotated[
+        Optional[StorageCopy],  # noqa: UP045
+        typer.Option(
+            "--copy-storage", help="Take disks along that the target does not see: whole, or above their base."
+        ),
+    ] = None,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="vmctl speaks with both hosts, which need not reach each other's libvirt.")
+    ] = False,
+    live: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--live/--held", help="Send memory while it runs, or hold it still; default: held if emulated."),
+    ] = None,
+    tunnelled: Annotated[
+        bool, typer.Option("--tunnelled", help="Memory goes through the connection of the two libvirts.")
+    ] = False,
+    postcopy: Annotated[
+        bool,
+        typer.Option("--postcopy", help="If it does not converge, run it on the target before all of it is there."),
+    ] = False,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Encrypt memory and disks on their way, by QEMU's certificates.")
+    ] = False,
+    parallel: Annotated[
+        int, typer.Option("--parallel", metavar="N", min=0, max=255, help="Send over N connections.")
+    ] = 0,
+    compress: Annotated[bool, typer.Option("--compress", help="Compress memory that is sent again.")] = False,
+    auto_converge: Annotated[
+        bool, typer.Option("--auto-converge/--no-auto-converge", help="Slow the VM down when it does not converge.")
+    ] = True,
+    bandwidth: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--bandwidth", metavar="BYTES", help="Most bytes sent a second, as 50M."),
+    ] = None,
+    downtime: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--downtime", metavar="MS", min=1, help="Downtime to begin with; 300."),
+    ] = None,
+    max_downtime: Annotated[
+        int,
+        typer.Option("--max-downtime", metavar="MS", min=1, help="Downtime it may come to when it does not converge."),
+    ] = 1000,
+    timeout: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--timeout", metavar="SECONDS", min=1, help="Give it up then; with --postcopy, go over to that."),
+    ] = None,
+    persistent: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option("--persistent/--transient", help="Whether the target keeps a definition; default: as it was."),
+    ] = None,
+    undefine_source: Annotated[
+        bool, typer.Option("--undefine-source/--keep-source", help="Whether definition and disks go from where it was.")
+    ] = True,
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Move VMs to another host: running ones live, stopped ones as they are.
+
+    Before anything is changed both hosts are looked at, and all that stands against it is told at once (exit 11).
+    Ctrl-C leaves the VM where it is. What fails says where the VM is then, which is asked of both hosts.
+    """
+    from vmctl.hypervisor.migration import Copying, Way
+    from vmctl.migrate import Wish
+    from vmctl.migrate_policy import Policy
+
+    if direct and tunnelled:
+        raise SpecError("cannot migrate: --direct goes with no --tunnelled")
+    wish = Wish(
+        way=Way.DIRECT if direct else Way.TUNNELLED if tunnelled else Way.PEER,
+        live=live,
+        copying=Copying(copy_storage.value) if copy_storage else Copying.NONE,
+        policy=Policy(downtime or 300, max(downtime or 300, max_downtime), give_up_s=timeout, postcopy=postcopy),
+        persistent=persistent,
+        keep=not undefine_source,
+        auto_converge=auto_converge,
+        compress=compress,
+        parallel=parallel,
+        tls=tls,
+        bandwidth=_bytes(bandwidth),
+    )
+    if to == "auto":
+        _anywhere(connect, names, wish, output)
+        return
+    with _ends(connect, to) as ends:
+        found = _wanted(ends, names, recover=recover)
+        if adjust:
+            _adjust(ends, found, _bytes(bandwidth), downtime)
+        elif check:
+            _check(ends, found, wish, output)
+        else:
+            _move(ends, found, wish, output, recover=recover)
+
+
+def _adjust(ends: Ends, names: tuple[str, ...], bandwidth: int, downtime: int | None) -> None:
+    from vmctl import migrate as verb
+
+    if not bandwidth and downtime is None:
+        raise SpecError("cannot adjust: nothing to change is given", hint="--bandwidth, --downtime")
+    for name in names:
+        verb.adjust(ends.source, name, bandwidth=bandwidth, downtime_ms=downtime)
+        ui.say(f"{name}: adjusted")
+
+
+def _bytes(text: str | None) -> int:
+    from vmctl.disk_spec import parse_bytes
+
+    return parse_bytes(text) if text else 0
+
+
+@contextmanager
+def _ends(connect: str | None, to: str) -> Iterator[Ends]:
+    """Source and target, not opened yet."""
+    from vmctl import config
+    from vmctl.hypervisor.events import start_loop
+    from vmctl.migrate_ends import Ends
+
+    start_loop()
+    fleet = fleet_of_config()
+    with Ends(fleet, _source(fleet, connect), config.entry(to, fleet.settings)) as ends:
+        yield ends
+
+
+def _source(fleet: Fleet, connect: str | None) -> HostEntry:
+    """The host that VMs are on."""
+    import os
+
+    from vmctl import config
+    from vmctl.config import HostEntry
+
+    uri = config.chosen_uri(connect or GLOBALS.connect, os.environ, fleet.settings)
+    return config.entry(uri, fleet.settings) if uri else HostEntry("", "qemu:///system")
+
+
+def _anywhere(connect: str | None, names: list[str], wish: Wish, output: Output) -> None:
+    """Each to the host with most memory left that nothing stands against."""
+    from vmctl import drain
+    from vmctl.hypervisor.events import start_loop
+    from vmctl.listing import matching
+
+    start_loop()
+    fleet, report = fleet_of_config(), reporter()
+    source = _source(fleet, connect)
+    with fleet.open(source) as host:
+        wanted = matching(host, names)
+    plans = {one.vm: one for one in drain.look(fleet, source, (), report, only=wanted)}
+    _each(wanted, lambda name: drain.move(fleet, source, plans[name], wish, report), output)
+
+
+def _wanted(ends: Ends, names: list[str], *, recover: bool) -> tuple[str, ...]:
+    from vmctl.listing import is_glob, matching
+
+    if recover and not any(is_glob(name) for name in names):
+        return tuple(dict.fromkeys(names))  # it may be on the target only by now
+    return matching(ends.source, names)
+
+
+def _check(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output) -> None:
+    from vmctl import migrate as verb
+    from vmctl.migrate_problems import fatal
+
+    found = {name: verb.check(ends, name, wish) for name in names}
+    lines = []
+    for name, these in found.items():
+        lines += [f"{'note' if one.note else 'failed':<8} {name}: {one.what}" for one in these] or [f"ok       {name}"]
+    rows = [{"vm": name, **one._asdict()} for name, these in found.items() for one in these]
+    ui.emit(rows, output, lambda: "\n".join(lines), lambda: [name for name in names if not fatal(found[name])])
+    bad = [(f"{name}: {one.what}", one.mend) for name, these in found.items() for one in fatal(these)]
+    if bad:
+        raise PreflightFailed(f"cannot migrate to {ends.names[1]}: {len(bad)} problems", problems=bad)
+
+
+def _move(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output, *, recover: bool) -> None:
+    from vmctl import migrate as verb
+    from vmctl import migrate_recover
+
+    work, report = migrate_recover.recover if recover else verb.migrate, reporter()
+    _each(names, lambda name: work(ends, name, wish, report), output)
+
+
+def _each(names: tuple[str, ...], work: Callable[[str], Moved], output: Output) -> None:
+    """One after the other: two at once would only share the wire."""
+    failures: dict[str, VmctlError] = {}
+    moved: list[Moved] = []
+    for name in names:
+        try:
+            result = work(name)
+        except VmctlError as error:
+            if len(names) == 1 or isinstance(error, Interrupted):
+                raise
+            failures[name] = error
+            continue
+        moved.append(result)
+        if output is Output.TABLE:
+            ui.say(told(result))
+    if output is not Output.TABLE:
+        ui.emit(moved, output, str, lambda: [one.vm for one in moved])
+    if failures:
+        raise PartialFailure(f"cannot migrate {len(failures)} of {len(names)} VMs", failures=failures)
+
+
+def told(one: Moved) -> str:
+    """A line on what was done."""
+    text = f"{one.vm}: {one.source} -> {one.target} in {one.time_s:.1f} s, {one.mode}"
+    if one.mode == "stopped":
+        return text + (f", {len(one.copied)} files copied" if one.copied else "")
+    text += f", {ui.size(one.data)} in {one.passes} passes"
+    if one.downtime_ms is not None and one.mode == "live":
+        text += f", downtime {one.downtime_ms} ms"
+    if one.outage_ms is not None:
+        text += f", did not answer for {one.outage_ms} ms"
+    return text + (", by post-copy" if one.postcopy else "")

@@ -1,0 +1,248 @@
+"""libvirt's migration of one domain: the blocking call, what it says meanwhile, and what can be done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import libvirt
+
+from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.domain import handle
+from vmctl.hypervisor.errors import calling
+from vmctl.migrate_policy import Sample
+
+_MIB = 1 << 20
+_KEEPALIVE_S, _KEEPALIVE_COUNT = 5, 3
+
+
+class Way(StrEnum):
+    """Who speaks with whom: the source's libvirt with the target's, or vmctl with both. Tunnelled: data too."""
+
+    PEER = "peer-to-peer"
+    DIRECT = "direct"
+    TUNNELLED = "tunnelled"
+
+
+class Copying(StrEnum):
+    """Which storage goes along: none, whole disks, or what lies above their base images."""
+
+    NONE = "none"
+    FULL = "full"
+    OVERLAY = "overlay"
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """One migration as it is given to libvirt. ``peer``: the target's URI there; bandwidth in bytes a second."""
+
+    way: Way
+    peer: str
+    data_address: str
+    live: bool
+    persist: bool
+    undefine: bool
+    unsafe: bool
+    copying: Copying = Copying.NONE
+    disks: tuple[str, ...] = ()
+    auto_converge: bool = True
+    postcopy: bool = False
+    compress: bool = False
+    parallel: int = 0
+    tls: bool = False
+    bandwidth: int = 0
+
+
+def flags(orders: Orders) -> int:
+    """The flags for libvirt."""
+    chosen: Mapping[int, bool] = {
+        libvirt.VIR_MIGRATE_LIVE: orders.live,
+        libvirt.VIR_MIGRATE_ABORT_ON_ERROR: True,
+        libvirt.VIR_MIGRATE_PEER2PEER: orders.way is not Way.DIRECT,
+        libvirt.VIR_MIGRATE_TUNNELLED: orders.way is Way.TUNNELLED,
+        libvirt.VIR_MIGRATE_PERSIST_DEST: orders.persist,
+        libvirt.VIR_MIGRATE_UNDEFINE_SOURCE: orders.undefine,
+        libvirt.VIR_MIGRATE_UNSAFE: orders.unsafe,
+        libvirt.VIR_MIGRATE_NON_SHARED_DISK: orders.copying is Copying.FULL,
+        libvirt.VIR_MIGRATE_NON_SHARED_INC: orders.copying is Copying.OVERLAY,
+        libvirt.VIR_MIGRATE_AUTO_CONVERGE: orders.auto_converge and orders.live,
+        libvirt.VIR_MIGRATE_POSTCOPY: orders.postcopy,
+        libvirt.VIR_MIGRATE_COMPRESSED: orders.compress,
+        libvirt.VIR_MIGRATE_PARALLEL: orders.parallel > 0,
+        libvirt.VIR_MIGRATE_TLS: orders.tls,
+    }
+    return sum(flag for flag, on in chosen.items() if on)
+
+
+def _parameters(orders: Orders) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if orders.data_address and orders.way is not Way.TUNNELLED:
+        address = f"[{orders.data_address}]" if ":" in orders.data_address else orders.data_address
+        found[libvirt.VIR_MIGRATE_PARAM_URI] = f"tcp://{address}"
+    if orders.bandwidth:
+        found[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH] = max(1, orders.bandwidth // _MIB)
+    if orders.parallel:
+        found[libvirt.VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS] = orders.parallel
+    if orders.disks:
+        # Without a list libvirt copies every writable disk, also those that both hosts see.
+        found[libvirt.VIR_MIGRATE_PARAM_MIGRATE_DISKS] = list(orders.disks)
+    return found
+
+
+def migrate(source: Connection, target: Connection, name: str, orders: Orders) -> None:
+    """Migrate; returns when it is over. Of what became of the VM, both hosts say more than an error does."""
+    with calling(f"migrate VM {name}"):
+        dom = handle(source, name)
+        if orders.way is Way.DIRECT:
+            dom.migrate3(target.handle, _parameters(orders), flags(orders))
+        else:
+            dom.migrateToURI3(orders.peer, _parameters(orders), flags(orders))
+
+
+def resume_postcopy(source: Connection, target: Connection, name: str, orders: Orders) -> None:
+    """Go on with a post-copy whose connection broke. libvirt refuses it until what is left of the first is aborted."""
+    with calling(f"resume the post-copy of VM {name}"):
+        dom = handle(source, name)
+        with suppress(libvirt.libvirtError):
+            dom.abortJobFlags(libvirt.VIR_DOMAIN_ABORT_JOB_POSTCOPY)
+        wanted = flags(orders) | libvirt.VIR_MIGRATE_POSTCOPY_RESUME | libvirt.VIR_MIGRATE_POSTCOPY
+        if orders.way is Way.DIRECT:
+            dom.migrate3(target.handle, _parameters(orders), wanted)
+        else:
+            dom.migrateToURI3(orders.peer, _parameters(orders), wanted)
+
+
+def sample(source: Connection, name: str, at_s: float) -> Sample | None:
+    """How far it is; None where no migration is under way, or it has not begun to send."""
+    with calling(f"ask for the migration of VM {name}"):
+        stats = handle(source, name).jobStats()
+    if stats.get("type") not in {libvirt.VIR_DOMAIN_JOB_BOUNDED, libvirt.VIR_DOMAIN_JOB_UNBOUNDED}:
+        return None
+    if stats.get("operation") not in {None, libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT}:
+        return None
+    return _sample(stats, at_s)
+
+
+def _sample(stats: Mapping[str, Any], at_s: float) -> Sample:
+    def number(key: str) -> int:
+        return int(stats.get(key, 0))
+
+    return Sample(
+        at_s=at_s,
+        done=number("data_processed"),
+        total=number("data_total"),
+        remaining=number("data_remaining"),
+        memory_remaining=number("memory_remaining"),
+        dirty_rate=number("memory_dirty_rate") * (number("memory_page_size") or 4096),
+        throughput=number("memory_bps") + number("disk_bps"),
+        passes=number("memory_iteration"),
+        expected_downtime_ms=number("downtime"),
+        throttle_percent=number("auto_converge_throttle"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a finished migration took: ms, bytes, passes over the memory."""
+
+    time_ms: int
+    downtime_ms: int
+    data: int
+    passes: int
+
+
+def totals(target: Connection, name: str) -> Totals | None:
+    """Of the last migration of a domain that came here; None where libvirt does not know."""
+    try:
+        flags = libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED | libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
+        stats = handle(target, name).jobStats(flags)
+    except libvirt.libvirtError:
+        return None
+    if not stats.get("type"):
+        return None
+    return Totals(
+        int(stats.get("time_elapsed", 0)),
+        int(stats.get("downtime", 0)),
+        int(stats.get("data_processed", 0)),
+        int(stats.get("memory_iteration", 0)),
+    )
+
+
+def abort(source: Connection, name: str) -> None:
+    """Cancel it: the VM runs on where it was. None under way is no error."""
+    with suppress(libvirt.libvirtError):
+        handle(source, name).abortJob()
+
+
+def start_postcopy(source: Connection, name: str) -> None:
+    """Let the target run the VM now, and fetch from the source what is missing."""
+    with calling(f"begin post-copy of VM {name}"):
+        handle(source, name).migrateStartPostCopy(0)
+
+
+def set_downtime(source: Connection, name: str, milliseconds: int) -> None:
+    """How long the VM may stand still at the end."""
+    with calling(f"set the downtime of the migration of VM {name}"):
+        handle(source, name).migrateSetMaxDowntime(milliseconds, 0)
+
+
+def set_bandwidth(source: Connection, name: str, bytes_per_s: int) -> None:
+    """At most that much, from now on."""
+    with calling(f"limit the migration of VM {name}"):
+        handle(source, name).migrateSetMaxSpeed(max(1, bytes_per_s // _MIB), 0)
+
+
+def keep_alive(conn: Connection) -> None:
+    """Have a dead other side noticed within seconds. Needs libvirt's event loop."""
+    with suppress(libvirt.libvirtError):
+        conn.handle.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
+
+
+def busy(conn: Connection, name: str) -> bool:
+    """Whether some job of the domain is under way."""
+    with calling(f"ask for the job of VM {name}"):
+        return bool(handle(conn, name).jobInfo()[0])
+
+
+def portable_cpu(conn: Connection, name: str) -> str:
+    """The <cpu> a target must offer, "" for none, as libvirt would send it."""
+    import xml.etree.ElementTree as ET
+
+    with calling(f"read the XML of VM {name}"):
+        found = ET.fromstring(handle(conn, name).XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)).find("cpu")
+    return "" if found is None else ET.tostring(found, encoding="unicode")
+
+
+def offers_cpu(conn: Connection, cpu: str, *, arch: str, machine: str, kind: str) -> bool | None:
+    """Whether a host can give a guest that processor; None where it cannot tell."""
+    try:
+        result = conn.handle.compareHypervisorCPU(None, arch, machine, kind, cpu, 0)
+    except libvirt.libvirtError:
+        return None
+    return bool(result in {libvirt.VIR_CPU_COMPARE_IDENTICAL, libvirt.VIR_CPU_COMPARE_SUPERSET})
+
+
+def free_huge_pages(conn: Connection, size_kib: int) -> int:
+    """Free pages of that size on all nodes; 0 where there are none of it."""
+    try:
+        found = conn.handle.getFreePages([size_kib], 0, 64)
+    except libvirt.libvirtError:
+        try:
+            found = conn.handle.getFreePages([size_kib], 0, 1)
+        except libvirt.libvirtError:
+            return 0
+    return sum(int(pages) for node in found.values() for pages in node.values())
+
+
+def checkpoints(conn: Connection, name: str) -> Sequence[str]:
+    """Names of the domain's checkpoints."""
+    try:
+        return [str(one.getName()) for one in handle(conn, name).listAllCheckpoints(0)]
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+            return []
+        with calling(f"list the checkpoints of VM {name}"):
+            raise

@@ -1,0 +1,195 @@
+"""Reading both hosts of a migration: what migrate_problems.py judges."""
+
+from __future__ import annotations
+
+import threading
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vmctl import host_check, host_ssh, migrate_files
+from vmctl.errors import VmctlError
+from vmctl.fleet import Fleet
+from vmctl.host_check import SeenFrom
+from vmctl.hosts import Host
+from vmctl.hypervisor import capabilities, connection, disks, domain, migration, network, node
+from vmctl.hypervisor.domain import Domain
+from vmctl.hypervisor.migration import Copying, Way
+from vmctl.migrate_files import File, Look
+from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, VmFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Both hosts as they were looked at, and the VM's files."""
+
+    facts: Facts
+    vm: Domain
+    files: tuple[File, ...]
+    look: Look
+
+
+def gather(fleet: Fleet, source: Host, target: Host, name: str, *, way: Way, copying: Copying, postcopy: bool) -> Found:
+    """Ask both. Raises NotFound for a VM that is not there, HostUnreachable."""
+    vm = domain.find(source.conn, name)
+    live = vm.active
+    asking = _Asking(fleet, source, target, way=way) if live else None
+    files = migrate_files.files(source, vm)
+    look = migrate_files.look(source, target, files, live=live, copying=copying)
+    facts = vm_facts(source, vm)
+    here, there = side(source, facts), side(target, facts, space=look)
+    cpu = _cpu(source, target, vm) if live else Cpu(None, "")
+    ways = asking.answer() if asking else _Ways()
+    return Found(
+        Facts(
+            vm=facts,
+            source=here,
+            target=there,
+            cpu=cpu,
+            needs=look.needs,
+            peer_problem=ways.there,
+            peer_mend=host_check.PEER_MEND,
+            back_problem=ways.back,
+            skew_s=ways.skew_s,
+            live=live,
+            copy=copying is not Copying.NONE,
+            postcopy=postcopy,
+            userfaults=ways.userfaults is not False or target.facts.qemu_user in {None, "0"},
+        ),
+        vm,
+        files,
+        look,
+    )
+
+
+def found_after(vm: Domain, needs: tuple[DiskNeed, ...], files: tuple[File, ...], look: Look) -> Found:
+    """What there is to know of a VM that has moved already: its files, and which of them both hosts see."""
+    nobody = HostSide("", "", "", "", "", (), frozenset(), "", 0, {})
+    brief = VmFacts(vm.name, vm.uuid, vm.state, vm.why, vm.persistent, "", "", "", 0, ())
+    return Found(Facts(brief, nobody, nobody, Cpu(None, ""), needs), vm, files, look)
+
+
+def vm_facts(host: Host, vm: Domain) -> VmFacts:
+    """The VM where it is."""
+    root = ET.fromstring(domain.xml(host.conn, vm.name, inactive=not vm.active))
+    pages = root.find("memoryBacking/hugepages")
+    page = None if pages is None else pages.find("page")
+    devices = list(root.iterfind("devices/hostdev"))
+    devices += [one for one in root.iterfind("devices/interface") if one.get("type") == "hostdev"]
+    return VmFacts(
+        name=vm.name,
+        uuid=vm.uuid,
+        state=vm.state,
+        why=vm.why,
+        persistent=vm.persistent,
+        kind=root.get("type", ""),
+        machine=vm.facts.machine,
+        emulator=(root.findtext("devices/emulator") or "").strip(),
+        memory_mib=vm.facts.memory_mib,
+        nics=tuple(one.get("network", "") for one in root.iterfind("devices/interface/source") if one.get("network")),
+        host_devices=tuple(_device(one) for one in devices),
+        shares=tuple(_share(one) for one in root.iterfind("devices/filesystem")),
+        huge_pages_kib=0 if pages is None else int("2048" if page is None else page.get("size", "2048")),
+        snapshots=len(_snapshots(host, vm.name)),
+        checkpoints=tuple(migration.checkpoints(host.conn, vm.name)),
+        disk_jobs=tuple(one.target for one in disks.disks(host.conn, vm.name, inactive=False) if one.mirror),
+        busy=vm.active and migration.busy(host.conn, vm.name),
+        tpm=root.find("devices/tpm/backend[@type='emulator']") is not None,
+    )
+
+
+def _snapshots(host: Host, name: str) -> Sequence[object]:
+    from vmctl.hypervisor import snapshots
+
+    return snapshots.snapshots(host.conn, name) if disks.has_snapshots(host.conn, name) else ()
+
+
+def _device(one: ET.Element) -> str:
+    address = one.find("source/address")
+    where = "" if address is None else " ".join(f"{key}={value}" for key, value in address.attrib.items())
+    return f"{one.get('type', 'device')} {where}".strip()
+
+
+def _share(one: ET.Element) -> str:
+    source = one.find("source")
+    return "" if source is None else source.get("dir", "")
+
+
+def side(host: Host, vm: VmFacts, *, space: Look | None = None) -> HostSide:
+    """One of the hosts, as far as this VM is concerned."""
+    who, versions, load = capabilities.who(host.conn), connection.versions(host.conn), node.load(host.conn)
+    nets = network.all_networks(host.conn)
+    return HostSide(
+        name=host.name,
+        uuid=who.uuid,
+        hostname=who.hostname,
+        libvirt=versions.libvirt,
+        qemu=versions.hypervisor,
+        kinds=host.facts.domain_types,
+        machines=capabilities.machines(host.conn, host.facts.arch),
+        emulator=str(host.facts.emulator),
+        available_mib=load.available_mib,
+        networks={net.name: net.active for net in nets},
+        nat=frozenset(net.name for net in nets if net.gateway),
+        vms=dict(domain.identities(host.conn)),
+        huge_pages_free=migration.free_huge_pages(host.conn, vm.huge_pages_kib) if vm.huge_pages_kib else 0,
+        space=dict(space.space) if space else {},
+    )
+
+
+def _cpu(source: Host, target: Host, vm: Domain) -> Cpu:
+    text = migration.portable_cpu(source.conn, vm.name)
+    if not text:
+        return Cpu(None, "")
+    kind = "kvm" if vm.facts.accel and vm.facts.accel.value == "kvm" else "qemu"
+    offered = migration.offers_cpu(target.conn, text, arch=target.facts.arch, machine=vm.facts.machine, kind=kind)
+    return Cpu(offered, vm.facts.cpu)
+
+
+class _Ways(NamedTuple):
+    """Why the source's libvirt does not reach the target's, why not the other way round, and how far their clocks are
+    apart; None where nobody can tell."""
+
+    there: str = ""
+    back: str = ""
+    skew_s: float | None = None
+    userfaults: bool | None = None
+
+
+class _Asking:
+    """Asks both hosts, over SSH, beside all else: each answer takes a log-in on the way, and one more from there."""
+
+    def __init__(self, fleet: Fleet, source: Host, target: Host, *, way: Way) -> None:
+        self._entries = [one for one in (source.entry, target.entry) if one is not None]
+        self._fleet, self._way = fleet, way
+        self._found: dict[int, SeenFrom | VmctlError] = {}
+        self._threads = [threading.Thread(target=self._ask, args=(at,), daemon=True) for at in self._askable()]
+        for thread in self._threads:
+            thread.start()
+
+    def _askable(self) -> list[int]:
+        if len(self._entries) < 2:
+            return []
+        return [at for at, entry in enumerate(self._entries) if host_ssh.by_ssh(entry.uri)]
+
+    def _ask(self, at: int) -> None:
+        other = host_ssh.elsewhere(self._entries[1 - at])
+        try:
+            self._found[at] = host_check.seen_from(self._fleet, self._entries[at], other)
+        except VmctlError as error:
+            self._found[at] = error
+
+    def answer(self) -> _Ways:
+        """Once both have answered."""
+        for thread in self._threads:
+            thread.join()
+        told = [self._found.get(at) for at in (0, 1)]
+        problems = [
+            one.message if isinstance(one, VmctlError) else one.problem if one is not None else "" for one in told
+        ]
+        skews = [one.skew_s for one in told if isinstance(one, SeenFrom)]
+        skew = skews[0] - skews[1] if len(skews) == 2 else None
+        there = told[1]
+        faults = there.userfaults if isinstance(there, SeenFrom) else None
+        return _Ways("" if self._way is Way.DIRECT else problems[0], problems[1], skew, faults)

@@ -1,0 +1,288 @@
+"""The files a VM needs: which of them two hosts share, proved by a token, and what the target must be given."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from vmctl import host_ssh, images, render
+from vmctl.errors import NotFound, VmctlError, quietly
+from vmctl.hosts import Host
+from vmctl.hypervisor import disks, storage
+from vmctl.hypervisor.domain import Domain
+from vmctl.hypervisor.migration import Copying
+from vmctl.hypervisor.storage import VolumeFacts
+from vmctl.migrate_problems import DiskNeed
+
+_DIGEST_S = 3600.0
+MARK = ".migrating"  # the name of a file that is being made, with this after it, is a file as long as it is not whole
+
+
+class Role(StrEnum):
+    """What a file is to the VM."""
+
+    DISK = "disk"
+    READONLY = "read-only disk"
+    BASE = "base image"
+    KERNEL = "kernel"
+    INITRD = "initrd"
+    NVRAM = "UEFI variables"
+    LOG = "console log"
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """One file. Bytes: ``capacity`` as the guest sees it, ``size`` of the file. ``target`` of a disk, for libvirt."""
+
+    role: Role
+    path: str
+    target: str = ""
+    format: str = "raw"
+    capacity: int = 0
+    size: int = 0
+    backing: str = ""
+    cache: str = "default"
+    network: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Where it lies."""
+        return self.path.rpartition("/")[0]
+
+    @property
+    def leaf(self) -> str:
+        """Its name there."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def told(self) -> str:
+        """What to call it."""
+        return f"{self.role} {self.target}" if self.target and self.role is not Role.BASE else str(self.role)
+
+
+def files(host: Host, vm: Domain) -> tuple[File, ...]:
+    """All that the VM needs, each once; what others are based on comes before them."""
+    known = {one.path: one for one in storage.all_volumes(host.conn)}
+    paths = {f"{one.pool}/{one.name}": one.path for one in known.values()}
+    found: dict[str, File] = {}
+    for disk in disks.disks(host.conn, vm.name, inactive=not vm.active):
+        source = paths.get(disk.source, disk.source)
+        if not source:
+            continue
+        role = Role.READONLY if disk.readonly or disk.device == "cdrom" else Role.DISK
+        if not source.startswith("/"):
+            found[source] = File(role, source, disk.target, network=True)
+            continue
+        top = _file(host, known.get(source), File(role, source, disk.target, disk.format, cache=disk.cache))
+        for below in reversed(_below(top, known, disk.backing)):
+            found.setdefault(below.path, below)
+        found[source] = top
+    for role, path in ((Role.KERNEL, vm.facts.kernel), (Role.INITRD, vm.facts.initrd), (Role.NVRAM, vm.facts.nvram)):
+        if path:
+            found.setdefault(path, _file(host, known.get(path), File(role, path)))
+    if vm.facts.serial_log:
+        found.setdefault(vm.facts.serial_log, File(Role.LOG, vm.facts.serial_log))
+    return tuple(found.values())
+
+
+def _file(host: Host, volume: VolumeFacts | None, plain: File) -> File:
+    if volume is None:
+        return plain
+    size = storage.volume_size(host.conn, volume.pool, volume.name)
+    form = plain.format if plain.role is Role.DISK and plain.format else volume.format
+    return File(
+        plain.role, plain.path, plain.target, form, volume.capacity, size, volume.backing, plain.cache, plain.network
+    )
+
+
+def _below(top: File, known: Mapping[str, VolumeFacts], told: Sequence[str]) -> list[File]:
+    """The files that a disk is based on, by what pools know, else by what the running VM's XML tells."""
+    found: list[File] = []
+    at = top.backing
+    while at and at not in {one.path for one in found}:
+        volume = known.get(at)
+        if volume is None:
+            found.append(File(Role.BASE, at, top.target))
+            break
+        found.append(File(Role.BASE, at, top.target, volume.format, volume.capacity, volume.allocation, volume.backing))
+        at = volume.backing
+    return found or [File(Role.BASE, path, top.target) for path in told if path.startswith("/")]
+
+
+# --- one folder or two --------------------------------------------------------------------------------------
+
+
+def _pool_xml(folder: str) -> Callable[[str], str]:
+    return lambda name: render.pool(name, folder)
+
+
+def shared_folders(source: Host, target: Host, folders: Iterable[str]) -> frozenset[str]:
+    """Those of the folders that both hosts see: a file with a random content made on one is read on the other."""
+    return frozenset(folder for folder in dict.fromkeys(folders) if _shared(source, target, folder))
+
+
+def _shared(source: Host, target: Host, folder: str) -> bool:
+    token, name = secrets.token_hex(16).encode(), f"vmctl-token-{secrets.token_hex(8)}"
+    view = render.VolumeView(name, len(token), "raw", mode="0600")
+    try:
+        with storage.folder_as_pool(source.conn, folder, _pool_xml(folder)) as pool:
+            storage.create_volume(source.conn, pool, render.volume(view), name=name)
+            try:
+                storage.upload_bytes(source.conn, pool, name, token)
+                return _reads(target, folder, name) == token
+            finally:
+                quietly(lambda: storage.delete_volume(source.conn, pool, name))
+    except NotFound:
+        return False
+
+
+def _reads(target: Host, folder: str, name: str) -> bytes:
+    try:
+        with storage.folder_as_pool(target.conn, folder, _pool_xml(folder)) as pool:
+            storage.refresh(target.conn, pool)
+            found = storage.download(target.conn, pool, name)
+    except NotFound:
+        return b""
+    quietly(lambda: _refresh(target, folder))
+    return found
+
+
+def _refresh(target: Host, folder: str) -> None:
+    with storage.folder_as_pool(target.conn, folder, _pool_xml(folder)) as pool:
+        storage.refresh(target.conn, pool)
+
+
+# --- what the target has -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Make:
+    """A file the target is given: with the source's bytes, or ``empty``, for libvirt to fill."""
+
+    file: File
+    empty: bool
+    backing: str = ""
+    backing_format: str = "qcow2"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was found: each file with what stands against it, and what is to be made.
+
+    ``leavings``: what libvirt makes there by itself, and leaves when it fails.
+    """
+
+    needs: tuple[DiskNeed, ...]
+    makes: tuple[Make, ...]
+    shared: bool
+    space: Mapping[str, int]
+    leavings: tuple[File, ...] = ()
+
+    @property
+    def disks(self) -> tuple[str, ...]:
+        """The disks that libvirt fills."""
+        return tuple(one.file.target for one in self.makes if one.empty)
+
+
+def look(source: Host, target: Host, found: Sequence[File], *, live: bool, copying: Copying) -> Look:
+    """Compare. Changes nothing but for tokens and pools that are gone again."""
+    local = [one for one in found if not one.network]
+    both = shared_folders(source, target, (one.folder for one in local))
+    in_use = _in_use(target)
+    own = {images.pool_path(target, leaf) for leaf in (target.settings.pool, target.settings.image_pool)}
+    needs: list[DiskNeed] = []
+    makes: list[Make] = []
+    leavings: list[File] = []
+    for one in found:
+        if one.network or one.folder in both:
+            users = in_use.get(one.path, ()) if one.role is Role.DISK else ()
+            needs.append(DiskNeed(one.told, one.path, True, cache=one.cache, network=one.network, users=tuple(users)))
+            continue
+        if copying is not Copying.NONE:
+            if one.role in {Role.LOG, Role.NVRAM} and live and _there(target, one)[1] is None:
+                leavings.append(one)
+            needs.append(_judged(source, target, one, own, live=live, copying=copying, makes=makes))
+            if makes and makes[-1].file is one and makes[-1].backing:
+                base = next((below.format for below in found if below.path == one.backing), "qcow2")
+                makes[-1] = replace(makes[-1], backing_format=base)
+        elif one.role is not Role.LOG and not (one.role is Role.NVRAM and live):
+            needs.append(DiskNeed(one.told, one.path, False, cache=one.cache))
+    return Look(
+        tuple(needs),
+        tuple(makes),
+        bool(both) or not local,
+        _space(target, (one.file.folder for one in makes)),
+        tuple(leavings),
+    )
+
+
+def _in_use(target: Host) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for vm, _, devices in disks.all_disks(target.conn, active_only=True):
+        for disk in devices:
+            found.setdefault(disk.source, []).append(vm)
+    return found
+
+
+def _judged(
+    source: Host, target: Host, one: File, own: set[str], *, live: bool, copying: Copying, makes: list[Make]
+) -> DiskNeed:
+    """What must be made of a file on the target; what is, is added to ``makes``."""
+    empty = one.role is Role.DISK and live
+    needless = one.role is Role.LOG or (one.role is Role.NVRAM and live)
+    if one.role is Role.BASE and live and copying is Copying.FULL:
+        return DiskNeed(one.told, one.path, False, copied=True)
+    missing, there = _there(target, one)
+    if needless:
+        return DiskNeed(one.told, one.path, False, copied=True, folder_missing=missing and one.folder not in own)
+    if there is not None:
+        same = not empty and there == one.size and digest(source, one) == digest(target, one)
+        why = "" if same else "another file is"
+        return DiskNeed(one.told, one.path, False, copied=True, in_the_way=why)
+    backing = one.backing if copying is Copying.OVERLAY or not live else ""
+    makes.append(Make(one, empty, backing))
+    need = one.size if not empty else (one.capacity if copying is Copying.FULL else one.size)
+    return DiskNeed(
+        one.told, one.path, False, copied=True, space=need, folder_missing=missing and one.folder not in own
+    )
+
+
+def _there(target: Host, one: File) -> tuple[bool, int | None]:
+    """Whether the folder is missing there, and the size of the file of that name; None for none, or a half made one."""
+    try:
+        with storage.folder_as_pool(target.conn, one.folder, _pool_xml(one.folder)) as pool:
+            storage.refresh(target.conn, pool)
+            names = storage.volume_names(target.conn, pool)
+            if one.leaf not in names or one.leaf + MARK in names:
+                return False, None
+            return False, storage.volume_size(target.conn, pool, one.leaf)
+    except NotFound:
+        return True, None
+
+
+def _space(target: Host, folders: Iterable[str]) -> dict[str, int]:
+    found = {}
+    for folder in dict.fromkeys(folders):
+        try:
+            with storage.folder_as_pool(target.conn, folder, _pool_xml(folder)) as pool:
+                storage.refresh(target.conn, pool)
+                found[folder] = storage.pool_space(target.conn, pool).available
+        except NotFound:
+            continue  # it is made later, on a file system that is not known yet
+    return found
+
+
+def digest(host: Host, one: File) -> str:
+    """The SHA-256 of a file on a host: worked out there where SSH leads there, else of what libvirt sends."""
+    if host.entry is not None and host_ssh.by_ssh(host.entry.uri):
+        try:
+            said = host_ssh.run(host.entry, host.folders.runtime, "sha256sum", "--", one.path, timeout_s=_DIGEST_S)
+        except VmctlError:
+            said = None
+        if said is not None and said.code == 0:
+            return said.out.split()[0].lstrip("\\")
+    with storage.folder_as_pool(host.conn, one.folder, _pool_xml(one.folder)) as pool:
+        storage.refresh(host.conn, pool)
+        return storage.sha256(host.conn, pool, one.leaf)

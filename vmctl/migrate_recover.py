@@ -1,0 +1,122 @@
+"""Ending a migration that was cut off: where the VM is, both hosts tell; what is left elsewhere goes."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from vmctl import migrate, migrate_facts, migrate_files, migrate_storage
+from vmctl.errors import MigrationFailed, VmctlError
+from vmctl.events import Reporter, Status, Step
+from vmctl.hosts import holding
+from vmctl.hypervisor import domain, migration
+from vmctl.hypervisor.domain import Domain
+from vmctl.migrate import Mode, Moved, Wish
+from vmctl.migrate_ends import Ends
+from vmctl.migrate_files import Look
+from vmctl.migrate_outcome import Seen, Where
+from vmctl.migrate_problems import DiskNeed
+from vmctl.migrate_watch import told
+from vmctl.wait import pause
+
+if TYPE_CHECKING:
+    from vmctl.migrate_policy import Sample
+
+_LOOK_S = 0.5
+
+
+def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
+    """Settle what a migration left, and when the VM is still on the source, migrate it.
+
+    Raises MigrationFailed where physics leaves nothing to settle, or a host cannot be asked.
+    """
+    with holding(ends.source, name):
+        vm = domain.find_or_none(ends.source.conn, name) or domain.find(ends.target.conn, name)
+        began = time.monotonic()
+        _await_job(ends, vm, report)
+        where, seen = migrate.settle(ends, vm.uuid)
+        if where is Where.POSTCOPY:
+            report(Step(f"{name}: going on with its post-copy"))
+            _resume_postcopy(ends, vm, wish)
+            where, seen = migrate.settle(ends, vm.uuid)
+        here, there = ends.names
+        if where is Where.MOVED:
+            looked = _looked(ends, vm, wish)
+            migrate.end_on_target(ends, looked, wish, report)
+            _clear_marks(ends, looked)
+            return Moved(vm.name, vm.uuid, here, there, _mode(vm), time.monotonic() - began)
+        if where is Where.HALF:
+            report(Step(f"{name}: {there} has nothing of it; it goes on on {here}"))
+            domain.resume(ends.source.conn, vm.name)
+        elif where is not Where.STAYED and not (where is Where.LOST and _only_off(seen)):
+            states = f"on {here} it is {seen[0].told}, on {there} {seen[1].told}"
+            raise MigrationFailed(f"cannot recover VM {name}: it is {where}: {states}", hint=_HINTS.get(where, _ASK))
+        _clear_target(ends, vm, seen[1], report)
+    report(Step(f"{name} is on {here}, and {there} is clean: migrating it"))
+    return migrate.migrate(ends, name, wish, report)
+
+
+def _mode(vm: Domain) -> Mode:
+    return Mode.STOPPED if not vm.active else Mode.HELD if migrate.emulated(vm) else Mode.LIVE
+
+
+_ASK = "again, once both hosts answer"
+_HINTS = {
+    Where.TWICE: "stop one of them at once: two guests on one disk destroy it",
+    Where.LOST: "its memory is gone, its disks are not: start it on the host that has it defined",
+    Where.POSTCOPY: "again, once both hosts reach each other; neither must be restarted before",
+}
+
+
+def _only_off(seen: tuple[Seen, Seen]) -> bool:
+    """Whether it simply is off, on the source: nothing was lost."""
+    return seen[0].state is not None and seen[1].known and not seen[1].there
+
+
+def _await_job(ends: Ends, vm: Domain, report: Reporter) -> None:
+    """A peer-to-peer migration goes on without the vmctl that began it: see it end."""
+    history: list[Sample] = []
+    began = time.monotonic()
+    while True:
+        try:
+            now = migration.sample(ends.source.conn, vm.name, time.monotonic() - began)
+        except VmctlError:
+            return
+        if now is None or (history and now.at_s - began > 3600):
+            return
+        history.append(now)
+        report(Status(vm.name, f"under way already: {told(history)}"))
+        pause(_LOOK_S)
+
+
+def _looked(ends: Ends, vm: Domain, wish: Wish) -> migrate_facts.Found:
+    """The files of a VM that has moved, as the target has them, and which of them lie on the source too."""
+    now = domain.find(ends.target.conn, vm.uuid)
+    files = migrate_files.files(ends.target, now)
+    both = migrate_files.shared_folders(ends.source, ends.target, (one.folder for one in files if not one.network))
+    needs = tuple(DiskNeed(one.told, one.path, one.network or one.folder in both) for one in files)
+    return migrate_facts.found_after(now, needs, files, Look(needs, (), True, {}))
+
+
+def _clear_marks(ends: Ends, looked: migrate_facts.Found) -> None:
+    for one in looked.files:
+        if not one.network:
+            migrate_storage.unmark(ends.target, [migrate_files.Make(one, empty=False)])
+
+
+def _clear_target(ends: Ends, vm: Domain, there: Seen, report: Reporter) -> None:
+    """The VM is on the source: a definition of it on the target, and half made files there, go."""
+    if there.state is not None and not there.there:
+        domain.undefine(ends.target.conn, vm.uuid)
+    for path in migrate_storage.clear_marked(ends.target, migrate_files.files(ends.source, vm)):
+        report(Step(f"deleted {path} on {ends.names[1]}, which was not whole"))
+
+
+def _resume_postcopy(ends: Ends, vm: Domain, wish: Wish) -> None:
+    """Raises MigrationFailed when it cannot go on."""
+    try:
+        migration.resume_postcopy(ends.source.conn, ends.target.conn, vm.name, migrate.orders(ends, vm, wish))
+    except VmctlError as error:
+        raise MigrationFailed(
+            f"cannot go on with the post-copy of VM {vm.name}: {error.message}", hint=_HINTS[Where.POSTCOPY]
+        ) from error

@@ -1,0 +1,140 @@
+"""A migration under way: libvirt's blocking call in a thread, watched and steered from this one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from vmctl.errors import Interrupted, VmctlError
+from vmctl.events import Reporter, Status, Step, Warned
+from vmctl.hypervisor import migration
+from vmctl.hypervisor.migration import Orders
+from vmctl.migrate_ends import Ends
+from vmctl.migrate_policy import Abort, Done, GoPostcopy, Policy, Raise, Sample, converges, decide, eta_s, rates
+
+_LOOK_S = 0.2
+_ABORT_S = 40.0
+_SILENT_S = 90.0  # without a word of libvirt's: longer than the connection between two libvirts takes to be given up
+
+
+@dataclass(slots=True)
+class Run:
+    """How it went: ``failure`` "" when libvirt says that it is done; ``hung`` when its call never came back."""
+
+    failure: str = ""
+    interrupted: str = ""
+    hung: bool = False
+    history: list[Sample] = field(default_factory=list)
+    done: list[Done] = field(default_factory=list)
+
+    @property
+    def postcopy(self) -> bool:
+        """Whether post-copy was begun: from then on it cannot be taken back."""
+        return any(isinstance(one.action, GoPostcopy) for one in self.done)
+
+
+def run(ends: Ends, name: str, orders: Orders, policy: Policy, report: Reporter) -> Run:
+    """Migrate, and come back when it is over, or can no longer be expected to be."""
+    source, target = ends.source, ends.target
+    outcome = Run()
+
+    def work() -> None:
+        try:
+            migration.migrate(source.conn, target.conn, name, orders)
+        except VmctlError as error:
+            outcome.failure = outcome.failure or error.message.removeprefix(f"cannot migrate VM {name}: ")
+
+    worker = threading.Thread(target=work, name=f"migrate {name}", daemon=True)
+    began = time.monotonic()
+    worker.start()
+    # As long as it sends the first time, nothing is known yet of how much downtime it needs.
+    _try(lambda: migration.set_downtime(source.conn, name, policy.downtime_ms))
+    while True:
+        try:
+            _steer(worker, began, ends, name, policy, outcome, report)
+            return outcome
+        except (KeyboardInterrupt, Interrupted) as early:
+            why = f"{early}" or "interrupted"
+            if outcome.postcopy and not outcome.interrupted:
+                outcome.interrupted = why
+                report(Warned(f"{name} runs on {ends.names[1]} already: post-copy cannot be taken back, and goes on"))
+                continue
+            outcome.interrupted = why
+            outcome.failure = outcome.failure or why
+            if not outcome.postcopy:
+                migration.abort(source.conn, name)
+            worker.join(_ABORT_S)
+            outcome.hung = worker.is_alive()
+            return outcome
+
+
+def _try(act: Callable[[], object]) -> None:
+    """Steer, if it can still be: it may have come to its end just now. A signal is heard all the same."""
+    try:
+        act()
+    except Interrupted:
+        raise
+    except VmctlError:
+        return
+
+
+def _steer(
+    worker: threading.Thread, began: float, ends: Ends, name: str, policy: Policy, outcome: Run, report: Reporter
+) -> None:
+    source, heard, aborted = ends.source, time.monotonic(), 0.0
+    downtime_set = False
+    while worker.is_alive():
+        worker.join(_LOOK_S)
+        now = time.monotonic()
+        if aborted and now - aborted > _ABORT_S:
+            outcome.hung = True
+            return
+        try:
+            sample = migration.sample(source.conn, name, now - began)
+        except Interrupted:
+            raise
+        except VmctlError:
+            sample = None  # it is over just now, or the connection is, which the other thread hears too
+        if sample is None:
+            if not aborted and now - heard > _SILENT_S:
+                outcome.failure = f"nothing was heard of it for {_SILENT_S:.0f} s"
+                migration.abort(source.conn, name)
+                aborted = now
+            continue
+        heard = now
+        if not downtime_set:
+            downtime_set = True
+            _try(lambda: migration.set_downtime(source.conn, name, policy.downtime_ms))
+        outcome.history.append(sample)
+        report(Status(name, told(outcome.history)))
+        action = None if aborted else decide(outcome.history, outcome.done, policy)
+        if action is not None:
+            outcome.done.append(Done(sample.at_s, action))
+            report(Step(f"{name}: {action.why}"))
+        if isinstance(action, Raise):
+            _try(partial(migration.set_downtime, source.conn, name, action.downtime_ms))
+        elif isinstance(action, GoPostcopy):
+            _try(lambda: migration.start_postcopy(source.conn, name))
+        elif isinstance(action, Abort):
+            outcome.failure = action.why
+            migration.abort(source.conn, name)
+            aborted = now
+
+
+def told(history: list[Sample]) -> str:
+    """How it stands, for people."""
+    now, left = history[-1], eta_s(history)
+    if not now.total:
+        return "beginning"
+    end = (
+        "no end in sight at this rate" if not converges(history) else f"{left:.0f} s to go" if left is not None else "…"
+    )
+    throttle = f", slowed down by {now.throttle_percent} %" if now.throttle_percent else ""
+    sent, dirtied = rates(history)
+    return (
+        f"pass {now.passes or 1}, {now.remaining / 1e6:.0f} of {now.total / 1e6:.0f} MB left, "
+        f"{sent / 1e6:.0f} MB/s, changes {dirtied / 1e6:.0f} MB/s{throttle}; {end}"
+    )
