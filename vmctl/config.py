@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from vmctl.errors import NotFound, SpecError, reason
 
 _HOSTS = "host"
+AUTO = "auto"  # no host in particular: no host is called that
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +124,12 @@ def backup_folder(flag: Path | None, settings: Settings, own: Folders) -> Path:
 def chosen_uri(flag: str | None, env: Mapping[str, str], settings: Settings) -> str:
     """The URI to connect to, by precedence: flag, VMCTL_CONNECT, LIBVIRT_DEFAULT_URI, config file; "" for none."""
     return flag or env.get("VMCTL_CONNECT") or env.get("LIBVIRT_DEFAULT_URI") or settings.connect
+
+
+def chosen_entry(flag: str | None, settings: Settings, env: Mapping[str, str] = os.environ) -> HostEntry:
+    """The host to connect to, by the same precedence, else this machine. Raises NotFound."""
+    uri = chosen_uri(flag, env, settings)
+    return entry(uri, settings) if uri else HostEntry("", "qemu:///system")
 
 
 def entry(text: str, settings: Settings) -> HostEntry:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from vmctl import host_book, host_ssh, spec
-from vmctl.config import HostEntry
+from vmctl.config import AUTO, HostEntry
 from vmctl.errors import Conflict, HostUnreachable, SpecError
 from vmctl.fleet import Fleet
 from vmctl.hypervisor import connection
@@ -47,6 +47,8 @@ def fingerprint(entry: HostEntry) -> str:
 def problems(wish: Wish) -> list[str]:
     """What is wrong with a wish, all of it."""
     found = list(spec.name_problems(wish.name))
+    if wish.name == AUTO:
+        found.append(f"{AUTO} is what `vmctl migrate --to` calls no host in particular")
     for uri in filter(None, (wish.uri, wish.peer)):
         scheme = urlsplit(uri).scheme
         if scheme not in _SCHEMES:

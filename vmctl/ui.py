@@ -186,16 +186,22 @@ def tell_error(error: VmctlError) -> None:
     if isinstance(error, WaitTimeout | GuestCommandFailed):
         for line in error.evidence:
             print(f"  {visible(line)}", file=sys.stderr)
-    if isinstance(error, PreflightFailed):
-        for what, mend in error.problems:
-            print(f"  {visible(what)}" + (f"\n    mend: {visible(mend)}" if mend else ""), file=sys.stderr)
+    _tell_problems(error, "  ")
     if isinstance(error, PartialFailure):
         for name, cause in error.failures.items():
             print(f"  {name}: {visible(cause.message)}", file=sys.stderr)
+            _tell_problems(cause, "    ")
             if cause.hint:
                 print(f"    hint: {visible(cause.hint)}", file=sys.stderr)
     if error.hint:
         print(f"hint: {visible(error.hint)}", file=sys.stderr)
+
+
+def _tell_problems(error: VmctlError, margin: str) -> None:
+    """Everything that was found against it, each with its mend."""
+    if isinstance(error, PreflightFailed):
+        for what, mend in error.problems:
+            print(f"{margin}{visible(what)}" + (f"\n{margin}  mend: {visible(mend)}" if mend else ""), file=sys.stderr)
 
 
 def confirm(question: str) -> bool:

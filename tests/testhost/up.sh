@@ -175,8 +175,8 @@ done
 cd "$root"
 if [ "${1-}" = --figures-only ]; then
     # A report, not a test: a machine that others share may be slow today.
-    for bench in "commands.py 7" "boot.py 3" "snapshots.py 3 10"; do
-        # shellcheck disable=SC2086  name and rounds are two words
+    for bench in "commands.py 7" "boot.py 3" "snapshots.py 3 10" "placement.py 1000 20000"; do
+        # shellcheck disable=SC2086  name and numbers are words
         "$root/.venv/bin/python3" tests/perf/$bench || echo "no figures from tests/perf/$bench" >&2
     done
     exit 0

@@ -9,7 +9,7 @@ import typer
 from vmctl import ui
 from vmctl.cli.command import Command, Group
 from vmctl.cli.diagnose import info
-from vmctl.cli.host_drain import drain
+from vmctl.cli.host_plan import balance, consolidate, drain
 from vmctl.cli.options import HostName, HostNames, OutputOption, fleet_of_config, note
 from vmctl.errors import SpecError
 from vmctl.ui import Output
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Group, help="Hosts that VMs run on.", no_args_is_help=True, rich_markup_mode=None)
 app.command("info", cls=Command)(info)
-app.command("drain", cls=Command)(drain)
+for verb in (drain, balance, consolidate):
+    app.command(cls=Command)(verb)
 
 HostTimeout = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Longest wait for each host.")

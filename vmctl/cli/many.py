@@ -17,8 +17,15 @@ _LOOK_S = 0.2
 _UNDO_S = 10.0  # for what was cut off to take itself back; a second Ctrl-C does not wait for it
 
 
-def each(names: Sequence[str], work: Callable[[str], T], done: Callable[[str, T], None], doing: str) -> None:
-    """Do ``work`` for each name, several at a time, telling each result in the order given.
+def each(
+    names: Sequence[str],
+    work: Callable[[str], T],
+    done: Callable[[str, T], None],
+    doing: str,
+    *,
+    most: int = _PARALLEL,
+) -> None:
+    """Do ``work`` for each name, ``most`` at a time, telling each result in the order given.
 
     With one name its error is the error; with several, the failed ones are reported together at the end. An interrupt
     reaches every worker as it would reach this thread, and Interrupted says what was done and what was not.
@@ -29,7 +36,7 @@ def each(names: Sequence[str], work: Callable[[str], T], done: Callable[[str, T]
     from concurrent.futures import ThreadPoolExecutor, wait  # late: it brings logging with it
 
     hands = _Hands()
-    pool = ThreadPoolExecutor(max_workers=_PARALLEL)
+    pool = ThreadPoolExecutor(max_workers=most)
     futures: dict[str, Future[T]] = {}
     failures: dict[str, VmctlError] = {}
     told: set[str] = set()

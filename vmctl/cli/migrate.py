@@ -24,8 +24,6 @@ from vmctl.ui import Output
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vmctl.config import HostEntry
-    from vmctl.fleet import Fleet
     from vmctl.migrate import Moved, Wish
     from vmctl.migrate_ends import Ends
 
@@ -35,7 +33,10 @@ def migrate(
     to: Annotated[
         str,
         typer.Option(
-            "--to", metavar="HOST", help="Where to; auto: where there is most room.", autocompletion=complete_host
+            "--to",
+            metavar="HOST",
+            help="Where to; auto: where there is most room for each.",
+            autocompletion=complete_host,
         ),
     ],
     check: Annotated[bool, typer.Option("--check", help="Only look whether it could; exit 11 if not.")] = False,
@@ -106,6 +107,7 @@ def migrate(
     Before anything is changed both hosts are looked at, and all that stands against it is told at once (exit 11).
     Ctrl-C leaves the VM where it is. What fails says where the VM is then, which is asked of both hosts.
     """
+    from vmctl.config import AUTO
     from vmctl.hypervisor.migration import Copying, Way
     from vmctl.migrate import Wish
     from vmctl.migrate_policy import Policy
@@ -125,8 +127,12 @@ def migrate(
         tls=tls,
         bandwidth=_bytes(bandwidth),
     )
-    if to == "auto":
-        _anywhere(connect, names, wish, output)
+    if to == AUTO:
+        from vmctl.cli import host_plan
+
+        if recover:
+            raise SpecError("cannot recover a migration to no host in particular", hint="--to the host it went to")
+        host_plan.send(connect or GLOBALS.connect, names, wish, check=check, output=output)
         return
     with _ends(connect, to) as ends:
         found = _wanted(ends, names, recover=recover)
@@ -163,34 +169,9 @@ def _ends(connect: str | None, to: str) -> Iterator[Ends]:
 
     start_loop()
     fleet = fleet_of_config()
-    with Ends(fleet, _source(fleet, connect), config.entry(to, fleet.settings)) as ends:
+    source = config.chosen_entry(connect or GLOBALS.connect, fleet.settings)
+    with Ends(fleet, source, config.entry(to, fleet.settings)) as ends:
         yield ends
-
-
-def _source(fleet: Fleet, connect: str | None) -> HostEntry:
-    """The host that VMs are on."""
-    import os
-
-    from vmctl import config
-    from vmctl.config import HostEntry
-
-    uri = config.chosen_uri(connect or GLOBALS.connect, os.environ, fleet.settings)
-    return config.entry(uri, fleet.settings) if uri else HostEntry("", "qemu:///system")
-
-
-def _anywhere(connect: str | None, names: list[str], wish: Wish, output: Output) -> None:
-    """Each to the host with most memory left that nothing stands against."""
-    from vmctl import drain
-    from vmctl.hypervisor.events import start_loop
-    from vmctl.listing import matching
-
-    start_loop()
-    fleet, report = fleet_of_config(), reporter()
-    source = _source(fleet, connect)
-    with fleet.open(source) as host:
-        wanted = matching(host, names)
-    plans = {one.vm: one for one in drain.look(fleet, source, (), report, only=wanted)}
-    _each(wanted, lambda name: drain.move(fleet, source, plans[name], wish, report), output)
 
 
 def _wanted(ends: Ends, names: list[str], *, recover: bool) -> tuple[str, ...]:

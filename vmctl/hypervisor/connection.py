@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ SYSTEM = "qemu:///system"
 SESSION = "qemu:///session"
 
 
-# libvirt prints each error to stderr unless told otherwise; vmctl reports them itself.
-libvirt.registerErrorHandler(lambda _context, _error: None, None)
+# libvirt prints each error to stderr unless told otherwise; vmctl reports them itself. It must be a function in C: one
+# in Python is where an interrupt is raised that came while libvirt was at it, and SystemError is what comes of that.
+libvirt.registerErrorHandler(operator.is_, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,219 @@
+"""vmctl host balance, consolidate and drain, on three hosts with guests that are nothing but firmware."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hosts import Testbed
+from tests.system.conftest import VMCTL, Shell
+
+pytestmark = pytest.mark.system
+
+
+class Fleet:
+    """A testbed whose hosts vmctl knows."""
+
+    def __init__(self, bed: Testbed, config: Path) -> None:
+        self.bed, self.machines = bed, {machine.name: machine for machine in bed.machines}
+        self.config = config
+
+    def begin(self, *words: str) -> subprocess.Popen[str]:
+        """Run vmctl beside the test."""
+        env = {**os.environ, "XDG_CONFIG_HOME": str(self.config)}
+        pipe = subprocess.PIPE
+        return subprocess.Popen([*VMCTL, *words], stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env)
+
+    def run(self, *words: str, check: int = 0) -> subprocess.CompletedProcess[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CONFIG_HOME", str(self.config))
+            return Shell().run(*words, check=check)
+
+    def run_any(self, *words: str) -> int:
+        """Run it, whatever comes of it."""
+        done = self.begin(*words)
+        done.communicate(timeout=120)
+        return done.returncode
+
+    def json(self, *words: str, check: int = 0) -> Any:
+        return json.loads(self.run(*words, "-o", "json", check=check).stdout)
+
+    def define(self, host: str, name: str, *, vcpus: int = 1, start: bool = True, **labels: str) -> None:
+        marks = "".join(f"<v:label key='{key.replace('_', '-')}' value='{value}'/>" for key, value in labels.items())
+        xml = (
+            f"<domain type='qemu'><name>{name}</name>"
+            f"<metadata><v:vm xmlns:v='https://vmctl.dev/xmlns/vm/1' schema='1' image=''>{marks}</v:vm></metadata>"
+            f"<memory unit='MiB'>32</memory><vcpu>{vcpus}</vcpu><os><type arch='x86_64'>hvm</type></os></domain>"
+        )
+        machine = self.machines[host]
+        machine.run("sh", "-c", "cat >/tmp/d.xml && virsh -q define --validate /tmp/d.xml", input=xml)
+        if start:
+            machine.virsh("start", name)
+
+    def where(self) -> dict[str, str]:
+        """The host of each VM; each must be on one only."""
+        found: dict[str, str] = {}
+        for name, machine in self.machines.items():
+            for vm in machine.virsh("list", "--all", "--name").split():
+                assert vm not in found, f"{vm} is on {found[vm]} and {name}"
+                found[vm] = name
+        return found
+
+    def running(self) -> set[str]:
+        return {vm for machine in self.machines.values() for vm in machine.virsh("list", "--name").split()}
+
+    def clear(self) -> None:
+        for machine in self.machines.values():
+            for vm in machine.virsh("list", "--name").split():
+                machine.virsh("destroy", vm)
+            for vm in machine.virsh("list", "--all", "--name").split():
+                machine.virsh("undefine", vm)
+
+
+@pytest.fixture(scope="module")
+def bed(make_testbed: Callable[..., Testbed], tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    fleet = Fleet(make_testbed(3), tmp_path_factory.mktemp("config"))
+    for machine in fleet.bed.machines:
+        fleet.run("host", "add", machine.name, machine.ssh_uri, "--host-key", machine.host_key)
+    return fleet
+
+
+@pytest.fixture
+def fleet(bed: Fleet) -> Iterator[Fleet]:
+    yield bed
+    bed.clear()
+
+
+def test_balance(fleet: Fleet) -> None:
+    """Five guests on one host, two of them kept apart, one pinned. By vCPUs, for these hosts share their processors."""
+    for number in range(2):
+        fleet.define("h1", f"v{number}", priority=str(number))
+    fleet.define("h1", "held", vcpus=2, pinned="dongle")
+    fleet.define("h1", "db1", anti_affinity="db", priority="9")
+    fleet.define("h1", "db2", anti_affinity="db")
+    before = fleet.where()
+    plan = fleet.json("host", "balance", "--by", "vcpus", "--dry-run")
+    assert fleet.where() == before, "nothing is done"
+    assert plan["moves"][0]["vm"] == "db2" and "kept apart from db1" in plan["moves"][0]["why"]
+    assert not plan["left"] and plan["spread_after"] < 0.3 < plan["spread_before"]
+    refused = fleet.run("host", "balance", "--by", "vcpus", check=2)
+    assert "add --yes, or see --dry-run" in refused.stderr and "db2: h1 -> " in refused.stderr
+    assert fleet.where() == before
+    said = fleet.run("host", "balance", "--by", "vcpus", "--yes")
+    after = fleet.where()
+    assert after == {**before, **{move["vm"]: move["target"] for move in plan["moves"]}}
+    assert after["held"] == "h1" and after["db1"] != after["db2"] and fleet.running() == set(before)
+    assert all(f"{move['vm']}: h1 -> {move['target']} in " in said.stdout for move in plan["moves"])
+    again = fleet.run("host", "balance", "--by", "vcpus", "--yes")
+    assert again.stdout == "nothing to move\n"
+
+
+def test_drain_goes_on_where_it_was_left(fleet: Fleet) -> None:
+    fleet.define("h2", "a")
+    fleet.define("h2", "b", start=False)
+    fleet.define("h2", "held", pinned="")
+    plan = fleet.json("host", "drain", "h2", "--dry-run", "--avoid", "h1")
+    assert {move["vm"]: move["target"] for move in plan["moves"]} == {"a": "h3", "b": "h3"}
+    assert plan["left"] == [{"vm": "held", "host": "h2", "why": "it is labelled pinned"}]
+    said = fleet.run("host", "drain", "h2", "--avoid", "h1", "--yes", check=14)
+    assert "held on h2: it is labelled pinned" in said.stderr
+    assert fleet.where() == {"a": "h3", "b": "h3", "held": "h2"} and fleet.running() == {"a", "held"}
+    fleet.machines["h2"].virsh("destroy", "held")
+    fleet.machines["h2"].virsh("undefine", "held")
+    fleet.define("h2", "held")
+    moved = fleet.json("host", "drain", "h2", "--yes")
+    assert [(one["vm"], one["source"]) for one in moved] == [("held", "h2")] and moved[0]["mode"] != "stopped"
+    assert "h2" not in fleet.where().values()
+    assert fleet.run("host", "drain", "h2", "--yes").stdout == "nothing to move\n"
+
+
+def test_consolidate(fleet: Fleet) -> None:
+    for number, host in enumerate(("h1", "h1", "h1", "h2", "h3")):
+        fleet.define(host, f"v{number}")
+    plan = fleet.json("host", "consolidate", "--by", "vcpus", "--dry-run")
+    assert plan["freed"] == ["h2", "h3"]
+    assert fleet.json("host", "consolidate", "h1", "h2", "--by", "vcpus", "--dry-run")["freed"] == ["h2"]
+    assert fleet.json("host", "consolidate", "--by", "vcpus", "--fill", "55", "--dry-run")["freed"] == ["h2"]
+    said = fleet.run("host", "consolidate", "--by", "vcpus", "--yes")
+    assert set(fleet.where().values()) == {"h1"} and "empty then: h2, h3" in said.stderr
+    assert len(fleet.running()) == 5
+
+
+def test_a_host_that_does_not_answer(fleet: Fleet) -> None:
+    fleet.define("h1", "a", vcpus=2)
+    fleet.define("h1", "b", vcpus=2)
+    fleet.machines["h3"].cut()
+    try:
+        said = fleet.run("host", "balance", "--by", "vcpus", "--timeout", "6", "--dry-run", "-o", "json")
+        assert {move["target"] for move in json.loads(said.stdout)["moves"]} == {"h2"} and "h3: " in said.stderr
+        down = fleet.run("host", "drain", "h3", "--timeout", "6", "--yes", check=3)
+        assert down.stderr.splitlines()[-2].startswith("cannot drain host h3: ")
+        assert "cannot find host h9" in fleet.run("host", "drain", "h9", check=4).stderr
+    finally:
+        fleet.machines["h3"].mend()
+
+
+def test_what_cannot_be_moved_is_told_before(fleet: Fleet) -> None:
+    """A disk that only one host has: the look at both hosts says so, and nothing was changed."""
+    here, disk = fleet.machines["h1"], "/var/lib/libvirt/images/only-here.qcow2"
+    here.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "1M")
+    here.virsh("pool-create-as", "images", "dir", "--target", "/var/lib/libvirt/images")
+    fleet.define("h1", "a", start=False)
+    here.virsh("attach-disk", "a", disk, "vda", "--config", "--subdriver", "qcow2")
+    here.virsh("start", "a")
+    assert "--copy-storage" in fleet.run("host", "drain", "h1", "--check", check=11).stderr
+    assert "--copy-storage" in fleet.run("host", "drain", "h1", "--yes", check=14).stderr
+    assert fleet.where() == {"a": "h1"}
+    fleet.run("host", "drain", "h1", "--copy-storage", "full", "--yes")
+    assert fleet.where()["a"] != "h1" and fleet.running() == {"a"}
+
+
+def test_migrate_to_auto(fleet: Fleet) -> None:
+    first = fleet.machines["h1"]
+    fleet.run("host", "add", "aaa", first.ssh_uri, "--host-key", first.host_key)
+    try:
+        fleet.define("h1", "a")
+        fleet.define("h1", "b")
+        fleet.define("h1", "held", pinned="")
+        assert "held: it is labelled pinned" in fleet.run("-c", "h1", "migrate", "*", "--to", "auto", check=11).stderr
+        assert set(fleet.where().values()) == {"h1"}
+        said = fleet.run("-c", "h1", "migrate", "a", "--to", "auto")
+        assert "aaa: it is the same host as h1" in said.stderr
+        after = fleet.where()
+        assert after == {"a": after["a"], "b": "h1", "held": "h1"} and after["a"] in {"h2", "h3"}
+        assert "cannot find VM nope" in fleet.run("-c", "h1", "migrate", "nope", "--to", "auto", check=4).stderr
+    finally:
+        fleet.run("host", "remove", "aaa")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_drain_that_is_cut_off_goes_on(fleet: Fleet, number: signal.Signals) -> None:
+    for name in ("a", "b", "c"):
+        fleet.define("h1", name)
+    fleet.bed.limit("2mbit")
+    try:
+        drain = fleet.begin("host", "drain", "h1", "--yes")
+        assert drain.stderr is not None
+        seen = ""
+        while "peer-to-peer" not in seen:
+            line = drain.stderr.readline()
+            assert line, seen
+            seen += line
+        time.sleep(0.3)
+        drain.send_signal(number)
+        _, rest = drain.communicate(timeout=60)
+        assert drain.returncode == (130 if number is signal.SIGINT else -number), seen + rest
+    finally:
+        fleet.bed.limit(None)
+    deadline = time.monotonic() + 60
+    while fleet.run_any("host", "drain", "h1", "--yes") != 0:  # libvirt may still be at what was begun
+        assert time.monotonic() < deadline
+    assert set(fleet.where()) == fleet.running() == {"a", "b", "c"} and "h1" not in fleet.where().values()

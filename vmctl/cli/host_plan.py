@@ -1,0 +1,328 @@
+"""vmctl host drain, balance, consolidate: a plan of moves shown, and carried out."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
+
+import typer
+
+from vmctl import ui
+from vmctl.census import By, Limits
+from vmctl.choices import StorageCopy
+from vmctl.cli.many import each
+from vmctl.cli.options import (
+    DryRunOption,
+    HostName,
+    HostNames,
+    OutputOption,
+    YesOption,
+    complete_host,
+    fleet_of_config,
+    note,
+    refuse_unless_yes,
+    reporter,
+)
+from vmctl.errors import HostUnreachable, Interrupted, PartialFailure, PreflightFailed, VmctlError
+from vmctl.ui import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vmctl.census import Census
+    from vmctl.fleet import Fleet
+    from vmctl.migrate import Moved, Wish
+    from vmctl.migrate_ends import Ends
+    from vmctl.rebalance import Move, Plan
+
+Avoid = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--avoid", metavar="HOST", help="Move nothing there. Repeatable.", autocompletion=complete_host),
+]
+ByOption = Annotated[
+    Optional[list[By]],  # noqa: UP045
+    typer.Option("--by", help="What counts as use; default: all, by what there is most of. Repeatable."),
+]
+Most = Annotated[int, typer.Option("--most", metavar="N", min=1, help="At most N moves.")]
+AtOnce = Annotated[int, typer.Option("--at-once", metavar="N", min=1, max=16, help="At most N moves at a time.")]
+CheckOption = Annotated[
+    bool, typer.Option("--check", help="Only look whether each move could be made; exit 11 if not.")
+]
+CopyStorage = Annotated[
+    Optional[StorageCopy],  # noqa: UP045
+    typer.Option("--copy-storage", help="Take disks along that the target does not see: whole, or above their base."),
+]
+Direct = Annotated[
+    bool, typer.Option("--direct", help="vmctl speaks with both hosts, which need not reach each other's libvirt.")
+]
+_LOOK_S = 20.0
+HostTimeout = Annotated[
+    float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Longest wait for what each host has.")
+]
+
+
+class _How(NamedTuple):
+    """What is done with a plan."""
+
+    copy_storage: StorageCopy | None
+    direct: bool
+    at_once: int
+    check: bool
+    dry_run: bool
+    yes: bool
+
+    def wish(self) -> Wish:
+        """How each move is made."""
+        from vmctl.hypervisor.migration import Copying, Way
+        from vmctl.migrate import Wish
+
+        copying = Copying(self.copy_storage.value) if self.copy_storage else Copying.NONE
+        return Wish(way=Way.DIRECT if self.direct else Way.PEER, copying=copying)
+
+
+def drain(
+    name: HostName,
+    avoid: Avoid = None,
+    at_once: AtOnce = 2,
+    copy_storage: CopyStorage = None,
+    direct: Direct = False,
+    check: CheckOption = False,
+    dry_run: DryRunOption = False,
+    yes: YesOption = False,
+    timeout: HostTimeout = _LOOK_S,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Move all VMs off a host: running ones live, to where there is room for them, those of high priority first.
+
+    VMs that cannot leave are told with what keeps them, and the exit code is 14. Run again, it goes on with what is
+    left.
+    """
+    from vmctl import rebalance
+    from vmctl.fleet import called
+
+    def plan(census: Census) -> Plan:
+        if why := next((host.problem for host in census.hosts if host.name == name), ""):
+            raise HostUnreachable(f"cannot drain host {name}: {why}", hint="vmctl host check says more")
+        return rebalance.drain(census, name)
+
+    asked = fleet_of_config()
+    asked.entries([name])
+    others = [called(one) for one in asked.entries() if called(one) != name]
+    how = _How(copy_storage, direct, at_once, check, dry_run, yes)
+    _planned(asked, (name, *others), avoid, timeout, plan, how, output)
+
+
+def balance(
+    names: HostNames = None,
+    most: Most = 20,
+    within: Annotated[
+        int, typer.Option("--within", metavar="PERCENT", min=1, max=99, help="Hosts that close together are balanced.")
+    ] = 10,
+    by: ByOption = None,
+    avoid: Avoid = None,
+    at_once: AtOnce = 2,
+    copy_storage: CopyStorage = None,
+    direct: Direct = False,
+    check: CheckOption = False,
+    dry_run: DryRunOption = False,
+    yes: YesOption = False,
+    timeout: HostTimeout = _LOOK_S,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Even out how much of hosts, all or those named, is in use: memory, vCPUs, busy processors, whichever is scarcest.
+
+    VMs that share a label anti-affinity=GROUP are parted first, and hosts relieved that gave away more than they have.
+    A VM with label pinned stays where it is; one of a higher priority=NUMBER moves last.
+    """
+    from vmctl import rebalance
+
+    def plan(census: Census) -> Plan:
+        return rebalance.balance(census, Limits(even=within / 100, by=frozenset(by or By)), most=most)
+
+    how = _How(copy_storage, direct, at_once, check, dry_run, yes)
+    _planned(fleet_of_config(), names or (), avoid, timeout, plan, how, output)
+
+
+def consolidate(
+    names: HostNames = None,
+    most: Most = 20,
+    fill: Annotated[
+        int, typer.Option("--fill", metavar="PERCENT", min=1, max=100, help="Fill no host beyond that.")
+    ] = 80,
+    by: ByOption = None,
+    avoid: Avoid = None,
+    at_once: AtOnce = 2,
+    copy_storage: CopyStorage = None,
+    direct: Direct = False,
+    check: CheckOption = False,
+    dry_run: DryRunOption = False,
+    yes: YesOption = False,
+    timeout: HostTimeout = _LOOK_S,
+    output: OutputOption = Output.TABLE,
+) -> None:
+    """Empty hosts, the least used first and each wholly or not at all, by filling up others."""
+    from vmctl import rebalance
+
+    def plan(census: Census) -> Plan:
+        return rebalance.consolidate(census, Limits(packed=fill / 100, by=frozenset(by or By)), most=most)
+
+    how = _How(copy_storage, direct, at_once, check, dry_run, yes)
+    _planned(fleet_of_config(), names or (), avoid, timeout, plan, how, output)
+
+
+def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, output: Output) -> None:
+    """Move VMs to the best hosts there are for them, or only look whether that could be.
+
+    Raises PreflightFailed for all that have none, before anything is changed.
+    """
+    from vmctl import config, rebalance, survey
+    from vmctl.fleet import called
+    from vmctl.hypervisor import domain
+    from vmctl.hypervisor.events import start_loop
+    from vmctl.listing import matching
+
+    start_loop()
+    asked = fleet_of_config()
+    source = config.chosen_entry(connect, asked.settings)
+    with asked.open(source) as host:
+        wanted = [domain.find(host.conn, name).name for name in matching(host, names)]
+    others = [called(one) for one in asked.entries() if one != source]
+    seen = survey.survey(asked, [called(source), *others], timeout_s=_LOOK_S)
+    for text in seen.notes:
+        note(text)
+    plan = rebalance.drain(seen.census, called(source), only=wanted)
+    if plan.left:
+        problems = [(f"{one.vm}: {one.why}", "") for one in plan.left]
+        raise PreflightFailed(
+            f"cannot place {len(plan.left)} of {len(wanted)} VMs: nothing was changed", problems=problems
+        )
+    if check:
+        ui.emit(plan, output, lambda: _table(plan), lambda: [move.vm for move in plan.moves])
+        _check(asked, plan, wish)
+    else:
+        _carry_out(asked, plan, wish, 1, output)
+
+
+def _planned(
+    asked: Fleet,
+    names: Sequence[str],
+    avoid: Sequence[str] | None,
+    timeout: float,
+    plan: Callable[[Census], Plan],
+    how: _How,
+    output: Output,
+) -> None:
+    """Look at the hosts, plan, and do with the plan what was asked for."""
+    from vmctl import survey
+    from vmctl.hypervisor.events import start_loop
+
+    start_loop()  # migrations need it, and it must come before any connection
+    seen = survey.survey(asked, names, avoid=avoid or (), timeout_s=timeout)
+    for text in seen.notes:
+        note(text)
+    found = plan(seen.census)
+    if how.dry_run or how.check or not found.moves:
+        ui.emit(found, output, lambda: _table(found), lambda: [move.vm for move in found.moves])
+        _tell(found)
+        if how.check:
+            _check(asked, found, how.wish())
+    else:
+        _tell(found)
+        what = [f"{move.vm}: {move.source} -> {move.target} ({move.why})" for move in found.moves]
+        refuse_unless_yes(what, yes=how.yes, question="Move these VMs?", hint="add --yes, or see --dry-run")
+        _carry_out(asked, found, how.wish(), how.at_once, output)
+    if found.left and not how.dry_run:
+        failures = {f"{one.vm or 'VMs'} on {one.host}": VmctlError(one.why) for one in found.left}
+        raise PartialFailure(f"cannot move {len(found.left)} that should", failures=failures)
+
+
+def _table(plan: Plan) -> str:
+    if not plan.moves:
+        return "nothing to move"
+    rows = [(move.vm, move.source, move.target, str(move.wave + 1), move.why) for move in plan.moves]
+    return ui.columns(("NAME", "FROM", "TO", "WAVE", "WHY"), rows)
+
+
+def _tell(plan: Plan) -> None:
+    """What a plan comes to, for people."""
+    for one in plan.left:
+        note(f"{one.vm or 'VMs'} on {one.host}: {one.why}")
+    if plan.freed:
+        note(f"empty then: {', '.join(plan.freed)}")
+    elif plan.moves:
+        note(f"hosts are {plan.spread_before:.0%} apart in use, and {plan.spread_after:.0%} then")
+
+
+def _called(move: Move) -> str:
+    return f"{move.vm} ({move.source} -> {move.target})"
+
+
+def _ends(asked: Fleet, move: Move) -> Ends:
+    from vmctl import config
+    from vmctl.migrate_ends import Ends
+
+    return Ends(asked, config.entry(move.source, asked.settings), config.entry(move.target, asked.settings))
+
+
+def _check(asked: Fleet, plan: Plan, wish: Wish) -> None:
+    """Both hosts of each move are asked what stands against it. Raises PreflightFailed."""
+    from vmctl import migrate
+    from vmctl.migrate_problems import Problem, fatal
+
+    by = {_called(move): move for move in plan.moves}
+    bad: list[tuple[str, str]] = []
+
+    def work(name: str) -> tuple[Problem, ...]:
+        with _ends(asked, by[name]) as ends:
+            return migrate.check(ends, by[name].vm, wish)
+
+    def told(name: str, found: tuple[Problem, ...]) -> None:
+        bad.extend((f"{name}: {one.what}", one.mend) for one in fatal(found))
+        for one in found:
+            if one.note:
+                note(f"{name}: {one.what}")
+
+    each([*by], work, told, "look at")
+    if bad:
+        raise PreflightFailed(f"cannot make all of these {len(by)} moves: {len(bad)} problems", problems=bad)
+
+
+def _carry_out(asked: Fleet, plan: Plan, wish: Wish, at_once: int, output: Output) -> None:
+    """Wave by wave. One that fails keeps the next from beginning, which may need the room it did not free."""
+    from vmctl import migrate
+    from vmctl.cli.migrate import told
+
+    report, moved = reporter(), []
+    failures: dict[str, VmctlError] = {}
+    left = list(plan.moves)
+
+    def work(name: str) -> Moved:
+        with _ends(asked, by[name]) as ends:
+            return migrate.migrate(ends, by[name].vm, wish, report)
+
+    def done(_name: str, one: Moved) -> None:
+        moved.append(one)
+        if output is Output.TABLE:
+            ui.say(told(one))
+
+    for _, wave in groupby(plan.moves, lambda move: move.wave):
+        by = {_called(move): move for move in wave}
+        left = left[len(by) :]
+        try:
+            each([*by], work, done, "move", most=at_once)
+        except Interrupted:
+            raise
+        except PartialFailure as error:
+            failures |= error.failures
+        except VmctlError as error:  # the only one of its wave
+            failures |= dict.fromkeys(by, error)
+        if failures:
+            break
+    if output is not Output.TABLE:
+        ui.emit(moved, output, str, lambda: [one.vm for one in moved])
+    if failures:
+        later = f"; {len(left)} more were not begun" if left else ""
+        raise PartialFailure(
+            f"cannot make {len(failures)} of {len(plan.moves)} moves{later}",
+            failures=failures,
+        )

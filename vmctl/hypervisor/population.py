@@ -1,0 +1,102 @@
+"""All VMs of a host with what they use of it, and what processors it can give them; a hung guest holds nothing up."""
+
+from __future__ import annotations
+
+import threading
+import xml.etree.ElementTree as ET
+from typing import Any, NamedTuple
+
+import libvirt
+
+from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.errors import calling
+from vmctl.hypervisor.states import State, state_of
+
+_PATIENCE_S = 2.0
+
+
+class Guest(NamedTuple):
+    """One VM. ``xml`` is of the running one where it runs; ``snapshots``: whether libvirt knows any of it."""
+
+    name: str
+    uuid: str
+    state: State
+    why: str
+    xml: str
+    snapshots: bool
+
+
+class Measure(NamedTuple):
+    """What a running VM has used: processor time since its start, and the memory that QEMU holds now."""
+
+    cpu_ns: int
+    resident_mib: int
+
+
+def guests(conn: Connection) -> tuple[Guest, ...]:
+    """Every VM, by name. None of it is asked of QEMU."""
+    found = []
+    with calling("read all VMs"):
+        with_snapshots, saved = (
+            {dom.UUIDString() for dom in conn.handle.listAllDomains(flag)}
+            for flag in (libvirt.VIR_CONNECT_LIST_DOMAINS_HAS_SNAPSHOT, libvirt.VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE)
+        )
+        for dom, values in conn.handle.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE, 0):
+            uuid = dom.UUIDString()
+            state, why = state_of(values.get("state.state", 0), values.get("state.reason", 0), saved=uuid in saved)
+            try:
+                found.append(Guest(dom.name(), uuid, state, why, dom.XMLDesc(), uuid in with_snapshots))
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # deleted since the bulk answer
+                    raise
+    return tuple(sorted(found, key=lambda guest: guest.name))
+
+
+def measures(conn: Connection) -> dict[str, Measure] | None:
+    """By UUID what running VMs have used, None when a QEMU that hangs keeps libvirt from an answer.
+
+    The question stays open then, and the connection with it: libvirt 9.0 lets what is asked on it later wait, too, now
+    and then. Asked again over another one, NOWAIT passes over the VM that somebody waits for already.
+    """
+    found: list[dict[str, Measure]] = []
+    failed: list[Exception] = []
+    caller = threading.Thread(target=_ask, args=(conn, found, failed), daemon=True)
+    caller.start()
+    caller.join(_PATIENCE_S)
+    if failed:
+        raise failed[0]
+    return found[0] if found else None
+
+
+def _ask(conn: Connection, found: list[dict[str, Measure]], failed: list[Exception]) -> None:
+    what = libvirt.VIR_DOMAIN_STATS_CPU_TOTAL | libvirt.VIR_DOMAIN_STATS_BALLOON
+    flags = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
+    try:
+        with calling("ask what VMs use"):
+            stats = conn.handle.getAllDomainStats(
+                what, flags | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT if conn.qemu else flags
+            )
+        found.append({dom.UUIDString(): _measure(values) for dom, values in stats if "balloon.rss" in values})
+    except Exception as error:  # noqa: BLE001  raised by who waits
+        failed.append(error)
+
+
+def _measure(values: dict[str, Any]) -> Measure:
+    return Measure(int(values.get("cpu.time", 0)), int(values["balloon.rss"]) // 1024)
+
+
+def cpu_flags(conn: Connection) -> frozenset[str]:
+    """What the host's processor has beyond its model, in libvirt's words."""
+    with calling("read host capabilities"):
+        root = ET.fromstring(conn.handle.getCapabilities())
+    return frozenset(one.get("name", "") for one in root.iterfind("host/cpu/feature"))
+
+
+def kvm_cpu_models(conn: Connection, arch: str) -> frozenset[str]:
+    """The CPU models that a KVM guest can be given there; empty where libvirt does not tell."""
+    try:
+        root = ET.fromstring(conn.handle.getDomainCapabilities(None, arch, None, "kvm"))
+    except libvirt.libvirtError:
+        return frozenset()
+    found = root.iterfind("cpu/mode[@name='custom']/model[@usable='yes']")
+    return frozenset(one.text or "" for one in found)
