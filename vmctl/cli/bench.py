@@ -8,7 +8,7 @@ import typer
 
 from vmctl import ui
 from vmctl.choices import AccelChoice
-from vmctl.cli.command import Command, Group
+from vmctl.cli.command import Command, group
 from vmctl.cli.options import ConnectOption, OutputOption, note, opened, reporter
 from vmctl.errors import SpecError
 from vmctl.ui import Output
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 REGRESSED = 15
 
-app = typer.Typer(cls=Group, help="What virtualization costs, measured.", no_args_is_help=True, rich_markup_mode=None)
+app = group("What virtualization costs, measured.")
 
 
 @app.callback()

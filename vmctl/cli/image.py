@@ -9,7 +9,7 @@ import typer
 
 from vmctl import ui
 from vmctl.cli import image_care, image_files, image_warm
-from vmctl.cli.command import Command, Group
+from vmctl.cli.command import Command, group
 from vmctl.cli.options import (
     ConnectOption,
     DryRunOption,
@@ -26,7 +26,7 @@ from vmctl.ui import Output
 if TYPE_CHECKING:
     from vmctl.manifest import Manifest
 
-app = typer.Typer(cls=Group, help="Images that VMs start from.", no_args_is_help=True, rich_markup_mode=None)
+app = group("Images that VMs start from.")
 
 
 def _complete(incomplete: str) -> list[str]:
