@@ -21,6 +21,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
@@ -190,6 +191,9 @@ def _become(request: dict[str, Any]) -> None:
         code = 1
     else:
         code = 0
+    for one in threading.enumerate():
+        if one is not threading.current_thread() and not one.daemon:
+            one.join()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

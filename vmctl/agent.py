@@ -66,17 +66,26 @@ class _Asked:
         return base64.b64decode(status.get("out-data", "")).decode().strip()
 
 
-def feed(host: Host, name: str, argv: Sequence[str], data: bytes, doing: str, *, timeout_s: float = 60.0) -> None:
-    """Run a command in the guest with some kilobytes on its standard input. Raises GuestCommandFailed when it fails."""
+def feed(
+    host: Host, name: str, argv: Sequence[str], data: Callable[[], bytes], doing: str, *, timeout_s: float = 60.0
+) -> None:
+    """Run a command in the guest with some kilobytes on its standard input, asked for when the agent listens.
+
+    Raises GuestCommandFailed when it fails.
+    """
     ask = _Asked(host, name, doing)
-    text = base64.b64encode(data).decode()
+    ask("guest-ping")  # what the guest wakes up for; it answers the next at once
+    text = base64.b64encode(data()).decode()
     started = ask("guest-exec", path=argv[0], arg=list(argv[1:]), input_data=text, capture_output=True)
 
     def ended() -> Mapping[str, Any] | None:
         status: Mapping[str, Any] = ask("guest-exec-status", pid=started["pid"])
         return status if status["exited"] else None
 
-    status = wait_until(ended, what=f"cannot {doing} VM {name}: {argv[0]}", timeout_s=timeout_s, interval_s=0.03)
+    # Each look costs an emulated guest some of the time that the command needs.
+    status = wait_until(
+        ended, what=f"cannot {doing} VM {name}: {argv[0]}", timeout_s=timeout_s, interval_s=0.04, growth=1.2
+    )
     if status.get("exitcode") != 0:
         words = base64.b64decode(status.get("err-data", "")).decode("utf-8", "replace").strip()
         raise GuestCommandFailed(f"cannot {doing} VM {name}: {argv[0]} failed in the guest: {words}")

@@ -2,9 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
+T = TypeVar("T")
 _AT_ONCE = 4
+
+
+@contextmanager
+def beside(work: Callable[[], T]) -> Iterator[Callable[[], T]]:
+    """Do ``work`` beside the block, which does not end before it has. What is yielded waits for it, and has its result.
+
+    Its error is raised there, and lost where the block fails before.
+    """
+    found: list[T] = []
+    failure: list[BaseException] = []
+
+    def do() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:  # noqa: BLE001  raised by who asks for the result
+            failure.append(error)
+
+    thread = threading.Thread(target=do, name="beside", daemon=True)
+
+    def result() -> T:
+        thread.join()
+        if failure:
+            raise failure[0]
+        return found[0]
+
+    thread.start()
+    try:
+        yield result
+    finally:
+        thread.join()
 
 
 def at_once(works: Sequence[Callable[[], object]], most: int = _AT_ONCE) -> None:

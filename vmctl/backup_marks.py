@@ -11,11 +11,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vmctl import backup_plan, backup_store, qemu_img
+from vmctl import backup_plan, backup_store, qemu_img, snapshot_journal
 from vmctl.errors import Conflict, VmctlError
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host
-from vmctl.hypervisor import backup, disks
+from vmctl.hypervisor import backup, disks, snapshots
 from vmctl.hypervisor.backup import Checkpoint
 from vmctl.hypervisor.domain import Domain
 
@@ -62,6 +62,7 @@ def own_job(host: Host, vm: str) -> bool:
 
 def settle(host: Host, vm: Domain, report: Reporter) -> None:
     """End what killed backups of a VM left in it: a job, frozen file systems, checkpoints. Its name must be held."""
+    snapshots.put_back(host.conn, vm.name, snapshot_journal.aside(host, vm.name))  # before one is taken for nobody's
     if vm.active and own_job(host, vm.name):
         backup.end(host.conn, vm.name)
         report(Step(f"ended a backup of {vm.name} that was cut off"))

@@ -18,6 +18,7 @@ from vmctl import (
     backup_store,
     backup_volumes,
     disk_journal,
+    forgotten,
     image_users,
     images,
     networks,
@@ -53,6 +54,7 @@ def restore(host: Host, folder: Path, wish: Wish, report: Reporter, *, start: bo
             disk_journal.settle(host, name, report)
         planned = backup_origin.plan(host, folder, wish)
         if planned.old is not None:
+            forgotten.require_none(host, name, planned.old.uuid, f"restore VM {name}")
             backup_marks.settle(host, planned.old, report)
         shelf = backup_store.shelf(folder)
         parts = {disk.target: _proved(shelf, planned.manifest, disk) for disk in planned.manifest.disks}

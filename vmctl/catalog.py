@@ -1,4 +1,4 @@
-"""The image catalogue: which images can be pulled by name. The only place that imports jsonschema.
+"""The image catalogue: which images can be pulled by name.
 
 The one that comes with vmctl is images/catalog.toml; users' own stand in catalog.d/ of the configuration folder and are
 read in the order of their names, later ones replacing images of the same name. images/catalog.schema.json, published
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vmctl import json_schema
 from vmctl.errors import NotFound, SpecError, reason
+from vmctl.json_schema import Problem
 from vmctl.resources import image_recipes_dir
 
 _CLOSE = 0.6
@@ -89,22 +91,19 @@ def _entries(path: Path, values: Mapping[str, Any]) -> Iterable[Entry]:
 
 def check(values: Mapping[str, Any]) -> list[str]:
     """Every problem of a catalogue as read from its file; none when it can be used."""
-    from jsonschema import Draft202012Validator  # late: most users have no catalogue of their own
-
-    errors = sorted(Draft202012Validator(schema()).iter_errors(values), key=lambda error: list(map(str, error.path)))
-    problems = [_told(values, error) for error in errors]
+    problems = [_told(values, error) for error in json_schema.errors(schema(), values)]
     return problems or _clashes([(one["name"], one.get("aliases", [])) for one in values["image"]])
 
 
-def _told(values: Mapping[str, Any], error: Any) -> str:
-    path = list(error.absolute_path)
+def _told(values: Mapping[str, Any], error: Problem) -> str:
+    path = error.path
     either = "give either checksum, or checksum_url with checksum_kind"
-    what = either if error.validator == "oneOf" else error.message
+    what = either if error.keyword == "oneOf" else error.message
     if len(path) < 2:
         return f"{path[0]}: {what}" if path else what
     one = values["image"][path[1]]
     name = one.get("name") if isinstance(one, dict) else None
-    where = f"image {name}" if isinstance(name, str) else f"image number {path[1] + 1}"
+    where = f"image {name}" if isinstance(name, str) else f"image number {int(path[1]) + 1}"
     return f"{where}: {path[2]}: {what}" if len(path) > 2 else f"{where}: {what}"
 
 

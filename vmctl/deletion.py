@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import disk_journal, identity, image_users, resolve, snapshot_layers, snapshot_settle, spec
+from vmctl import disk_journal, forgotten, identity, image_users, resolve, snapshot_layers, snapshot_settle, spec
 from vmctl.events import Reporter, Warned
 from vmctl.guest import known_hosts
 from vmctl.hosts import Host, holding
@@ -109,6 +109,8 @@ def delete(host: Host, name: str, report: Reporter) -> None:
         snapshot_settle.settle(host, name, report)
         what = doomed(host, name)
         if what.vm is not None:
+            if not what.vm.active:
+                forgotten.require_none(host, name, what.vm.uuid, f"delete VM {name}")
             remove(host, what.vm, report)
             snapshot_layers.settle(host, name, report)  # what was left to be merged is gone with it
             return

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import disk_chain, disk_guard, disk_journal, snapshot_settle
+from vmctl import disk_chain, disk_guard, disk_journal, forgotten, snapshot_settle
 from vmctl.choices import DiskFormat
 from vmctl.disk_chain import Chain
 from vmctl.disk_spec import Ref, parse_ref
@@ -88,6 +88,8 @@ def _by_file(host: Host, ref: Ref, text: str) -> Located:
         short = [f"{ref.volume}.{form}" for form in DiskFormat if f"{ref.volume}.{form}" in known]
         volume = short[0] if ref.volume not in known and len(short) == 1 else ref.volume
         pool, path, form = ref.pool, "", ""
+        if volume not in known:
+            raise NotFound(f"cannot find disk {text}: pool {pool} has no volume {volume}", hint=_meant(host, text))
     if volume:
         facts = storage.volume(host.conn, pool, volume)
         path, form = facts.path, facts.format
@@ -104,6 +106,14 @@ def _by_file(host: Host, ref: Ref, text: str) -> Located:
     if form not in {"qcow2", "raw"}:
         raise SpecError(f"cannot work on disk {text}: it is {form}, not qcow2 or raw")
     return Located(text, path, form, pool, volume)
+
+
+def _meant(host: Host, text: str) -> str:
+    vm = domain.find_or_none(host.conn, text)
+    if vm is None:
+        return "vmctl disk list shows all disks"
+    found = disks.disks(host.conn, vm.name, inactive=not vm.active)
+    return f"the disks of VM {vm.name}: {', '.join(f'{vm.name}:{disk.target}' for disk in found)}"
 
 
 def _attached_to(host: Host, path: str, volume: str) -> list[tuple[str, DiskDevice]]:
@@ -159,6 +169,8 @@ def require_idle(host: Host, disk: Located, doing: str) -> None:
     if disk.vm is not None and (disk.vm.active or disk.vm.state is State.SAVED):
         hint = f"vmctl stop {disk.owner}" if disk.vm.active else f"vmctl start {disk.owner}, then stop it"
         raise WrongState(f"cannot {doing} {disk.ref}: VM {disk.owner} is {disk.vm.state}", hint=hint)
+    if disk.vm is not None:
+        forgotten.require_none(host, disk.owner, disk.vm.uuid, f"{doing} {disk.ref}")
     mine = [disk_guard.Use(disk.owner, disk_guard.key(disk.path, local=host.conn.local), disk.ref, writes=True)]
     if found := disk_guard.conflicts(mine, disk_guard.running_uses(host)):
         raise Conflict(f"cannot {doing} {disk.ref}: {'; '.join(found)}")

@@ -16,6 +16,7 @@ from vmctl import (
     deletion,
     disk_journal,
     disk_replace,
+    forgotten,
     hosts,
     image_users,
     images,
@@ -245,6 +246,20 @@ def _astray(host: Host, *, fix: bool) -> list[Finding]:
     return found or [Finding("layers", "ok", "running VMs write to the files that libvirt names")]
 
 
+def _forgotten(host: Host) -> list[Finding]:
+    """VMs that run although libvirt calls them stopped."""
+    found = [
+        Finding(
+            "processes",
+            "failed",
+            f"{name} runs in process {pid}, and libvirt, which was killed at a bad moment, calls it stopped",
+            f"{forgotten.mend(pid)}; then vmctl start {name}",
+        )
+        for name, pid in forgotten.find(host)
+    ]
+    return found or [Finding("processes", "ok", "libvirt knows of every VM that runs")]
+
+
 def _backups(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     """What killed backups left in VMs and in the folder of backups."""
     root = config.backup_folder(None, host.settings, host.folders)
@@ -271,6 +286,7 @@ def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Findin
             ("creations", lambda: _cut_off(host, fix=fix, report=report)),
             ("disks", lambda: _disk_changes(host, fix=fix, report=report)),
             ("snapshots", lambda: _snapshot_changes(host, fix=fix, report=report)),
+            ("processes", lambda: _forgotten(host)),
             ("layers", lambda: _astray(host, fix=fix)),
             ("backups", lambda: _backups(host, fix=fix, report=report)),
         ]

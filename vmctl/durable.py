@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 _AGAIN_S = 0.1
 _BEGIN = 2  # SYNC_FILE_RANGE_WRITE
@@ -33,6 +34,12 @@ def _beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
     thread.join()
     if failures:
         raise failures[0]
+
+
+def sync(file: IO[str]) -> None:
+    """Put what was written to a file on the disk for good."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextmanager

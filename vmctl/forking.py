@@ -1,41 +1,36 @@
 """Forking a running VM: new ones go on from its memory and its disks, each told who it is before it has a network.
 
-The memory is written once. Each new VM reads it through a pipe behind a head of its own (saved_memory.py), so that it
-lies on the disk once, and only until all have read it.
+The memory is written once. Each new VM reads it through a pipe behind a head of its own (memory_pipe.py), so that it
+lies on the disk once, and only until all have read it. They begin to read while it is written.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import agent, copies, domain_copy, images, readiness, renewal, saved_memory
-from vmctl.at_once import at_once
+from vmctl import agent, copies, domain_copy, hosts, images, readiness, renewal, saved_memory
+from vmctl.at_once import at_once, beside
 from vmctl.cloning import own
 from vmctl.copies import Layer, Newcomer
 from vmctl.disk_replace import PREFIX
-from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, quietly
+from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, WrongState, quietly
 from vmctl.events import Reporter, Step, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, network, saved, storage
 from vmctl.hypervisor.agent import AgentState
 from vmctl.hypervisor.agent import state as agent_state
 from vmctl.hypervisor.domain import Domain, State
-from vmctl.saved_memory import Head
+from vmctl.memory_pipe import SavedMemory
 from vmctl.seed_disk import WENT_ON, first_boot_is_over
 from vmctl.spec import Accel
 from vmctl.wait import wait_until
 from vmctl.workspace import workspace
 
-_PIPE = 1 << 20
-_CHUNK = 8 << 20
 _AGENT_S = 60.0
 _CLOCK_S = 10.0
 
@@ -121,19 +116,36 @@ def fork(host: Host, name: str, names: Sequence[str], report: Reporter) -> tuple
         text = domain.xml(host.conn, vm.name, inactive=True)
         for one in planned.new:
             undo.callback(quietly, lambda one=one: copies.discard(host, one))  # type: ignore[misc]
-        new = copies.define(host, vm, text, planned.new, report)
-        _make_layers(host, planned, undo)
         with _memory_folder(host) as folder:
-            memory = folder / "memory"
-            at_once([lambda: _take_state(host, planned, memory, report), lambda: _fill(host, planned, new)])
-            copies.copy_nvram(vm, new)
-            # It was held while the last of its memory was written, and its clock with it.
-            clock = threading.Thread(target=quietly, args=(lambda: agent.sync_time(host, vm.name),), daemon=True)
-            clock.start()
-            made = go_on(host, vm, new, memory, report)
-            clock.join(_CLOCK_S)
+            memory = SavedMemory(folder / "memory", whole=False)
+            with hosts.another(host) as own, beside(lambda: _bring(own, planned, text, memory, report)) as brought:
+                good = False
+                try:
+                    _make_layers(host, planned, undo)
+                    _take_state(host, planned, memory.path, report)
+                    good = True
+                finally:
+                    memory.end(good=good)
+                with beside(lambda: quietly(lambda: _correct_clock(host, vm.name))):
+                    made = _wake(host, vm, brought(), report)
         undo.pop_all()
     return made
+
+
+def _correct_clock(host: Host, name: str) -> None:
+    """Of one that was held for a moment, and its clock with it."""
+    with hosts.another(host) as own:
+        try:
+            agent.feed(
+                own,
+                name,
+                [renewal.PROGRAM],
+                lambda: renewal.clock(time.time()).encode(),
+                "set the clock of",
+                timeout_s=_CLOCK_S,
+            )
+        except GuestCommandFailed:  # an image without it
+            agent.sync_time(own, name)
 
 
 def _settled(host: Host, name: str, report: Reporter) -> None:
@@ -168,10 +180,14 @@ def _fill(host: Host, planned: Plan, new: Sequence[Newcomer]) -> None:
     size = storage.volume(host.conn, *_seed_of(planned.vm)).capacity if new[0].seed else 0
 
     def fill(one: Newcomer) -> None:
-        for layer in planned.layers:
-            copies.make_overlay(host, one.disks[layer.target], layer.base, layer.size)
-        copies.make_log(host, one, WENT_ON)
-        copies.make_seed(host, planned.vm, one, size=size)
+        def small() -> None:
+            copies.make_log(host, one, WENT_ON)
+            copies.make_seed(host, planned.vm, one, size=size)
+
+        with beside(small) as made:
+            for layer in planned.layers:
+                copies.make_overlay(host, one.disks[layer.target], layer.base, layer.size)
+            made()
 
     at_once([lambda one=one: fill(one) for one in new])  # type: ignore[misc]
 
@@ -184,8 +200,6 @@ def _seed_of(vm: Domain) -> tuple[str, str]:
 
 def _take_back(host: Host, planned: Plan) -> None:
     """Delete the layers that the VM does not go on in after all."""
-    from dataclasses import replace
-
     from vmctl import render
 
     used = {disk.source for disk in disks.disks(host.conn, planned.vm.name, inactive=False)}
@@ -221,35 +235,51 @@ def _take_state(host: Host, planned: Plan, memory: Path, report: Reporter) -> No
     )
 
 
-def read_head(memory: Path) -> Head:
-    """The head of a saved memory. Raises Unsupported for what is not known."""
-    with memory.open("rb") as file:
-        header = file.read(saved_memory.HEADER)
-        rest = file.read(saved_memory.length(header) - len(header) + 4)
-    return saved_memory.parse(header + rest)
+def _bring(host: Host, planned: Plan, text: str, memory: SavedMemory, report: Reporter) -> tuple[Newcomer, ...]:
+    """Define the new VMs, make their volumes, and bring them to the memory, which is still being written."""
+    new = copies.define(host, planned.vm, text, planned.new, report)
+    _fill(host, planned, new)
+    if planned.vm.facts.nvram:
+        memory.wait()
+        copies.copy_nvram(planned.vm, new)
+    _restore(host, planned.vm, new, memory)
+    return new
 
 
-def go_on(host: Host, vm: Domain, new: Sequence[Newcomer], memory: Path, report: Reporter) -> tuple[Forked, ...]:
+def go_on(host: Host, vm: Domain, new: Sequence[Newcomer], memory: SavedMemory, report: Reporter) -> tuple[Forked, ...]:
     """Let defined VMs with disks go on from a memory, renew who they are, connect them, and see them answer by SSH."""
-    head = read_head(memory)
+    _restore(host, vm, new, memory)
+    return _wake(host, vm, new, report)
+
+
+def _restore(host: Host, vm: Domain, new: Sequence[Newcomer], memory: SavedMemory) -> None:
+    """Bring them to where the memory is, their processors held and their cables pulled."""
+    head = memory.head()
+
+    def restore(one: Newcomer) -> None:
+        own_head = saved_memory.head(copies.xml_of(host, vm, head.xml, one), head.cookie)
+        with hosts.another(host) as own, memory.piped(head.size, own_head) as pipe:
+            saved.restore_paused(own.conn, str(pipe), name=one.name)
+            saved.set_links(own.conn, one.name, up=False)
+
+    at_once([lambda one=one: restore(one) for one in new])  # type: ignore[misc]
+
+
+def _wake(host: Host, vm: Domain, new: Sequence[Newcomer], report: Reporter) -> tuple[Forked, ...]:
     made: dict[str, Forked] = {}
 
-    def bring(one: Newcomer) -> None:
-        made[one.name] = _bring(host, vm, one, head, memory, report)
+    def wake(one: Newcomer) -> None:
+        with hosts.another(host) as own:
+            made[one.name] = _wake_one(own, vm, one, report)
 
-    at_once([lambda one=one: bring(one) for one in new])  # type: ignore[misc]
+    at_once([lambda one=one: wake(one) for one in new])  # type: ignore[misc]
     return tuple(made[one.name] for one in new)
 
 
-def _bring(host: Host, vm: Domain, one: Newcomer, head: Head, memory: Path, report: Reporter) -> Forked:
+def _wake_one(host: Host, vm: Domain, one: Newcomer, report: Reporter) -> Forked:
     began = time.monotonic()
-    own_head = saved_memory.head(copies.xml_of(host, vm, head.xml, one), head.cookie)
-    with _piped(memory, head.size, own_head) as pipe:
-        saved.restore_paused(host.conn, str(pipe), name=one.name)
-    saved.set_links(host.conn, one.name, up=False)
     domain.resume(host.conn, one.name)
-    restored = time.monotonic()
-    _renew(host, vm, one)
+    exact = _renew(host, vm, one)
     saved.set_links(host.conn, one.name, up=True)
     renewed = time.monotonic()
     there = domain.find(host.conn, one.name)
@@ -260,85 +290,46 @@ def _bring(host: Host, vm: Domain, one: Newcomer, head: Head, memory: Path, repo
         error.hint = f"VM {one.name} is deleted again; is there a DHCP client in the guest, and an SSH server?"
         raise
     ended = time.monotonic()
-    quietly(lambda: agent.sync_time(host, one.name))  # what it was told on the way grew older on the way
+    if not exact:
+        quietly(lambda: agent.sync_time(host, one.name))  # what it was told on the way grew older on the way
     copies.complete(host, one)
-    report(
-        Step(
-            f"{one.name} runs: restored {restored - began:.2f} s, renewed {renewed - restored:.2f} s, "
-            f"ssh {ended - renewed:.2f} s"
-        )
-    )
+    report(Step(f"{one.name} runs: renewed {renewed - began:.2f} s, ssh {ended - renewed:.2f} s"))
     return Forked(one.name, one.uuid, where.host if where else "")
 
 
-@contextmanager
-def _piped(memory: Path, start: int, head: bytes) -> Iterator[Path]:
-    """A pipe from which ``head`` can be read, and behind it the file from ``start`` on. Who reads it may die."""
-    pipe = memory.with_name(f"{secrets.token_hex(8)}.pipe")
-    os.mkfifo(pipe, 0o600)
-    over = threading.Event()
-
-    def opened() -> int | None:
-        if over.is_set():
-            return -1
-        with suppress(OSError):  # nobody reads yet
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        return None
-
-    def feed() -> None:
-        out = wait_until(opened, what="reader of the memory", timeout_s=_AGENT_S, interval_s=0.005)
-        if out < 0:
-            return
-        try:
-            os.set_blocking(out, True)
-            with suppress(OSError):
-                fcntl.fcntl(out, fcntl.F_SETPIPE_SZ, _PIPE)
-            with suppress(BrokenPipeError):
-                _pour(memory, start, head, out)
-        finally:
-            os.close(out)
-
-    feeder = threading.Thread(target=feed, name="memory", daemon=True)
-    feeder.start()
-    try:
-        yield pipe
-    finally:
-        over.set()
-        pipe.unlink()
-
-
-def _pour(memory: Path, start: int, head: bytes, out: int) -> None:
-    with memory.open("rb") as file:
-        view = memoryview(head)
-        while view:
-            view = view[os.write(out, view) :]
-        while sent := os.sendfile(out, file.fileno(), start, _CHUNK):
-            start += sent
-
-
-def _renew(host: Host, vm: Domain, one: Newcomer) -> None:
+def _renew(host: Host, vm: Domain, one: Newcomer) -> bool:
+    """Tell it who it is. Whether its clock is right then."""
     # A card on user networking keeps its MAC until the next boot: QEMU forwards to the address that this MAC has got.
     plugged = {nic.mac.lower() for nic in vm.facts.nics}
-
-    def connected() -> bool:
-        return agent_state(host.conn, one.name) is AgentState.CONNECTED
-
-    wait_until(connected, what=f"agent of VM {one.name}", timeout_s=_AGENT_S, interval_s=0.01)
     new = renewal.Renewal(
         hostname=one.name,
         machine_id=copies.machine_id(one),
         host_key_private=one.key.private,
         host_key_public=one.key.public,
         entropy=secrets.token_bytes(64),
-        now=time.time(),
+        now=0.0,
         macs={old: new for old, new in (one.card_macs or {}).items() if old in plugged},
         addresses=_addresses(host, one),
     )
 
+    def connected() -> bool:
+        state, why = domain.state(host.conn, one.name)
+        if state not in domain.ACTIVE:
+            raise WrongState(f"cannot renew the identity of VM {one.name}: it is {domain.told(state, why)}")
+        return agent_state(host.conn, one.name) is AgentState.CONNECTED
+
+    wait_until(connected, what=f"agent of VM {one.name}", timeout_s=_AGENT_S, interval_s=0.01)
+
+    def timed() -> renewal.Renewal:
+        return replace(new, now=time.time())
+
+    doing = "renew the identity of"
     try:
-        agent.feed(host, one.name, [renewal.PROGRAM], renewal.told(new).encode(), "renew the identity of")
+        agent.feed(host, one.name, [renewal.PROGRAM], lambda: renewal.told(timed()).encode(), doing)
     except GuestCommandFailed:  # an image without it
-        agent.feed(host, one.name, ["/bin/sh", "-s"], renewal.script(new).encode(), "renew the identity of")
+        agent.feed(host, one.name, ["/bin/sh", "-s"], lambda: renewal.script(timed()).encode(), doing)
+        return False
+    return True
 
 
 def _addresses(host: Host, one: Newcomer) -> dict[str, tuple[str, str]]:

@@ -91,6 +91,15 @@ def open_entry(entry: HostEntry, settings: Settings, folders: Folders) -> Host:
     return Host(connection.connect(entry.uri, way), settings, folders, entry)
 
 
+def another(host: Host) -> Host:
+    """The same host by a connection of its own, for a thread whose calls must not wait for another one's.
+
+    libvirt 9.0's client can lose the wake-up that sends a call while another thread waits for a long one: the call is
+    sent when that one is answered.
+    """
+    return Host(connection.connect(host.conn.uri), host.settings, host.folders)
+
+
 def qemu_user_name(user: str | None) -> str | None:
     """The name of the user libvirt gives as a number; None when QEMU runs as the connecting user."""
     if user is None or not user.isdigit():

@@ -17,11 +17,25 @@ def recipes() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in image_recipes_dir().glob("*/recipe.toml")))
 
 
-def build(host: Host, name: str, report: Reporter) -> Manifest:
-    """Build image ``name`` by its recipe and put it into the store. Raises NotFound, ImageError."""
+def _require_known(name: str) -> None:
     if name not in recipes():
         known = ", ".join(recipes())
         raise NotFound(f"cannot build image {name}: there is no recipe of that name", hint=f"recipes: {known}")
+
+
+def preview(host: Host, name: str) -> tuple[str, ...]:
+    """What building an image would do. Raises as build() does before it changes anything."""
+    _require_known(name)
+    folder = image_recipes_dir() / name
+    return (
+        f"build it by {folder / 'recipe.toml'}, its packages fetched where they are not at hand",
+        images.would_add(host, name),
+    )
+
+
+def build(host: Host, name: str, report: Reporter) -> Manifest:
+    """Build image ``name`` by its recipe and put it into the store. Raises NotFound, ImageError."""
+    _require_known(name)
     with images.making(host, name) as folder:
         try:
             return images.add(host, _built(name, folder, report), report)

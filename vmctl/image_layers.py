@@ -50,14 +50,35 @@ sync
 """
 
 
-def build(host: Host, recipe: LayeredRecipe, report: Reporter) -> Manifest:
-    """Build the image, from the last step on whose result is in the store. Raises what its guests meet."""
+def _begun(host: Host, recipe: LayeredRecipe) -> tuple[Image, tuple[str, ...], dict[str, Manifest], int]:
+    """The base, the keys of all steps, the images that are results of steps, and how many steps need not be taken."""
     if not host.conn.local:
         raise Unsupported(f"cannot build image {recipe.name} there: run vmctl on {host.conn.host} itself")
-    current = images.find(host, recipe.base)
-    wanted = keys(recipe, current.manifest.digest)
+    base = images.find(host, recipe.base)
+    wanted = tuple(keys(recipe, base.manifest.digest))
     layers = {manifest.layer: manifest for manifest in images.list_images(host) if manifest.layer}
-    done = first_missing(wanted, frozenset(layers))
+    return base, wanted, layers, first_missing(wanted, frozenset(layers))
+
+
+def preview(host: Host, recipe: LayeredRecipe) -> tuple[str, ...]:
+    """What building the image would do. Raises as build() does before it changes anything."""
+    base, wanted, layers, done = _begun(host, recipe)
+    last = layers[wanted[done - 1]].stem if done else base.manifest.stem
+    told = [f"go on from image {last}, {done} of {len(wanted)} steps being as they were"]
+    for number in range(done, len(wanted)):
+        told.append(
+            f"boot VM build-{wanted[number][:12]} for step {number + 1}, {recipe.steps[number].name}; delete it"
+        )
+        name = recipe.name if number == len(wanted) - 1 else f"{recipe.name}.step{number + 1}"
+        told.append(images.would_add(host, name))
+    if done == len(wanted):
+        told.append(images.would_add(host, recipe.name))
+    return tuple(told)
+
+
+def build(host: Host, recipe: LayeredRecipe, report: Reporter) -> Manifest:
+    """Build the image, from the last step on whose result is in the store. Raises what its guests meet."""
+    current, wanted, layers, done = _begun(host, recipe)
     if done:
         current = images.with_paths(host, layers[wanted[done - 1]])
         report(Step(f"{done} of {len(wanted)} steps are as they were: going on from {current.manifest.stem}"))

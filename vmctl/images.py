@@ -339,6 +339,22 @@ def find_unused(host: Host, name: str) -> Image:
     return image
 
 
+def would_add(host: Host, name: str) -> str:
+    """What a new image called ``name`` would be, in the store."""
+    older = [one.stem for one in list_images(host) if one.name == name]
+    pool = host.settings.image_pool
+    return f"put image {name}-… into pool {pool}" + (
+        f"; {', '.join(older)} stay until they are pruned" if older else ""
+    )
+
+
+def files(host: Host, manifest: Manifest) -> tuple[str, ...]:
+    """The files of an image that are there."""
+    pool = host.settings.image_pool
+    folder, there = storage.pool_path(host.conn, pool), set(storage.volume_names(host.conn, pool))
+    return tuple(f"{folder}/{volume}" for volume in manifest.volumes() if volume in there)
+
+
 def delete(host: Host, name: str, report: Reporter) -> Manifest:
     """Delete an image that nothing needs. Raises as find_unused()."""
     with changing(host, find(host, name).manifest.name):

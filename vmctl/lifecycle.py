@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from enum import StrEnum
 
-from vmctl import disk_guard, domain_job, networks, render, spec
+from vmctl import disk_guard, domain_job, forgotten, networks, render, spec
 from vmctl.accel import timeout_scale
 from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, WaitTimeout, WrongState
 from vmctl.events import Reporter, Step
@@ -53,6 +53,7 @@ def start(host: Host, name: str, report: Reporter) -> Started:
         )
     if vm.active:
         return Started.ALREADY
+    forgotten.require_none(host, vm.name, vm.uuid, f"start VM {name}")
     for nic in vm.facts.nics:
         if nic.source == host.settings.network:
             networks.ensure(host, report)

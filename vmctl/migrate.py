@@ -10,7 +10,7 @@ from functools import partial
 
 from vmctl import host_ssh, migrate_facts, migrate_storage, migrate_watch
 from vmctl.choices import Accel
-from vmctl.errors import Interrupted, MigrationFailed, PreflightFailed, SpecError, VmctlError, quietly
+from vmctl.errors import Interrupted, MigrationFailed, PreflightFailed, SpecError, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.guest import address, known_hosts
 from vmctl.hosts import Host, holding
@@ -135,6 +135,16 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             )
             report(Warned(text))
         return _live(ends, looked, wish, report) if looked.vm.active else _offline(ends, looked, wish, report)
+
+
+def adjust(source: Host, name: str, *, bandwidth: int, downtime_ms: int | None) -> None:
+    """Give a migration under way other limits. Raises WrongState where there is none."""
+    if not migration.busy(source.conn, name):
+        raise WrongState(f"cannot adjust the migration of VM {name}: none is under way")
+    if bandwidth:
+        migration.set_bandwidth(source.conn, name, bandwidth)
+    if downtime_ms is not None:
+        migration.set_downtime(source.conn, name, downtime_ms)
 
 
 # Measured with QEMU 7.2: of eight live migrations of a busy emulated guest, by virsh, one left it with a kernel whose

@@ -250,7 +250,9 @@ def _storage(facts: Facts) -> Iterator[Problem]:
                 yield Problem(f"{what} is in use on {there.name}, by running VM {user}", "stop that one")
             continue
         if not facts.copy:
-            yield Problem(f"{what} is on {here.name} only: {there.name} does not see the same file", "--copy-storage")
+            yield Problem(
+                f"{what} is on {here.name} only: {there.name} does not see the same file", "--copy-storage overlay"
+            )
             continue
         if need.folder_missing:
             folder = need.path.rpartition("/")[0]

@@ -260,6 +260,7 @@ def reach(host: Host, vm: Domain, *, timeout_s: float, report: Reporter) -> Addr
     """
     watch = _Watch(host, vm, time.monotonic)
     watch.where = address(host, vm)
+    watch.took.append((Goal.RUNNING, 0.0))
     if watch.where is not None:
         try:
             wait_until(watch.ssh, what="", timeout_s=timeout_s, interval_s=_POLL_S)

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vmctl import render
+from vmctl import bare_guest
 from vmctl.accel import LASTING, NATIVE_NOPS_CYCLES, Check, KvmFindings, Verdict, load, probe_check, store
 from vmctl.accel_probe import End, ProbeRun, lines_of
-from vmctl.errors import VmctlError, quietly
-from vmctl.hypervisor import capabilities, console, storage
+from vmctl.errors import VmctlError
+from vmctl.hypervisor import capabilities
 from vmctl.hypervisor.connection import Connection
+from vmctl.render import ProbeView
 from vmctl.resources import baremetal_guest
 
 # libvirt offers no machine without firmware, and a kernel that interprets its guests takes 3 s for that alone.
@@ -85,15 +86,9 @@ def _enough(said: bytes) -> bool:
 def _run(conn: Connection, guest: bytes, pool: str, pool_xml: Callable[[], str]) -> ProbeRun:
     name = f"{_PREFIX}-{secrets.token_hex(6)}"
     facts = capabilities.host_facts(conn)
-    storage.ensure_pool(conn, pool, pool_xml)
-    try:
-        volume = render.VolumeView(f"{name}.elf", len(guest), "raw", mode="0644")
-        path = storage.create_volume(conn, pool, render.volume(volume), name=volume.name)
-        storage.upload_bytes(conn, pool, volume.name, guest)
-        view = render.ProbeView(name, "kvm", "kvm64", str(facts.emulator), path)
-        heard = console.transcript(conn, render.probe(view), until=_enough, timeout_s=_TIMEOUT_S)
-    finally:
-        quietly(lambda: storage.delete_volume(conn, pool, f"{name}.elf"))
+    with bare_guest.uploaded(conn, pool, pool_xml, name, guest) as path:
+        view = ProbeView(name, "kvm", "kvm64", str(facts.emulator), path)
+        heard = bare_guest.hear(conn, view, until=_enough, timeout_s=_TIMEOUT_S)
     lines = lines_of(heard.said)
     if heard.timed_out:
         return ProbeRun(End.TIMEOUT, -1, lines, "")

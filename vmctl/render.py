@@ -97,7 +97,10 @@ class PoolView:
 
 @dataclass(frozen=True, slots=True)
 class ProbeView:
-    """Everything probe.xml.j2 prints: a bare-metal guest that says on its serial line what ``accel`` is worth."""
+    """Everything probe.xml.j2 prints: a bare-metal guest that says on its serial line what it found out.
+
+    ``words`` are its command line, ``arguments`` further ones of QEMU's; ``cpu`` is a model's name for mode custom.
+    """
 
     name: str
     accel: str
@@ -105,6 +108,10 @@ class ProbeView:
     emulator: str
     kernel: str
     memory_mib: int = 32
+    cpu_mode: str = "custom"
+    vcpus: int = 1
+    words: str = ""
+    arguments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

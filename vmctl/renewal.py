@@ -145,13 +145,18 @@ def script(new: Renewal) -> str:
     return text
 
 
+def clock(now: float) -> str:
+    """What the program of our images is told of the time alone."""
+    return f"clock {now:.6f}\n"
+
+
 def told(new: Renewal) -> str:
     """The same for the program of our images: a word and its value a line, the key last."""
     lines = [
         f"entropy {new.entropy.hex()}",
         f"hostname {new.hostname}",
         f"machine-id {new.machine_id}",
-        f"clock {new.now:.6f}",
+        clock(new.now).rstrip("\n"),
         f"public {new.host_key_public}",
         *(f"mac {old} {mac}" for old, mac in new.macs.items()),
         *(f"address {mac} {address} {gateway}" for mac, (address, gateway) in new.addresses.items()),

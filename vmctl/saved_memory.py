@@ -43,17 +43,18 @@ def _refused(why: str) -> VmctlError:
     return Unsupported(f"cannot use the saved memory: {why}", hint="it was saved by a libvirt that is not known here")
 
 
-def length(header: bytes) -> int:
+def length(header: bytes, *, partial: bool = False) -> int:
     """How many bytes of the file are its head, header included, told by its first ``HEADER`` bytes.
 
-    Raises Unsupported for anything but an uncompressed image of the one known version.
+    ``partial``: it is still being written. Raises Unsupported for anything but an uncompressed image of the one known
+    version.
     """
     if len(header) < HEADER:
         raise _refused("it is cut off in its header")
     magic, version, data, _, compressed, _ = _LAYOUT.unpack_from(header)
-    if magic == _PARTIAL:
+    if magic == _PARTIAL and not partial:
         raise _refused("it was not written to its end")
-    if magic != MAGIC:
+    if magic not in {MAGIC, _PARTIAL}:
         raise _refused("it does not begin as libvirt's files do")
     if version != _VERSION:
         raise _refused(f"its version is {version}, not {_VERSION}")
@@ -64,12 +65,12 @@ def length(header: bytes) -> int:
     return HEADER + int(data)
 
 
-def parse(head: bytes) -> Head:
+def parse(head: bytes, *, partial: bool = False) -> Head:
     """The head, of exactly the ``length`` its header tells, with the first bytes of the stream behind it.
 
-    Raises Unsupported.
+    ``partial`` as for ``length``. Raises Unsupported.
     """
-    size = length(head)
+    size = length(head, partial=partial)
     if len(head) < size + len(_STREAM_MAGIC):
         raise _refused("it is cut off in its description")
     if head[size : size + len(_STREAM_MAGIC)] != _STREAM_MAGIC:

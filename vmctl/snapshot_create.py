@@ -245,7 +245,7 @@ def _call(host: Host, plan: _Plan, name: str, order: Order, report: Reporter) ->
     live = order.live and mode.memory
 
     def take() -> None:
-        snapshots.take(host.conn, vm.name, xml, disks_only=only, live=live)
+        snapshots.take(host.conn, vm.name, xml, snapshot_journal.aside(host, vm.name), disks_only=only, live=live)
 
     domain_job.blocking(host, vm.name, take, report, f"take snapshot {plan.ref}")
     if plan.nvram:

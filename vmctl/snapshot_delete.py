@@ -91,7 +91,7 @@ def remove(host: Host, vm: Domain, one: Snapshot, report: Reporter) -> None:
     path = snapshot_journal.begin(host, entry)
     xml = snapshot_xml.without_overlays(one.xml)
     if xml != one.xml:
-        snapshots.redefine(host.conn, vm.name, xml, current=one.current)
+        snapshot_settle.redefine(host, vm.name, xml, current=one.current)
     snapshots.forget(host.conn, vm.name, one.name)
     snapshot_settle.drop_unneeded(host, one.aside)
     try:

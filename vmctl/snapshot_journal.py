@@ -6,6 +6,7 @@ libvirt's definitions and the headers of the files say (snapshot_layers.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -40,6 +41,20 @@ def _folder(host: Host) -> Path:
     return host.folders.data / "snapshot-journal"
 
 
+def aside(host: Host, vm: str) -> Path:
+    """The file in which a VM's checkpoints are noted while libvirt must not know of them."""
+    digest = hashlib.sha256(host.conn.uri.encode()).hexdigest()[:8]
+    return _folder(host) / f"{digest}-{vm}.checkpoints"
+
+
+def _set_aside(host: Host) -> Iterator[str]:
+    """The VMs whose checkpoints a killed change has left so."""
+    for path in sorted(_folder(host).glob("*.checkpoints")):
+        vm = path.name.partition("-")[2].removesuffix(".checkpoints")
+        if path == aside(host, vm):
+            yield vm
+
+
 def begin(host: Host, entry: Entry) -> Path:
     """Write an entry, on the disk for good before this returns, and say where it is."""
     path = _folder(host) / f"{uuid4()}.json"
@@ -63,4 +78,10 @@ def entries(host: Host) -> Iterator[tuple[Path, Entry]]:
 
 def unsettled(host: Host) -> list[str]:
     """One line for each change that was begun and not ended."""
-    return [f"{entry.doing} of snapshot {entry.vm}.{entry.snapshot}" for _, entry in entries(host)]
+    found = [f"{entry.doing} of snapshot {entry.vm}.{entry.snapshot}" for _, entry in entries(host)]
+    return [*found, *(f"the checkpoints of {vm} are set aside" for vm in _set_aside(host))]
+
+
+def vms(host: Host) -> frozenset[str]:
+    """The VMs with something to be settled."""
+    return frozenset({entry.vm for _, entry in entries(host)} | set(_set_aside(host)))

@@ -16,6 +16,7 @@ from pathlib import Path
 from vmctl import (
     disk_chain,
     disk_xml,
+    forgotten,
     image_users,
     qemu_img,
     resolve,
@@ -161,7 +162,7 @@ def _repoint(host: Host, seen: View, step: Merge, base: str, form: str, live: Di
         domain.define(host.conn, snapshot_xml.domain_with_files(text, moved), name=name)
     for one in snapshots.snapshots(host.conn, name):
         if one.files & moved.keys():
-            snapshots.redefine(host.conn, name, snapshot_xml.with_files(one.xml, moved), current=one.current)
+            snapshot_settle.redefine(host, name, snapshot_xml.with_files(one.xml, moved), current=one.current)
 
 
 def _spellings(seen: View, path: str) -> set[str]:
@@ -231,7 +232,10 @@ def working_on(host: Host, vm: str, report: Reporter) -> Iterator[Domain]:
     """The VM, nobody else's to change within the block; what a killed change left is settled first."""
     with holding(host, vm, timeout_s=_LOCK_TIMEOUT_S):
         settle(host, vm, report)
-        yield domain.find(host.conn, vm)
+        found = domain.find(host.conn, vm)
+        if not found.active:
+            forgotten.require_none(host, vm, found.uuid, f"work on snapshots of VM {vm}")
+        yield found
 
 
 def settle(host: Host, name: str, report: Reporter, *, merging: bool = False) -> None:
@@ -255,7 +259,7 @@ def _tidied(host: Host, entry: Entry, report: Reporter, *, merging: bool) -> boo
 def rename(host: Host, vm: str, name: str, new: str) -> None:
     """Give a snapshot that has no children yet another name."""
     (one,) = [one for one in snapshots.snapshots(host.conn, vm) if one.name == name]
-    snapshots.redefine(host.conn, vm, snapshot_xml.with_name(one.xml, new), current=True)
+    snapshot_settle.redefine(host, vm, snapshot_xml.with_name(one.xml, new), current=True)
     snapshots.forget(host.conn, vm, name)
 
 
@@ -292,6 +296,6 @@ def write_aside(path: str, data: bytes) -> None:
 
 def settle_all(host: Host, report: Reporter) -> None:
     """The same for all VMs that nobody works on, to the end."""
-    for name in sorted({entry.vm for _, entry in snapshot_journal.entries(host)}):
+    for name in sorted(snapshot_journal.vms(host)):
         with holding(host, name):
             settle(host, name, report, merging=True)

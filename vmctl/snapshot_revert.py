@@ -18,6 +18,7 @@ from vmctl import (
     disk_guard,
     disk_xml,
     domain_files,
+    hosts,
     image_users,
     qcow2_overlay,
     resolve,
@@ -193,10 +194,11 @@ def _libvirts(host: Host, found: _Plan, report: Reporter, start: bool | None) ->
     if backup_marks.give_up(host, found.vm):
         report(Step(f"the next backup of {found.vm.name} will be a full one"))
     memory = found.one.memory != "no"
-    known.revert(host.conn, found.vm.name, found.one.name, running=None if memory and start is None else start or None)
+    running = False if memory and start is False else None if memory and start is None else start or None
+    known.revert(host.conn, found.vm.name, found.one.name, running=running)
     now = domain.find(host.conn, found.vm.name)
     if start is False and now.active:
-        _stop(host, now)
+        domain.power_off(host.conn, now.name)
 
 
 def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None) -> None:
@@ -212,13 +214,13 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
         for new, file, form in found.fresh.values():
             qcow2_overlay.make(Path(new), Path(file), form)
         if vm.active:
-            _stop(host, vm)
+            _stop(host, vm, for_good=not (saved or start))
         elif vm.state is State.SAVED:
             domain.drop_saved(host.conn, vm.name)
         current = [other for other in known.snapshots(host.conn, vm.name) if other.current]
         undo.callback(quietly, lambda: _back(host, found, current))
         domain.define(host.conn, found.moved(found.definition), name=vm.name)
-        known.redefine(host.conn, vm.name, one.xml, current=True)
+        snapshot_settle.redefine(host, vm.name, one.xml, current=True)
         if nvram:
             variables = Path(found.nvram).read_bytes()
             undo.callback(lambda: _keep_nvram(host, found, variables))
@@ -236,8 +238,8 @@ def _looking(host: Host) -> Iterator[list[Seen]]:
     seen: list[Seen] = []
 
     def look() -> None:
-        with suppress(VmctlError):
-            seen.append(image_users.look(host.conn))
+        with suppress(VmctlError), hosts.another(host) as own:
+            seen.append(image_users.look(own.conn))
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
@@ -264,9 +266,9 @@ def _saved(host: Host, found: _Plan) -> str:
     return found.moved(text)
 
 
-def _stop(host: Host, vm: Domain) -> None:
-    """End the VM at once: nothing of what it has is kept."""
-    if not domain.kill(host.conn, vm.name):
+def _stop(host: Host, vm: Domain, *, for_good: bool) -> None:
+    """End the VM at once: nothing of what it has is kept. One that stays stopped must not be called crashed."""
+    if for_good or not domain.kill(host.conn, vm.name):
         from vmctl import lifecycle
 
         lifecycle.power_off(host, vm.name)
@@ -279,7 +281,7 @@ def _back(host: Host, found: _Plan, current: Sequence[Snapshot]) -> None:
         return
     domain.define(host.conn, found.before, name=name)
     for one in current:
-        known.redefine(host.conn, name, one.xml, current=True)
+        snapshot_settle.redefine(host, name, one.xml, current=True)
 
 
 def _run(host: Host, found: _Plan, saved: str, *, start: bool | None) -> None:

@@ -27,6 +27,7 @@ _JOB_TIMEOUT_S = 600.0
 
 def settle(host: Host, name: str, report: Reporter) -> None:
     """Settle what was begun on a VM, whose name is held. What is left to be merged stays in the journal."""
+    snapshots.put_back(host.conn, name, snapshot_journal.aside(host, name))
     for path, entry in snapshot_journal.entries(host):
         if entry.vm != name or not (entry.files or entry.frozen or entry.nvram):
             continue
@@ -80,7 +81,12 @@ def kept_of(entry: Entry) -> Kept:
 
 def keep(host: Host, name: str, one: Snapshot, kept: Kept) -> None:
     """Write down what vmctl keeps of a snapshot."""
-    snapshots.redefine(host.conn, name, snapshot_xml.with_kept(one.xml, kept), current=one.current)
+    redefine(host, name, snapshot_xml.with_kept(one.xml, kept), current=one.current)
+
+
+def redefine(host: Host, name: str, xml: str, *, current: bool) -> None:
+    """Describe a snapshot anew, as hypervisor.snapshots does."""
+    snapshots.redefine(host.conn, name, xml, snapshot_journal.aside(host, name), current=current)
 
 
 def nvram_of(host: Host, vm: Domain) -> str:

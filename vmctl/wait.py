@@ -17,6 +17,7 @@ def wait_until(
     what: str,
     timeout_s: float,
     interval_s: float = 0.1,
+    growth: float = 1.0,
     evidence: Callable[[], Sequence[str]] = tuple,
     hint: str = "",
     clock: Callable[[], float] = time.monotonic,
@@ -26,7 +27,7 @@ def wait_until(
 
     Probes at least once, also when ``timeout_s`` is 0, and once more at the very end, so that a slow probe
     cannot make a ready thing look late. Raises WaitTimeout with the lines of ``evidence``; whatever the probe
-    raises goes straight through.
+    raises goes straight through. Each pause is ``growth`` times as long as the one before.
     """
     began = clock()
     deadline = began + timeout_s
@@ -38,6 +39,7 @@ def wait_until(
         if last:
             raise WaitTimeout(what, after_s=clock() - began, evidence=evidence(), hint=hint)
         sleep(max(0.0, min(interval_s, deadline - clock())))
+        interval_s *= growth
 
 
 def pause(seconds: float) -> None:

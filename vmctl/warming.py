@@ -36,6 +36,7 @@ from vmctl.hypervisor.domain import Domain, State
 from vmctl.images import Image
 from vmctl.locks import held
 from vmctl.manifest import Manifest, Warm
+from vmctl.memory_pipe import SavedMemory
 from vmctl.readiness import Goal
 from vmctl.seed_disk import WENT_ON
 from vmctl.spec import VM
@@ -140,7 +141,7 @@ def _keep(host: Host, image: Image, vm: Domain, report: Reporter) -> Manifest:
     with workspace(disk.parent, PREFIX) as folder:
         aside = folder / "memory"
         saved.save_and_end(host.conn, vm.name, str(aside))
-        head = forking.read_head(aside)
+        head = SavedMemory(aside).head()
         report(Step(f"memory of {vm.name}: {aside.stat().st_size >> 20} MiB"))
         facts = domain_xml.parse(head.xml)
         copy = folder / "disk"
@@ -255,7 +256,7 @@ def create(host: Host, vm: VM, report: Reporter) -> Forked:
             hint=f"warm it again: vmctl image warm {image.manifest.name}; or create it without --warm",
         )
     disk, memory = paths(host, image.manifest)
-    head = forking.read_head(memory)
+    head = SavedMemory(memory).head()
     model = _model(head, vm)
     with copies.held_names(host, vm.name, [vm.name], "create"), ExitStack() as undo:
         images.ensure_pools(host)
@@ -273,7 +274,7 @@ def create(host: Host, vm: VM, report: Reporter) -> Forked:
                 lambda: copies.make_seed(host, model, new, size=seed_size),
             ]
         )
-        (made,) = forking.go_on(host, model, [new], memory, report)
+        (made,) = forking.go_on(host, model, [new], SavedMemory(memory), report)
         undo.pop_all()
     return made
 

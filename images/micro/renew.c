@@ -12,7 +12,8 @@
  *     private
  *     -----BEGIN OPENSSH PRIVATE KEY-----
  *
- * The cable is pulled while this runs. The SSH server is told to start anew first, for that takes the longest.
+ * Each is optional: one that was held for a moment is told the time alone. The cable is pulled while this runs. The SSH
+ * server is told to start anew first, for that takes the longest.
  */
 #define _GNU_SOURCE
 #include "micro.h"
@@ -33,6 +34,8 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+
+enum { HASTE_S = 5 };
 
 static int failures;
 
@@ -74,12 +77,25 @@ static void stir(const char *hex)
         close(fd);
 }
 
+/* How many nanoseconds ago this process began: what was told is older by that. */
+static long long age(void)
+{
+    struct timespec now;
+    long long found = 0;
+    char *line = read_file("/proc/self/stat", NULL), *at = line ? strrchr(line, ')') : NULL;
+    for (int field = 2; at && field < 22; field++)
+        at = strchr(at + 1, ' ');
+    if (at && clock_gettime(CLOCK_BOOTTIME, &now) == 0)
+        found = now.tv_sec * 1000000000LL + now.tv_nsec - atoll(at) * (1000000000LL / sysconf(_SC_CLK_TCK));
+    free(line);
+    return found > 0 ? found : 0;
+}
+
 static void set_clock(const char *text)
 {
-    struct timespec now = {.tv_sec = atoll(text)};
     const char *fraction = strchr(text, '.');
-    if (fraction)
-        now.tv_nsec = atol(fraction + 1) * 1000;
+    long long nanoseconds = atoll(text) * 1000000000LL + (fraction ? atol(fraction + 1) * 1000LL : 0) + age();
+    struct timespec now = {.tv_sec = nanoseconds / 1000000000LL, .tv_nsec = nanoseconds % 1000000000LL};
     if (clock_settime(CLOCK_REALTIME, &now) != 0)
         failed("clock");
 }
@@ -120,6 +136,16 @@ static void set_machine_id(const char *id)
         write_text("/var/lib/dbus/machine-id", line, 0444);
 }
 
+static void set_weight(const char *path, const char *weight)
+{
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    if (write(fd, weight, strlen(weight)) < 0)
+        failed(path);
+    close(fd);
+}
+
 /* --- SSH ----------------------------------------------------------------------------------------- */
 
 static void remove_others(const char *folder, const char *prefix, const char *kept)
@@ -151,6 +177,34 @@ static void signal_all(const char *command, int signal_number)
         closedir(processes);
 }
 
+/* Other services have much to do, too, when host name and cards change, and nobody waits for them: where each has a
+ * control group, the process's gets most of the processor's time, until weights are put back. */
+static struct {
+    char path[400];
+    char *before;
+} hastened[2];
+
+static void hasten(int which, int pid)
+{
+    char path[64], *group, *at;
+    snprintf(path, sizeof path, "/proc/%d/cgroup", pid);
+    group = read_file(path, NULL);
+    if (group && (at = strstr(group, "0::/")) && strcspn(at + 3, "\n") > 1) {
+        snprintf(hastened[which].path, sizeof hastened[which].path, "/sys/fs/cgroup%.*s/cpu.weight",
+                 (int)strcspn(at + 3, "\n"), at + 3);
+        hastened[which].before = read_file(hastened[which].path, NULL);
+        set_weight(hastened[which].path, "10000");
+    }
+    free(group);
+}
+
+static void no_longer_hasten(void)
+{
+    for (int which = 0; which < 2; which++)
+        if (hastened[which].before)
+            set_weight(hastened[which].path, hastened[which].before);
+}
+
 static void set_host_key(const char *armored, const char *public)
 {
     char line[512];
@@ -169,8 +223,11 @@ static void set_host_key(const char *armored, const char *public)
             failed("host key");
         remove_others("/etc/ssh", "ssh_host_", "ssh_host_ed25519_key");
         char *pid = read_file("/run/sshd.pid", NULL);
-        if (pid && atoi(pid) > 1)
+        if (pid && atoi(pid) > 1) {
+            hasten(0, getpid());
+            hasten(1, atoi(pid));
             kill(atoi(pid), SIGHUP);
+        }
         free(pid);
     }
 }
@@ -243,8 +300,8 @@ static void set_address(int control, const char *text)
         failed(text);
 }
 
-/* Down to the disk, with nobody waiting for it: the agent waits for all who hold its pipes. */
-static void sync_behind(void)
+/* Down to the disk, with nobody waiting for it: the agent waits for all who hold its pipes. And haste has an end. */
+static void finish_behind(void)
 {
     if (fork() != 0)
         return;
@@ -252,6 +309,8 @@ static void sync_behind(void)
     for (int fd = 0; fd < 3; fd++)
         close(fd);
     sync();
+    sleep(HASTE_S);
+    no_longer_hasten();
     _exit(0);
 }
 
@@ -278,6 +337,7 @@ int renew_main(void)
         set_machine_id(word);
     if (value(text, "clock", NULL, word, sizeof word))
         set_clock(word);
-    sync_behind();
+    if (*public)
+        finish_behind();
     return failures ? 1 : 0;
 }

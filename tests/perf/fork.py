@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import statistics
 import struct
@@ -32,8 +33,18 @@ FORKS, TIMEOUT_S = 10, 900
 def timed(*words: str) -> tuple[float, str]:
     """Seconds that a command took, and what it said."""
     began = time.monotonic()
-    done = subprocess.run([*VMCTL, *words], check=True, capture_output=True, text=True, timeout=TIMEOUT_S)
+    done = subprocess.run([*VMCTL, *words], check=False, capture_output=True, text=True, timeout=TIMEOUT_S)
+    if done.returncode:
+        raise RuntimeError(f"vmctl {' '.join(words)} ended with {done.returncode}: {done.stderr}")
     return time.monotonic() - began, done.stdout + done.stderr
+
+
+def clear_away(prefix: str) -> None:
+    """Delete all VMs of that prefix, each by a command of its own: one that cannot be deleted keeps no other."""
+    listed = subprocess.run([*VMCTL, "list", "-o", "name"], check=True, capture_output=True, text=True).stdout
+    for name in listed.split():
+        if name.startswith(prefix):
+            subprocess.run([*VMCTL, "delete", name, "--yes"], check=False, stdout=subprocess.DEVNULL)
 
 
 class Gaps:
@@ -92,11 +103,12 @@ def measure(image: str, memory_mib: int) -> None:
         print(f"  median {median:.2f} s, least {min(singles):.2f} s; the boot takes {cold / median:.0f} times as long")
         print(f"  five at once, all reachable  {five:.2f} s; the parent held {held:.2f} s at most")
     finally:
-        subprocess.run([*VMCTL, "delete", f"{parent}*", "--yes"], check=False, capture_output=True)
+        clear_away(parent)
 
 
 def main() -> None:
     """Measure all that was named."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is made is cleared away then, too
     named = sys.argv[1:] or ["micro:512", "debian-12:1024"]
     with open_host() as host:
         for one in named:

@@ -105,6 +105,15 @@ def names(shell: Shell) -> Iterator[Callable[[], str]]:
         shell.run("delete", one, "--yes", "--missing-ok", check=None)
 
 
+@pytest.fixture
+def several(shell: Shell, name: str) -> Iterator[str]:
+    """What names of further VMs begin with; all of them are gone afterwards."""
+    yield f"{name}-of"
+    for one in shell.virsh("list", "--all", "--name").split():
+        if one.startswith(f"{name}-of"):
+            shell.run("delete", one, "--yes", check=None)
+
+
 def volumes(shell: Shell, pool: str = "vmctl") -> set[str]:
     """Names of the volumes in a pool, as virsh sees them after a fresh look."""
     shell.virsh("pool-refresh", pool, check=False)

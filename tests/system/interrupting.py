@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tests.system import libvirtd
 from vmctl import (
     agent,
     backup_copy,
@@ -57,7 +57,7 @@ CHANGES: dict[Any, tuple[str, ...]] = {
     qcow2_overlay: ("make",),
     disk_replace: ("copy_bytes", "sync_folder"),
     disk_journal: ("begin", "remove_file"),
-    snapshots: ("take", "redefine", "forget", "restore"),
+    snapshots: ("_set_aside", "take", "redefine", "forget", "restore"),
     snapshot_journal: ("begin",),
     snapshot_layers: ("write_aside", "remove_file"),
     snapshot_settle: ("put_nvram", "remove_file"),
@@ -78,7 +78,7 @@ def kill(which: str) -> None:
         with suppress(OSError, ValueError):
             os.kill(int(path.read_text()), signal.SIGKILL)
     if which == "LIBVIRTD":
-        subprocess.run(["libvirtd", "-d"], check=True, stdin=subprocess.DEVNULL)
+        libvirtd.begin()
 
 
 def main() -> int:
@@ -92,18 +92,18 @@ def main() -> int:
     def wrapped(label: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
-            count += 1
-            mine = count
-            if mine == at and which in VICTIMS:
-                log.write(label + "\n")
-                log.flush()
-                threading.Timer(0.03, kill, (which,)).start()
-            result = original(*args, **kwargs)
             if which in VICTIMS:
-                return result
+                count += 1
+                if count == at:
+                    log.write(label + "\n")
+                    log.flush()
+                    threading.Timer(0.03, kill, (which,)).start()
+                return original(*args, **kwargs)
+            result = original(*args, **kwargs)
+            count += 1  # now: one change may be made within another
             log.write(label + "\n")
             log.flush()
-            if mine == at:
+            if count == at:
                 os.kill(int(Path(pid_file).read_text()) if pid_file else os.getpid(), which)
             return result
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system import pattern
+from tests.system import libvirtd, pattern
 from tests.system.conftest import REPO, VMCTL, Shell, volumes
 from tests.system.test_backup import checkpoints, device, disk_of, holds, verified, write
 from tests.system.test_interrupted import interrupted
@@ -192,13 +192,6 @@ def test_qemu_killed_at_every_step_of_its_backup(shell: Shell, vm: str, store: P
     restores_to(shell, vm, store, want)
 
 
-def restart_libvirtd() -> None:
-    subprocess.run(["libvirtd", "-d"], check=True, timeout=60)
-    deadline = time.monotonic() + 60
-    while subprocess.run(["virsh", "-q", "uri"], capture_output=True, check=False).returncode:
-        assert time.monotonic() < deadline
-
-
 def test_libvirtd_killed_at_every_step_of_a_backup(shell: Shell, vm: str, store: Path, tmp_path: Path) -> None:
     fault = "backup, libvirtd SIGKILL"
     want = write(shell, vm, "first", BLOCKS)
@@ -210,7 +203,7 @@ def test_libvirtd_killed_at_every_step_of_a_backup(shell: Shell, vm: str, store:
         if len(steps) < at:
             break
         tried(fault)
-        restart_libvirtd()
+        libvirtd.begin()
         assert shell.virsh("domstate", vm) == "running"
         verified(vm, store)
         want = want[:-4096] + pattern.blocks(f"libvirtd{at}", 1)

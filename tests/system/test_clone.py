@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,15 +19,6 @@ WHO = (
     "hostname; cat /etc/hostname /etc/machine-id /sys/class/net/eth0/address; "
     "sha256sum </etc/dropbear/dropbear_ed25519_host_key"
 )
-
-
-@pytest.fixture
-def several(shell: Shell, name: str) -> Iterator[str]:
-    """A name for new VMs NAME-…, which are gone afterwards."""
-    yield f"{name}c"
-    for one in shell.virsh("list", "--all", "--name").split():
-        if one.startswith(f"{name}c"):
-            shell.run("delete", one, "--yes", check=None)
 
 
 def stopped(shell: Shell, name: str, *options: str) -> None:

@@ -5,11 +5,13 @@ After each the source runs or starts and holds what it held, and nothing is left
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from tests.system import pattern
 from tests.system.conftest import REPO, VMCTL, Shell, volumes
 from tests.system.test_clone import checked
 from tests.system.test_interrupted import interrupted
+from vmctl import disk_xml
 from vmctl.wait import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
@@ -34,9 +37,10 @@ def table() -> Iterator[None]:
     print(f"\nfaults in clone and fork: {TALLY['tried']} tried, {TALLY['survived']} survived")
 
 
-@pytest.fixture
-def vm(shell: Shell, name: str) -> Iterator[str]:
-    """A running VM that holds a pattern; all that comes of it is gone afterwards, and nothing left in the pool."""
+@pytest.fixture(scope="module")
+def guest() -> Iterator[str]:
+    """One VM that holds a pattern, for all faults; all that comes of it is gone afterwards, and nothing left behind."""
+    shell, name = Shell(), f"t-{secrets.token_hex(4)}"
     before = volumes(shell)
     shell.run("create", name, "--image", "micro", "--wait", "agent", timeout=240)
     pattern.write(name, "/root/data", DATA)
@@ -49,52 +53,98 @@ def vm(shell: Shell, name: str) -> Iterator[str]:
     assert not list(POOL.glob(".vmctl-*"))
 
 
-def whole(shell: Shell, vm: str, new: str, *, running: bool) -> None:
-    """What must hold after a fault: no new VM that is not whole, nothing unowned, and the source's data in it."""
-    TALLY["tried"] += 1
+@pytest.fixture
+def vm(shell: Shell, guest: str) -> str:
+    """The VM, running."""
+    if shell.virsh("domstate", guest) != "running":
+        shell.run("start", guest)
+        shell.run("wait", guest, "--for", "agent", "--timeout", "200", timeout=240)
+    return guest
+
+
+@pytest.fixture
+def off(shell: Shell, vm: str) -> str:
+    """The VM, stopped."""
+    shell.run("stop", vm, "--force")
+    return vm
+
+
+def content(shell: Shell, vm: str) -> str:
+    """Digest of all that a stopped VM would read from its first disk."""
+    disk = disk_xml.read(shell.virsh("dumpxml", vm, "--inactive"))[0]
+    raw = Path("/tmp/copy-content.raw")
+    subprocess.run(["qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk.source, str(raw)], check=True, timeout=60)
+    with raw.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def nothing_left(shell: Shell, new: str) -> None:
+    """After a fault: no new VM that is not whole, and nothing unowned. New VMs that are whole are deleted."""
     doctor = shell.run("doctor", "--fix", check=None)
     assert "no VM knows of" not in doctor.stdout, doctor.stdout
-    left = [one for one in shell.virsh("list", "--all", "--name").split() if one.startswith(new)]
-    for one in left:
-        shown = shell.json("show", one)
-        assert shown["state"] != "creating", one
-        shell.run("delete", one, "--yes")
-    if not running:
-        shell.run("start", vm)
+    for one in shell.virsh("list", "--all", "--name").split():
+        if one.startswith(new):
+            assert shell.json("show", one)["state"] != "creating", one
+            shell.run("delete", one, "--yes")
+    assert not list(POOL.glob(".vmctl-*"))
+
+
+def runs_on(shell: Shell, vm: str) -> None:
+    """The source is up and reads what it had written."""
     shell.run("wait", vm, "--for", "ssh", "--timeout", "200", timeout=240)
     assert pattern.holds(shell, vm, "/root/data", DATA)
-    assert not list(POOL.glob(".vmctl-*"))
-    if not running:
-        shell.run("stop", vm, "--force")
-        checked()
+
+
+@contextmanager
+def tried() -> Iterator[None]:
+    """One fault, which is survived when the block ends well."""
+    TALLY["tried"] += 1
+    yield
     TALLY["survived"] += 1
 
 
-@pytest.mark.parametrize("which", ["SIGKILL", "SIGINT"])
-def test_clone_stopped_after_every_step(shell: Shell, vm: str, tmp_path: Path, which: str) -> None:
-    shell.run("stop", vm, "--force")
-    new, at = f"{vm}c", 0
-    while True:
-        at += 1
-        code, steps = interrupted(tmp_path, which, at, "clone", vm, new)
-        if code == 0 and len(steps) < at:
-            break
-        assert code in {-signal.SIGKILL, 130, 0}, (code, steps)
-        whole(shell, vm, new, running=False)
-    assert at >= 8
+def after_every_step(tmp_path: Path, which: str, *words: str) -> Iterator[None]:
+    """Give a command line again and again, each time with a fault one step later, until there is no such step."""
+    codes = {"SIGKILL": {-signal.SIGKILL}, "SIGINT": {130, 0}}.get(which, set(range(20)))
+    for at in range(1, 60):
+        code, steps = interrupted(tmp_path, which, at, *words)
+        if (code == 0 and len(steps) < at) if which in {"SIGKILL", "SIGINT"} else not steps:
+            assert at >= 8
+            return
+        assert code in codes, (code, steps)
+        with tried():
+            yield
 
 
 @pytest.mark.parametrize("which", ["SIGKILL", "SIGINT"])
-def test_fork_stopped_after_every_step(shell: Shell, vm: str, tmp_path: Path, which: str) -> None:
-    new, at = f"{vm}f", 0
-    while True:
-        at += 1
-        code, steps = interrupted(tmp_path, which, at, "fork", vm, new)
-        if code == 0 and len(steps) < at:
-            break
-        assert code in {-signal.SIGKILL, 130, 0}, (code, steps)
-        whole(shell, vm, new, running=True)
-    assert at >= 8
+def test_clone_stopped_after_every_step(shell: Shell, off: str, tmp_path: Path, which: str) -> None:
+    new, before = f"{off}-new", content(shell, off)
+    for _ in after_every_step(tmp_path, which, "clone", off, new):
+        nothing_left(shell, new)
+        assert content(shell, off) == before
+        checked()
+    nothing_left(shell, new)
+    shell.run("start", off)
+    runs_on(shell, off)
+
+
+@pytest.mark.parametrize("which", ["SIGKILL", "SIGINT", "LIBVIRTD"])
+def test_fork_stopped_at_every_step(shell: Shell, vm: str, tmp_path: Path, which: str) -> None:
+    new = f"{vm}-new"
+    for _ in after_every_step(tmp_path, which, "fork", vm, new):
+        awake()
+        nothing_left(shell, new)
+        runs_on(shell, vm)
+    nothing_left(shell, new)
+
+
+def awake() -> None:
+    """libvirtd answers."""
+    wait_until(
+        lambda: subprocess.run(["virsh", "-q", "uri"], capture_output=True, timeout=60).returncode == 0,
+        what="libvirtd",
+        timeout_s=60,
+    )
 
 
 def qemu_of(name: str) -> int | None:
@@ -105,22 +155,31 @@ def qemu_of(name: str) -> int | None:
         return None
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.15, 0.4, 0.8])
-def test_the_new_vms_qemu_killed_in_its_beginning(shell: Shell, vm: str, after_s: float) -> None:
-    new = f"{vm}f"
+def test_the_new_vms_qemu_killed(shell: Shell, vm: str, tmp_path: Path) -> None:
+    """As soon as it is there, and after every step from the one on that brought it to the memory."""
+    new = f"{vm}-new"
     fork = subprocess.Popen([*VMCTL, "fork", vm, new], stderr=subprocess.PIPE, text=True, cwd=REPO)
     pid = wait_until(lambda: qemu_of(new), what="QEMU", timeout_s=60, interval_s=0.005)
-    time.sleep(after_s)
-    os.kill(pid, signal.SIGKILL)
-    _, errors = fork.communicate(timeout=300)
-    assert "Traceback" not in errors, errors
-    whole(shell, vm, new, running=True)
+    with tried():
+        os.kill(pid, signal.SIGKILL)
+        _, errors = fork.communicate(timeout=300)
+        assert "Traceback" not in errors, errors
+        nothing_left(shell, new)
+        runs_on(shell, vm)
+    code, steps = interrupted(tmp_path, "SIGINT", 60, "fork", vm, new)
+    assert code == 0
+    nothing_left(shell, new)
+    for at in range(steps.index("saved.restore_paused") + 1, len(steps) + 1):
+        with tried():
+            interrupted(tmp_path, f"SIGKILL@/run/libvirt/qemu/{new}.pid", at, "fork", vm, new)
+            nothing_left(shell, new)
+            runs_on(shell, vm)
 
 
 @pytest.mark.parametrize("step", ["the state of", "is taken"])
 def test_the_sources_qemu_killed(shell: Shell, vm: str, step: str) -> None:
     """Killed while its memory is written, and after: it starts again, by itself or in the layer it had got."""
-    new = f"{vm}f"
+    new = f"{vm}-new"
     fork = subprocess.Popen([*VMCTL, "fork", vm, new], stderr=subprocess.PIPE, text=True, cwd=REPO)
     assert fork.stderr is not None
     if step == "is taken":
@@ -130,63 +189,52 @@ def test_the_sources_qemu_killed(shell: Shell, vm: str, step: str) -> None:
         wait_until(lambda: list(POOL.glob(".vmctl-*/memory")), what="memory", timeout_s=60, interval_s=0.005)
     pid = qemu_of(vm)
     assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    _, errors = fork.communicate(timeout=300)
-    assert "Traceback" not in errors, errors
-    wait_until(
-        lambda: shell.virsh("domstate", vm) == "shut off", what="end of the source", timeout_s=60, interval_s=0.2
-    )
-    whole(shell, vm, new, running=False)
+    with tried():
+        os.kill(pid, signal.SIGKILL)
+        _, errors = fork.communicate(timeout=300)
+        assert "Traceback" not in errors, errors
+        wait_until(
+            lambda: shell.virsh("domstate", vm) == "shut off", what="end of the source", timeout_s=60, interval_s=0.2
+        )
+        nothing_left(shell, new)
+        checked()
+        shell.run("start", vm)
+        runs_on(shell, vm)
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.1, 0.3, 0.7, 1.2, 1.8])
-def test_libvirtd_killed_in_a_fork(shell: Shell, vm: str, after_s: float) -> None:
-    new = f"{vm}f"
-    fork = subprocess.Popen([*VMCTL, "fork", vm, new], stderr=subprocess.PIPE, text=True, cwd=REPO)
-    wait_until(lambda: list(POOL.glob(".vmctl-*")), what="its folder", timeout_s=60, interval_s=0.005)
-    time.sleep(after_s)
-    os.kill(int(Path("/run/libvirtd.pid").read_text()), signal.SIGKILL)
-    _, errors = fork.communicate(timeout=300)
-    assert "Traceback" not in errors, errors
-    subprocess.run(["libvirtd", "-d"], check=True, timeout=30)
-    wait_until(
-        lambda: subprocess.run(["virsh", "-q", "uri"], capture_output=True, timeout=60).returncode == 0,
-        what="libvirtd",
-        timeout_s=60,
-    )
-    whole(shell, vm, new, running=True)
-
-
-def test_a_full_pool(shell: Shell, vm: str) -> None:
-    """No room for the memory: the fork fails, says why, and the source runs on as it was."""
-    new = f"{vm}f"
-    whole_size = os.statvfs(POOL).f_blocks * os.statvfs(POOL).f_frsize
-    _resize(_used(POOL) + (20 << 20))
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """Only so many more bytes than there are now fit into the pool."""
+    found = os.statvfs(POOL)
+    _resize((found.f_blocks - found.f_bfree) * found.f_frsize + size)
     try:
-        done = shell.run("fork", vm, new, check=None, timeout=240)
-        assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+        yield
     finally:
-        _resize(whole_size)
-    whole(shell, vm, new, running=True)
-
-
-@pytest.mark.parametrize("options", [("--full",), ("--count", "3")])
-def test_a_full_pool_for_clones(shell: Shell, vm: str, options: tuple[str, ...]) -> None:
-    shell.run("stop", vm, "--force")
-    whole_size = os.statvfs(POOL).f_blocks * os.statvfs(POOL).f_frsize
-    _resize(_used(POOL) + (300 << 10))
-    try:
-        done = shell.run("clone", vm, f"{vm}c", *options, check=None, timeout=240)
-        assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
-    finally:
-        _resize(whole_size)
-    whole(shell, vm, f"{vm}c", running=False)
+        _resize(found.f_blocks * found.f_frsize)
 
 
 def _resize(size: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size}", "/var/lib/libvirt"], check=True)
 
 
-def _used(folder: Path) -> int:
-    found = os.statvfs(folder)
-    return (found.f_blocks - found.f_bfree) * found.f_frsize
+def test_a_full_pool(shell: Shell, vm: str) -> None:
+    """No room for the memory: the fork fails, says why, and the source runs on as it was."""
+    new = f"{vm}-new"
+    with tried():
+        with room(20 << 20):
+            done = shell.run("fork", vm, new, check=None, timeout=240)
+        assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+        nothing_left(shell, new)
+        runs_on(shell, vm)
+
+
+@pytest.mark.parametrize("options", [("--full",), ("--count", "3")])
+def test_a_full_pool_for_clones(shell: Shell, off: str, options: tuple[str, ...]) -> None:
+    new, before = f"{off}-new", content(shell, off)
+    with tried():
+        with room(300 << 10):
+            done = shell.run("clone", off, new, *options, check=None, timeout=240)
+        assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+        nothing_left(shell, new)
+        assert content(shell, off) == before
+        checked()

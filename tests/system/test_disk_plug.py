@@ -96,6 +96,14 @@ def test_a_dry_run_tells_and_touches_nothing(shell: Shell, vm: str) -> None:
     assert (shell.virsh("dumpxml", vm, "--inactive"), volumes(shell)) == (xml, there)
 
 
+def test_a_disk_that_is_not_there_is_told_in_our_words(shell: Shell, vm: str) -> None:
+    for words in (("show", "nosuch"), ("resize", "nosuch", "+1G"), ("delete", "nosuch", "--yes")):
+        told = shell.run("disk", *words, check=4).stderr
+        assert told.startswith("cannot find disk nosuch: pool vmctl has no volume nosuch\nhint: vmctl disk list"), told
+    told = shell.run("disk", "resize", vm, "+1G", check=4).stderr
+    assert f"hint: the disks of VM {vm}: {vm}:vda" in told, told
+
+
 def test_buses_that_take_no_disk_hot_are_told_and_wait_for_the_next_start(shell: Shell, vm: str, name: str) -> None:
     told = shell.run("disk", "attach", vm, "8M", "--bus", "sata", check=6)
     assert "takes no disk while the VM runs" in told.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,15 +18,6 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 POOL = Path("/var/lib/libvirt/vmctl/vmctl")
 # A process that counts in memory only, and a file written before: both have to be there in each fork.
 LIFE = "echo before >/run/before; (i=0; while :; do i=$((i+1)); echo $i >/run/count; sleep 0.2; done) >/dev/null 2>&1 &"
-
-
-@pytest.fixture
-def several(shell: Shell, name: str) -> Iterator[str]:
-    """A name for new VMs NAME-…, which are gone afterwards."""
-    yield f"{name}f"
-    for one in shell.virsh("list", "--all", "--name").split():
-        if one.startswith(f"{name}f"):
-            shell.run("delete", one, "--yes", check=None)
 
 
 def warmed(shell: Shell, name: str, *options: str) -> None:

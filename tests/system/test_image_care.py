@@ -103,6 +103,13 @@ def test_a_single_bit_is_found(shell: Shell, stored: Callable[[], str]) -> None:
     shell.run("image", "verify", "none", check=4)
 
 
+def test_a_dry_run_of_a_delete_names_the_files(shell: Shell, stored: Callable[[], str]) -> None:
+    one = stored()
+    told = shell.run("image", "delete", one, "--dry-run").stdout.splitlines()
+    assert set(told) == {f"would delete {path}" for path in STORE.iterdir() if path.name.startswith(f"{one}.")}
+    assert len(told) == 2 and shell.run("image", "show", one)
+
+
 def test_prune_takes_the_old_ones_and_says_what(shell: Shell, stored: Callable[[], str]) -> None:
     one, two, three = stored(), stored(), stored()
     before = volumes(shell, "vmctl-images")

@@ -19,6 +19,7 @@ import pytest
 from tests import warm
 from tests.system.conftest import REPO, VMCTL, Shell, environment
 from vmctl.wait import wait_until
+from vmctl.workspace import is_leftover
 
 pytestmark = pytest.mark.system
 
@@ -32,8 +33,8 @@ def qemu_img(*words: str | Path) -> None:
 
 
 def in_store() -> set[str]:
-    """All names in the store's folder and what lies beside the packages in the cache."""
-    return {p.name for p in STORE.iterdir()} | {p.name for p in CACHE.iterdir() if "making" in p.name}
+    """All names in the store's folder and what lies beside the packages in the cache, which other runs share."""
+    return {p.name for p in STORE.iterdir()} | {p.name for p in CACHE.glob(".making-*") if is_leftover(p)}
 
 
 def disk(path: Path, mib: int = 2, size_mib: int = 16) -> Path:

@@ -42,6 +42,11 @@ def test_only_what_changed_is_built_again(shell: Shell, name: str, tmp_path: Pat
         assert "step 1 of 2: files" in first and "step 2 of 2: last" in first
         assert "2 of 2 steps are as they were" in shell.run("image", "build", str(path)).stderr
         path.write_text(RECIPE % "echo two > /srv/last")
+        there = shell.json("image", "list")
+        would = shell.run("image", "build", str(path), "--dry-run").stdout
+        assert "1 of 2 steps being as they were" in would and "for step 2, last; delete it" in would
+        assert "would put image t-web-… into pool vmctl-images; t-web-" in would
+        assert shell.json("image", "list") == there
         changed = shell.run("image", "build", str(path)).stderr
         assert "1 of 2 steps are as they were" in changed and "step 1 of 2" not in changed
         path.write_text(RECIPE % "echo no such luck; exit 3")

@@ -128,6 +128,14 @@ def test_an_image_of_an_older_recipe_is_told_of_until_it_is_built_again(shell: S
     assert "older recipe" not in shell.run("create", name, "--image", "micro", *words).stderr
 
 
+def test_a_dry_run_tells_and_changes_nothing(shell: Shell) -> None:
+    before = shell.json("image", "list")
+    told = shell.run("image", "build", "micro", "--dry-run").stdout
+    assert "micro/recipe.toml" in told and "would put image micro-… into pool vmctl-images; micro-" in told
+    assert "no recipe" in shell.run("image", "build", "nosuch", "--dry-run", check=4).stderr
+    assert shell.json("image", "list") == before
+
+
 def test_what_was_built_last_is_what_the_name_means(shell: Shell) -> None:
     """A recipe taken back to an earlier state: its image is there already, behind a newer one."""
     with open_host() as host:

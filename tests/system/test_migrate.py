@@ -100,6 +100,10 @@ def test_a_stopped_one(pair: Pair, vm: str) -> None:
     assert pair.vmctl("-c", "h1", "exec", vm, "--", "cat", "/root/kept").stdout == "on disk\n"
 
 
+def test_to_where_there_is_room(pair: Pair, vm: str) -> None:
+    assert f"{vm}: h1 -> h2" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "auto").stdout
+
+
 def test_what_is_asked_to_stay(pair: Pair, vm: str) -> None:
     pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--transient", "--keep-source")
     assert pair.where(vm) == {"h1": "shut off", "h2": "running"}
@@ -198,6 +202,22 @@ def test_a_busy_guest(pair: Pair) -> None:
         assert pair.where(name) == {"h2": "running"}
         assert "the VM changes memory as fast as it is sent" in said.stderr
         assert "no end in sight at this rate" in said.stderr
+
+
+def test_limits_that_change_on_the_way(pair: Pair) -> None:
+    with busy(pair) as name:
+        assert (
+            "none is under way"
+            in pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--adjust", "--bandwidth", "9M", check=6).stderr
+        )
+        process = pair.begin("-c", "h1", "migrate", name, "--to", "h2", "--bandwidth", "1M")
+        until(lambda: sending(pair, name), "the migration sends")
+        assert pair.machine("h1").virsh("migrate-getspeed", name) == "1"
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--adjust", "--bandwidth", "900M", "--downtime", "700")
+        assert pair.machine("h1").virsh("migrate-getmaxdowntime", name) == "700"
+        _, said = process.communicate(timeout=40)  # at 1 MiB/s it would take more than a minute
+        assert process.returncode == 0, said
+        assert pair.where(name) == {"h2": "running"}
 
 
 def test_what_takes_too_long_is_given_up(pair: Pair) -> None:

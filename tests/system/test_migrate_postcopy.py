@@ -1,4 +1,4 @@
-"""Post-copy: the target runs the VM before all of its memory is there. What breaks then is said beforehand."""
+"""Post-copy, where what breaks is said beforehand, and encrypted migration: where hosts must be set up for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.system
 
 @pytest.fixture(scope="module")
 def pair(make_testbed: Callable[..., Testbed], tmp_path_factory: pytest.TempPathFactory, micro_image: None) -> Pair:
-    return known_pair(make_testbed(2, shared=True, qemu_root=True), tmp_path_factory.mktemp("config"))
+    return known_pair(make_testbed(2, shared=True, tls=True, qemu_root=True), tmp_path_factory.mktemp("config"))
 
 
 def test_only_when_asked_for(pair: Pair) -> None:
@@ -42,4 +42,19 @@ def test_cut_off_in_its_second_half_it_is_said_and_recovered(pair: Pair) -> None
         pair.bed.limit(None)
         recovered = pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--recover")
         assert f"{name}: h1 -> h2" in recovered.stdout
+        assert pair.where(name) == {"h2": "running"}
+
+
+def test_encrypted(pair: Pair) -> None:
+    with busy(pair) as name:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--tls")
+        assert pair.where(name) == {"h2": "running"}
+        # By a certificate that another authority signed, nothing is sent.
+        first = pair.machine("h1")
+        first.run("sh", "-c", "cd /etc/pki/qemu && cp ca-cert.pem good.pem && cp server-cert.pem ca-cert.pem")
+        try:
+            said = pair.vmctl("-c", "h2", "migrate", name, "--to", "h1", "--tls", check=12).stderr
+            assert f"{name} runs on h2 as before" in said
+        finally:
+            first.run("sh", "-c", "cd /etc/pki/qemu && mv good.pem ca-cert.pem")
         assert pair.where(name) == {"h2": "running"}

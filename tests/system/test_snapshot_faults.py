@@ -236,6 +236,29 @@ def test_delete_of_the_middle(machine: Machine, tmp_path: Path, fault: str) -> N
     assert at > 4
 
 
+def test_killed_while_checkpoints_are_set_aside(machine: Machine, tmp_path: Path) -> None:
+    """libvirt knows them again, and the next backup is an increment."""
+    shell, store = machine.shell, ("--folder", str(tmp_path / "backups"))
+    shell.run("backup", "create", machine.name, *store)
+    marks = shell.virsh("checkpoint-list", machine.name, "--name").split()
+    count, at, steps = counted("checkpoints aside", "SIGKILL"), 0, [""]
+    count[0] += 1
+    while steps[-1] != "snapshots._set_aside":
+        at += 1
+        code, steps = interrupted(tmp_path, "SIGKILL", at, "snapshot", "create", f"{machine.name}.new")
+        assert code == -signal.SIGKILL
+    assert shell.virsh("checkpoint-list", machine.name, "--name").split() == []
+    assert f"checkpoints of {machine.name} are set aside" in shell.run("doctor", check=None).stdout
+    machine.settled()
+    assert shell.virsh("checkpoint-list", machine.name, "--name").split() == marks
+    machine.write("marked")
+    assert "incremental" in shell.run("backup", "create", machine.name, *store).stdout
+    machine.write("now")
+    for one in reversed(shell.virsh("checkpoint-list", machine.name, "--name").split()):
+        shell.virsh("checkpoint-delete", machine.name, one, "--metadata")
+    count[1] += 1
+
+
 @dataclass
 class Guest(Machine):
     """A running VM with a snapshot ``held`` of its memory and of its disk of 16 MiB, gone back to before each fault."""
@@ -277,6 +300,7 @@ class Guest(Machine):
         if not found.stdout:
             return False
         assert "unknown mirror job type" in Path("/var/log/libvirt/libvirtd.log").read_text()
+        assert f"{self.name} runs in process" in self.shell.run("doctor", check=None).stdout
         print(f"libvirt does not know of {self.name}, which runs")
         subprocess.run(["kill", "-KILL", *found.stdout.split()], check=True)
         wait_until(

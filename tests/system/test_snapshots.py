@@ -211,6 +211,9 @@ def test_internal_ones_and_virshs(shell: Shell, vm: str) -> None:
     assert holds(shell, vm, "inside")
     shell.run("snapshot", "revert", f"{vm}.by-virsh", "--yes")
     assert holds(shell, vm, "later")
+    shell.run("snapshot", "revert", f"{vm}.inside", "--yes", "--no-start")
+    assert shell.json("show", vm)["state"] == "stopped"  # not crashed: it was meant to end
+    shell.run("snapshot", "revert", f"{vm}.by-virsh", "--yes")
     shell.run("snapshot", "delete", f"{vm}.inside", f"{vm}.by-virsh", "--yes")
     assert names(shell, vm) == [] and holds(shell, vm, "later")
     # Now external ones that virsh makes, with files where it likes.
@@ -283,7 +286,9 @@ def test_a_renamed_vm_gets_its_disks_back_and_under_its_old_name_its_memory(shel
         before = sources(shell, f"{vm}-b", "--inactive")
         refused = shell.run("snapshot", "revert", f"{vm}-b.one", "--yes", check=8)
         assert f"vmctl rename {vm}-b {vm}" in refused.stderr and sources(shell, f"{vm}-b", "--inactive") == before
+        up(shell, f"{vm}-b")
         shell.run("snapshot", "revert", f"{vm}-b.one", "--yes", "--no-start")
+        assert shell.json("show", f"{vm}-b")["state"] == "stopped"
         up(shell, f"{vm}-b")
         assert holds(shell, f"{vm}-b", "one")
         shell.virsh("destroy", f"{vm}-b")

@@ -79,6 +79,15 @@ def test_every_word_from_elsewhere_leads_to_a_command() -> None:
         assert not set(known) & set(commands) and set(known.values()) <= set(commands), group
 
 
+@pytest.mark.parametrize("group", ["backup", "bench", "disk", "disk pool", "host", "image", "snapshot"])
+def test_the_help_of_a_group_is_whole(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """First sentences to their end, and completion where it is installed, at the top only."""
+    run([*group.split(), "--help"])
+    text = capsys.readouterr().out
+    assert "Commands:" in text and "..." not in text.partition("Commands:")[2] and "completion" not in text
+    told(capsys, *group.split(), "crete")
+
+
 def test_wrong_choices_are_told_with_all_other_problems(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = told(
         capsys, "create", "web 1", "--image", "micro", "--accel", "nope", "--machine", "vax", "--vcpus", "many",

@@ -132,8 +132,12 @@ def test_exit_codes_in_the_readme() -> None:
                 "vmctl.lifecycle",
                 "vmctl.creation",
                 "vmctl.builder",
+                "vmctl.bench",
+                "vmctl.cli.bench",
             },
         ),
+        (["bench", "list"], {"libvirt", "jsonschema", "paramiko", "jinja2", "rich", "yaml", "vmctl.accel"}),
+        (["bench", "compare", "a", "b"], {"libvirt", "jsonschema", "paramiko", "jinja2", "rich", "yaml"}),
         (["image", "search"], {"urllib3", "jsonschema", "paramiko", "rich", "yaml", "vmctl.builder.micro"}),
         (
             ["image", "export", "nope", "nope.raw"],

@@ -107,3 +107,8 @@ def test_a_changed_header_is_read_or_refused(at: int, byte: int) -> None:
 def test_what_cannot_be_written() -> None:
     with pytest.raises(Unsupported):
         saved_memory.head("<domain>\0</domain>", "")
+
+
+def test_one_that_is_still_being_written_is_read_when_that_is_expected() -> None:
+    partial = b"LibvirtQemudPart" + file()[16:]
+    assert saved_memory.parse(partial, partial=True) == saved_memory.parse(file())

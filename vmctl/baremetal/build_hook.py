@@ -11,14 +11,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-GUESTS = {"probe": ("start.S", "machine.c", "probe.c")}
+_FOUNDATIONS = ("start.S", "machine.c")
+GUESTS = {
+    "probe": (*_FOUNDATIONS, "probe.c"),
+    "traps": (*_FOUNDATIONS, "board.c", "clock.c", "apic.c", "smp.S", "rows.c", "traps.c"),
+    "popek": (*_FOUNDATIONS, "board.c", "apic.c", "smp.S", "workload.c", "sensitive.c", "popek.c"),
+    "process": ("process.c", "workload.c"),  # the same work in a process of the host
+}
+_PROCESSES = {"process"}
 _FLAGS = (
     # No red zone, for traps come on the same stack; no SSE, for nothing has switched it on. No symbols (-s): among
     # them are gcc's temporary names, which differ from build to build.
     "-std=gnu11 -O2 -Wall -Wextra -Werror -ffreestanding -nostdlib -static -fno-pic -fno-pie -no-pie -mno-red-zone "
     "-mno-sse -mgeneral-regs-only -fno-stack-protector -fcf-protection=none -fno-asynchronous-unwind-tables "
-    "-Wl,-n -Wl,-T,link.ld -Wl,--build-id=none -Wl,-s -Wl,--no-warn-rwx-segments"
+    "-Wl,--build-id=none -Wl,-s"
 ).split()
+_GUEST_FLAGS = "-Wl,-n -Wl,-T,link.ld -Wl,--no-warn-rwx-segments".split()
 _TIMEOUT_S = 120
 
 
@@ -30,7 +38,7 @@ def compile_guests(folder: Path) -> None:
             out = Path(temporary) / f"{name}.elf"
             try:
                 subprocess.run(
-                    ["gcc", *_FLAGS, "-o", str(out), *sources],
+                    ["gcc", *_FLAGS, *([] if name in _PROCESSES else _GUEST_FLAGS), "-o", str(out), *sources],
                     cwd=folder,
                     check=True,
                     capture_output=True,
@@ -43,7 +51,7 @@ def compile_guests(folder: Path) -> None:
                 raise RuntimeError(f"cannot compile vmctl's guest {name}: {error.stderr.strip()}") from error
             except subprocess.TimeoutExpired as error:
                 raise RuntimeError(f"cannot compile vmctl's guest {name}: gcc took over {_TIMEOUT_S} s") from error
-            out.chmod(0o644)
+            out.chmod(0o755 if name in _PROCESSES else 0o644)
             out.replace(folder / f"{name}.elf")
 
 

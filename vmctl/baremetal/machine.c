@@ -1,7 +1,7 @@
 /* Serial line, exit, interrupt table. */
 #include "machine.h"
 
-enum { COM1 = 0x3f8, LINE_STATUS = COM1 + 5, TRANSMITTER_EMPTY = 0x20, DEBUG_EXIT = 0xf4 };
+enum { COM1 = 0x3f8, LINE_STATUS = COM1 + 5, TRANSMITTER_EMPTY = 0x20, DATA_READY = 1, DEBUG_EXIT = 0xf4 };
 
 static void put(char letter) {
     /* Bounded: a machine without that port must not stop us here. */
@@ -14,6 +14,8 @@ void print(const char *text) {
     while (*text)
         put(*text++);
 }
+
+int heard(char letter) { return inb(LINE_STATUS) & DATA_READY && inb(COM1) == (u8)letter; }
 
 static void print_in_base(u64 value, u64 base) {
     char digits[24];
@@ -38,7 +40,7 @@ void leave(u8 code) {
         __asm__ volatile("cli; hlt");
 }
 
-struct gate {
+struct gate_descriptor {
     u16 low, selector;
     u8 stack, kind;
     u16 middle;
@@ -58,17 +60,17 @@ struct pointer {
 
 extern char stubs[], trap_stack_top[];
 extern u64 gdt[];
-void leave_cpl3(void);
 
-static struct gate idt[256];
+static struct gate_descriptor idt[256];
 static struct task_state task;
 
 volatile struct seen seen;
 void *volatile resume;
 
 void trap(struct frame *frame) {
-    if (frame->vector == 0x80) {
+    if (frame->vector == 0x80 || resume == (void *)leave_cpl3) {
         seen.cs = frame->cs;
+        resume = 0;
         leave_cpl3();
     }
     seen.count++;
@@ -88,14 +90,23 @@ void trap(struct frame *frame) {
     resume = 0;
 }
 
-void traps_init(void) {
-    for (int i = 0; i < 256; i++) {
-        u64 stub = (u64)(stubs + 16 * i);
-        /* A 64-bit interrupt gate; only 0x80 may be called from CPL 3. */
-        idt[i] = (struct gate){stub, 0x08, 0, i == 0x80 ? 0xee : 0x8e, stub >> 16, stub >> 32, 0};
-    }
+void gate(u8 vector, const void *handler) {
+    u64 at = (u64)handler;
+    idt[vector] = (struct gate_descriptor){at, 0x08, 0, 0x8e, at >> 16, at >> 32, 0}; /* a 64-bit interrupt gate */
+}
+
+void open_gate(u8 vector) { idt[vector].kind = 0xee; }
+
+void traps_load(void) {
     struct pointer table = {sizeof idt - 1, (u64)idt};
     __asm__ volatile("lidt %0" ::"m"(table));
+}
+
+void traps_init(void) {
+    for (int i = 0; i < 256; i++)
+        gate(i, stubs + 16 * i);
+    open_gate(0x80);
+    traps_load();
 
     /* The I/O map lies past the segment's limit, or CPL 3 could do port I/O. */
     task.rsp0 = (u64)trap_stack_top;

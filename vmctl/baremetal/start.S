@@ -16,6 +16,7 @@
 entry32:
         cld
         movl    $stack_top, %esp
+        movl    %ebx, start_info
 
         /* One table of each level: the first GiB, identity mapped in 2 MiB pages, open to CPL 3 as well. */
         movl    $(pdpt + 7), pml4
@@ -123,7 +124,7 @@ at_cpl3:
         movq    %rsp, kernel_rsp
         pushq   $0x1b                   /* user data */
         pushq   $user_stack_top
-        pushq   $0x2                    /* flags: interrupts stay off */
+        pushq   user_flags
         pushq   $0x23                   /* user code */
         pushq   %rdi
         iretq
@@ -132,6 +133,8 @@ at_cpl3:
         .globl  leave_cpl3
 leave_cpl3:
         movq    kernel_rsp, %rsp
+        movw    $0x10, %ax              /* the CPU made it null on the way here; QEMU's far calls look at it */
+        movw    %ax, %ss
         popq    %r15
         popq    %r14
         popq    %r13
@@ -142,6 +145,9 @@ leave_cpl3:
 
         .data
         .align  16
+        .globl  user_flags
+user_flags:
+        .quad   0x2                     /* interrupts stay off */
         .globl  gdt
 gdt:    .quad   0
         .quad   0x00af9a000000ffff      /* 08: kernel code, 64 bit */
@@ -149,6 +155,8 @@ gdt:    .quad   0
         .quad   0x00cff2000000ffff      /* 18: user data */
         .quad   0x00affa000000ffff      /* 20: user code, 64 bit */
         .quad   0, 0                    /* 28: task state segment, filled in by C */
+        .quad   0x00cf9a000000ffff      /* 38: kernel code, 32 bit */
+        .quad   0x00cffa000000ffff      /* 40: user code, 32 bit */
 gdt_end:
 gdt_pointer:
         .word   gdt_end - gdt - 1
@@ -156,6 +164,7 @@ gdt_pointer:
 
         .bss
         .align  4096
+        .globl  pml4, pdpt
 pml4:   .skip   4096
 pdpt:   .skip   4096
 pd:     .skip   4096
@@ -167,6 +176,9 @@ user_stack_top:
         .globl  trap_stack_top
 trap_stack_top:
 kernel_rsp:
+        .skip   8
+        .globl  start_info
+start_info:
         .skip   8
 
         .section .note.GNU-stack, "", @progbits

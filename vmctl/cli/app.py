@@ -66,6 +66,7 @@ COMMANDS: Mapping[str, Entry] = {
     "snapshot": Entry("snapshot", "app", "States of VMs to go back to."),
     "backup": Entry("backup", "app", "Backups of VMs, and VMs restored from them."),
     "host": Entry("host", "app", "Hosts that VMs run on."),
+    "bench": Entry("bench", "app", "What virtualization costs, measured."),
     "doctor": Entry("diagnose", "doctor", "Find, explain and mend what is wrong with a host."),
     "demo": Entry("diagnose", "demo", "Show the main job from end to end."),
 }

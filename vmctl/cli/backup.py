@@ -9,7 +9,7 @@ import typer
 
 from vmctl import ui
 from vmctl.choices import Compression
-from vmctl.cli.command import Command
+from vmctl.cli.command import Command, group
 from vmctl.cli.options import (
     ConnectOption,
     DryRunOption,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vmctl.backup_plan import Pruning
     from vmctl.hosts import Host
 
-app = typer.Typer(help="Backups of VMs, and VMs restored from them.", no_args_is_help=True, rich_markup_mode=None)
+app = group("Backups of VMs, and VMs restored from them.")
 
 FolderOption = Annotated[
     Optional[Path],  # noqa: UP045

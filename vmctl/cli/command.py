@@ -40,6 +40,16 @@ class Group(TyperGroup):
             )
         return super().resolve_command(ctx, args)
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the overview, each command with its first sentence, whole."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(400)) for name, one in self.commands.items()])
+
+
+def group(text: str) -> typer.Typer:
+    """A group of commands, with its help."""
+    return typer.Typer(cls=Group, help=text, no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+
 
 def _gathering(param: Any) -> None:
     """Let a parameter note a value that it cannot take, and go on as if none had been given."""

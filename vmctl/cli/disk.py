@@ -9,7 +9,7 @@ import typer
 from vmctl import ui
 from vmctl.choices import Aio, Bus, Cache, Discard, DiskFormat
 from vmctl.cli import disk_content, disk_pool
-from vmctl.cli.command import Command, Group
+from vmctl.cli.command import Command, group
 from vmctl.cli.options import (
     ConnectOption,
     DiskName,
@@ -26,9 +26,7 @@ from vmctl.ui import Output
 if TYPE_CHECKING:
     from vmctl.disks import Shown
 
-app = typer.Typer(
-    cls=Group, help="Disks of VMs, and the pools they lie in.", no_args_is_help=True, rich_markup_mode=None
-)
+app = group("Disks of VMs, and the pools they lie in.")
 app.add_typer(disk_pool.app, name="pool")
 
 

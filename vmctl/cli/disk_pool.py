@@ -8,11 +8,11 @@ import typer
 
 from vmctl import ui
 from vmctl.choices import PoolType
-from vmctl.cli.command import Command, Group
+from vmctl.cli.command import Command, group
 from vmctl.cli.options import ConnectOption, DryRunOption, OutputOption, YesOption, opened, refuse_unless_yes, reporter
 from vmctl.ui import Output
 
-app = typer.Typer(cls=Group, help="Storage pools.", no_args_is_help=True, rich_markup_mode=None)
+app = group("Storage pools.")
 PoolName = Annotated[str, typer.Argument(metavar="POOL", help="Name of the pool.")]
 
 

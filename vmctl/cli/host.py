@@ -1,4 +1,4 @@
-"""vmctl host: the group, with add, list, show, check, remove and top; info is in a file of its own."""
+"""vmctl host: the group, with add, list, show, check, remove and top; info and drain are in files of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from vmctl import ui
-from vmctl.cli.command import Command, Group
+from vmctl.cli.command import Command, group
 from vmctl.cli.diagnose import info
 from vmctl.cli.host_plan import balance, consolidate, drain
 from vmctl.cli.options import HostName, HostNames, OutputOption, fleet_of_config, note
@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from vmctl.host_check import HostFinding
     from vmctl.host_show import HostDetail
 
-app = typer.Typer(cls=Group, help="Hosts that VMs run on.", no_args_is_help=True, rich_markup_mode=None)
+app = group("Hosts that VMs run on.")
 app.command("info", cls=Command)(info)
-for verb in (drain, balance, consolidate):
-    app.command(cls=Command)(verb)
 
 HostTimeout = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Longest wait for each host.")
@@ -224,3 +222,7 @@ def _top(rows: Sequence[TopRow]) -> str:
             for r in rows
         ],
     )
+
+
+for verb in (drain, balance, consolidate):
+    app.command(cls=Command)(verb)

@@ -9,15 +9,24 @@ import typer
 
 from vmctl import ui
 from vmctl.cli import image_care, image_files, image_warm
-from vmctl.cli.command import Command, Group
-from vmctl.cli.options import ConnectOption, ImageName, OutputOption, YesOption, opened, refuse_unless_yes, reporter
+from vmctl.cli.command import Command, group
+from vmctl.cli.options import (
+    ConnectOption,
+    DryRunOption,
+    ImageName,
+    OutputOption,
+    YesOption,
+    opened,
+    refuse_unless_yes,
+    reporter,
+)
 from vmctl.errors import HostUnreachable, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
     from vmctl.manifest import Manifest
 
-app = typer.Typer(cls=Group, help="Images that VMs start from.", no_args_is_help=True, rich_markup_mode=None)
+app = group("Images that VMs start from.")
 
 
 def _complete(incomplete: str) -> list[str]:
@@ -68,6 +77,7 @@ def build(
     name: Annotated[
         str, typer.Argument(metavar="RECIPE", help="Name of a recipe that comes with vmctl, or the path of a .toml.")
     ],
+    dry_run: DryRunOption = False,
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
@@ -79,7 +89,14 @@ def build(
         if name.endswith(".toml"):
             from vmctl import image_layers, layers
 
-            manifest = image_layers.build(host, layers.load(Path(name)), report)
+            recipe = layers.load(Path(name))
+            if dry_run:
+                ui.say("\n".join(f"would {line}" for line in image_layers.preview(host, recipe)))
+                return
+            manifest = image_layers.build(host, recipe, report)
+        elif dry_run:
+            ui.say("\n".join(f"would {line}" for line in image_build.preview(host, name)))
+            return
         else:
             manifest = image_build.build(host, name, report)
         ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
@@ -217,12 +234,17 @@ def show(name: ImageName, connect: ConnectOption = None, output: OutputOption = 
 
 
 @app.command(cls=Command)
-def delete(name: ImageName, yes: YesOption = False, connect: ConnectOption = None) -> None:
+def delete(
+    name: ImageName, yes: YesOption = False, dry_run: DryRunOption = False, connect: ConnectOption = None
+) -> None:
     """Delete an image that no VM needs."""
     from vmctl import images
 
     with opened(connect) as host:
         manifest = images.find_unused(host, name).manifest
+        if dry_run:
+            ui.say("\n".join(f"would delete {path}" for path in images.files(host, manifest)))
+            return
         refuse_unless_yes([f"image {manifest.stem}, {ui.size(manifest.size)}"], yes=yes)
         images.delete(host, manifest.stem, reporter())
         ui.say(manifest.stem)

@@ -18,11 +18,11 @@ from vmctl.cli.options import (
     fleet_of_config,
     reporter,
 )
-from vmctl.errors import PartialFailure, PreflightFailed, SpecError, VmctlError
+from vmctl.errors import Interrupted, PartialFailure, PreflightFailed, SpecError, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from vmctl.migrate import Moved, Wish
     from vmctl.migrate_ends import Ends
@@ -40,6 +40,9 @@ def migrate(
         ),
     ],
     check: Annotated[bool, typer.Option("--check", help="Only look whether it could; exit 11 if not.")] = False,
+    adjust: Annotated[
+        bool, typer.Option("--adjust", help="Give one that is under way other --bandwidth and --downtime.")
+    ] = False,
     recover: Annotated[
         bool, typer.Option("--recover", help="Look where it is after a migration that was cut off, and end that.")
     ] = False,
@@ -77,7 +80,10 @@ def migrate(
         Optional[str],  # noqa: UP045
         typer.Option("--bandwidth", metavar="BYTES", help="Most bytes sent a second, as 50M."),
     ] = None,
-    downtime: Annotated[int, typer.Option("--downtime", metavar="MS", min=1, help="Downtime to begin with.")] = 300,
+    downtime: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--downtime", metavar="MS", min=1, help="Downtime to begin with; 300."),
+    ] = None,
     max_downtime: Annotated[
         int,
         typer.Option("--max-downtime", metavar="MS", min=1, help="Downtime it may come to when it does not converge."),
@@ -112,7 +118,7 @@ def migrate(
         way=Way.DIRECT if direct else Way.TUNNELLED if tunnelled else Way.PEER,
         live=live,
         copying=Copying(copy_storage.value) if copy_storage else Copying.NONE,
-        policy=Policy(downtime, max(downtime, max_downtime), give_up_s=timeout, postcopy=postcopy),
+        policy=Policy(downtime or 300, max(downtime or 300, max_downtime), give_up_s=timeout, postcopy=postcopy),
         persistent=persistent,
         keep=not undefine_source,
         auto_converge=auto_converge,
@@ -130,10 +136,22 @@ def migrate(
         return
     with _ends(connect, to) as ends:
         found = _wanted(ends, names, recover=recover)
-        if check:
+        if adjust:
+            _adjust(ends, found, _bytes(bandwidth), downtime)
+        elif check:
             _check(ends, found, wish, output)
         else:
             _move(ends, found, wish, output, recover=recover)
+
+
+def _adjust(ends: Ends, names: tuple[str, ...], bandwidth: int, downtime: int | None) -> None:
+    from vmctl import migrate as verb
+
+    if not bandwidth and downtime is None:
+        raise SpecError("cannot adjust: nothing to change is given", hint="--bandwidth, --downtime")
+    for name in names:
+        verb.adjust(ends.source, name, bandwidth=bandwidth, downtime_ms=downtime)
+        ui.say(f"{name}: adjusted")
 
 
 def _bytes(text: str | None) -> int:
@@ -180,19 +198,22 @@ def _check(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output) -> No
 
 
 def _move(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output, *, recover: bool) -> None:
-    """One after the other: two at once would only share the wire."""
     from vmctl import migrate as verb
     from vmctl import migrate_recover
 
-    work = migrate_recover.recover if recover else verb.migrate
-    report = reporter()
+    work, report = migrate_recover.recover if recover else verb.migrate, reporter()
+    _each(names, lambda name: work(ends, name, wish, report), output)
+
+
+def _each(names: tuple[str, ...], work: Callable[[str], Moved], output: Output) -> None:
+    """One after the other: two at once would only share the wire."""
     failures: dict[str, VmctlError] = {}
     moved: list[Moved] = []
     for name in names:
         try:
-            result = work(ends, name, wish, report)
+            result = work(name)
         except VmctlError as error:
-            if len(names) == 1 or error.exit_code == 130:
+            if len(names) == 1 or isinstance(error, Interrupted):
                 raise
             failures[name] = error
             continue

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from vmctl import ui
-from vmctl.cli.command import Command
+from vmctl.cli.command import Command, group
 from vmctl.cli.options import (
     GLOBALS,
     ConnectOption,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vmctl.snapshot_diff import Difference
     from vmctl.snapshots import Listed, Shown
 
-app = typer.Typer(help="States of VMs to go back to.", no_args_is_help=True, rich_markup_mode=None)
+app = group("States of VMs to go back to.")
 
 
 def _complete_snapshot(incomplete: str) -> list[str]:

@@ -7,6 +7,8 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any
 
+from vmctl.errors import reason
+
 SECTOR = 512
 _MOST_BYTES = 2 << 20
 
@@ -31,7 +33,10 @@ class Window:
         self._spent += count
         if self._spent > _MOST_BYTES:
             raise Unreadable("its header is absurdly long")
-        data = os.pread(self.handle, count, self.start + offset)
+        try:
+            data = os.pread(self.handle, count, self.start + offset)
+        except OSError as error:
+            raise Unreadable(f"it cannot be read: {reason(error)}") from error
         if len(data) != count:
             raise Unreadable("it is cut short")
         return data

@@ -19,6 +19,8 @@ from vmctl.wait import wait_until
 
 _SEND_TIMEOUT_S = 10.0
 _LISTEN_S = 0.05
+_LEAVE_S = 2.0
+_HEAR_OUT_S = 0.5
 
 
 @contextmanager
@@ -113,18 +115,33 @@ class Console:
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """What a domain said on its serial line, and whether it stopped by itself, or ran out of time."""
+    """What a domain said on its serial line, and whether it stopped by itself, or ran out of time.
+
+    ``gone``: it had ended altogether, and with it went what it had said in its last moment.
+    """
 
     said: bytes
     stopped: bool
     timed_out: bool
+    gone: bool = False
 
 
-def transcript(conn: Connection, xml: str, *, until: Callable[[bytes], bool], timeout_s: float) -> Transcript:
+def transcript(
+    conn: Connection,
+    xml: str,
+    *,
+    until: Callable[[bytes], bool],
+    timeout_s: float,
+    waited: Callable[[float | None], None] | None = None,
+    goodbye: bytes = b"",
+) -> Transcript:
     """Run a transient domain and listen until it has said enough, stops, or the time is over; then it is gone.
 
-    libvirt ends it too when the connection ends first. Needs no event loop: each question for the domain's state
-    brings along what its console has printed. Raises what libvirt says when it cannot be started.
+    ``goodbye`` is typed when it has said enough, to a guest that then ends by itself, which is quicker than to end it.
+    ``waited``, called before each ``until``, hears for how many seconds its first vCPU has waited for a CPU so far;
+    None where the host does not tell. libvirt ends the domain too when the connection ends first. Needs no event loop:
+    each question for the domain's state brings along what its console has printed. Raises what libvirt says when it
+    cannot be started.
     """
     flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_VALIDATE
     said = bytearray()
@@ -136,31 +153,78 @@ def transcript(conn: Connection, xml: str, *, until: Callable[[bytes], bool], ti
             try:
                 dom.resume()  # not before somebody listens
                 stopped = wait_until(
-                    partial(_heard, dom, stream, said, until),
+                    partial(_heard, dom, stream, said, _telling(conn, dom, waited, until)),
                     what="the probe",
                     timeout_s=timeout_s,
                     interval_s=_LISTEN_S,
                 )
+                if goodbye and stopped == "enough":
+                    _take_leave(dom, stream, goodbye)
+                if stopped == "stopped":
+                    _hear_out(dom, stream, said)
             except WaitTimeout:
                 return Transcript(bytes(said), stopped=False, timed_out=True)
             finally:
                 with suppress(libvirt.libvirtError):
                     stream.abort()
-            return Transcript(bytes(said), stopped=stopped == "stopped", timed_out=False)
+            return Transcript(bytes(said), stopped != "enough", timed_out=False, gone=stopped == "gone")
         finally:
             with suppress(libvirt.libvirtError):
                 dom.destroy()
 
 
-def _heard(dom: Any, stream: Any, said: bytearray, until: Callable[[bytes], bool]) -> str | None:
-    """Take what has come: "enough", "stopped", or None for neither yet."""
+def _take_leave(dom: Any, stream: Any, goodbye: bytes) -> None:
+    with suppress(libvirt.libvirtError, WaitTimeout):
+        stream.send(goodbye)
+        wait_until(lambda: not dom.isActive(), what="its end", timeout_s=_LEAVE_S, interval_s=_LISTEN_S)
+
+
+def _hear_out(dom: Any, stream: Any, said: bytearray) -> None:
+    """Take what is still on the way from a domain that has stopped and is there yet."""
+    with suppress(libvirt.libvirtError, WaitTimeout):
+        wait_until(
+            lambda: _heard(dom, stream, said, lambda _said: False) == "gone",
+            what="its end",
+            timeout_s=_HEAR_OUT_S,
+            interval_s=_LISTEN_S,
+        )
+
+
+def _telling(
+    conn: Connection, dom: Any, waited: Callable[[float | None], None] | None, until: Callable[[bytes], bool]
+) -> Callable[[bytes], bool]:
+    if waited is None:
+        return until
+
+    def look(said: bytes) -> bool:
+        waited(_waited_s(conn, dom))
+        return until(said)
+
+    return look
+
+
+def _waited_s(conn: Connection, dom: Any) -> float | None:
     try:
-        running = dom.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+        ((_, stats),) = conn.handle.domainListGetStats([dom], libvirt.VIR_DOMAIN_STATS_VCPU)
+    except (libvirt.libvirtError, ValueError):
+        return None  # it has ended
+    delay = stats.get("vcpu.0.delay")
+    return None if delay is None else delay / 1e9
+
+
+def _heard(dom: Any, stream: Any, said: bytearray, until: Callable[[bytes], bool]) -> str | None:
+    """Take what has come: "enough", "stopped", "gone", or None for none of these yet."""
+    try:
+        state = dom.state()[0]
     except libvirt.libvirtError as error:
         if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
             raise
-        running = False
+        state = libvirt.VIR_DOMAIN_SHUTOFF
     with suppress(libvirt.libvirtError):  # the stream ends with the domain
         while isinstance(data := stream.recv(64 * 1024), bytes) and data:
             said += data
-    return "enough" if until(bytes(said)) else None if running else "stopped"
+    if until(bytes(said)):
+        return "enough"
+    if state == libvirt.VIR_DOMAIN_RUNNING:
+        return None
+    return "gone" if state in {libvirt.VIR_DOMAIN_SHUTDOWN, libvirt.VIR_DOMAIN_SHUTOFF} else "stopped"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import libvirt
 
-from vmctl import snapshot_xml
+from vmctl import durable, snapshot_xml
 from vmctl.errors import NotFound
 from vmctl.hypervisor import domain
 from vmctl.hypervisor.connection import Connection
@@ -44,8 +47,8 @@ def names(conn: Connection) -> tuple[str, ...]:
         return tuple(f"{dom.name()}.{name}" for dom in conn.handle.listAllDomains() for name in dom.snapshotListNames())
 
 
-def take(conn: Connection, name: str, xml: str, *, disks_only: bool, live: bool) -> None:
-    """Take a snapshot, checked against libvirt's schema; blocks until done."""
+def take(conn: Connection, name: str, xml: str, aside: Path, *, disks_only: bool, live: bool) -> None:
+    """Take a snapshot, checked against libvirt's schema; blocks until done. ``aside``: see ``put_back``."""
     flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_VALIDATE
     if disks_only:
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
@@ -53,13 +56,13 @@ def take(conn: Connection, name: str, xml: str, *, disks_only: bool, live: bool)
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_LIVE
     with calling(f"take a snapshot of VM {name}"):
         dom = domain.handle(conn, name)
-        with _beside_checkpoints(dom):
+        with _beside_checkpoints(dom, aside):
             dom.snapshotCreateXML(xml, flags)
 
 
 @contextmanager
-def _beside_checkpoints(dom: libvirt.virDomain) -> Iterator[None]:
-    """Forget the checkpoints of a stopped domain meanwhile.
+def _beside_checkpoints(dom: libvirt.virDomain, aside: Path) -> Iterator[None]:
+    """Forget the checkpoints of a stopped domain meanwhile; the file ``aside`` holds them.
 
     libvirt 9.0 describes no snapshot of a stopped domain that has any, not knowing then whether its QEMU could merge
     their bitmaps. Their bitmaps stay in the files; whether they are still good is looked at by each backup.
@@ -70,25 +73,59 @@ def _beside_checkpoints(dom: libvirt.virDomain) -> Iterator[None]:
         if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
             raise
         found = []
-    kept = [one.getXMLDesc(0) for one in found]
+    if not found:
+        yield
+        return
+    kept = {one.getName(): one.getXMLDesc(0) for one in found}
     try:
-        for one in reversed(found):
-            one.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+        _set_aside(dom, found, kept, aside)
         yield
     finally:
-        there = {one.getName() for one in dom.listAllCheckpoints()} if kept else set()
-        for one, text in zip(found, kept, strict=True):
-            if one.getName() not in there:
-                dom.checkpointCreateXML(text, libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE)
+        _put_back(dom, kept)
+        aside.unlink(missing_ok=True)
 
 
-def redefine(conn: Connection, name: str, xml: str, *, current: bool) -> None:
-    """Describe a snapshot anew: only what libvirt knows of it changes. ``current``: the VM is there now."""
+def _set_aside(dom: libvirt.virDomain, found: Sequence[Any], kept: Mapping[str, str], aside: Path) -> None:
+    aside.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    new = aside.with_name(f"{aside.name}.new")
+    with new.open("w") as file:
+        json.dump({"uuid": dom.UUIDString(), "checkpoints": kept}, file)
+        durable.sync(file)
+    new.replace(aside)
+    for one in reversed(found):
+        one.delete(libvirt.VIR_DOMAIN_CHECKPOINT_DELETE_METADATA_ONLY)
+
+
+def _put_back(dom: libvirt.virDomain, kept: Mapping[str, str]) -> None:
+    there = {one.getName() for one in dom.listAllCheckpoints()}
+    for name, text in kept.items():
+        if name not in there:
+            dom.checkpointCreateXML(text, libvirt.VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE)
+
+
+def put_back(conn: Connection, name: str, aside: Path) -> None:
+    """Let libvirt know again of the checkpoints that a killed ``take`` or ``redefine`` left in the file ``aside``."""
+    try:
+        noted = json.loads(aside.read_text())
+    except FileNotFoundError:
+        return
+    dom = domain.find_or_none(conn, name)
+    if dom is not None and dom.uuid == noted["uuid"]:
+        with calling(f"put back the checkpoints of VM {name}"):
+            _put_back(domain.handle(conn, name), noted["checkpoints"])
+    aside.unlink(missing_ok=True)
+
+
+def redefine(conn: Connection, name: str, xml: str, aside: Path, *, current: bool) -> None:
+    """Describe a snapshot anew: only what libvirt knows of it changes. ``current``: the VM is there now.
+
+    ``aside``: see ``put_back``.
+    """
     flags = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE
     flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT if current else 0
     with calling(f"describe a snapshot of VM {name}"):
         dom = domain.handle(conn, name)
-        with _beside_checkpoints(dom):
+        with _beside_checkpoints(dom, aside):
             dom.snapshotCreateXML(xml, flags)
 
 

@@ -1,0 +1,1 @@
+"""Measuring what virtualization costs, from inside guests: workloads, their results, statistics, comparison."""

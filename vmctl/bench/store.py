@@ -1,0 +1,110 @@
+"""Where results are kept: one JSON file each, put there whole; checked against the published schema when read."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmctl import json_schema
+from vmctl.errors import NotFound, SpecError, VmctlError, reason
+
+_SCHEMA = Path(__file__).with_name("result.schema.json")
+LATEST = "latest"
+
+
+def schema() -> dict[str, Any]:
+    """The published JSON Schema of results."""
+    found: dict[str, Any] = json.loads(_SCHEMA.read_text())
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A result in the folder, as a list tells of it; ``problem`` says why one cannot be read."""
+
+    id: str
+    workload: str = ""
+    made: str = ""
+    accelerator: str = ""
+    complete: bool = False
+    problem: str = ""
+
+
+def folder(data: Path) -> Path:
+    """The folder of results among vmctl's own data."""
+    return data / "bench"
+
+
+def new_id(place: Path, workload: str, made: str) -> str:
+    """A name for a result made at that time (ISO 8601), which no other has."""
+    stem = f"{workload}-{made[:19].replace('-', '').replace(':', '').replace('T', '-')}"
+    names = (stem if not n else f"{stem}-{n + 1}" for n in range(1000))
+    return next(name for name in names if not (place / f"{name}.json").exists())
+
+
+def write(place: Path, values: Mapping[str, Any]) -> Path:
+    """Keep a result, in place of an earlier state of it. Raises VmctlError."""
+    path = place / f"{values['id']}.json"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=place, prefix=".writing-")
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(values, file)
+            Path(name).replace(path)
+        except BaseException:
+            with suppress(OSError):
+                Path(name).unlink()
+            raise
+    except OSError as error:
+        raise VmctlError(f"cannot keep the result: {reason(error, path=True)}", hint=f"is {place} writable?") from error
+    return path
+
+
+def kept(place: Path) -> tuple[Kept, ...]:
+    """All results of the folder, oldest first."""
+    found = [_brief(path) for path in place.glob("*.json")]
+    return tuple(sorted(found, key=lambda one: (one.made, one.id)))
+
+
+def _brief(path: Path) -> Kept:
+    try:
+        values = json.loads(path.read_text())
+        return Kept(
+            path.stem,
+            str(values["workload"]),
+            str(values["made"]),
+            str(values["dimensions"].get("accelerator", "")),
+            bool(values["complete"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Kept(path.stem, problem=f"cannot be read: {reason(error)}")
+
+
+def find(place: Path, named: str) -> dict[str, Any]:
+    """The result of that id, of that file, or the latest. Raises NotFound, or SpecError for what is none."""
+    if named == LATEST:
+        readable = [one for one in kept(place) if not one.problem]
+        if not readable:
+            raise NotFound("cannot find a result: none is kept yet", hint="vmctl bench trap makes one")
+        named = readable[-1].id
+    path = Path(named) if "/" in named or named.endswith(".json") else place / f"{named}.json"
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise NotFound(f"cannot find result {named}: there is none", hint="see `vmctl bench list`") from None
+    except (OSError, ValueError) as error:
+        raise SpecError(
+            f"cannot read result {named}: {reason(error)}", hint="is it a result of vmctl bench?"
+        ) from error
+    problems = [f"{error.where or 'it'}: {error.message}" for error in json_schema.errors(schema(), values)]
+    if problems:
+        raise SpecError(f"cannot use result {named}", problems=problems[:5], hint="was it made by another vmctl?")
+    found: dict[str, Any] = values
+    return found

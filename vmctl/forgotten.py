@@ -1,0 +1,66 @@
+"""QEMU processes of VMs that libvirt calls stopped.
+
+libvirt 9.0 that is killed in the moment in which a commit is switched over has noted the VM in a file that it cannot
+read itself ("unknown mirror job type ''"): when it is back, it knows nothing of the QEMU that goes on.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from vmctl.errors import Conflict, WaitTimeout
+from vmctl.hosts import Host
+from vmctl.hypervisor import domain
+from vmctl.wait import wait_until
+
+_ENDING_S = 2.0  # one that has just been stopped may not be gone yet
+
+
+def processes(host: Host) -> dict[str, int]:
+    """Process ids of this host's QEMUs by their VMs' UUIDs, as far as they can be seen from here."""
+    found: dict[str, int] = {}
+    if not (host.conn.local and host.conn.qemu):
+        return found
+    base = Path.home() / ".config/libvirt/qemu/lib" if host.conn.session else Path("/var/lib/libvirt/qemu")
+    mark = f"{base}/domain-".encode()  # in the path of its key: the host's other libvirts have other folders
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError, ValueError):
+            words = path.read_bytes().split(b"\0")
+            if b"-uuid" in words and any(mark in word for word in words):
+                found[words[words.index(b"-uuid") + 1].decode()] = int(path.parent.name)
+    return found
+
+
+def find(host: Host) -> tuple[tuple[str, int], ...]:
+    """Names of VMs that libvirt calls stopped and whose QEMU runs, each with its process id."""
+    running = processes(host)
+    named = [(name, running[uuid]) for name, uuid in domain.identities(host.conn) if uuid in running]
+    found = [one for one in named if not domain.find(host.conn, one[0]).active]
+    return tuple(one for one in found if _stays(host, one[0], one[1]))
+
+
+def _stays(host: Host, name: str, pid: int) -> bool:
+    def gone() -> bool:
+        vm = domain.find_or_none(host.conn, name)
+        return vm is None or vm.active or processes(host).get(vm.uuid) != pid
+
+    try:
+        wait_until(gone, what="", timeout_s=_ENDING_S, interval_s=0.05)
+    except WaitTimeout:
+        return True
+    return False
+
+
+def require_none(host: Host, name: str, uuid: str, doing: str) -> None:
+    """Raise Conflict when a VM that libvirt calls stopped runs: two would write its disks."""
+    pid = processes(host).get(uuid)
+    if pid is not None and _stays(host, name, pid):
+        raise Conflict(
+            f"cannot {doing}: VM {name} runs, in process {pid}, and libvirt has forgotten it", hint=mend(pid)
+        )
+
+
+def mend(pid: int) -> str:
+    """What to do about one."""
+    return f"shut it down from inside; or, as pulling the plug would: kill {pid}"

@@ -1,0 +1,131 @@
+"""A saved memory, read by several VMs through pipes, each behind a head of its own; also while it is still written.
+
+Who restores it starts its QEMU meanwhile. The last bytes are held back until the file is whole: until then the VM that
+was saved still writes to its disks, and no other may begin to use them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vmctl import saved_memory
+from vmctl.errors import VmctlError
+from vmctl.saved_memory import Head
+from vmctl.wait import wait_until
+
+_PIPE = 1 << 20
+_CHUNK = 8 << 20
+_HELD_BACK = 4096
+_NO_STREAM = bytes(8)  # QEMU 7.2 waits for ever for the first byte of a pipe that is closed; this one it refuses
+_LOOK_S = 0.005
+_READER_S = 60.0
+_BEGIN_S = 60.0
+
+
+class SavedMemory:
+    """The memory in a file. ``whole``: it is written to its end; else ``end`` is to be called, whatever happens."""
+
+    def __init__(self, path: Path, *, whole: bool = True) -> None:
+        self.path = path
+        self._over = threading.Event()
+        self._good = whole
+        if whole:
+            self._over.set()
+
+    def end(self, *, good: bool) -> None:
+        """It is written, or will not be: then who reads it finds it cut off."""
+        self._good = good
+        self._over.set()
+
+    def wait(self) -> None:
+        """Until it is written."""
+        self._over.wait()
+
+    def head(self) -> Head:
+        """Its head, as soon as that is there. Raises Unsupported for what is not known, VmctlError where none comes."""
+        return wait_until(self._head, what="head of the saved memory", timeout_s=_BEGIN_S, interval_s=_LOOK_S)
+
+    def _head(self) -> Head | None:
+        over = self._over.is_set()
+        try:
+            with self.path.open("rb") as file:
+                header = file.read(saved_memory.HEADER)
+                if over and self._good:
+                    rest = file.read(saved_memory.length(header) - len(header) + 4)
+                    return saved_memory.parse(header + rest)
+                if over:
+                    raise VmctlError("cannot use the saved memory: it was not written to its end")
+                if len(header) < saved_memory.HEADER:
+                    return None
+                length = saved_memory.length(header, partial=True)
+                data = header + file.read(length - len(header) + 4)
+        except FileNotFoundError:
+            if over:
+                raise VmctlError("cannot use the saved memory: it was not written") from None
+            return None
+        return saved_memory.parse(data, partial=True) if len(data) == length + 4 else None
+
+    @contextmanager
+    def piped(self, start: int, head: bytes) -> Iterator[Path]:
+        """A pipe from which ``head`` can be read, and behind it the file from ``start`` on. Who reads it may die."""
+        pipe = self.path.with_name(f"{secrets.token_hex(8)}.pipe")
+        os.mkfifo(pipe, 0o600)
+        left = threading.Event()
+
+        def opened() -> int | None:
+            if left.is_set():
+                return -1
+            with suppress(OSError):  # nobody reads yet
+                return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            return None
+
+        def feed() -> None:
+            out = wait_until(opened, what="reader of the memory", timeout_s=_READER_S, interval_s=_LOOK_S)
+            if out < 0:
+                return
+            try:
+                os.set_blocking(out, True)
+                with suppress(OSError):
+                    fcntl.fcntl(out, fcntl.F_SETPIPE_SZ, _PIPE)
+                with suppress(BrokenPipeError):
+                    self._pour(start, head, out)
+            finally:
+                os.close(out)
+
+        threading.Thread(target=feed, name="memory", daemon=True).start()
+        try:
+            yield pipe
+        finally:
+            left.set()
+            pipe.unlink()
+
+    def _pour(self, start: int, head: bytes, out: int) -> None:
+        view = memoryview(head)
+        while view:
+            view = view[os.write(out, view) :]
+        try:
+            whole = self._pour_stream(start, out)
+        except FileNotFoundError:  # libvirt removes what it could not write to its end
+            whole = False
+        if not whole:
+            os.write(out, _NO_STREAM)
+
+    def _pour_stream(self, start: int, out: int) -> bool:
+        with self.path.open("rb") as file:
+            while True:
+                over = self._over.is_set()  # before the size is looked at
+                if over and not self._good:
+                    return False
+                end = os.fstat(file.fileno()).st_size - (0 if over else _HELD_BACK)
+                if start < end:
+                    start += os.sendfile(out, file.fileno(), start, min(_CHUNK, end - start))
+                elif over:
+                    return True
+                else:
+                    self._over.wait(_LOOK_S)
