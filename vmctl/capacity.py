@@ -80,6 +80,8 @@ class Room:
         """Whether there is room for it, now. What kind of host it needs is told by ``unlike``."""
         if vm.name in self.vms or (vm.apart and self.apart.get(vm.apart)):
             return False
+        if vm.barred and self.host.name in dict(vm.barred):
+            return False
         if not vm.running:  # it must be able to start there, one day
             return vm.memory_mib <= self.capacity_mib and vm.vcpus <= self.most_vcpus
         return self.memory_mib + vm.memory_mib <= self.capacity_mib and self.vcpus + vm.vcpus <= self.most_vcpus
@@ -93,6 +95,8 @@ class Room:
         if vm.apart and self.apart.get(vm.apart):
             there = next(one.name for one in self.vms.values() if one.apart == vm.apart)
             return f"has {there}, which is kept apart from it ({vm.apart})"
+        if why := dict(vm.barred).get(self.host.name, ""):
+            return f"cannot take it: {why}"
         memory = self.capacity_mib - (self.memory_mib if vm.running else 0)
         if vm.memory_mib > memory:
             return f"has {max(0, memory)} MiB left of the {vm.memory_mib} MiB that it takes"

@@ -38,7 +38,7 @@ class VmSeen(NamedTuple):
     """A VM; ``host`` "": not made yet. ``load``: processors it keeps busy; ``resident_mib``: memory its QEMU holds.
 
     No two of one group ``apart`` share a host; ``pinned`` is why it must stay where it is; a higher ``priority`` is
-    served first and disturbed last.
+    served first and disturbed last. ``barred``: hosts that it was refused by, and why.
     """
 
     name: str
@@ -55,6 +55,7 @@ class VmSeen(NamedTuple):
     accel: Accel | None = None
     machine: str = ""
     cpu: Cpu = Cpu()
+    barred: tuple[tuple[str, str], ...] = ()
 
 
 class Census(NamedTuple):

@@ -176,6 +176,28 @@ def test_what_cannot_be_moved_is_told_before(fleet: Fleet) -> None:
     assert fleet.where()["a"] != "h1" and fleet.running() == {"a"}
 
 
+def test_a_host_that_refuses_is_passed_over(fleet: Fleet) -> None:
+    """One host lacks a network of the VM's, which only the look at both hosts tells. It may be asked first or not."""
+    with_it = [fleet.machines[name] for name in ("h1", "h3")]
+    for machine in with_it:
+        xml = "<network><name>extra</name><bridge name='extra0'/></network>"
+        machine.run("sh", "-c", "cat >/tmp/n.xml && virsh -q net-create /tmp/n.xml", input=xml)
+    fleet.define("h3", "busy", vcpus=7)
+    fleet.define("h1", "a", start=False)
+    with_it[0].virsh("attach-interface", "a", "network", "extra", "--config")
+    with_it[0].virsh("start", "a")
+    said = fleet.run("host", "drain", "h1", "--yes")
+    assert fleet.where() == {"a": "h3", "busy": "h3"} and fleet.running() == {"a", "busy"}
+    assert "h2 has no network extra" in said.stderr or "a: h1 -> h2" not in said.stderr
+    fleet.machines["h3"].virsh("destroy", "busy")
+    stuck = fleet.run("host", "drain", "h3", "--avoid", "h1", "--yes", check=14)
+    assert "a on h3: " in stuck.stderr and "h2 cannot take it: h2 has no network extra" in stuck.stderr
+    assert fleet.where()["a"] == "h3" and fleet.where()["busy"] == "h2"
+    fleet.clear()
+    for machine in with_it:
+        machine.virsh("net-destroy", "extra")
+
+
 def test_migrate_to_auto(fleet: Fleet) -> None:
     first = fleet.machines["h1"]
     fleet.run("host", "add", "aaa", first.ssh_uri, "--host-key", first.host_key)

@@ -333,6 +333,14 @@ def test_a_namesake_keeps_a_host_from_being_taken() -> None:
     assert [move.vm for move in plan.moves] == ["b"] and plan.left == (("a", "h1", "h2 has a VM of that name"),)
 
 
+def test_a_host_that_refused_it_is_passed_over() -> None:
+    census = Census(
+        (host("h1"), host("h2"), host("h3", 4)), (one := vm("a", "h1", barred=(("h2", "it has no network"),)),)
+    )
+    assert placement.place(census, one).refused["h2"] == "cannot take it: it has no network"
+    assert [move.target for move in rebalance.drain(census, "h1").moves] == ["h3"]
+
+
 def test_a_large_host_at_the_same_share_is_preferred() -> None:
     hosts = (host("small", 4), host("large", 64))
     vms = (vm("a", "small", 300), vm("b", "large", 8192))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
 
@@ -175,7 +176,7 @@ def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, 
 
     Raises PreflightFailed for all that have none, before anything is changed.
     """
-    from vmctl import config, rebalance, survey
+    from vmctl import config, rebalance
     from vmctl.fleet import called
     from vmctl.hypervisor import domain
     from vmctl.hypervisor.events import start_loop
@@ -187,20 +188,34 @@ def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, 
     with asked.open(source) as host:
         wanted = [domain.find(host.conn, name).name for name in matching(host, names)]
     others = [called(one) for one in asked.entries() if one != source]
-    seen = survey.survey(asked, [called(source), *others], timeout_s=_LOOK_S)
+
+    def begin(plan: Plan, moved: int) -> None:
+        if plan.left:
+            problems = [(f"{one.vm}: {one.why}", "") for one in plan.left]
+            text = f"cannot place {len(plan.left)} of {len(wanted)} VMs"
+            raise PreflightFailed(text + ("" if moved else ": nothing was changed"), problems=problems)
+
+    def plan(census: Census) -> Plan:
+        return rebalance.drain(census, called(source), only=wanted)
+
+    look = partial(_look, asked, [called(source), *others], (), _LOOK_S)
+    if check:
+        found = plan(look())
+        begin(found, 0)
+        ui.emit(found, output, lambda: _table(found), lambda: [move.vm for move in found.moves])
+        _check(asked, found, wish)
+    else:
+        _carry_out(asked, look, plan, begin, wish, 1, output)
+
+
+def _look(asked: Fleet, names: Sequence[str], avoid: Sequence[str], timeout: float) -> Census:
+    """The hosts as they are now."""
+    from vmctl import survey
+
+    seen = survey.survey(asked, names, avoid=avoid, timeout_s=timeout)
     for text in seen.notes:
         note(text)
-    plan = rebalance.drain(seen.census, called(source), only=wanted)
-    if plan.left:
-        problems = [(f"{one.vm}: {one.why}", "") for one in plan.left]
-        raise PreflightFailed(
-            f"cannot place {len(plan.left)} of {len(wanted)} VMs: nothing was changed", problems=problems
-        )
-    if check:
-        ui.emit(plan, output, lambda: _table(plan), lambda: [move.vm for move in plan.moves])
-        _check(asked, plan, wish)
-    else:
-        _carry_out(asked, plan, wish, 1, output)
+    return seen.census
 
 
 def _planned(
@@ -213,24 +228,27 @@ def _planned(
     output: Output,
 ) -> None:
     """Look at the hosts, plan, and do with the plan what was asked for."""
-    from vmctl import survey
     from vmctl.hypervisor.events import start_loop
 
     start_loop()  # migrations need it, and it must come before any connection
-    seen = survey.survey(asked, names, avoid=avoid or (), timeout_s=timeout)
-    for text in seen.notes:
-        note(text)
-    found = plan(seen.census)
-    if how.dry_run or how.check or not found.moves:
+    look = partial(_look, asked, names, avoid or (), timeout)
+
+    def begin(found: Plan, moved: int) -> None:
+        if not found.moves and not moved:
+            ui.emit(found, output, lambda: _table(found), lambda: ())
+        _tell(found)
+        if found.moves:
+            what = [f"{move.vm}: {move.source} -> {move.target} ({move.why})" for move in found.moves]
+            refuse_unless_yes(what, yes=how.yes, question="Move these VMs?", hint="add --yes, or see --dry-run")
+
+    if how.dry_run or how.check:
+        found = plan(look())
         ui.emit(found, output, lambda: _table(found), lambda: [move.vm for move in found.moves])
         _tell(found)
         if how.check:
             _check(asked, found, how.wish())
     else:
-        _tell(found)
-        what = [f"{move.vm}: {move.source} -> {move.target} ({move.why})" for move in found.moves]
-        refuse_unless_yes(what, yes=how.yes, question="Move these VMs?", hint="add --yes, or see --dry-run")
-        _carry_out(asked, found, how.wish(), how.at_once, output)
+        found = _carry_out(asked, look, plan, begin, how.wish(), how.at_once, output)
     if found.left and not how.dry_run:
         failures = {f"{one.vm or 'VMs'} on {one.host}": VmctlError(one.why) for one in found.left}
         raise PartialFailure(f"cannot move {len(found.left)} that should", failures=failures)
@@ -287,14 +305,55 @@ def _check(asked: Fleet, plan: Plan, wish: Wish) -> None:
         raise PreflightFailed(f"cannot make all of these {len(by)} moves: {len(bad)} problems", problems=bad)
 
 
-def _carry_out(asked: Fleet, plan: Plan, wish: Wish, at_once: int, output: Output) -> None:
+def _carry_out(
+    asked: Fleet,
+    look: Callable[[], Census],
+    plan: Callable[[Census], Plan],
+    begin: Callable[[Plan, int], None],
+    wish: Wish,
+    at_once: int,
+    output: Output,
+) -> Plan:
+    """Make the moves of a plan, and where a host refuses a VM, those of another plan without that; the last plan.
+
+    ``begin`` is shown each plan, with how many moves were made before it.
+    """
+    moved: list[Moved] = []
+    barred: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {}
+    while True:
+        census = look()
+        vms = tuple(vm._replace(barred=barred.get((vm.name, vm.host), ())) for vm in census.vms)
+        found = plan(census._replace(vms=vms))
+        begin(found, len(moved))
+        failures = _make(asked, found, wish, at_once, output, moved)
+        refused = {move: error for move, error in failures.items() if isinstance(error, PreflightFailed)}
+        for move, error in refused.items():
+            for what, mend in error.problems:
+                note(f"{_called(move)}: {what}" + (f"; mend: {mend}" if mend else ""))
+            why = "; ".join(what for what, _ in error.problems)
+            barred[move.vm, move.source] = (*barred.get((move.vm, move.source), ()), (move.target, why))
+        if not refused or len(refused) < len(failures):
+            break
+    if moved and output is not Output.TABLE:
+        ui.emit(moved, output, str, lambda: [one.vm for one in moved])
+    if failures:
+        raise PartialFailure(
+            f"cannot make {len(failures)} of {len(found.moves)} moves",
+            failures={_called(move): error for move, error in failures.items()},
+        )
+    return found
+
+
+def _make(
+    asked: Fleet, plan: Plan, wish: Wish, at_once: int, output: Output, moved: list[Moved]
+) -> dict[Move, VmctlError]:
     """Wave by wave. One that fails keeps the next from beginning, which may need the room it did not free."""
     from vmctl import migrate
     from vmctl.cli.migrate import told
 
-    report, moved = reporter(), []
-    failures: dict[str, VmctlError] = {}
-    left = list(plan.moves)
+    report = reporter()
+    failures: dict[Move, VmctlError] = {}
+    left = len(plan.moves)
 
     def work(name: str) -> Moved:
         with _ends(asked, by[name]) as ends:
@@ -307,22 +366,17 @@ def _carry_out(asked: Fleet, plan: Plan, wish: Wish, at_once: int, output: Outpu
 
     for _, wave in groupby(plan.moves, lambda move: move.wave):
         by = {_called(move): move for move in wave}
-        left = left[len(by) :]
+        left -= len(by)
         try:
             each([*by], work, done, "move", most=at_once)
         except Interrupted:
             raise
         except PartialFailure as error:
-            failures |= error.failures
+            failures = {by[name]: cause for name, cause in error.failures.items()}
         except VmctlError as error:  # the only one of its wave
-            failures |= dict.fromkeys(by, error)
+            failures = dict.fromkeys(by.values(), error)
         if failures:
+            if left:
+                note(f"{left} moves of later waves were not begun")
             break
-    if output is not Output.TABLE:
-        ui.emit(moved, output, str, lambda: [one.vm for one in moved])
-    if failures:
-        later = f"; {len(left)} more were not begun" if left else ""
-        raise PartialFailure(
-            f"cannot make {len(failures)} of {len(plan.moves)} moves{later}",
-            failures=failures,
-        )
+    return failures

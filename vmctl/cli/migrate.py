@@ -130,8 +130,9 @@ def migrate(
     if to == AUTO:
         from vmctl.cli import host_plan
 
-        if recover:
-            raise SpecError("cannot recover a migration to no host in particular", hint="--to the host it went to")
+        if recover or adjust:
+            doing = "recover" if recover else "adjust"
+            raise SpecError(f"cannot {doing} a migration to no host in particular", hint="--to the host it goes to")
         host_plan.send(connect or GLOBALS.connect, names, wish, check=check, output=output)
         return
     with _ends(connect, to) as ends:
