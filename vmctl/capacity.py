@@ -121,6 +121,8 @@ def unlike(host: HostSeen, vm: VmSeen) -> str:
         return f"runs no guests on {vm.accel}"
     if vm.machine and host.machines and vm.machine not in host.machines:
         return f"has no machine type {vm.machine}"
+    if host.networks and (absent := vm.networks - host.networks):
+        return f"has no network {', '.join(sorted(absent))}"
     if vm.cpu.exact:
         if host.cpu_model != vm.cpu.model:
             return f"has a CPU {host.cpu_model or 'of no known model'}, not {vm.cpu.model}"
@@ -214,7 +216,8 @@ class Ledger:
         for room in self.usable():
             host = room.host
             size = host.cpus.bit_length(), host.memory_mib.bit_length()
-            what = host.arch, host.accels, host.cpu_model, host.cpu_flags, host.cpu_models, host.machines
+            cpu = host.cpu_model, host.cpu_flags, host.cpu_models
+            what = host.arch, host.accels, cpu, host.machines, host.networks
             alike.setdefault((what, size), []).append(room)
         self.kinds = [Kind(rooms) for rooms in alike.values()]
         self.order = Order(self.usable())
@@ -226,7 +229,7 @@ class Ledger:
 
     def fit(self, vm: VmSeen) -> list[Kind]:
         """The kinds of hosts that can run it."""
-        what = vm.arch, vm.accel, vm.machine, vm.cpu
+        what = vm.arch, vm.accel, vm.machine, vm.cpu, vm.networks
         if what not in self._fit:
             self._fit[what] = [kind for kind in self.kinds if not unlike(kind.host, vm)]
         return self._fit[what]

@@ -30,6 +30,7 @@ class HostSeen(NamedTuple):
     cpu_flags: frozenset[str] = frozenset()
     cpu_models: frozenset[str] = frozenset()
     machines: frozenset[str] = frozenset()
+    networks: frozenset[str] = frozenset()
     draining: bool = False
     problem: str = ""
 
@@ -55,6 +56,7 @@ class VmSeen(NamedTuple):
     accel: Accel | None = None
     machine: str = ""
     cpu: Cpu = Cpu()
+    networks: frozenset[str] = frozenset()
     barred: tuple[tuple[str, str], ...] = ()
 
 

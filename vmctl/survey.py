@@ -15,7 +15,7 @@ from vmctl.domain_brief import ACCEL_OF_TYPE
 from vmctl.errors import VmctlError
 from vmctl.fleet import Fleet, called
 from vmctl.hosts import Host
-from vmctl.hypervisor import capabilities, node, population
+from vmctl.hypervisor import capabilities, network, node, population
 from vmctl.hypervisor.population import Guest, Measure
 from vmctl.hypervisor.states import State
 from vmctl.wait import pause
@@ -122,7 +122,14 @@ def _host(name: str, host: Host) -> HostSeen:
         cpu_flags=population.cpu_flags(host.conn),
         cpu_models=population.kvm_cpu_models(host.conn, facts.arch) if Accel.KVM in accels else frozenset(),
         machines=capabilities.machines(host.conn, facts.arch),
+        networks=_networks(host),
     )
+
+
+def _networks(host: Host) -> frozenset[str]:
+    if not host.conn.qemu or host.conn.session:
+        return frozenset()
+    return frozenset(net.name for net in network.all_networks(host.conn))
 
 
 # --- pure ------------------------------------------------------------------------------------------------------
@@ -156,6 +163,7 @@ def vm_seen(guest: Guest, host: HostSeen, used: Measure | None, load: float) -> 
         arch="" if kind is None else kind.get("arch", ""),
         accel=facts.accel,
         machine=facts.machine,
+        networks=frozenset(one.get("network", "") for one in root.iterfind("devices/interface/source[@network]")),
         cpu=_cpu(root, host) if facts.accel is Accel.KVM else Cpu(),
     )
     return vm, note

@@ -177,25 +177,37 @@ def test_what_cannot_be_moved_is_told_before(fleet: Fleet) -> None:
 
 
 def test_a_host_that_refuses_is_passed_over(fleet: Fleet) -> None:
-    """One host lacks a network of the VM's, which only the look at both hosts tells. It may be asked first or not."""
-    with_it = [fleet.machines[name] for name in ("h1", "h3")]
-    for machine in with_it:
-        xml = "<network><name>extra</name><bridge name='extra0'/></network>"
-        machine.run("sh", "-c", "cat >/tmp/n.xml && virsh -q net-create /tmp/n.xml", input=xml)
+    """One has a VM of the same UUID, which only the look at both hosts tells. It may be asked first or not."""
+    fleet.define("h1", "a")
+    uuid = fleet.machines["h1"].virsh("domuuid", "a")
+    inside = f"<name>twin</name><uuid>{uuid}</uuid><memory>8192</memory><os><type>hvm</type></os>"
+    twin = f"<domain type='qemu'>{inside}</domain>"
+    fleet.machines["h2"].run("sh", "-c", "cat >/tmp/d.xml && virsh -q define /tmp/d.xml", input=twin)
     fleet.define("h3", "busy", vcpus=7)
-    fleet.define("h1", "a", start=False)
-    with_it[0].virsh("attach-interface", "a", "network", "extra", "--config")
-    with_it[0].virsh("start", "a")
     said = fleet.run("host", "drain", "h1", "--yes")
-    assert fleet.where() == {"a": "h3", "busy": "h3"} and fleet.running() == {"a", "busy"}
-    assert "h2 has no network extra" in said.stderr or "a: h1 -> h2" not in said.stderr
-    fleet.machines["h3"].virsh("destroy", "busy")
+    assert fleet.where() == {"a": "h3", "busy": "h3", "twin": "h2"} and fleet.running() == {"a", "busy"}
+    assert "has a VM of the same UUID" in said.stderr or "a: h1 -> h2" not in said.stderr
     stuck = fleet.run("host", "drain", "h3", "--avoid", "h1", "--yes", check=14)
-    assert "a on h3: " in stuck.stderr and "h2 cannot take it: h2 has no network extra" in stuck.stderr
-    assert fleet.where()["a"] == "h3" and fleet.where()["busy"] == "h2"
-    fleet.clear()
-    for machine in with_it:
-        machine.virsh("net-destroy", "extra")
+    assert "a on h3: " in stuck.stderr and "h2 cannot take it: h2 has a VM of the same UUID" in stuck.stderr
+    assert fleet.where() == {"a": "h3", "busy": "h2", "twin": "h2"}
+
+
+def test_a_network_that_a_host_lacks(fleet: Fleet) -> None:
+    with_it = [fleet.machines[name] for name in ("h1", "h3")]
+    try:
+        for machine in with_it:
+            xml = "<network><name>extra</name><bridge name='extra0'/></network>"
+            machine.run("sh", "-c", "cat >/tmp/n.xml && virsh -q net-create /tmp/n.xml", input=xml)
+        fleet.define("h1", "a", start=False)
+        with_it[0].virsh("attach-interface", "a", "network", "extra", "--config")
+        with_it[0].virsh("start", "a")
+        plan = fleet.json("host", "drain", "h1", "--avoid", "h3", "--dry-run")
+        assert not plan["moves"] and "h2 has no network extra" in plan["left"][0]["why"]
+        assert [move["target"] for move in fleet.json("host", "drain", "h1", "--dry-run")["moves"]] == ["h3"]
+    finally:
+        fleet.clear()
+        for machine in with_it:
+            machine.virsh("net-destroy", "extra", check=False)
 
 
 def test_migrate_to_auto(fleet: Fleet) -> None:

@@ -278,6 +278,7 @@ def test_the_least_used_host_is_taken_and_refusals_name_their_reason() -> None:
         host("tcg", accels=frozenset({Accel.TCG})),
         host("old", machines=frozenset({"pc-q35-6.2"})),
         host("cpu", cpu_models=frozenset({"qemu64"})),
+        host("lan", networks=frozenset({"default"})),
         host("gone", problem="no answer within 10 s"),
         host("leaving", draining=True),
         host("taken"),
@@ -285,6 +286,7 @@ def test_the_least_used_host_is_taken_and_refusals_name_their_reason() -> None:
     )
     vms = (vm("a", "busy", 8192), vm("db1", "taken", apart="db"), vm("new", "namesake", 64))
     new = vm("new", "", 4096, apart="db", accel=Accel.KVM, arch="x86_64", machine="pc-q35-7.2", cpu=Cpu("Skylake"))
+    new = new._replace(networks=frozenset({"lan"}))
     choice = placement.place(Census(hosts, vms), new)
     assert choice.host == "idle" and choice.use == pytest.approx(4096 / (16384 * 0.95), abs=1e-4)
     assert choice.refused == {
@@ -294,6 +296,7 @@ def test_the_least_used_host_is_taken_and_refusals_name_their_reason() -> None:
         "tcg": "runs no guests on kvm",
         "old": "has no machine type pc-q35-7.2",
         "cpu": "cannot give a guest the CPU Skylake",
+        "lan": "has no network lan",
         "gone": "cannot be used: no answer within 10 s",
         "leaving": "is being drained",
         "taken": "has db1, which is kept apart from it (db)",

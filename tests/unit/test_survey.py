@@ -37,7 +37,9 @@ def label(key: str, value: str) -> str:
 
 def test_all_of_it() -> None:
     labels = label("anti-affinity", "db") + label("priority", "-3") + label("role", "x")
-    vm, note = survey.vm_seen(guest("<cpu mode='host-passthrough'/>", labels), HOST, Measure(5, 700), 0.25)
+    nics = "<interface type='network'><source network='lan'/></interface><interface type='user'/>"
+    more = f"<cpu mode='host-passthrough'/><devices>{nics}</devices>"
+    vm, note = survey.vm_seen(guest(more, labels), HOST, Measure(5, 700), 0.25)
     assert not note
     assert vm == survey.VmSeen(
         "a",
@@ -52,6 +54,7 @@ def test_all_of_it() -> None:
         accel=Accel.KVM,
         machine="pc-q35-7.2",
         cpu=Cpu("Skylake", frozenset({"avx"}), exact=True),
+        networks=frozenset({"lan"}),
     )
 
 
