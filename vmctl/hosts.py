@@ -97,6 +97,8 @@ def another(host: Host) -> Host:
     libvirt 9.0's client can lose the wake-up that sends a call while another thread waits for a long one: the call is
     sent when that one is answered.
     """
+    if host.entry is not None:
+        return open_entry(host.entry, host.settings, host.folders)
     return Host(connection.connect(host.conn.uri), host.settings, host.folders)
 
 

@@ -27,14 +27,16 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
 POOL = Path("/var/lib/libvirt/vmctl/vmctl")
 DATA = pattern.blocks("base", 64)
-TALLY = {"tried": 0, "survived": 0}
+TALLY: dict[str, list[int]] = {}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def table() -> Iterator[None]:
     """Prints what was tried when all is over."""
     yield
-    print(f"\nfaults in clone and fork: {TALLY['tried']} tried, {TALLY['survived']} survived")
+    print(f"\n{'fault':<28} tried  survived")
+    for fault, (tries, survived) in sorted(TALLY.items()):
+        print(f"{fault:<28} {tries:>5} {survived:>9}")
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +98,11 @@ def runs_on(shell: Shell, vm: str) -> None:
 
 
 @contextmanager
-def tried() -> Iterator[None]:
+def tried(fault: str) -> Iterator[None]:
     """One fault, which is survived when the block ends well."""
-    TALLY["tried"] += 1
+    TALLY.setdefault(fault, [0, 0])[0] += 1
     yield
-    TALLY["survived"] += 1
+    TALLY[fault][1] += 1
 
 
 def after_every_step(tmp_path: Path, which: str, *words: str) -> Iterator[None]:
@@ -112,7 +114,7 @@ def after_every_step(tmp_path: Path, which: str, *words: str) -> Iterator[None]:
             assert at >= 8
             return
         assert code in codes, (code, steps)
-        with tried():
+        with tried(f"{words[0]}, {which}"):
             yield
 
 
@@ -160,7 +162,7 @@ def test_the_new_vms_qemu_killed(shell: Shell, vm: str, tmp_path: Path) -> None:
     new = f"{vm}-new"
     fork = subprocess.Popen([*VMCTL, "fork", vm, new], stderr=subprocess.PIPE, text=True, cwd=REPO)
     pid = wait_until(lambda: qemu_of(new), what="QEMU", timeout_s=60, interval_s=0.005)
-    with tried():
+    with tried("fork, the new QEMU killed"):
         os.kill(pid, signal.SIGKILL)
         _, errors = fork.communicate(timeout=300)
         assert "Traceback" not in errors, errors
@@ -170,7 +172,7 @@ def test_the_new_vms_qemu_killed(shell: Shell, vm: str, tmp_path: Path) -> None:
     assert code == 0
     nothing_left(shell, new)
     for at in range(steps.index("saved.restore_paused") + 1, len(steps) + 1):
-        with tried():
+        with tried("fork, the new QEMU killed"):
             interrupted(tmp_path, f"SIGKILL@/run/libvirt/qemu/{new}.pid", at, "fork", vm, new)
             nothing_left(shell, new)
             runs_on(shell, vm)
@@ -189,7 +191,7 @@ def test_the_sources_qemu_killed(shell: Shell, vm: str, step: str) -> None:
         wait_until(lambda: list(POOL.glob(".vmctl-*/memory")), what="memory", timeout_s=60, interval_s=0.005)
     pid = qemu_of(vm)
     assert pid is not None
-    with tried():
+    with tried("fork, the first QEMU killed"):
         os.kill(pid, signal.SIGKILL)
         _, errors = fork.communicate(timeout=300)
         assert "Traceback" not in errors, errors
@@ -220,7 +222,7 @@ def _resize(size: int) -> None:
 def test_a_full_pool(shell: Shell, vm: str) -> None:
     """No room for the memory: the fork fails, says why, and the source runs on as it was."""
     new = f"{vm}-new"
-    with tried():
+    with tried("fork, no room"):
         with room(20 << 20):
             done = shell.run("fork", vm, new, check=None, timeout=240)
         assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
@@ -231,7 +233,7 @@ def test_a_full_pool(shell: Shell, vm: str) -> None:
 @pytest.mark.parametrize("options", [("--full",), ("--count", "3")])
 def test_a_full_pool_for_clones(shell: Shell, off: str, options: tuple[str, ...]) -> None:
     new, before = f"{off}-new", content(shell, off)
-    with tried():
+    with tried("clone, no room"):
         with room(300 << 10):
             done = shell.run("clone", off, new, *options, check=None, timeout=240)
         assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
