@@ -166,6 +166,13 @@ def test_a_count_of_instructions_is_no_time(tmp_path: Path, monkeypatch: pytest.
         measured(Plan(guests=1, rows=("loop",)))
 
 
+def test_a_machine_without_hpet_is_timed_by_the_pit(whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trap, "_TEST_DEVICE", ("-machine", "hpet=off"))
+    found = measured(Plan(guests=1, parts=10, rows=("loop", "mmio_hpet")))
+    assert found.guests[0].clock == "pit" and found.rows[1].skipped == "this machine has no HPET"
+    assert found.guests[0].khz == pytest.approx(whole["guests"][0]["khz"], rel=0.005)
+
+
 def test_a_host_elsewhere(tmp_path: Path) -> None:
     found = measured(Plan(guests=1, parts=10, rows=("loop", "cpuid")), uri=ELSEWHERE)
     assert found.rows[1].runs and found.head.environment["uri"] == ELSEWHERE
