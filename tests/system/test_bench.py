@@ -16,7 +16,7 @@ import pytest
 
 from tests.system.conftest import REPO, VMCTL, Shell, volumes
 from tests.system.test_session import Person
-from vmctl.bench import guests, popek, trap
+from vmctl.bench import guests, popek, theorems, trap
 from vmctl.bench.compare import Verdict, compare
 from vmctl.bench.popek_result import popek_of
 from vmctl.bench.result import TrapResult
@@ -166,6 +166,13 @@ def test_a_count_of_instructions_is_no_time(tmp_path: Path, monkeypatch: pytest.
         measured(Plan(guests=1, rows=("loop",)))
 
 
+def test_a_machine_without_hpet_is_timed_by_the_pit(whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trap, "_TEST_DEVICE", ("-machine", "hpet=off"))
+    found = measured(Plan(guests=1, parts=10, rows=("loop", "mmio_hpet")))
+    assert found.guests[0].clock == "pit" and found.rows[1].skipped == "this machine has no HPET"
+    assert found.guests[0].khz == pytest.approx(whole["guests"][0]["khz"], rel=0.005)
+
+
 def test_a_host_elsewhere(tmp_path: Path) -> None:
     found = measured(Plan(guests=1, parts=10, rows=("loop", "cpuid")), uri=ELSEWHERE)
     assert found.rows[1].runs and found.head.environment["uri"] == ELSEWHERE
@@ -226,6 +233,29 @@ def test_kvm_is_labelled_for_what_it_is(shell: Shell) -> None:
         assert "interpreted by the kernel: not a CPU's figures" in told
     else:
         assert lines["nops"].net_cycles < 20_000 and lines["int"].guests
+
+
+@pytest.mark.skipif(not Path("/dev/kvm").exists(), reason="this machine has no /dev/kvm")
+def test_the_theory_under_kvm(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some instructions that every KVM knows, and the properties."""
+    verdict = shell.json("host", "info")["accel"]["kvm"]["verdict"]
+    if verdict not in {"works", "interpreted"}:
+        pytest.skip(f"KVM here: {verdict}")
+    some = ("sgdt", "popf", "mov_cs", "hlt", "cli", "add")
+    monkeypatch.setattr(theorems, "names", lambda: some)
+    with open_host("qemu:///system") as host:
+        (machine,) = popek.run(host, AccelChoice.KVM, silent).machines
+    found = {one.name: one for one in machine.outcomes}
+    assert tuple(found) == some and machine.interpreted == (verdict == "interpreted")
+    assert found["hlt"].finding == found["cli"].finding == "privileged" and found["add"].finding == "innocuous"
+    assert found["popf"].finding == "sensitive and silent"
+    assert machine.work and machine.work_user and machine.work.digest == machine.work_user.digest
+    assert machine.work.digest == machine.native_digest and machine.ended_in_s is not None
+    efficiency = next(one for one in theorems.statements(machine) if one.title.startswith("efficiency"))
+    if verdict == "works":
+        assert efficiency.holds == "yes" and found["mov_cs"].finding == "sensitive and silent"
+    else:
+        assert efficiency.holds in {"in user mode", "no"}
 
 
 def test_results_are_private_to_their_user(whole: dict[str, Any]) -> None:

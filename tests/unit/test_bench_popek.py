@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmctl import json_schema
+from vmctl.accel import Check, KvmFindings, Verdict, choose
 from vmctl.bench import popek, popek_words, store, theorems
 from vmctl.bench.popek_result import PopekResult, popek_of
 from vmctl.bench.popek_words import Reach, Work
 from vmctl.bench.result import Head
 from vmctl.bench.sensitive import BY_NAME, INSTRUCTIONS, Finding, Kind, Origin, Try, finding
 from vmctl.bench.theorems import Machine, outcome, statements
+from vmctl.choices import AccelChoice
 from vmctl.cli import run as vmctl
 
 SOURCE = (Path(popek.__file__).parents[1] / "baremetal/sensitive.c").read_text()
@@ -193,3 +195,23 @@ def test_kept_shown_and_not_compared(kept: PopekResult, capsys: pytest.CaptureFi
     assert "theorem 1" in text and "trap #GP" in text and "the guest ended" in text
     assert vmctl(["bench", "compare", "latest", "latest"]) == 2 and "no trap table" in capsys.readouterr().err
     assert vmctl(["bench", "popek-goldberg", "-c", "test:///default"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "verdict", "wanted"),
+    [
+        (AccelChoice.AUTO, Verdict.WORKS, ("tcg", "kvm")),
+        (AccelChoice.AUTO, Verdict.INTERPRETED, ("tcg", "kvm")),
+        (AccelChoice.AUTO, Verdict.ABSENT, ("tcg",)),
+        (AccelChoice.AUTO, Verdict.HANGS, ("tcg",)),
+        (AccelChoice.TCG, Verdict.WORKS, ("tcg",)),
+        (AccelChoice.KVM, Verdict.INTERPRETED, ("kvm",)),
+        (AccelChoice.REQUIRE_KVM, Verdict.WORKS, ("kvm",)),
+    ],
+)
+def test_every_accelerator_that_runs_a_guest(
+    asked: AccelChoice, verdict: Verdict, wanted: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = KvmFindings(verdict, (Check("guest-probe", "ok", "detail"),))
+    monkeypatch.setattr(popek, "decide_accel", lambda _host, choice: choose(choice, found))
+    assert popek.accelerators(None, asked)[1] == wanted  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ enum {
     HPET_COUNTER = 0xf0,
     PIT_DATA = 0x40,
     PIT_COMMAND = 0x43,
-    PIT_HZ = 1193182,
+    PIT_PERIOD_FS = 838095110, /* 1.193182 MHz */
+    STOPPED = 2000000000,      /* ticks in which a clock that runs would have come far */
     TRIES = 10
 };
 
@@ -37,7 +38,7 @@ static u64 said_by_cpuid(void) {
     return cpuid(FREQUENCY_LEAF, 0).a;
 }
 
-int kvm_clock_offered(void) {
+static int kvm_clock_offered(void) {
     struct leaf who = cpuid(HYPERVISOR_LEAF, 0);
     if (!(cpuid(1, 0).c >> 31) || who.b != 0x4b4d564b || who.a < KVM_FEATURES) /* "KVMK" */
         return 0;
@@ -62,59 +63,58 @@ int hpet_there(void) {
     return period_fs && period_fs <= 0x05f5e100; /* at most 100 ns, by its specification */
 }
 
-u64 hpet_count(void) { return *hpet(HPET_COUNTER); }
-
-/* Both clocks at one moment: of some looks, the one least disturbed. */
+/* The TSC and another clock at one moment: of some looks, the one least disturbed. */
 struct moment {
     u64 ticks;
     u32 count;
 };
 
-static struct moment now(void) {
+static struct moment now(u32 (*count)(void)) {
     struct moment best = {0, 0};
     u64 least = ~0UL;
     for (int i = 0; i < TRIES; i++) {
         u64 before = ticks();
-        u32 count = hpet_count();
+        u32 counted = count();
         u64 took = ticks() - before;
         if (took < least) {
             least = took;
-            best = (struct moment){before + took / 2, count};
+            best = (struct moment){before + took / 2, counted};
         }
     }
     return best;
 }
 
+/* By a clock that counts up, with so many femtoseconds between two counts and as many bits as the mask. */
+static u64 khz_by(u32 (*count)(void), u32 mask, u64 period_fs) {
+    u32 wanted = MEASURE_US * 1000000000UL / period_fs, passed;
+    struct moment first = now(count), last;
+    do {
+        last = now(count);
+        passed = (last.count - first.count) & mask;
+    } while (passed < wanted && last.ticks - first.ticks < STOPPED);
+    return passed < wanted ? 0 : (last.ticks - first.ticks) * 1000000000UL / (passed * period_fs / 1000);
+}
+
+static u32 hpet_low(void) { return *hpet(HPET_COUNTER); }
+
 static u64 by_hpet(void) {
     if (!hpet_there())
         return 0;
-    u64 period_fs = *hpet(4);
     *hpet(0x10) |= 1; /* let it count */
-    u32 wanted = MEASURE_US * 1000000000UL / period_fs;
-    struct moment first = now(), last;
-    do
-        last = now();
-    while (last.count - first.count < wanted);
-    return (last.ticks - first.ticks) * 1000000000UL / ((last.count - first.count) * period_fs / 1000);
+    return khz_by(hpet_low, 0xffffffff, *hpet(4));
 }
 
-static u32 pit_count(void) {
-    outb(PIT_COMMAND, 0); /* latch channel 0 */
+static u32 pit_up(void) {
+    outb(PIT_COMMAND, 0); /* latch channel 0, which counts down */
     u32 low = inb(PIT_DATA);
-    return low | inb(PIT_DATA) << 8;
+    return -(low | inb(PIT_DATA) << 8);
 }
 
 static u64 by_pit(void) {
-    outb(PIT_COMMAND, 0x34); /* channel 0, both bytes, counts down from 65536 again and again: 55 ms */
+    outb(PIT_COMMAND, 0x34); /* channel 0, both bytes, from 65536 down again and again: 55 ms */
     outb(PIT_DATA, 0);
     outb(PIT_DATA, 0);
-    u32 first = pit_count(), passed, polls = 0;
-    u64 began = ticks();
-    do {
-        passed = (first - pit_count()) & 0xffff;
-        polls++;
-    } while (passed < (u64)MEASURE_US * PIT_HZ / 1000000 && polls < 10000000);
-    return polls > TRIES ? (ticks() - began) * PIT_HZ / passed / 1000 : 0;
+    return khz_by(pit_up, 0xffff, PIT_PERIOD_FS);
 }
 
 struct clock calibrate(const char *sources) {

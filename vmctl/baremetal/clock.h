@@ -12,8 +12,6 @@ struct clock {
 struct clock calibrate(const char *sources); /* the first of these that can be had, names with commas between */
 int ticks_count_instructions(void);          /* whether the TSC counts instructions and not time: QEMU's -icount */
 
-int kvm_clock_offered(void);
 int hpet_there(void);
-u64 hpet_count(void);
 
 #endif

@@ -1,4 +1,8 @@
-"""What Popek and Goldberg's theorems and properties come to on a machine, from what was measured. Pure."""
+"""What Popek and Goldberg's theorems and properties come to on a machine, from what was measured. Pure.
+
+Their theorems give conditions that suffice. Where one is not fulfilled, a VMM of that kind is not ruled out: it must do
+more than the theorem's, and what it fails to do shows.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """One theorem or property: whether it holds ("yes", "no", "unknown"), why, and the evidence line by line."""
+    """One theorem's condition, or a property: whether it is fulfilled, why, and the evidence line by line.
+
+    ``holds`` is yes, no, unknown, or, of efficiency, "in user mode".
+    """
 
     title: str
     holds: str
@@ -111,7 +118,7 @@ def _first(machine: Machine) -> Statement:
         BY_NAME[one.name].origin is Origin.PRIVILEGED and one.finding == Finding.PRIVILEGED for one in machine.outcomes
     )
     evidence.append(f"{trapped} of {count} instructions that are privileged by design do trap")
-    title = "theorem 1: a VMM by trap and emulate can be built"
+    title = "theorem 1, that a VMM by trap and emulate can be built: is every sensitive instruction privileged?"
     if not any(one.finding in set(Finding) - {Finding.FAILED, Finding.ABSENT} for one in machine.outcomes):
         return Statement(title, "unknown", "no instruction could be tried", tuple(evidence))
     if not found:
@@ -138,25 +145,25 @@ def _native(machine: Machine, work: Work | None) -> bool:
 
 
 def _second(machine: Machine) -> Statement:
-    title = "theorem 2: the machine can be virtualized again within itself"
+    title = "theorem 2, that the machine can be virtualized within itself: theorem 1, and does no timing show?"
     clocks = [name for name in silent(machine, umip=False) if name.startswith("RDTSC")]
     evidence = [f"CPUID in the guest offers hardware virtualization: {'yes' if machine.nested else 'no'}"]
     if clocks:
         evidence.append(f"read the time without a trap: {', '.join(clocks)}")
     tsd = next((one for one in machine.outcomes if one.name == "rdtsc_tsd"), None)
     if tsd and tsd.finding == Finding.PRIVILEGED:
-        evidence.append("with CR4.TSD the kernel makes RDTSC trap, so time can be virtualized")
+        evidence.append("with CR4.TSD the kernel makes RDTSC trap: then it does not show")
     if not machine.outcomes:
         return Statement(title, "unknown", "no instruction could be tried", tuple(evidence))
     if silent(machine, umip=False):
-        why = "it asks for theorem 1, and for a VMM without timing dependencies"
+        why = "theorem 1's condition is not fulfilled" + ("; and time shows" if clocks else "")
         way = "; nesting works here by offering the hardware's help again" if machine.nested else ""
         return Statement(title, "no", why + way, tuple(evidence))
-    return Statement(title, "yes" if not clocks else "no", "theorem 1 holds", tuple(evidence))
+    return Statement(title, "yes", "theorem 1's condition is fulfilled, and time does not show", tuple(evidence))
 
 
 def _third(machine: Machine) -> Statement:
-    title = "theorem 3: a hybrid VMM, which interprets the guest's kernel, can be built"
+    title = "theorem 3, that a hybrid VMM can be built: is all that is sensitive in user mode privileged?"
     found, evidence = _sets(machine, user_only=True)
     if not machine.outcomes:
         return Statement(title, "unknown", "no instruction could be tried", tuple(evidence))
@@ -169,7 +176,7 @@ def _third(machine: Machine) -> Statement:
 
 
 def _efficiency(machine: Machine) -> Statement:
-    title = "efficiency: innocuous instructions are run by the CPU itself"
+    title = "efficiency: are innocuous instructions run by the CPU itself?"
     if machine.work is None or not machine.native_ticks:
         return Statement(title, "unknown", "the workload did not come to its end")
     ratio = machine.work.ticks / machine.native_ticks
@@ -198,7 +205,7 @@ def _cycles(machine: Machine, work: Work) -> str:
 
 
 def _equivalence(machine: Machine) -> Statement:
-    title = "equivalence: a program does in the guest what it does on the host"
+    title = "equivalence: does a program do in the guest what it does on the host?"
     if machine.work is None or not machine.native_ticks:
         return Statement(title, "unknown", "the workload did not come to its end")
     digests = {work.digest for work in (machine.work, machine.work_user) if work}
@@ -225,7 +232,7 @@ def _must_trap(one: Outcome) -> bool:
 
 
 def _control(machine: Machine) -> Statement:
-    title = "resource control: the guest has what it was given and no more"
+    title = "resource control: has the guest what it was given and no more?"
     evidence, good = [], []
     if machine.reach:
         reach = machine.reach

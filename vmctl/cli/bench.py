@@ -194,7 +194,7 @@ def _machine_text(machine: Machine) -> str:
     header = ["INSTRUCTION", "CPL 0", "CPL 3", "UMIP", "FINDING", "WHY"]
     parts = [head, ui.columns(header, theorems.lines(machine))]
     for one in theorems.statements(machine):
-        lines = [f"{one.title}: {one.holds}", f"  {one.why}", *(f"  - {line}" for line in one.evidence)]
+        lines = [f"{one.title} {one.holds}", f"  {one.why}", *(f"  - {line}" for line in one.evidence)]
         parts.append("\n".join(ui.visible(line) for line in lines))
     return "\n\n".join(parts)
 
