@@ -67,26 +67,30 @@ def add(fleet: Fleet, wish: Wish, trusts: Callable[[Trust], bool]) -> HostEntry:
 
     Raises SpecError with all that is wrong, Conflict for a name that is taken, HostUnreachable.
     """
-    if found := problems(wish):
-        raise SpecError(f"cannot add host {wish.name}", problems=found)
     if wish.name in fleet.settings.hosts:
         raise Conflict(
             f"cannot add host {wish.name}: the config file has it already, at {fleet.settings.hosts[wish.name].uri}",
             hint=f"vmctl host remove {wish.name}",
         )
-    entry = HostEntry(wish.name, wish.uri, "", wish.peer, wish.address)
-    if host_ssh.by_ssh(wish.uri):
-        entry = replace(entry, host_key=_key(wish, trusts))
+    made = entry(wish, trusts)
     if wish.check:
         try:
-            with fleet.open(entry) as host:
+            with fleet.open(made) as host:
                 connection.versions(host.conn)
         except HostUnreachable as error:
             raise HostUnreachable(
                 f"cannot add host {wish.name}: {error.message}", hint="--no-check adds it all the same"
             ) from error
-    host_book.add(fleet.folders, entry)
-    return entry
+    host_book.add(fleet.folders, made)
+    return made
+
+
+def entry(wish: Wish, trusts: Callable[[Trust], bool]) -> HostEntry:
+    """The host that is wished for, with the key it is trusted by. Raises SpecError with all that is wrong."""
+    if found := problems(wish):
+        raise SpecError(f"cannot add host {wish.name}", problems=found)
+    made = HostEntry(wish.name, wish.uri, "", wish.peer, wish.address)
+    return replace(made, host_key=_key(wish, trusts)) if host_ssh.by_ssh(wish.uri) else made
 
 
 def _key(wish: Wish, trusts: Callable[[Trust], bool]) -> str:

@@ -44,7 +44,7 @@ clear_emulator_capabilities = 0
 SSHD = """Port 22
 ListenAddress {address}
 HostKey /run/testbed/host_key
-AuthorizedKeysFile /run/testbed/authorized_keys
+AuthorizedKeysFile /run/testbed/authorized_keys .ssh/authorized_keys
 StrictModes no
 UsePAM no
 PasswordAuthentication no

@@ -153,3 +153,25 @@ def test_top_and_show(known: Shell, bed: Testbed) -> None:
     assert shown["peer"] == bed.machines[1].peer_uri and shown["address"] == bed.machines[1].address
     assert "lan" in shown["networks"]
     assert known.json("-c", "h2", "host", "info")["name"] == "h2"
+
+
+def test_setup_shows_what_it_changes_and_changes_it_once(here: Shell, bed: Testbed) -> None:
+    first, second = bed.machines[:2]
+    second.kill("libvirtd")  # as after a boot without it
+    second.run("rm", "-f", "/run/libvirt/libvirt-sock")
+    second.run("sh", "-c", "rm -f ~/.ssh/known_hosts ~/.ssh/id_ed25519*")
+    here.run("host", "add", "h1", first.ssh_uri, "--host-key", first.host_key)
+    words = ("host", "setup", f"root@{second.address}", "--name", "h2", "--keyfile", str(bed.key), "--peers")
+    words += ("--host-key", second.host_key)
+    shown = here.run(*words, "--dry-run").stdout
+    for line in ("libvirtd running", "network", "an SSH key of root's on h2", "h2 knows the host key of h1"):
+        assert f"+ {line}" in shown
+    assert "no terminal to ask on" in here.run(*words, check=2).stderr
+    assert "cannot find host h2" in here.run("-c", "h2", "list", check=4).stderr, "nothing was changed"
+    here.run(*words, "--yes")
+    assert here.run(*words, "--yes").stdout == "h2: nothing to change\n"
+    assert here.json("-c", "h2", "list") == []
+    pools = second.virsh("pool-list", "--name").split()
+    assert {"vmctl", "vmctl-images"} <= set(pools) and "vmctl" in second.virsh("net-list", "--name").split()
+    checked = {(one["host"], one["name"]): one["result"] for one in here.json("host", "check")}
+    assert checked["h2", "reaches h1"] == checked["h1", "reaches h2"] == "ok"

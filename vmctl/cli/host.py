@@ -1,4 +1,4 @@
-"""vmctl host: the group, with add, list, show, check, remove and top; info and drain are in files of their own."""
+"""vmctl host: the group, with add, list, show, check, remove and top; the others are in files of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vmctl import ui
 from vmctl.cli.command import Command, group
 from vmctl.cli.diagnose import info
 from vmctl.cli.host_plan import balance, consolidate, drain
+from vmctl.cli.host_setup import setup
 from vmctl.cli.options import HostName, HostNames, OutputOption, fleet_of_config, note
 from vmctl.errors import SpecError
 from vmctl.ui import Output
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 app = group("Hosts that VMs run on.")
 app.command("info", cls=Command)(info)
+app.command("setup", cls=Command)(setup)
 
 HostTimeout = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Longest wait for each host.")
@@ -65,11 +67,11 @@ def add(
     given = host_add.Wish(
         name, uri, host_key or "", fingerprint or "", peer, address, insecure=insecure, check=not no_check
     )
-    added = host_add.add(fleet_of_config(), given, _trusts)
+    added = host_add.add(fleet_of_config(), given, trusts)
     ui.say(f"{name}: {added.uri}" + (f", SSH host key {host_add.fingerprint(added)}" if added.host_key else ""))
 
 
-def _trusts(shown: Trust) -> bool:
+def trusts(shown: Trust) -> bool:
     """Whether a person says that this is the key."""
     if not ui.interactive():
         raise SpecError(

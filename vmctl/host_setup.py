@@ -1,0 +1,214 @@
+"""Making a bare Debian machine a host: looked at over SSH, what is missing worked out (pure), shown, and done."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from vmctl import host_ssh, images, networks
+from vmctl.config import HostEntry
+from vmctl.errors import HostUnreachable, Unsupported, VmctlError
+from vmctl.events import Reporter, Step
+from vmctl.fleet import Fleet, called
+from vmctl.hypervisor import network, storage
+
+PACKAGES = (
+    "qemu-system-x86",
+    "qemu-utils",
+    "qemu-block-extra",
+    "libvirt-daemon-system",
+    "libvirt-clients",
+    "dnsmasq-base",
+    "iptables",
+    "nftables",
+    "iproute2",
+    "ovmf",
+    "swtpm",
+    "swtpm-tools",
+    "openssh-client",
+)
+_LOOK_S, _INSTALL_S, _STEP_S = 30.0, 1800.0, 120.0
+_LOOK = r"""
+echo "uid=$(id -u)"
+echo "user=$(id -un)"
+echo "groups=$(id -Gn)"
+echo "root=$([ "$(id -u)" = 0 ] && echo yes || { sudo -n true 2>/dev/null && echo yes || echo no; })"
+echo "os=$(. /etc/os-release 2>/dev/null; echo "$ID ${ID_LIKE-}")"
+for package in "$@"; do
+    dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || echo "missing=$package"
+done
+echo "systemd=$([ -d /run/systemd/system ] && echo yes || echo no)"
+echo "libvirt=$([ -S /run/libvirt/libvirt-sock ] && echo yes || echo no)"
+[ ! -c /dev/kvm ] || echo "kvm=$(stat -c '%G %a' /dev/kvm)"
+"""
+_AS_ROOT = '[ "$(id -u)" = 0 ] && exec sh -c "$1"; exec sudo -n -H sh -c "$1"'
+_PEER_LOOK = r"""
+ssh-keygen -y -f ~/.ssh/id_ed25519 </dev/null 2>/dev/null || echo none
+cat ~/.ssh/authorized_keys 2>/dev/null; echo ---; cat ~/.ssh/known_hosts 2>/dev/null; :
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a machine said of itself. ``kvm``: group and mode of /dev/kvm, "" where there is none."""
+
+    uid: str
+    user: str
+    groups: tuple[str, ...]
+    root: bool
+    os: tuple[str, ...]
+    missing: tuple[str, ...]
+    systemd: bool
+    libvirt: bool
+    kvm: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One thing that is not yet as it should be: what to call it, and the script that does it, as root there."""
+
+    what: str
+    script: str
+    timeout_s: float = field(default=_STEP_S, compare=False)
+
+
+def read(text: str) -> Machine:
+    """The answers of the first look."""
+    pairs = [line.partition("=") for line in text.splitlines()]
+    values: Mapping[str, str] = {key: value for key, _, value in pairs}
+    return Machine(
+        uid=values.get("uid", ""),
+        user=values.get("user", ""),
+        groups=tuple(values.get("groups", "").split()),
+        root=values.get("root") == "yes",
+        os=tuple(values.get("os", "").split()),
+        missing=tuple(value for key, _, value in pairs if key == "missing"),
+        systemd=values.get("systemd") == "yes",
+        libvirt=values.get("libvirt") == "yes",
+        kvm=values.get("kvm", ""),
+    )
+
+
+def changes(machine: Machine) -> tuple[Change, ...]:
+    """What must be done to it, in this order; nothing for one that is as it should be. Pure."""
+    found = []
+    if machine.missing:
+        install = shlex.join(["apt-get", "-q", "-y", "install", "--no-install-recommends", *machine.missing])
+        script = f"export DEBIAN_FRONTEND=noninteractive; apt-get -q update; {install}"
+        found += [Change(f"package {name}", "") for name in machine.missing[:-1]]
+        found.append(Change(f"package {machine.missing[-1]}", script, _INSTALL_S))
+    if machine.kvm and machine.kvm.split()[0] != "kvm":
+        found.append(Change(f"/dev/kvm: group kvm instead of {machine.kvm}", "chgrp kvm /dev/kvm; chmod 660 /dev/kvm"))
+    if not machine.libvirt or machine.missing:
+        start = "systemctl enable --now virtlogd.socket libvirtd.socket libvirtd.service"
+        by_hand = "[ -S /run/libvirt/virtlogd-sock ] || virtlogd -d; libvirtd -d"
+        found.append(Change("libvirtd running", start if machine.systemd else by_hand))
+    if machine.uid != "0":
+        lacking = [group for group in ("libvirt", "kvm") if group not in machine.groups]
+        user = shlex.quote(machine.user)
+        found += [Change(f"user {machine.user} in group {group}", f"usermod -a -G {group} {user}") for group in lacking]
+    return tuple(found)
+
+
+def look(fleet: Fleet, entry: HostEntry) -> Machine:
+    """Ask a machine over SSH. Raises HostUnreachable, Unsupported for one that is no Debian or lets nobody be root."""
+    said = host_ssh.run(entry, fleet.folders.runtime, "sh", "-c", _LOOK, "sh", *PACKAGES, timeout_s=_LOOK_S)
+    found = read(said.out)
+    if "debian" not in found.os:
+        kind = found.os[0] if found.os else "an unknown system"
+        raise Unsupported(
+            f"cannot set up {called(entry)}: it runs {kind}, not Debian",
+            hint=f"install there what these packages of Debian's hold: {' '.join(PACKAGES)}; then vmctl host add",
+        )
+    if not found.root:
+        raise Unsupported(
+            f"cannot set up {called(entry)}: {found.user} is not root there, and sudo asks for a password",
+            hint="log in as root, or let the user sudo without a password",
+        )
+    return found
+
+
+def apply(fleet: Fleet, entry: HostEntry, machine: Machine, wanted: Sequence[Change], report: Reporter) -> None:
+    """Do it. Raises VmctlError with the machine's own words for what fails; what was done before stays."""
+    prefix = [] if machine.uid == "0" else ["sudo", "-n", "-H"]
+    for change in wanted:
+        if not change.script:
+            continue  # done with the ones after it
+        report(Step(f"{called(entry)}: {change.what}"))
+        argv = [*prefix, "sh", "-e", "-c", change.script]
+        done = host_ssh.run(entry, fleet.folders.runtime, *argv, timeout_s=change.timeout_s)
+        if done.code:
+            words = [line for line in (done.err or done.out).splitlines() if line.strip()]
+            raise VmctlError(f"cannot set up {called(entry)}: {change.what}: {words[-1] if words else done.code}")
+
+
+def furnishings(fleet: Fleet, entry: HostEntry) -> tuple[str, ...]:
+    """Of what vmctl keeps on a host by libvirt, what is not there yet."""
+    with fleet.open(entry) as host:
+        pools = (host.settings.pool, host.settings.image_pool)
+        found = [f"storage pool {name}" for name in pools if not storage.pool_exists(host.conn, name)]
+        there = network.find(host.conn, host.settings.network)
+        return (*found, *([] if there is not None and there.active else [f"network {host.settings.network}"]))
+
+
+def furnish(fleet: Fleet, entry: HostEntry, report: Reporter) -> None:
+    """Make the pools and the network there."""
+    with fleet.open(entry) as host:
+        images.ensure_pools(host)
+        networks.ensure(host, report)
+
+
+# --- who may log in to whom ------------------------------------------------------------------------------------
+
+
+def peers(fleet: Fleet, entry: HostEntry) -> tuple[tuple[HostEntry, Change], ...]:
+    """What lets its root reach the other known hosts by their peer URIs, and theirs it: a change and where it is made.
+
+    Hosts that are not reached by SSH, or do not answer, are left out.
+    """
+    others = [one for one in fleet.settings.hosts.values() if called(one) != called(entry) and one.host_key]
+    homes = {called(one): home for one in (entry, *others) if (home := _home(fleet, one)) is not None}
+    if called(entry) not in homes:
+        return ()
+    found: list[tuple[HostEntry, Change]] = []
+    for one in (entry, *others):
+        if called(one) in homes and homes[called(one)].key == "none":
+            make = "mkdir -p -m 700 ~/.ssh; ssh-keygen -q -t ed25519 -N '' -f ~/.ssh/id_ed25519"
+            found.append((one, Change(f"an SSH key of root's on {called(one)}", make)))
+    for other in others:
+        if called(other) in homes:
+            found += _introduce(entry, other, homes[called(entry)], homes[called(other)])
+            found += _introduce(other, entry, homes[called(other)], homes[called(entry)])
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Home:
+    key: str
+    lets_in: str
+    knows: str
+
+
+def _home(fleet: Fleet, entry: HostEntry) -> _Home | None:
+    try:
+        said = host_ssh.run(entry, fleet.folders.runtime, "sh", "-c", _AS_ROOT, "sh", _PEER_LOOK, timeout_s=_LOOK_S).out
+    except HostUnreachable:
+        return None
+    key, _, rest = said.partition("\n")
+    lets_in, _, knows = rest.partition("---\n")
+    return _Home(key.strip(), lets_in, knows)
+
+
+def _introduce(one: HostEntry, other: HostEntry, mine: _Home, theirs: _Home) -> list[tuple[HostEntry, Change]]:
+    """What is missing for ``one`` to log in to ``other``."""
+    found = []
+    address = host_ssh.place(host_ssh.elsewhere(other)).host
+    line = f"{address} {other.host_key}"
+    if line not in mine.knows and not (address in mine.knows and other.host_key in mine.knows):
+        script = f"mkdir -p -m 700 ~/.ssh; echo {shlex.quote(line)} >>~/.ssh/known_hosts"
+        found.append((one, Change(f"{called(one)} knows the host key of {called(other)}", script)))
+    if mine.key != "none" and " ".join(mine.key.split()[:2]) not in theirs.lets_in:
+        script = f"mkdir -p -m 700 ~/.ssh; umask 077; echo {shlex.quote(mine.key)} >>~/.ssh/authorized_keys"
+        found.append((other, Change(f"{called(other)} lets root of {called(one)} in", script)))
+    return found
