@@ -25,7 +25,8 @@ def bed(make_testbed: Callable[..., Testbed]) -> Testbed:
 
 
 def virsh(uri: str, *words: str, check: bool = True) -> str:
-    return sh("virsh", "-q", "-c", uri, *words, check=check).stdout.strip()
+    # After a start without a cache libvirt asks each emulator what it can, a minute and more on a busy machine.
+    return sh("virsh", "-q", "-c", uri, *words, check=check, timeout=240).stdout.strip()
 
 
 def milliseconds(address: str) -> float:
