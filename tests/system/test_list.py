@@ -8,10 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.system.conftest import REPO, Shell
+from vmctl.hosts import open_host
+from vmctl.hypervisor import node
 
 pytestmark = pytest.mark.system
 
@@ -81,7 +84,12 @@ def test_a_hung_guest_hangs_nothing(shell: Shell, name: str) -> None:
     os.kill(pid, signal.SIGSTOP)
     try:
         # Nobody else asks it anything: to ask it would be to wait for it.
-        assert name in {row["name"] for row in _json_within(shell, 10)}
+        running = [row for row in _json_within(shell, 10) if row["state"] == "running"]
+        assert name in {row["name"] for row in running}
+        with open_host() as host:
+            load = node.load(host.conn)  # what `host list` and `host top` show
+        assert (load.running, load.vcpus) == (len(running), sum(row["vcpus"] for row in running))
+        assert load.given_mib == sum(row["memory_mib"] for row in running)
         # Some other client is stuck on that guest's monitor meanwhile.
         stuck = subprocess.Popen(
             ["virsh", "-c", "qemu:///system", "domblkinfo", name, "vda"],
@@ -98,8 +106,8 @@ def test_a_hung_guest_hangs_nothing(shell: Shell, name: str) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-def _json_within(shell: Shell, seconds: float) -> list[dict[str, object]]:
+def _json_within(shell: Shell, seconds: float) -> list[dict[str, Any]]:
     import json
 
-    found: list[dict[str, object]] = json.loads(shell.run("list", "-o", "json", timeout=seconds).stdout)
+    found: list[dict[str, Any]] = json.loads(shell.run("list", "-o", "json", timeout=seconds).stdout)
     return found
