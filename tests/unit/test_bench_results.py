@@ -94,6 +94,16 @@ def test_a_row_that_is_gone_is_a_regression() -> None:
     assert verdicts(less, made(1))["cpuid"] is Verdict.NEW and not compare(less, made(1)).regressed
 
 
+def test_what_the_hosts_memory_makes_is_no_regression() -> None:
+    def named(result: TrapResult) -> TrapResult:
+        rows = tuple(replace(row, name="touch_first") if row.name == "cpuid" else row for row in result.rows)
+        return replace(result, rows=rows)
+
+    found = compare(named(made(1)), named(made(2, slowed=20.0)))
+    assert {change.name: change.verdict for change in found.changes}["touch_first"] is Verdict.MOMENT
+    assert found.verdict == "no change" and not found.regressed
+
+
 def test_unlike_dimensions_are_refused_with_all_their_names() -> None:
     with pytest.raises(SpecError) as caught:
         compare(made(1), made(2, accelerator="kvm", host_cpu="y"))

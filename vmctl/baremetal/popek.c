@@ -11,7 +11,7 @@
 
 #define NOTHING (~0UL)
 
-enum { CR4_UMIP = 1 << 11, STEP = 1 << 20, MAPPED_MIB = 1024 };
+enum { CR4_UMIP = 1 << 11, STEP = 1 << 20, MAPPED_MIB = 1024, TIMES = 20, LONG = 1000000000 };
 
 static void (*volatile tried)(void);
 
@@ -104,11 +104,19 @@ static void intervene(void) {
 
 static volatile u64 work_rounds, work_digest, work_ticks;
 
+/* The quickest of some times, as the process of the host does it; once where it takes long. */
 static void timed_work(void) {
+    u64 all = 0;
     workload(work_rounds / 10 + 1, 0); /* warm */
-    u64 began = ticks();
-    work_digest = workload(work_rounds, 0);
-    work_ticks = ticks() - began;
+    work_ticks = ~0UL;
+    for (int i = 0; i < TIMES && all < LONG; i++) {
+        u64 began = ticks();
+        work_digest = workload(work_rounds, 0);
+        u64 took = ticks() - began;
+        all += took;
+        if (took < work_ticks)
+            work_ticks = took;
+    }
 }
 
 static void user_work(void) {

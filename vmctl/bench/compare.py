@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from vmctl.bench import stats
 from vmctl.bench.result import Head, RowResult, TrapResult
+from vmctl.bench.rows import OF_THE_MOMENT
 from vmctl.bench.table import guest_medians
 from vmctl.errors import SpecError
 
@@ -27,6 +28,7 @@ class Verdict(StrEnum):
     FASTER = "faster"
     SAME = "same"
     UNCLEAR = "unclear"  # too few guests to tell whether a difference this large is chance
+    MOMENT = "as the host was"  # a difference that the state of the host's memory makes, too
     GONE = "only before"
     NEW = "only after"
 
@@ -109,6 +111,8 @@ def _change(name: str, old: RowResult | None, new: RowResult | None, threshold: 
         verdict = Verdict.UNCLEAR
     elif p > ALPHA:
         verdict = Verdict.SAME
+    elif name in OF_THE_MOMENT:
+        verdict = Verdict.MOMENT
     else:
         verdict = Verdict.SLOWER if ratio > 1 else Verdict.FASTER
     return Change(name, was, now, ratio, p, stats.superiority(first, second), verdict)
@@ -116,5 +120,6 @@ def _change(name: str, old: RowResult | None, new: RowResult | None, threshold: 
 
 def _overall(changes: tuple[Change, ...]) -> str:
     counts = {verdict: sum(change.verdict is verdict for change in changes) for verdict in Verdict}
-    told = [f"{count} {verdict}" for verdict, count in counts.items() if count and verdict is not Verdict.SAME]
+    none = {Verdict.SAME, Verdict.MOMENT}
+    told = [f"{count} {verdict}" for verdict, count in counts.items() if count and verdict not in none]
     return ", ".join(told) if told else "no change"

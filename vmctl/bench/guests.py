@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +57,9 @@ def machine(host: Host, name: str, accel: Accel, kvm: KvmFindings, kernel: str) 
         kind, mode = "qemu", "maximum"
     else:
         kind, mode = "kvm", "host-passthrough" if kvm.verdict is Verdict.WORKS else "custom"
-    return ProbeView(name, kind, "kvm64", str(host.facts.emulator), kernel, MEMORY_MIB, mode, VCPUS)
+    # A name of its own: the guest of a run that was killed may be there yet, until libvirt has noticed.
+    own = f"{name}-{secrets.token_hex(4)}"
+    return ProbeView(own, kind, "kvm64", str(host.facts.emulator), kernel, MEMORY_MIB, mode, VCPUS)
 
 
 class Ear:

@@ -35,7 +35,7 @@ _ROUNDS = 100  # of the workload: some 7 million instructions, which an interpre
 _SILENT_S = 30.0  # that long may an interpreter be at the workload
 _TRY_SILENT_S = 5.0
 _SPIN_S = 0.3  # before a guest that never ends is ended
-_NATIVE_RUNS = 5
+_NATIVE_RUNS = 20
 _NATIVE_TIMEOUT_S = 60.0
 _COUNTING = ("-icount", "shift=0")  # one tick of the TSC for each instruction
 

@@ -154,6 +154,8 @@ ROWS: tuple[Row, ...] = (
     Row("ipi_halted", "wake a vCPU that sleeps", "APIC write, HLT", _KERNEL, _DEVICE, "and 2000 ticks"),
 )
 BY_NAME = {row.name: row for row in ROWS}
+# Rows whose cost is the host's state as much as its making: what a page costs depends on what memory is at hand.
+OF_THE_MOMENT = frozenset({"touch_first"})
 
 
 def handled_by(row: Row, accelerator: str, *, interpreted: bool) -> str:
