@@ -27,7 +27,7 @@ from vmctl.migrate_watch import Run
 from vmctl.outage import Probe
 from vmctl.wait import pause
 
-_SETTLE_S = 30.0
+_SETTLE_S = 40.0
 _LOOK_S = 0.5
 
 
@@ -294,10 +294,10 @@ def _take_away(ends: Ends, file: File) -> None:
 
 
 def settle(ends: Ends, uuid: str) -> tuple[Where, tuple[Seen, Seen]]:
-    """Where it is, from both hosts, once they have come to an end with it, as far as they do within half a minute."""
+    """Where it is, from both hosts, once they have come to an end with it, as far as they do in time."""
     deadline = time.monotonic() + _SETTLE_S
     while True:
-        seen = ends.seen("source", uuid), ends.seen("target", uuid)
+        seen = ends.seen(uuid)
         where = judge(*seen)
         ended = where in {Where.MOVED, Where.STAYED} and not (seen[0].there and seen[1].there)
         if ended or where in {Where.LOST, Where.POSTCOPY} or time.monotonic() >= deadline:

@@ -10,7 +10,7 @@ from vmctl.hosts import Host
 from vmctl.hypervisor import connection, domain, migration
 from vmctl.migrate_outcome import Seen
 
-_OPEN_S = 25.0
+_OPEN_S, _ASK_S = 25.0, 15.0
 
 
 class Ends:
@@ -56,18 +56,24 @@ class Ends:
                 self._open[which] = answer
         return self._open[which]
 
-    def seen(self, which: str, uuid: str) -> Seen:
-        """The VM of that UUID on one of the hosts, asked anew."""
+    def seen(self, uuid: str) -> tuple[Seen, Seen]:
+        """The VM of that UUID on source and target, asked anew, both at once."""
 
-        def ask(_entry: HostEntry) -> Seen:
+        def ask(entry: HostEntry) -> Seen:
             try:
-                found = domain.find(self._host(which).conn, uuid)
+                found = domain.find(self._host(self._which(entry)).conn, uuid)
             except NotFound:
                 return Seen(True)
             return Seen(True, found.state, found.why)
 
-        for _, answer in fleets.each([self._entries[which]], ask, _OPEN_S):
-            if not isinstance(answer, VmctlError):
-                return answer
-            self._open.pop(which, None)  # whatever it was, the next question goes over a new connection
-        return Seen(False)
+        found = []
+        for which, answer in zip(self._entries, fleets.each([*self._entries.values()], ask, _ASK_S), strict=True):
+            if isinstance(answer[1], VmctlError):
+                self._open.pop(which, None)  # whatever it was, the next question goes over a new connection
+                found.append(Seen(False))
+            else:
+                found.append(answer[1])
+        return found[0], found[1]
+
+    def _which(self, entry: HostEntry) -> str:
+        return next(which for which, one in self._entries.items() if one is entry)

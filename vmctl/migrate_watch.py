@@ -10,8 +10,8 @@ from functools import partial
 
 from vmctl.errors import Interrupted, VmctlError
 from vmctl.events import Reporter, Status, Step, Warned
-from vmctl.hypervisor import migration
-from vmctl.hypervisor.migration import Orders
+from vmctl.hypervisor import connection, migration
+from vmctl.hypervisor.migration import Orders, Way
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_policy import Abort, Done, GoPostcopy, Policy, Raise, Sample, converges, decide, eta_s, rates
 
@@ -47,6 +47,10 @@ def run(ends: Ends, name: str, orders: Orders, policy: Policy, report: Reporter)
         except VmctlError as error:
             outcome.failure = outcome.failure or error.message.removeprefix(f"cannot migrate VM {name}: ")
 
+    def lost() -> bool:
+        """Whether vmctl, through which a direct one goes, has lost the target: QEMU would send on, to no end."""
+        return orders.way is Way.DIRECT and not connection.is_alive(target.conn)
+
     worker = threading.Thread(target=work, name=f"migrate {name}", daemon=True)
     began = time.monotonic()
     worker.start()
@@ -54,7 +58,7 @@ def run(ends: Ends, name: str, orders: Orders, policy: Policy, report: Reporter)
     _try(lambda: migration.set_downtime(source.conn, name, policy.downtime_ms))
     while True:
         try:
-            _steer(worker, began, ends, name, policy, outcome, report)
+            _steer(worker, began, ends, name, policy, outcome, report, lost=lost)
             return outcome
         except (KeyboardInterrupt, Interrupted) as early:
             why = f"{early}" or "interrupted"
@@ -82,7 +86,15 @@ def _try(act: Callable[[], object]) -> None:
 
 
 def _steer(
-    worker: threading.Thread, began: float, ends: Ends, name: str, policy: Policy, outcome: Run, report: Reporter
+    worker: threading.Thread,
+    began: float,
+    ends: Ends,
+    name: str,
+    policy: Policy,
+    outcome: Run,
+    report: Reporter,
+    *,
+    lost: Callable[[], bool],
 ) -> None:
     source, heard, aborted = ends.source, time.monotonic(), 0.0
     downtime_set = False
@@ -92,6 +104,10 @@ def _steer(
         if aborted and now - aborted > _ABORT_S:
             outcome.hung = True
             return
+        if not aborted and lost():
+            outcome.failure = f"the connection to {ends.names[1]} is lost"
+            migration.abort(source.conn, name)
+            aborted = now
         try:
             sample = migration.sample(source.conn, name, now - began)
         except Interrupted:

@@ -92,6 +92,9 @@ def migrate(
         Optional[float],  # noqa: UP045
         typer.Option("--timeout", metavar="SECONDS", min=1, help="Give it up then; with --postcopy, go over to that."),
     ] = None,
+    stall_timeout: Annotated[
+        float, typer.Option("--stall-timeout", metavar="SECONDS", min=1, help="Longest time without a byte; 45.")
+    ] = 45.0,
     persistent: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option("--persistent/--transient", help="Whether the target keeps a definition; default: as it was."),
@@ -118,7 +121,13 @@ def migrate(
         way=Way.DIRECT if direct else Way.TUNNELLED if tunnelled else Way.PEER,
         live=live,
         copying=Copying(copy_storage.value) if copy_storage else Copying.NONE,
-        policy=Policy(downtime or 300, max(downtime or 300, max_downtime), give_up_s=timeout, postcopy=postcopy),
+        policy=Policy(
+            downtime or 300,
+            max(downtime or 300, max_downtime),
+            stall_s=stall_timeout,
+            give_up_s=timeout,
+            postcopy=postcopy,
+        ),
         persistent=persistent,
         keep=not undefine_source,
         auto_converge=auto_converge,
