@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -64,7 +65,29 @@ class File:
 
 def files(host: Host, vm: Domain) -> tuple[File, ...]:
     """All that the VM needs, each once; what others are based on comes before them."""
+    with ExitStack() as shown:
+        return _files(host, vm, _known(host, vm, shown))
+
+
+def _known(host: Host, vm: Domain, shown: ExitStack) -> dict[str, VolumeFacts]:
+    """The volumes of all pools by path, and what lies in the folders of the VM's disks that are no pools.
+
+    Those are shown as pools until ``shown`` is closed: without, not even the size of a disk is known.
+    """
     known = {one.path: one for one in storage.all_volumes(host.conn)}
+    wanted = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=not vm.active)}
+    looked: set[str] = {"", "/dev"}
+    while folders := {path.rpartition("/")[0] for path in wanted if path[:1] == "/" and path not in known} - looked:
+        looked |= folders
+        for folder in folders:
+            with suppress(NotFound):
+                pool = shown.enter_context(storage.folder_as_pool(host.conn, folder, _pool_xml(folder)))
+                known |= {one.path: one for one in storage.volumes(host.conn, pool)}
+        wanted |= {known[path].backing for path in wanted if path in known}
+    return known
+
+
+def _files(host: Host, vm: Domain, known: Mapping[str, VolumeFacts]) -> tuple[File, ...]:
     paths = {f"{one.pool}/{one.name}": one.path for one in known.values()}
     found: dict[str, File] = {}
     for disk in disks.disks(host.conn, vm.name, inactive=not vm.active):
@@ -76,7 +99,7 @@ def files(host: Host, vm: Domain) -> tuple[File, ...]:
             found[source] = File(role, source, disk.target, network=True)
             continue
         top = _file(host, known.get(source), File(role, source, disk.target, disk.format, cache=disk.cache))
-        for below in reversed(_below(top, known, disk.backing)):
+        for below in reversed(_below(host, top, known, disk.backing)):
             found.setdefault(below.path, below)
         found[source] = top
     for role, path in ((Role.KERNEL, vm.facts.kernel), (Role.INITRD, vm.facts.initrd), (Role.NVRAM, vm.facts.nvram)):
@@ -97,7 +120,7 @@ def _file(host: Host, volume: VolumeFacts | None, plain: File) -> File:
     )
 
 
-def _below(top: File, known: Mapping[str, VolumeFacts], told: Sequence[str]) -> list[File]:
+def _below(host: Host, top: File, known: Mapping[str, VolumeFacts], told: Sequence[str]) -> list[File]:
     """The files that a disk is based on, by what pools know, else by what the running VM's XML tells."""
     found: list[File] = []
     at = top.backing
@@ -106,7 +129,8 @@ def _below(top: File, known: Mapping[str, VolumeFacts], told: Sequence[str]) -> 
         if volume is None:
             found.append(File(Role.BASE, at, top.target))
             break
-        found.append(File(Role.BASE, at, top.target, volume.format, volume.capacity, volume.allocation, volume.backing))
+        size = storage.volume_size(host.conn, volume.pool, volume.name)
+        found.append(File(Role.BASE, at, top.target, volume.format, volume.capacity, size, volume.backing))
         at = volume.backing
     return found or [File(Role.BASE, path, top.target) for path in told if path.startswith("/")]
 

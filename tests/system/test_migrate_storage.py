@@ -99,6 +99,31 @@ def test_live_with_whole_disks(pair: Pair, vm: str) -> None:
     assert read(pair, "h2", vm) == digest
 
 
+@pytest.mark.parametrize("way", ["overlay", "full"])
+def test_a_disk_in_a_folder_that_is_no_pool(pair: Pair, vm: str, way: str) -> None:
+    first, second = pair.machine("h1"), pair.machine("h2")
+    for machine in (first, second):
+        machine.run("mkdir", "-p", "/var/lib/libvirt/loose")
+    first.run("qemu-img", "create", "-q", "-f", "qcow2", "/var/lib/libvirt/loose/base.qcow2", "16M")
+    base = ("-b", "/var/lib/libvirt/loose/base.qcow2", "-F", "qcow2")
+    first.run("qemu-img", "create", "-q", "-f", "qcow2", *base, "/var/lib/libvirt/loose/top.qcow2")
+    disk = ("/var/lib/libvirt/loose/top.qcow2", "vdz", "--driver", "qemu", "--subdriver", "qcow2")
+    first.virsh("attach-disk", vm, *disk, "--persistent", "--live")
+    script = "d=/dev/$(ls -t /sys/block | grep ^vd | sort | tail -n 1); "
+    keep = script + "head -c 3000000 /dev/urandom | dd of=$d conv=fsync 2>/dev/null; head -c 3000000 $d | md5sum"
+    digest = pair.vmctl("-c", "h1", "exec", "--via", "agent", vm, "--", "sh", "-c", keep).stdout
+    try:
+        pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", way)
+        again = script + "echo 3 >/proc/sys/vm/drop_caches; head -c 3000000 $d | md5sum"
+        assert pair.vmctl("-c", "h2", "exec", "--via", "agent", vm, "--", "sh", "-c", again).stdout == digest
+        assert not [pool for pool in first.virsh("pool-list", "--all", "--name").split() if "look" in pool]
+    finally:
+        where = "h2" if pair.where(vm).get("h2") else "h1"
+        pair.machine(where).virsh("detach-disk", vm, "vdz", "--persistent", "--live")
+        for machine in (first, second):
+            machine.run("rm", "-rf", "/var/lib/libvirt/loose")
+
+
 def test_stopped(pair: Pair, vm: str) -> None:
     digest = written(pair, "h1", vm)
     pair.vmctl("-c", "h1", "stop", vm, "--force")
