@@ -21,6 +21,7 @@ from vmctl.events import Reporter, Warned, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, inventory, network, storage
 from vmctl.hypervisor.domain import Domain, State
+from vmctl.hypervisor.states import MOVED
 from vmctl.login import Target
 from vmctl.record import SshAccess
 from vmctl.seed import client_key
@@ -110,6 +111,8 @@ class Vigil:
             if silent_s >= _GONE_S:
                 raise
             state, why = State.RUNNING, ""  # it may have moved to another host, and its connections with it
+        if why == MOVED and silent_s < _GONE_S:
+            state = State.RUNNING
         now = self._clock()
         if state is not State.PAUSED:
             self._paused_since = None

@@ -25,6 +25,7 @@ class State(StrEnum):
 
 
 PANICKED = "guest panicked"
+MOVED = "moved to another host"
 
 # Of these more can be expected; a panicked guest only waits for someone to look at it.
 ACTIVE = frozenset({State.RUNNING, State.PAUSED, State.STOPPING, State.SUSPENDED})
@@ -60,6 +61,8 @@ def state_of(code: int, reason: int, *, saved: bool = False) -> tuple[State, str
         return State.SAVED, ""
     if state is State.STOPPED and reason == libvirt.VIR_DOMAIN_SHUTOFF_CRASHED:
         return State.CRASHED, ""
+    if state is State.STOPPED and reason == libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED:
+        return state, MOVED
     if state is State.STOPPED and reason == libvirt.VIR_DOMAIN_SHUTOFF_FAILED:
         return state, "failed to start"
     if state is State.CRASHED:
