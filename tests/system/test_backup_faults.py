@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from tests.system import libvirtd, pattern
-from tests.system.conftest import REPO, VMCTL, Shell, volumes
+from tests.system.conftest import REPO, Shell, environment, volumes
 from tests.system.test_backup import checkpoints, device, disk_of, holds, verified, write
 from tests.system.test_interrupted import interrupted
+from vmctl.wait import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3000)]
 
@@ -60,6 +62,7 @@ def vm(shell: Shell, guest: str) -> str:
     """The guest, running, with no checkpoint of another test's backups."""
     if shell.virsh("domstate", guest) != "running":
         started(shell, guest)
+    shell.run("wait", guest, "--for", "agent")
     for one in checkpoints(shell, guest):
         shell.virsh("checkpoint-delete", guest, one)
     return guest
@@ -424,16 +427,22 @@ def test_a_tampered_or_foreign_backup_is_refused_by_name(shell: Shell, vm: str, 
     survived("tampered: a definition with /etc/shadow as a disk")
 
 
-def test_two_backups_at_once(shell: Shell, vm: str, store: Path) -> None:
+def test_two_backups_at_once(shell: Shell, vm: str, store: Path, tmp_path: Path) -> None:
+    """The first is held after its first, second, third step."""
     want = write(shell, vm, "first", BLOCKS)
-    for _ in range(3):
+    for at in range(1, 4):
         tried("two backups of one VM at once")
-        both = [
-            subprocess.Popen([*VMCTL, "backup", "create", vm], stderr=subprocess.PIPE, text=True, cwd=REPO)
-            for _ in range(2)
-        ]
-        errors = [process.communicate(timeout=120)[1] for process in both]
-        assert sorted(process.returncode for process in both) == [0, 5], errors
+        log = tmp_path / f"changes-{at}"
+        first = subprocess.Popen(
+            [sys.executable, "-m", "tests.system.interrupting", "SIGSTOP", str(at), "backup", "create", vm],
+            env=environment(CHANGES=str(log)), stderr=subprocess.PIPE, text=True, cwd=REPO,
+        )  # fmt: skip
+        state = Path(f"/proc/{first.pid}/stat")
+        wait_until(lambda state=state: ") T " in state.read_text(), what="its stop", timeout_s=60)  # type: ignore[misc]
+        shell.run("backup", "create", vm, check=5)
+        first.send_signal(signal.SIGCONT)
+        errors = first.communicate(timeout=120)[1]
+        assert first.returncode == 0, errors
         survived("two backups of one VM at once")
     assert len(verified(vm, store)) == 3
     restores_to(shell, vm, store, want)

@@ -60,7 +60,7 @@ def vm(shell: Shell, guest: str) -> str:
     """The VM, running."""
     if shell.virsh("domstate", guest) != "running":
         shell.run("start", guest)
-        shell.run("wait", guest, "--for", "agent", "--timeout", "200", timeout=240)
+    shell.run("wait", guest, "--for", "agent", "--timeout", "200", timeout=240)
     return guest
 
 

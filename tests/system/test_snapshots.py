@@ -24,6 +24,7 @@ def vm(shell: Shell, name: str) -> Iterator[str]:
     """A running guest with a second disk of 16 MiB, /dev/vdc; all files are gone with it."""
     before = set(POOL.iterdir())
     shell.run("create", name, "--image", "micro", "--disk", "16M", "--wait", "ssh", timeout=300)
+    shell.run("wait", name, "--for", "agent")
     shell.run("exec", name, "--", "sync")  # its host key too, which it would not get from a used seed again
     yield name
     shell.run("delete", name, "--yes")
