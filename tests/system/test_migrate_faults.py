@@ -80,5 +80,7 @@ def test_fault(pair: Pair, fault: str, way: list[str]) -> None:
         assert process.returncode == 12, said
         assert f"{vm} runs on h1 as before" in said, said
         until(lambda: pair.where(vm) == {"h1": "running"}, f"it is on h1 alone: {pair.where(vm)}; {said}", 60)
-        pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+        # A host that has booted anew is found by its neighbours only after a while.
+        recover = ("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+        until(lambda: not pair.vmctl(*recover, check=None).returncode, "it is recovered", 120)
         assert pair.where(vm) == {"h2": "running"}
