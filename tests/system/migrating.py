@@ -7,7 +7,6 @@ import os
 import secrets
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from tests.hosts import Machine, Testbed
 from tests.system.conftest import REPO, VMCTL, Shell
+from vmctl.wait import wait_until
 
 STORE = Path("/var/lib/libvirt/vmctl/vmctl-images")
 
@@ -144,7 +144,4 @@ def busy(pair: Pair, host: str = "h1", *, turns: int = 20_000) -> Iterator[str]:
 
 def until(done: Callable[[], object], what: str, seconds: float = 60) -> None:
     """Wait for something, looking often."""
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
+    wait_until(lambda: bool(done()), what=what, timeout_s=seconds)

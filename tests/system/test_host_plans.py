@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 
 from tests.hosts import Testbed
 from tests.system.conftest import VMCTL, Shell
+from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
 
@@ -241,13 +241,17 @@ def test_a_drain_that_is_cut_off_goes_on(fleet: Fleet, number: signal.Signals) -
             line = drain.stderr.readline()
             assert line, seen
             seen += line
-        time.sleep(0.3)
+        source = fleet.bed.machines[0]
+
+        def sends() -> bool:
+            return any("Outgoing" in source.virsh("domjobinfo", vm, check=False) for vm in ("a", "b", "c"))
+
+        wait_until(sends, what="the first VM is sent", timeout_s=60, interval_s=0.02)
         drain.send_signal(number)
         _, rest = drain.communicate(timeout=60)
         assert drain.returncode == (130 if number is signal.SIGINT else -number), seen + rest
     finally:
         fleet.bed.limit(None)
-    deadline = time.monotonic() + 60
-    while fleet.run_any("host", "drain", "h1", "--yes") != 0:  # libvirt may still be at what was begun
-        assert time.monotonic() < deadline
+    again = ("host", "drain", "h1", "--yes")  # libvirt may still be at what was begun
+    wait_until(lambda: not fleet.run_any(*again), what="the rest of the drain", timeout_s=60)
     assert set(fleet.where()) == fleet.running() == {"a", "b", "c"} and "h1" not in fleet.where().values()

@@ -8,15 +8,16 @@ import select
 import signal
 import subprocess
 import sys
-import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vmctl.cli import many, run, words
 from vmctl.cli.app import COMMANDS, command
 from vmctl.errors import Conflict, Interrupted, PartialFailure, SpecError
+from vmctl.hypervisor import events
 from vmctl.wait import wait_until
 
 REPO = Path(__file__).parents[2]
@@ -265,14 +266,21 @@ def test_events_of_a_vm_that_is_not_there(capsys: pytest.CaptureFixture[str]) ->
     assert first.startswith("cannot find VM tset") and second == "hint: did you mean test?"
 
 
-def test_notes_are_for_those_who_did_not_ask_for_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    def end() -> None:
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGINT)
+def test_notes_are_for_those_who_did_not_ask_for_quiet(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = events.watch
 
+    def interrupted(conn: Any, ready: Callable[[], None], idle: Callable[[], None]) -> Any:
+        def begun() -> None:
+            ready()
+            os.kill(os.getpid(), signal.SIGINT)
+
+        return watch(conn, ready=begun, idle=idle)
+
+    monkeypatch.setattr(events, "watch", interrupted)
     shown: list[str] = []
     for quiet in ([], ["-q"]):
-        threading.Thread(target=end).start()
         assert run([*ON, *quiet, "events"]) == 130
         shown.append(capsys.readouterr().err)
     assert "watching" in shown[0] and "watching" not in shown[1]

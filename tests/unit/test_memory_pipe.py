@@ -36,7 +36,7 @@ def settled(reader: Reader) -> bytes:
     before = None
     while before != reader.got:
         before = reader.got
-        time.sleep(0.1)
+        time.sleep(0.1)  # that nothing comes has no event of its own
     return reader.got
 
 

@@ -104,8 +104,8 @@ def test_a_lock_excludes_and_dies_with_its_process(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys, time, pathlib\nfrom vmctl import locks\n"
-            "with locks.held(pathlib.Path(sys.argv[1]), 'x'):\n print('held', flush=True)\n time.sleep(60)",
+            "import signal, sys, pathlib\nfrom vmctl import locks\n"
+            "with locks.held(pathlib.Path(sys.argv[1]), 'x'):\n print('held', flush=True)\n signal.pause()",
             str(tmp_path),
         ],
         stdout=subprocess.PIPE,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import libvirt
 
-from vmctl.domain_brief import brief
+from vmctl.hypervisor import inventory
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
+from vmctl.hypervisor.states import ACTIVE
 
 
 class NodeLoad(NamedTuple):
@@ -26,7 +27,7 @@ class NodeLoad(NamedTuple):
 
 
 def load(conn: Connection) -> NodeLoad:
-    """Look. Four calls and one for each running VM; none of it is asked of a QEMU, which may hang."""
+    """Look. None of it is asked of a QEMU, which may hang."""
     with calling("ask for the load of the host"):
         info = conn.handle.getInfo()
         times, memory = {"kernel": 0, "user": 0, "idle": 1, "iowait": 0}, {"total": int(info[1]) * 1024, "free": 0}
@@ -36,8 +37,8 @@ def load(conn: Connection) -> NodeLoad:
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:  # the test driver
                 raise
-        stats = conn.handle.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE, 0)
-        active = [_given(dom) for dom, values in stats if values.get("state.state") in _ACTIVE]
+    vms = inventory.list_domains(conn)
+    active = [one for one in vms if one.state in ACTIVE]
     idle = times.get("idle", 0) + times.get("iowait", 0)
     return NodeLoad(
         cpus=int(info[2]),
@@ -46,29 +47,7 @@ def load(conn: Connection) -> NodeLoad:
         memory_mib=memory["total"] // 1024,
         available_mib=sum(memory.get(kind, 0) for kind in ("free", "buffers", "cached")) // 1024,
         running=len(active),
-        vms=len(stats),
-        vcpus=sum(vcpus for vcpus, _ in active),
-        given_mib=sum(mib for _, mib in active),
+        vms=len(vms),
+        vcpus=sum(one.vcpus for one in active),
+        given_mib=sum(one.memory_mib for one in active),
     )
-
-
-def _given(dom: Any) -> tuple[int, int]:
-    """vCPUs and MiB of a running VM; nothing of one that is gone by now."""
-    try:
-        found = brief(dom.XMLDesc())
-    except libvirt.libvirtError as error:
-        if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN:
-            return 0, 0
-        raise
-    return found.vcpus, found.memory_mib
-
-
-_ACTIVE = frozenset(
-    {
-        libvirt.VIR_DOMAIN_RUNNING,
-        libvirt.VIR_DOMAIN_BLOCKED,
-        libvirt.VIR_DOMAIN_PAUSED,
-        libvirt.VIR_DOMAIN_SHUTDOWN,
-        libvirt.VIR_DOMAIN_PMSUSPENDED,
-    }
-)
