@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.hosts import Machine, Testbed
 from tests.system.conftest import REPO, VMCTL, Shell
 from vmctl.wait import wait_until
@@ -81,6 +83,16 @@ def known_pair(bed: Testbed, config: Path) -> Pair:
     first.virsh("pool-start", "vmctl-images")
     first.virsh("pool-autostart", "vmctl-images")
     return pair
+
+
+def pair_fixture(**bed: bool) -> Any:
+    """The fixture ``pair`` of a module: two hosts of a testbed with these options."""
+
+    @pytest.fixture(scope="module", name="pair")
+    def made(make_testbed: Callable[..., Testbed], tmp_path_factory: pytest.TempPathFactory, micro_image: None) -> Pair:
+        return known_pair(make_testbed(2, **bed), tmp_path_factory.mktemp("config"))
+
+    return made
 
 
 @contextmanager

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import Testbed
-from tests.system.migrating import Pair, busy, guest, known_pair, until
+from tests.system.migrating import Pair, busy, guest, pair_fixture, until
 
 pytestmark = pytest.mark.system
 
 
-@pytest.fixture(scope="module")
-def pair(make_testbed: Callable[..., Testbed], tmp_path_factory: pytest.TempPathFactory, micro_image: None) -> Pair:
-    return known_pair(make_testbed(2, shared=True), tmp_path_factory.mktemp("config"))
+pair = pair_fixture(shared=True)
 
 
 @pytest.fixture(scope="module")

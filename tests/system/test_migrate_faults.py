@@ -8,15 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.hosts import Testbed
-from tests.system.migrating import Pair, busy, known_pair, until
+from tests.system.migrating import Pair, busy, pair_fixture, until
 
 pytestmark = pytest.mark.system
 
 
-@pytest.fixture(scope="module")
-def pair(make_testbed: Callable[..., Testbed], tmp_path_factory: pytest.TempPathFactory, micro_image: None) -> Pair:
-    return known_pair(make_testbed(2, shared=True), tmp_path_factory.mktemp("config"))
+pair = pair_fixture(shared=True)
 
 
 def sends(pair: Pair, vm: str) -> bool:

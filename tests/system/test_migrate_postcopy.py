@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import pytest
 
-from tests.hosts import Testbed
-from tests.system.migrating import Pair, busy, known_pair, until
+from tests.system.migrating import Pair, busy, pair_fixture, until
 
 pytestmark = pytest.mark.system
 
 
-@pytest.fixture(scope="module")
-def pair(make_testbed: Callable[..., Testbed], tmp_path_factory: pytest.TempPathFactory, micro_image: None) -> Pair:
-    return known_pair(make_testbed(2, shared=True, tls=True, qemu_root=True), tmp_path_factory.mktemp("config"))
+pair = pair_fixture(shared=True, tls=True, qemu_root=True)
 
 
 def test_only_when_asked_for(pair: Pair) -> None:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.hosts import Testbed
-from tests.system.migrating import Pair, guest, known_pair, until
+from tests.system.migrating import Pair, guest, pair_fixture, until
 
 pytestmark = pytest.mark.system
 
 
-@pytest.fixture(scope="module")
-def pair(make_testbed: Callable[..., Testbed], tmp_path_factory: pytest.TempPathFactory, micro_image: None) -> Pair:
-    return known_pair(make_testbed(2), tmp_path_factory.mktemp("config"))
+pair = pair_fixture()
 
 
 @pytest.fixture(scope="module")
