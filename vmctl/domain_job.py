@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from vmctl.errors import VmctlError, quietly
+from vmctl import hosts
+from vmctl.errors import HostUnreachable, VmctlError, quietly
 from vmctl.events import Progress, Reporter
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain
+from vmctl.wait import wait_until
 
 _CANCEL_TIMEOUT_S = 30.0
+_BACK_S = 30.0
 
 
 def blocking(host: Host, name: str, work: Callable[[], None], report: Reporter, doing: str) -> None:
@@ -44,3 +48,28 @@ def _report(host: Host, name: str, report: Reporter, doing: str) -> None:
         return  # the job, and the process with it, has just ended
     if progress is not None and progress.total:
         report(Progress(doing, progress.done, progress.total))
+
+
+@contextmanager
+def running_on(host: Host, name: str) -> Iterator[None]:
+    """A block in which libvirt holds a running domain; where it fails, the domain runs on all the same.
+
+    A libvirtd that dies between holding it and noting why finds a domain that somebody paused when it is back, and
+    leaves it so. It is waited for, for it is begun again by what watches over it.
+    """
+    try:
+        yield
+    except BaseException:
+        quietly(lambda: _resume(host, name))
+        raise
+
+
+def _resume(host: Host, name: str) -> None:
+    def back() -> Host | None:
+        try:
+            return hosts.another(host)
+        except HostUnreachable:
+            return None
+
+    with wait_until(back, what="libvirt", timeout_s=_BACK_S) as own:
+        domain.resume(own.conn, name)  # refused for one that runs; not asked, for it waits for who still settles it

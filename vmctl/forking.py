@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import agent, copies, domain_copy, hosts, images, readiness, renewal, saved_memory
+from vmctl import agent, copies, domain_copy, domain_job, hosts, images, readiness, renewal, saved_memory
 from vmctl.at_once import at_once, beside
 from vmctl.cloning import own
 from vmctl.copies import Layer, Newcomer
@@ -229,7 +229,8 @@ def _take_state(host: Host, planned: Plan, memory: Path, report: Reporter) -> No
     # Emulated, what QEMU 7.2 wrote of a busy guest while it ran was not of one moment: a fork's kernel found its lists
     # of free pages broken.
     live = vm.facts.accel is Accel.KVM
-    saved.save_and_go_on(host.conn, vm.name, str(memory), above, planned.left, live=live)
+    with domain_job.running_on(host, vm.name):
+        saved.save_and_go_on(host.conn, vm.name, str(memory), above, planned.left, live=live)
     report(
         Step(f"the state of {vm.name} is taken, {memory.stat().st_size >> 20} MiB in {time.monotonic() - began:.2f} s")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,7 +29,7 @@ from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import agent as hypervisor_agent
 from vmctl.hypervisor import disks, domain, snapshots, storage
-from vmctl.hypervisor.domain import Domain
+from vmctl.hypervisor.domain import Domain, State
 from vmctl.snapshot_journal import Entry
 from vmctl.snapshot_plan import DiskState, Kind, Mode, Ref, Situation, Wanted
 from vmctl.snapshot_xml import Kept, Snapshot
@@ -247,7 +248,8 @@ def _call(host: Host, plan: _Plan, name: str, order: Order, report: Reporter) ->
     def take() -> None:
         snapshots.take(host.conn, vm.name, xml, snapshot_journal.aside(host, vm.name), disks_only=only, live=live)
 
-    domain_job.blocking(host, vm.name, take, report, f"take snapshot {plan.ref}")
+    with domain_job.running_on(host, vm.name) if vm.state is State.RUNNING else nullcontext():
+        domain_job.blocking(host, vm.name, take, report, f"take snapshot {plan.ref}")
     if plan.nvram:
         after = Path(snapshot_settle.nvram_of(host, vm)).read_bytes()
         snapshot_layers.write_aside(plan.nvram, before if before == after else after)

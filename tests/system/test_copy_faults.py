@@ -10,17 +10,19 @@ import os
 import secrets
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.system import pattern
+from tests.system import libvirtd, pattern
 from tests.system.conftest import REPO, VMCTL, Shell, volumes
 from tests.system.test_clone import checked
 from tests.system.test_interrupted import interrupted
-from vmctl import disk_xml
+from vmctl import disk_xml, domain_job, hosts
+from vmctl.errors import VmctlError
 from vmctl.wait import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
@@ -138,6 +140,16 @@ def test_fork_stopped_at_every_step(shell: Shell, vm: str, tmp_path: Path, which
         nothing_left(shell, new)
         runs_on(shell, vm)
     nothing_left(shell, new)
+
+
+def test_a_vm_that_libvirtd_died_upon_runs_on(shell: Shell, vm: str) -> None:
+    """Held, with a libvirtd that knows of no reason: what one leaves that dies between holding it and noting why."""
+    with pytest.raises(VmctlError, match="gone"), hosts.open_host() as host, domain_job.running_on(host, vm):
+        shell.virsh("suspend", vm)
+        os.kill(int(Path("/run/libvirtd.pid").read_text()), signal.SIGKILL)
+        threading.Timer(0.5, libvirtd.begin).start()
+        raise VmctlError("gone")
+    assert shell.virsh("domstate", vm) == "running"
 
 
 def awake() -> None:
