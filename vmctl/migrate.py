@@ -27,7 +27,7 @@ from vmctl.migrate_watch import Run
 from vmctl.outage import Probe
 from vmctl.wait import pause
 
-_SETTLE_S = 40.0
+_SETTLE_S, _STILL_S = 40.0, 4.0
 _LOOK_S = 0.5
 
 
@@ -84,7 +84,13 @@ def check(ends: Ends, name: str, wish: Wish) -> tuple[Problem, ...]:
 
 def _look(ends: Ends, name: str, wish: Wish) -> Found:
     return migrate_facts.gather(
-        ends.fleet, ends.source, ends.target, name, way=wish.way, copying=wish.copying, postcopy=wish.policy.postcopy
+        ends.source,
+        ends.target,
+        name,
+        ends.asking(),
+        way=wish.way,
+        copying=wish.copying,
+        postcopy=wish.policy.postcopy,
     )
 
 
@@ -128,7 +134,8 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         for one in everything:
             report(Warned(one.what, one.mend))
         if looked.vm.active and emulated(looked.vm):
-            report(Warned(*_EMULATED[_sends_live(looked.vm, wish)]))
+            what, otherwise = _EMULATED[_sends_live(looked.vm, wish)]
+            report(Warned(what.format(name), otherwise))
         if wish.policy.postcopy and looked.vm.active:
             text = (
                 f"--postcopy: if a host or the way between is lost in its second half, {name} is lost with what it did"
@@ -151,11 +158,11 @@ def adjust(source: Host, name: str, *, bandwidth: int, downtime_ms: int | None) 
 # lists were broken. A page is marked as changed before it is written to, and the mark may be taken in between.
 _EMULATED = {
     False: (
-        "it runs emulated: it is held while its memory is sent, for QEMU loses writes otherwise",
+        "{} runs emulated: it is held while its memory is sent, for QEMU loses writes otherwise",
         "--live sends it while it runs",
     ),
     True: (
-        "it runs emulated: QEMU may lose writes of its while it is sent live",
+        "{} runs emulated: QEMU may lose writes of its while it is sent live",
         "without --live it is held meanwhile",
     ),
 }
@@ -181,15 +188,20 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
     text = domain.xml(ends.source.conn, vm.name, inactive=True, secure=True)
     with migrate_storage.made(ends, looked.look.makes, report) as undo:
         domain.define(ends.target.conn, text, name=vm.name)
-        undo.callback(lambda: quietly(lambda: domain.undefine(ends.target.conn, vm.name)))
+        undo.callback(lambda: quietly(lambda: domain.undefine(ends.target.conn, vm.name, keep_nvram=True)))
         domain.set_autostart(ends.target.conn, vm.name, on=vm.autostart)
         if not wish.keep:
-            domain.undefine(ends.source.conn, vm.name)
+            domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))
         undo.pop_all()
     migrate_storage.unmark(ends.target, looked.look.makes)
     _clear_source(ends, looked, wish, report)
     here, there = ends.names
     return Moved(vm.name, vm.uuid, here, there, Mode.STOPPED, time.monotonic() - began, copied=_paths(looked))
+
+
+def _shares_nvram(looked: Found) -> bool:
+    """Whether the UEFI variables here are those there: they must not go with the definition."""
+    return any(need.shared and need.path == looked.vm.facts.nvram for need in looked.facts.needs)
 
 
 def _paths(looked: Found) -> tuple[str, ...]:
@@ -200,7 +212,7 @@ def _clear_source(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
     """What was the VM's own here and lies on no shared storage goes, and so does what we know of its old place."""
     if wish.keep:
         return
-    left = [need.path for need in looked.facts.needs if not need.shared]
+    left = [*(need.path for need in looked.facts.needs if not need.shared), *looked.look.obsolete]
     try:
         if left:
             migrate_storage.clear_source(ends.source, looked.vm, looked.files, left, report)
@@ -295,17 +307,31 @@ def _take_away(ends: Ends, file: File) -> None:
 
 def settle(ends: Ends, uuid: str) -> tuple[Where, tuple[Seen, Seen]]:
     """Where it is, from both hosts, once they have come to an end with it, as far as they do in time."""
-    deadline = time.monotonic() + _SETTLE_S
+    began = changed = time.monotonic()
+    before: tuple[Seen, Seen] | None = None
     while True:
-        seen = ends.seen(uuid)
+        seen, now = ends.seen(uuid), time.monotonic()
         where = judge(*seen)
+        if seen != before:
+            before, changed = seen, now
         ended = where in {Where.MOVED, Where.STAYED} and not (seen[0].there and seen[1].there)
-        if ended or where in {Where.LOST, Where.POSTCOPY} or time.monotonic() >= deadline:
+        if ended or where in {Where.LOST, Where.POSTCOPY} or now - began >= _SETTLE_S:
+            return where, seen
+        # A libvirtd that died leaves its VM paused, for it cannot know; nobody else is going to settle that.
+        if where in {Where.MOVED, Where.HALF} and now - changed >= _STILL_S and not _busy(ends, uuid):
             return where, seen
         pause(_LOOK_S)
 
 
-def _failed(ends: Ends, name: str, run: Run, where: Where, seen: tuple[Seen, Seen]) -> VmctlError:
+def _busy(ends: Ends, uuid: str) -> bool:
+    """Whether the source still works at it, or does not say."""
+    try:
+        return migration.busy(ends.source.conn, uuid)
+    except VmctlError:
+        return True
+
+
+def _failed(ends: Ends, name: str, run: Run, where: Where, seen: tuple[Seen, Seen]) -> MigrationFailed | Interrupted:
     """The error for a VM that did not move, which says where it is."""
     here, there = ends.names
     states = f"on {here} it is {seen[0].told}, on {there} {seen[1].told}"
@@ -347,7 +373,7 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
             domain.power_off(ends.source.conn, vm.name)
             left = domain.find_or_none(ends.source.conn, vm.uuid)
         if left is not None and not wish.keep:
-            domain.undefine(ends.source.conn, vm.name)
+            domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))
     except VmctlError as error:
         text = f"{ends.names[0]} still has a definition of {vm.name}: {error.message}"
         report(Warned(text, f"vmctl migrate {vm.name} --to {ends.names[1]} --recover"))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
+
 from vmctl import fleet as fleets
 from vmctl.config import HostEntry
 from vmctl.errors import NotFound, VmctlError
 from vmctl.fleet import Fleet
 from vmctl.hosts import Host
 from vmctl.hypervisor import connection, domain, migration
+from vmctl.migrate_facts import Asking
 from vmctl.migrate_outcome import Seen
 
-_OPEN_S, _ASK_S = 25.0, 15.0
+_OPEN_S, _ASK_S, _VALID_S = 25.0, 15.0, 60.0
 
 
 class Ends:
@@ -20,6 +23,22 @@ class Ends:
         self.fleet = fleet
         self._entries = {"source": source, "target": target}
         self._open: dict[str, Host] = {}
+        self._asked: tuple[float, Asking] | None = None
+
+    def open(self) -> None:
+        """Open both at once, and put to them the question whether they reach each other. Raises HostUnreachable."""
+        self.asking()
+        both = [*self._entries.values()]
+        for _, answer in [*fleets.each(both, lambda entry: self._host(self._which(entry)), _OPEN_S + _ASK_S)]:
+            if isinstance(answer, VmctlError):
+                raise answer
+
+    def asking(self) -> Asking:
+        """That question, which is not put again for the VMs that follow within the minute."""
+        if self._asked is None or time.monotonic() - self._asked[0] > _VALID_S:
+            asking = Asking(self.fleet, self._entries["source"], self._entries["target"])
+            self._asked = time.monotonic(), asking
+        return self._asked[1]
 
     def __enter__(self) -> Ends:
         return self

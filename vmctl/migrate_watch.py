@@ -76,11 +76,9 @@ def run(ends: Ends, name: str, orders: Orders, policy: Policy, report: Reporter)
 
 
 def _try(act: Callable[[], object]) -> None:
-    """Steer, if it can still be: it may have come to its end just now. A signal is heard all the same."""
+    """Steer, if it can still be: it may have come to its end just now."""
     try:
         act()
-    except Interrupted:
-        raise
     except VmctlError:
         return
 
@@ -110,8 +108,6 @@ def _steer(
             aborted = now
         try:
             sample = migration.sample(source.conn, name, now - began)
-        except Interrupted:
-            raise
         except VmctlError:
             sample = None  # it is over just now, or the connection is, which the other thread hears too
         if sample is None:
