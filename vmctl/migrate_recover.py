@@ -44,7 +44,7 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             looked = _looked(ends, vm, wish)
             migrate.end_on_target(ends, looked, wish, report)
             _clear_marks(ends, looked)
-            return Moved(vm.name, vm.uuid, here, there, _mode(vm), time.monotonic() - began)
+            return Moved(vm.name, vm.uuid, here, there, _mode(looked.vm), time.monotonic() - began)
         if where is Where.HALF:
             report(Step(f"{name}: {there} has nothing of it; it goes on on {here}"))
             domain.resume(ends.source.conn, vm.name)

@@ -114,7 +114,16 @@ class Bench:
         if verdict.outcome == "failed":
             record |= {"said": text, "then": verdict.said}
             self._anew()
+        elif verdict.outcome == "torn":
+            self._restart(vm)
         return record
+
+    def _restart(self, vm: str) -> None:
+        """The same guest, from its boot."""
+        for one in self.pair.bed.machines:
+            if one.virsh("domstate", vm, check=False):
+                one.virsh("reset", vm)
+                self._begun(one, vm)
 
     def _vmctl(self, *words: str, file: Any) -> subprocess.Popen[str]:
         """Its words go to a file: SSH clients that outlive it would keep a pipe open."""

@@ -48,10 +48,7 @@ def read(log: Path) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """Of each fault in each phase: how often it was survived, of how many; `+ n` were lost as they had to be, and told.
-
-    In Markdown.
-    """
+    """Of each fault in each phase, in Markdown: how often it was survived, of how many; what the others came to."""
     counts: Counter[tuple[str, str, str]] = Counter()
     for one in records:
         counts[one["fault"], one["phase"], one["outcome"]] += 1
@@ -62,14 +59,16 @@ def table(records: list[dict[str, Any]]) -> str:
     every = Counter(one["outcome"] for one in records if one["outcome"] != "missed")
     total = sum(every.values())
     took = sorted(one["took_s"] for one in records if one["outcome"] != "missed")
-    words = f"{total} runs: {every['kept']} kept, {every['lost']} lost as they had to be, {every['failed']} failed"
+    words = f"{total} runs: {every['kept']} kept, {every['lost']} lost as they had to be and as it was told, "
+    words += f"{every['torn']} torn by QEMU, {every['failed']} failed"
     if took:
         words += f"; vmctl ended after {took[len(took) // 2]:.1f} s (median), {took[-1]:.1f} s at most"
     return "\n".join(lines) + f"\n\n{words}"
 
 
 def _cell(counts: Counter[tuple[str, str, str]], fault: Fault, phase: Phase) -> str:
-    kept, lost, failed = (counts[fault, phase, outcome] for outcome in ("kept", "lost", "failed"))
-    if not kept + lost + failed:
+    kept, lost, torn, failed = (counts[fault, phase, outcome] for outcome in ("kept", "lost", "torn", "failed"))
+    if not kept + lost + torn + failed:
         return "" if phase in PHASES[fault] else "–"
-    return f"{kept}/{kept + lost + failed}" + (f" + {lost}" if lost else "")
+    words = [f"{kept}/{kept + lost + torn + failed}", f"{lost} lost" if lost else "", f"{torn} torn" if torn else ""]
+    return ", ".join(word for word in words if word)

@@ -25,11 +25,12 @@ SHARED, OWN = "/var/lib/libvirt/vmctl", "/var/lib/libvirt/images"
 
 
 class Said(NamedTuple):
-    """What it has found: ``wrong`` "" as long as all is as it wrote it."""
+    """What it has found: ``wrong`` "" as long as all is as it wrote it; ``torn``: memory does not fit memory."""
 
     passes: int
     sectors: int
     wrong: str
+    torn: bool
 
 
 @cache
@@ -73,4 +74,4 @@ def said(machine: Machine, name: str) -> Said | None:
         return None
     _, passes, code, where, expected, found, sectors = words
     wrong = f"{_WRONG.get(code, code)} at {where:#x}: {found:#x}, not {expected:#x}" if code else ""
-    return Said(passes, sectors, wrong)
+    return Said(passes, sectors, wrong, code in {1, 2})
