@@ -34,7 +34,7 @@ class Verdict:
     """``outcome``: kept, lost (as it had to be, and as it was told), torn, or failed, for what ``problems`` say.
 
     torn: sent while it ran, it has pages of different moments. QEMU does that to emulated guests, with no fault and no
-    vmctl as well (`--plain`), which is why vmctl holds them; who resumes the wrong copy makes memory older than the disk.
+    vmctl as well, which is why vmctl holds them; who resumes the wrong copy has a memory that is older than its disk.
     """
 
     outcome: str = "kept"
