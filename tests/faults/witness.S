@@ -114,6 +114,9 @@ fill:
     sti
 wake:
     hlt
+    mov %cr4, %eax           # forget translations: QEMU's TCG does not see writes through those that it made before it
+    xor $0x80, %eax          # last looked which pages have changed, and would not send them again
+    mov %eax, %cr4
     mov $PAGES, %ecx
 page:
     mov STATE + 4, %eax
