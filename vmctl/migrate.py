@@ -79,6 +79,7 @@ class Moved:
 
 def check(ends: Ends, name: str, wish: Wish) -> tuple[Problem, ...]:
     """All that stands against it, and notes. Changes nothing."""
+    ends.asking().back()
     return problems(_look(ends, name, wish).facts)
 
 
@@ -266,6 +267,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
         report(Step(f"{vm.name}: {here} -> {there}, {mode}, {wish.way}"))
         with _probe(ends.source, looked) as probe:
             answering = probe is not None and probe.answers()
+            ends.asking().back()  # it has no say in this, and is told of at the end
             began = time.monotonic()
             run = migrate_watch.run(ends, vm.name, orders(ends, vm, wish, looked.look.disks), wish.policy, report)
             took = time.monotonic() - began
@@ -282,6 +284,8 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
     if where is not Where.MOVED:
         raise _failed(ends, vm.name, run, where, seen)
     end_on_target(ends, looked, wish, report)
+    for late in migrate_facts.notes_of(ends.asking().answer(wish.way), looked.facts):
+        report(Warned(late.what, late.mend))
     if run.interrupted and not run.postcopy:
         report(Warned(f"{vm.name} had moved before it could be stopped"))
     totals = migration.totals(ends.target.conn, vm.name)

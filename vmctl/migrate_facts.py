@@ -19,7 +19,7 @@ from vmctl.hypervisor import capabilities, connection, disks, domain, migration,
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.migration import Copying, Way
 from vmctl.migrate_files import File, Look
-from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, VmFacts
+from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, Problem, VmFacts, problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,8 @@ def gather(
     source: Host, target: Host, name: str, asking: Asking, *, way: Way, copying: Copying, postcopy: bool
 ) -> Found:
     """Ask both, at once. Raises NotFound for a VM that is not there, HostUnreachable."""
+    if postcopy:
+        asking.back()  # whether it may
 
     def there() -> tuple[HostSide, dict[str, tuple[str, ...]]]:
         return side(target), migrate_files.in_use(target)
@@ -71,6 +73,12 @@ def gather(
         files,
         look,
     )
+
+
+def notes_of(ways: Ways, facts: Facts) -> tuple[Problem, ...]:
+    """What the answers say that keeps nobody from migrating."""
+    late = replace(facts, peer_problem="", back_problem=ways.back, skew_s=ways.skew_s)
+    return tuple(one for one in problems(late) if one.note and one not in problems(facts))
 
 
 def found_after(vm: Domain, needs: tuple[DiskNeed, ...], files: tuple[File, ...], look: Look) -> Found:
@@ -166,18 +174,26 @@ class Ways(NamedTuple):
 
 
 class Asking:
-    """Asks both hosts, over SSH, beside all else: each answer takes a log-in on the way, and one more from there."""
+    """Asks hosts, over SSH, whether their libvirts reach each other: each answer takes two log-ins, one from there.
+
+    The source is asked at once, beside all else. The way back, which no migration needs, only when it is wanted.
+    """
 
     def __init__(self, fleet: Fleet, source: HostEntry, target: HostEntry) -> None:
         self._entries = [source, target]
         self._fleet = fleet
         self._found: dict[int, SeenFrom | VmctlError] = {}
-        self._threads = [threading.Thread(target=self._ask, args=(at,), daemon=True) for at in self._askable()]
-        for thread in self._threads:
-            thread.start()
+        self._threads: dict[int, threading.Thread] = {}
+        self._begin(0)
 
-    def _askable(self) -> list[int]:
-        return [at for at, entry in enumerate(self._entries) if host_ssh.by_ssh(entry.uri)]
+    def _begin(self, at: int) -> None:
+        if at not in self._threads and host_ssh.by_ssh(self._entries[at].uri):
+            self._threads[at] = threading.Thread(target=self._ask, args=(at,), daemon=True)
+            self._threads[at].start()
+
+    def back(self) -> None:
+        """Ask the target too."""
+        self._begin(1)
 
     def _ask(self, at: int) -> None:
         other = host_ssh.elsewhere(self._entries[1 - at])
@@ -187,15 +203,13 @@ class Asking:
             self._found[at] = error
 
     def answer(self, way: Way) -> Ways:
-        """Once both have answered."""
-        for thread in self._threads:
+        """Once all that were asked have answered."""
+        for thread in self._threads.values():
             thread.join()
         told = [self._found.get(at) for at in (0, 1)]
-        problems = [
-            one.message if isinstance(one, VmctlError) else one.problem if one is not None else "" for one in told
-        ]
+        why = [one.message if isinstance(one, VmctlError) else one.problem if one is not None else "" for one in told]
         skews = [one.skew_s for one in told if isinstance(one, SeenFrom)]
         skew = skews[0] - skews[1] if len(skews) == 2 else None
         there = told[1]
         faults = there.userfaults if isinstance(there, SeenFrom) else None
-        return Ways("" if way is Way.DIRECT else problems[0], problems[1], skew, faults)
+        return Ways("" if way is Way.DIRECT else why[0], why[1], skew, faults)

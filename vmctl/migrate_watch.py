@@ -43,7 +43,7 @@ def run(ends: Ends, name: str, orders: Orders, policy: Policy, report: Reporter)
 
     def work() -> None:
         try:
-            migration.migrate(source.conn, target.conn, name, orders)
+            migration.migrate(ends.caller.conn, target.conn, name, orders)
         except VmctlError as error:
             outcome.failure = outcome.failure or error.message.removeprefix(f"cannot migrate VM {name}: ")
 
