@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tests.faults.phases import Phase
 from tests.faults.strikes import PHASES, SLOW, Fault
 
-_SLOW_EVERY = 3
+_SLOW_EVERY = 4
 
 
 class Run(NamedTuple):
@@ -26,7 +26,7 @@ class Run(NamedTuple):
 
 
 def runs(seed: int) -> Iterator[Run]:
-    """Without end: each fault in each of its phases, shuffled; then again, the slow ones every third time."""
+    """Without end: each fault in each of its phases, shuffled; then again, the slow ones every fourth time."""
     number = around = 0
     while True:
         cells = [
