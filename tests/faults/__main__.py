@@ -1,4 +1,4 @@
-"""python -m tests.faults [--runs N] [--seed N] [--only FAULT] [--phase PHASE] [--log FILE] | --table"""
+"""python -m tests.faults [--runs N] [--seed N] [--only FAULT] [--phase PHASE] [--quick] [--log FILE] | --table"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from tests.faults import series
 from tests.faults.phases import Phase
-from tests.faults.strikes import Fault
+from tests.faults.strikes import SLOW, Fault
 
 _ROOT = Path(__file__).parents[2]
 _MARKER = Path("/run/vmctl-test-host")
@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", type=Fault, choices=list(Fault), metavar="FAULT")
     parser.add_argument("--phase", type=Phase, choices=list(Phase))
+    parser.add_argument("--quick", action="store_true", help="without the faults that take a minute each")
     parser.add_argument("--log", type=Path, default=_LOG)
     parser.add_argument("--table", action="store_true", help="only print the table of what the log tells")
     given = parser.parse_args()
@@ -39,7 +40,11 @@ def main() -> int:
     done = [one for one in series.read(given.log) if one["seed"] == given.seed]
     counted = sum(one["outcome"] != "missed" for one in done)
     wanted = (
-        run for run in series.runs(given.seed) if given.only in {None, run.fault} and given.phase in {None, run.phase}
+        run
+        for run in series.runs(given.seed)
+        if given.only in {None, run.fault}
+        and given.phase in {None, run.phase}
+        and not (given.quick and run.fault in SLOW)
     )
     after = max((one["number"] for one in done), default=-1)
     from tests.faults.bench import Bench
