@@ -16,8 +16,8 @@ from vmctl.migrate_ends import Ends
 from vmctl.migrate_policy import Abort, Done, GoPostcopy, Policy, Raise, Sample, converges, decide, eta_s, rates
 
 _LOOK_S = 0.2
-_ABORT_S = 40.0
-_SILENT_S = 90.0  # without a word of libvirt's: longer than the connection between two libvirts takes to be given up
+_ABORT_S = 20.0
+_SILENT_S = 50.0  # without a word of libvirt's: longer than the connection between two libvirts takes to be given up
 
 
 @dataclass(slots=True)

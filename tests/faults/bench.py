@@ -107,6 +107,7 @@ class Bench:
             "done": strike.told,
             "way": f"{source.name} -> {target.name}",
             "code": code,
+            "told": (text.strip().splitlines() or [""])[-2:],
             "took_s": round(took, 1),
             "attempts": verdict.attempts,
             "recovery_s": verdict.recovery_s,
