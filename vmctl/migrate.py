@@ -374,7 +374,7 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
     try:
         left = domain.find_or_none(ends.source.conn, vm.uuid)
         if left is not None and left.active:  # it ended between two steps of libvirt's; the target has the VM
-            domain.power_off(ends.source.conn, vm.name)
+            quietly(lambda: domain.power_off(ends.source.conn, vm.name))  # which may have just come to its end
             left = domain.find_or_none(ends.source.conn, vm.uuid)
         if left is not None and not wish.keep:
             domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))

@@ -123,13 +123,16 @@ def _steer(
         outcome.history.append(sample)
         report(Status(name, told(outcome.history)))
         action = None if aborted else decide(outcome.history, outcome.done, policy)
+        if isinstance(action, GoPostcopy):
+            try:
+                migration.start_postcopy(source.conn, name)
+            except VmctlError:
+                continue  # it does not send yet, or no more: said again to the next sample
         if action is not None:
             outcome.done.append(Done(sample.at_s, action))
             report(Step(f"{name}: {action.why}"))
         if isinstance(action, Raise):
             _try(partial(migration.set_downtime, source.conn, name, action.downtime_ms))
-        elif isinstance(action, GoPostcopy):
-            _try(lambda: migration.start_postcopy(source.conn, name))
         elif isinstance(action, Abort):
             outcome.failure = action.why
             migration.abort(source.conn, name)
