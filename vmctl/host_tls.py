@@ -21,8 +21,8 @@ from vmctl.fleet import Fleet, called
 
 _AUTHORITY_DAYS, _HOST_DAYS, _RENEW_S = "3650", "800", 60 * 86400
 _S = 30.0
-_LOOK = """cat /etc/pki/CA/cacert.pem 2>/dev/null; echo ==
-cat /etc/pki/qemu/server-cert.pem 2>/dev/null; echo ==
+_LOOK = """cat /etc/pki/CA/cacert.pem 2>/dev/null; echo '#'
+cat /etc/pki/qemu/server-cert.pem 2>/dev/null; echo '#'
 openssl pkey -in /etc/pki/qemu/server-key.pem -pubout 2>/dev/null; :"""
 _REQUEST = """umask 022; mkdir -p /etc/pki/CA /etc/pki/libvirt /etc/pki/qemu
 umask 077; mkdir -p /etc/pki/libvirt/private
@@ -49,7 +49,7 @@ def wanted(fleet: Fleet, entry: HostEntry) -> tuple[str, ...]:
     if not authority.exists():
         text += f", signed by an authority of your own, made in {authority.parent}"
     said = host_setup.as_root(fleet, entry, _LOOK, timeout_s=_S).out
-    there, certificate, key, *_ = [*said.split("==\n"), "", "", ""]
+    there, certificate, key, *_ = [*said.split("#\n"), "", "", ""]
     if there.strip() and not (authority.exists() and there.strip() == authority.read_text().strip()):
         raise Unsupported(
             f"cannot give {called(entry)} TLS certificates: it has those of another authority, in /etc/pki",

@@ -139,7 +139,8 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             report(Warned(what.format(name), otherwise))
         if wish.policy.postcopy and looked.vm.active:
             text = (
-                f"--postcopy: if a host or the way between is lost in its second half, {name} is lost with what it did"
+                f"--postcopy: if a host, its libvirt or the way between is lost in its second half, "
+                f"{name} is lost with what it did"
             )
             report(Warned(text))
         return _live(ends, looked, wish, report) if looked.vm.active else _offline(ends, looked, wish, report)

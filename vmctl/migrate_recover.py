@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vmctl import migrate, migrate_facts, migrate_files, migrate_storage
 from vmctl.errors import MigrationFailed, VmctlError
-from vmctl.events import Reporter, Status, Step
+from vmctl.events import Reporter, Status, Step, Warned
 from vmctl.hosts import holding
 from vmctl.hypervisor import domain, migration
 from vmctl.hypervisor.domain import Domain
@@ -51,6 +51,9 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         elif where is not Where.STAYED and not (where is Where.LOST and _only_off(seen)):
             states = f"on {here} it is {seen[0].told}, on {there} {seen[1].told}"
             raise MigrationFailed(f"cannot recover VM {name}: it is {where}: {states}", hint=_HINTS.get(where, _ASK))
+        elif where is Where.LOST:
+            text = f"{name} runs on neither host: if it did before, its memory is gone, and its disks are not"
+            report(Warned(text, f"vmctl start {name}, once it is where it shall be"))
         _clear_target(ends, vm, seen[1], report)
     report(Step(f"{name} is on {here}, and {there} is clean: migrating it"))
     return migrate.migrate(ends, name, wish, report)

@@ -20,13 +20,14 @@ _RUNS_THERE = {Phase.FINISH, Phase.CONFIRM}
 _LOSS = ("on neither host", "memory is gone", "is lost")
 
 
-def physics_forbids(fault: Fault, phase: Phase) -> bool:
+def may_be_lost(fault: Fault, phase: Phase) -> bool:
     """Whether the fault takes away memory that was in no other place."""
     if fault in {Fault.SOURCE_QEMU, Fault.SOURCE_POWER}:
         return phase in _BEFORE_IT_RUNS_THERE or phase is Phase.POSTCOPY
     if fault in {Fault.TARGET_QEMU, Fault.TARGET_POWER}:
         return phase in _RUNS_THERE or phase is Phase.POSTCOPY
-    return fault is Fault.MEMORY and phase is Phase.POSTCOPY
+    # libvirt 9.0, begun anew, may end a VM that it finds on its way in, also where that runs already.
+    return fault in {Fault.MEMORY, Fault.TARGET_LIBVIRTD} and phase is Phase.POSTCOPY
 
 
 @dataclass
@@ -83,7 +84,7 @@ def judge(case: Case, code: int | None, text: str, *, plain: bool) -> Verdict:
     moved = _recovered(case, verdict, plain=plain)
     lost = lost or any(word in one for one in verdict.said for word in _LOSS)
     if not moved or "running" not in case.states().get(case.target.name, ""):
-        if physics_forbids(case.fault, case.phase) and lost:
+        if may_be_lost(case.fault, case.phase) and lost:
             verdict.outcome = "lost" if verdict.outcome == "kept" else verdict.outcome
             _begin_anew(case, verdict)
         else:
@@ -130,7 +131,7 @@ def _recovered(case: Case, verdict: Verdict, *, plain: bool) -> bool:
             verdict.bad("a traceback in recovery")
         if done.returncode == 0:
             return True
-        lost = physics_forbids(case.fault, case.phase) and any(word in done.stderr for word in _LOSS)
+        lost = may_be_lost(case.fault, case.phase) and any(word in done.stderr for word in _LOSS)
         if (lost and verdict.attempts > 1) or time.monotonic() - began > _RECOVERY_S:
             return False
         if done.returncode == 4 and case.states().keys() == {case.target.name}:
