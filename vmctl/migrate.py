@@ -361,9 +361,10 @@ def _failed(ends: Ends, name: str, run: Run, where: Where, seen: tuple[Seen, See
         Where.TWICE: "stop one of them at once: two guests on one disk destroy it",
         Where.LOST: f"its memory is gone, its disks are not: vmctl start {name} on the host that has it defined",
     }
-    return MigrationFailed(
-        f"cannot migrate VM {name}: {why}; it is {where}: {states}", hint=hints.get(where, f"{again}, once both answer")
-    )
+    hint = hints.get(where, f"{again}, once both answer")
+    if where is Where.UNKNOWN and not seen[0].known and not seen[1].there:
+        hint += f"; if {here} has lost power, its memory is gone with that"
+    return MigrationFailed(f"cannot migrate VM {name}: {why}; it is {where}: {states}", hint=hint)
 
 
 def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> None:
