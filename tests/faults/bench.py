@@ -111,6 +111,7 @@ class Bench:
             "code": code,
             "told": (text.strip().splitlines() or [""])[-2:],
             "took_s": round(took, 1),
+            "crashed": verdict.crashed,
             "attempts": verdict.attempts,
             "recovery_s": verdict.recovery_s,
         }

@@ -41,6 +41,7 @@ class Verdict:
     outcome: str = "kept"
     problems: list[str] = field(default_factory=list)
     attempts: int = 0
+    crashed: list[str] = field(default_factory=list)
     recovery_s: float = 0.0
     said: list[str] = field(default_factory=list)
 
@@ -74,6 +75,7 @@ class Case:
 def judge(case: Case, code: int | None, text: str, *, plain: bool) -> Verdict:
     """All is mended: what did vmctl say, is it so, and is the job finished by another run of it?"""
     verdict = Verdict()
+    revive(case, verdict)
     if code is None:
         verdict.bad("vmctl hung")
     elif "Traceback" in text:
@@ -136,7 +138,16 @@ def _recovered(case: Case, verdict: Verdict, *, plain: bool) -> bool:
             return False
         if done.returncode == 4 and case.states().keys() == {case.target.name}:
             return True  # a plain run: it is not there any more, for it has moved
+        revive(case, verdict)
         pause(0.5)
+
+
+def revive(case: Case, verdict: Verdict) -> None:
+    """A libvirtd that crashed by itself, as 9.0 can when a QEMU ends at a bad moment, is begun anew, as systemd does."""
+    for one in (case.source, case.target):
+        if not one.run("pgrep", "-x", "libvirtd", check=False).stdout:
+            verdict.crashed.append(one.name)
+            one.start("libvirtd")
 
 
 def _begin_anew(case: Case, verdict: Verdict) -> None:
