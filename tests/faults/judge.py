@@ -143,7 +143,7 @@ def _recovered(case: Case, verdict: Verdict, *, plain: bool) -> bool:
 
 
 def revive(case: Case, verdict: Verdict) -> None:
-    """A libvirtd that crashed by itself, as 9.0 can when a QEMU ends at a bad moment, is begun anew, as systemd does."""
+    """A libvirtd that crashed by itself, as 9.0 may when a QEMU ends at a bad moment, is begun as systemd would."""
     for one in (case.source, case.target):
         if not one.run("pgrep", "-x", "libvirtd", check=False).stdout:
             verdict.crashed.append(one.name)
