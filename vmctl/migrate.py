@@ -20,7 +20,7 @@ from vmctl.hypervisor.migration import Copying, Orders, Way
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_facts import Found
 from vmctl.migrate_files import File
-from vmctl.migrate_outcome import Seen, Where, judge
+from vmctl.migrate_outcome import CUT_OFF, Seen, Where, judge
 from vmctl.migrate_policy import Policy
 from vmctl.migrate_problems import Problem, fatal, problems
 from vmctl.migrate_watch import Run
@@ -320,7 +320,8 @@ def settle(ends: Ends, uuid: str) -> tuple[Where, tuple[Seen, Seen]]:
         if seen != before:
             before, changed = seen, now
         ended = where in {Where.MOVED, Where.STAYED} and not (seen[0].there and seen[1].there)
-        if ended or where in {Where.LOST, Where.POSTCOPY} or now - began >= _SETTLE_S:
+        ended = ended or where is Where.LOST or (where is Where.POSTCOPY and CUT_OFF in {seen[0].why, seen[1].why})
+        if ended or now - began >= _SETTLE_S:
             return where, seen
         # A libvirtd that died leaves its VM paused, for it cannot know; nobody else is going to settle that.
         if where in {Where.MOVED, Where.HALF} and now - changed >= _STILL_S and not _busy(ends, uuid):
@@ -359,7 +360,8 @@ def _failed(ends: Ends, name: str, run: Run, where: Where, seen: tuple[Seen, See
     hints = {
         Where.POSTCOPY: f"{again} goes on with it, once both reach each other; neither host must be restarted before",
         Where.TWICE: "stop one of them at once: two guests on one disk destroy it",
-        Where.LOST: f"its memory is gone, its disks are not: vmctl start {name} on the host that has it defined",
+        Where.LOST: f"its memory is gone, its disks are not: vmctl stop {name} --force where it still is, and start it "
+        "where it is defined",
     }
     hint = hints.get(where, f"{again}, once both answer")
     if where is Where.UNKNOWN and not seen[0].known and not seen[1].there:
