@@ -66,7 +66,7 @@ def _mode(vm: Domain) -> Mode:
 _ASK = "again, once both hosts answer"
 _HINTS = {
     Where.TWICE: "stop one of them at once: two guests on one disk destroy it",
-    Where.LOST: "its memory is gone, its disks are not: stop --force it where it still is, start it where it is defined",
+    Where.LOST: "its memory is gone, its disks are not: stop --force it where it still is, start it where defined",
     Where.POSTCOPY: "again, once both hosts reach each other; neither must be restarted before",
 }
 
