@@ -279,7 +279,8 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
             if where not in {Where.STAYED, Where.HALF}:
                 undo.pop_all()  # the VM may need those files there
             elif where is Where.HALF:
-                domain.resume(ends.source.conn, vm.name)
+                quietly(lambda: domain.resume(ends.source.conn, vm.name))
+                where, seen = settle(ends, vm.uuid)
         else:
             undo.pop_all()
     if where is not Where.MOVED:
@@ -289,7 +290,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
         report(Warned(late.what, late.mend))
     if run.interrupted and not run.postcopy:
         report(Warned(f"{vm.name} had moved before it could be stopped"))
-    totals = migration.totals(ends.target.conn, vm.name)
+    totals = _totals(ends, vm.name)
     return Moved(
         vm=vm.name,
         uuid=vm.uuid,
@@ -304,6 +305,13 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
         postcopy=run.postcopy,
         copied=_paths(looked),
     )
+
+
+def _totals(ends: Ends, name: str) -> migration.Totals | None:
+    try:
+        return migration.totals(ends.target.conn, name)
+    except VmctlError:
+        return None  # it has moved, and has ended there since, or the host has
 
 
 def _take_away(ends: Ends, file: File) -> None:
