@@ -12,7 +12,7 @@ from vmctl.hypervisor.inventory import Entry
 from vmctl.hypervisor.states import State
 
 if TYPE_CHECKING:
-    from vmctl.domain_brief import Brief
+    from vmctl.agent import Glance
     from vmctl.hosts import Host
     from vmctl.record import Record
 
@@ -59,7 +59,7 @@ def shown_state(state: State, record: Record | None) -> State:
     return State.CREATING if record is not None and record.creating else state
 
 
-def _row(entry: Entry, addresses: Callable[[Brief | None], str], host: str) -> Row:
+def _row(entry: Entry, addresses: Callable[[Entry], str], host: str) -> Row:
     facts = entry.facts
     record = facts.record if facts else None
     return Row(
@@ -68,7 +68,7 @@ def _row(entry: Entry, addresses: Callable[[Brief | None], str], host: str) -> R
         accel=facts.accel or "" if facts else "",
         vcpus=entry.vcpus,
         memory_mib=entry.memory_mib,
-        address=addresses(facts),
+        address=addresses(entry),
         host=host,
         image=record.image if record else "",
         uptime_s=entry.uptime_s,
@@ -77,27 +77,56 @@ def _row(entry: Entry, addresses: Callable[[Brief | None], str], host: str) -> R
     )
 
 
-def addresses_of(host: Host, entries: Iterable[Entry]) -> Callable[[Brief | None], str]:
-    """A look-up of addresses: reservations and leases of the networks in use, read once each."""
+def _asked(host: Host, name: str) -> Glance:
+    from vmctl import agent  # late: most lists ask none
+
+    try:
+        return agent.glance(host, name, active=True)
+    except NotFound:
+        return agent.Glance("gone")  # it has ended since
+
+
+def addresses_of(
+    host: Host, entries: Iterable[Entry], glance: Callable[[str], Glance] | None = None
+) -> Callable[[Entry], str]:
+    """A look-up of addresses: reservations and leases of the networks in use, read once each.
+
+    On a network to which libvirt gives no addresses, a bridged one, the guest's agent is asked, unless ``glance`` knows
+    what it says; once one was silent, for a second, no other is.
+    """
     used = {source for entry in entries if entry.facts for _, source in entry.facts.nics}
     known: dict[str, str] = {}
+    given: set[str] = set()
+    silent = False
     if used and host.conn.qemu and not host.conn.session:
         from vmctl.hypervisor import network  # late: without a card there is nothing to look up
 
         for net in network.all_networks(host.conn):
+            if net.gateway:
+                given.add(net.name)
             if net.name in used:
                 leases = () if net.name == host.settings.network else network.leases(host.conn, net.name)
                 known |= {lease.mac: lease.address for lease in leases}
                 known |= {entry.mac: entry.address for entry in net.reservations}
 
-    def look_up(facts: Brief | None) -> str:
+    def told(entry: Entry, macs: set[str]) -> str:
+        nonlocal silent
+        if silent or not macs or entry.state is not State.RUNNING or not host.conn.qemu or host.conn.session:
+            return ""
+        seen = glance(entry.name) if glance else _asked(host, entry.name)
+        silent = seen.state == "silent"
+        return seen.reachable(macs)[0]
+
+    def look_up(entry: Entry) -> str:
+        facts = entry.facts
         if facts is None:
             return ""
         if facts.record and facts.record.ssh and facts.record.ssh.forward_port:
             return f"127.0.0.1:{facts.record.ssh.forward_port}"
         if facts.record and facts.record.ssh and facts.record.ssh.address:
             return facts.record.ssh.address
-        return next((known[mac] for mac, _ in facts.nics if mac in known), "")
+        found = next((known[mac] for mac, _ in facts.nics if mac in known), "")
+        return found or told(entry, {mac.lower() for mac, source in facts.nics if source not in given})
 
     return look_up
 
