@@ -181,9 +181,9 @@ def _copy(handle: int, disk: Enclosed, folder: Path, wish: Wish, report: Reporte
     """The disk's header, and a copy as qcow2. Nothing but a sound header lets qemu-img see it."""
     what = f"import {wish.file}"
     asked = wish.format or disk.format
-    header = disk_header.check(
-        Window(handle, disk.size, disk.start), what=what, asked=asked, most_bytes=wish.most_bytes
-    )
+    window = Window(handle, disk.size, disk.start)
+    header = disk_header.check(window, what=what, asked=asked, most_bytes=wish.most_bytes)
+    disk_header.check_whole(window, header, what=what)
     whole = not disk.start and disk.size == os.fstat(handle).st_size
     source = qemu_img.Source(handle, header.format, disk.start, 0 if whole else disk.size)
     seen = qemu_img.inspect(source, what=what)
