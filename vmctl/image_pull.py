@@ -12,7 +12,7 @@ from vmctl import catalog, checksums, download, image_import, images, pulls, web
 from vmctl.catalog import Entry
 from vmctl.checksums import Checksum
 from vmctl.download import Patience
-from vmctl.errors import Conflict, ImageError, SpecError
+from vmctl.errors import Conflict, ImageError, NoRoom, SpecError
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.manifest import NAME, Manifest
@@ -71,7 +71,14 @@ def pull(
             report(Warned(f"image {entry.name} is taken without having been checked against anything"))
         else:
             _check(entry, partial, expected, report)
-        manifest = _take(host, partial, entry, expected, report)
+        try:
+            manifest = _take(host, partial, entry, expected, report)
+        except NoRoom:
+            raise
+        except ImageError as error:
+            download.discard(partial)  # or the next pull would take the same for whole and ask nobody
+            error.hint = "it was removed; does that lead to a whole disk image?"
+            raise
         download.discard(partial)
     if expected is not None:
         _remind(manifest, report)
