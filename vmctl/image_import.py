@@ -26,7 +26,7 @@ from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
 from vmctl.manifest import NAME, Manifest, NewImage
 
-BOOTS = ("bios", "uefi")
+BOOTS = ("bios", "uefi", "uefi-secure")
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 _ARCHITECTURE = re.compile(r"[a-z0-9_]{1,20}")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
@@ -87,7 +87,7 @@ def problems(wish: Wish) -> list[str]:
     if wish.checksum and not _CHECKSUM.fullmatch(wish.checksum.lower()):
         found.append("the checksum is not sha256: with 64 hex digits or sha512: with 128")
     if not wish.boots or set(wish.boots) - set(BOOTS):
-        found.append(f"--boots takes {' and '.join(BOOTS)}, not {','.join(wish.boots)!r}")
+        found.append(f"--boots takes {', '.join(BOOTS)}, not {','.join(wish.boots)!r}")
     if wish.architecture and not _ARCHITECTURE.fullmatch(wish.architecture):
         found.append(f"{wish.architecture!r} is no architecture, such as x86_64 or aarch64")
     if wish.user and not _USER.fullmatch(wish.user):

@@ -313,6 +313,23 @@ def test_no_checksum_no_use_unless_it_is_typed(puller: Puller) -> None:
     assert "NOT VERIFIED" in puller.shell.run("image", "show", puller.name).stdout
 
 
+def test_what_the_user_knows_of_an_image_at_a_url(puller: Puller) -> None:
+    words = [f"{puller.web.url}/img.qcow2", "--no-verify", "--name", puller.name]
+    assert "--boots takes bios, uefi" in puller.refused(2, *words, "--boots", "floppy")
+    assert puller.web.requests == []
+    puller.run("pull", *words, "--os", "debian", "--os-version", "99", "--user", "me", "--boots", "bios,uefi-secure")
+    manifest = puller.shell.json("image", "show", puller.name)
+    assert (manifest["os"], manifest["os_version"], manifest["default_user"]) == ("debian", "99", "me")
+    create = ["create", f"{puller.name}-vm", "--image", puller.name, "--print-xml", "--firmware"]
+    assert '<loader secure="yes"/>' in puller.shell.run(*create, "uefi-secure").stdout
+    assert "does not boot by uefi;" in puller.shell.run(*create, "uefi", check=2).stderr
+    digest = f"sha256:{hashlib.sha256(puller.data).hexdigest()}"
+    puller.run("pull", words[0], "--checksum", digest, "--name", f"{puller.name}b")
+    puller.run("pull", words[0], "--checksum", digest, "--name", f"{puller.name}b", "--user", "you")
+    assert puller.shell.json("image", "show", f"{puller.name}b")["default_user"] == "you"
+    puller.shell.run("image", "delete", f"{puller.name}b", "--yes")
+
+
 def test_a_url_with_each_form_of_checksum(puller: Puller) -> None:
     sha256 = hashlib.sha256(puller.data).hexdigest()
     puller.web.pages["/CHECKSUM"] = Page(f"SHA256 (img.qcow2) = {sha256}\n".encode())
