@@ -79,16 +79,19 @@ def _row(entry: Entry, addresses: Callable[[Brief | None], str], host: str) -> R
 
 def addresses_of(host: Host, entries: Iterable[Entry]) -> Callable[[Brief | None], str]:
     """A look-up of addresses: reservations and leases of the networks in use, read once each."""
-    used = {source for entry in entries if entry.facts for _, source in entry.facts.nics}
+    used: dict[str, set[str]] = {}
+    for mac, source in (nic for entry in entries if entry.facts for nic in entry.facts.nics):
+        used.setdefault(source, set()).add(mac)
     known: dict[str, str] = {}
     if used and host.conn.qemu and not host.conn.session:
         from vmctl.hypervisor import network  # late: without a card there is nothing to look up
 
         for net in network.all_networks(host.conn):
             if net.name in used:
-                leases = () if net.name == host.settings.network else network.leases(host.conn, net.name)
-                known |= {lease.mac: lease.address for lease in leases}
-                known |= {entry.mac: entry.address for entry in net.reservations}
+                kept = {entry.mac: entry.address for entry in net.reservations}
+                if used[net.name] - kept.keys():  # a card whose MAC the user chose has none on vmctl's network either
+                    known |= {lease.mac: lease.address for lease in network.leases(host.conn, net.name)}
+                known |= kept
 
     def look_up(facts: Brief | None) -> str:
         if facts is None:
