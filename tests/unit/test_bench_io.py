@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from vmctl import json_schema
+from vmctl import json_schema, qemu_img
 from vmctl.bench import fio, links, registers, setups, store, traffic
 from vmctl.bench.compare import Verdict, compare
+from vmctl.bench.disk_files import Files
 from vmctl.bench.ground import Window, storage_of
 from vmctl.bench.machine import Board, Clock, Refused, argv
 from vmctl.bench.measured import Measure, Measured, Row, Sample, lines, measured_of
@@ -70,6 +71,25 @@ def test_a_chain_is_spelled_out_to_its_last_file() -> None:
         at = at["backing"]
     assert seen == [("top", "native", True, False), ("middle", "native", True, True), ("last", "native", True, True)]
     assert Backend.CHAIN_20.depth == 20 and Backend.QCOW2.depth == 0
+
+
+def test_a_chain_has_its_data_in_the_last_file_and_a_new_top_each_time(tmp_path: Path) -> None:
+    files = Files(tmp_path, 1 << 20)
+    chain = files.of("disk0", replace(RAW, backend=Backend.CHAIN_5))
+    assert len(chain) == 6 and len(set(chain)) == 6
+    infos = [qemu_img.info(path, "qcow2") for path in chain]
+    assert [one.backing_file for one in infos] == [*(str(path) for path in chain[1:]), ""]
+    assert {one.virtual_size for one in infos} == {1 << 20}
+    assert all(one.actual_size < 1 << 19 for one in infos[:-1]) and infos[-1].actual_size >= 1 << 20
+    made = [path.stat().st_ino for path in chain]
+    chain[0].write_bytes(b"written to")
+    assert files.of("disk0", replace(RAW, backend=Backend.CHAIN_5)) == chain
+    assert qemu_img.info(chain[0], "qcow2").backing_file == str(chain[1])
+    assert [path.stat().st_ino for path in chain[1:]] == made[1:], "what is below is made once"
+    assert files.of("disk1", replace(RAW, backend=Backend.CHAIN_20))[-5:] == chain[1:], "and shared"
+    (raw,) = files.of("disk0", RAW)
+    assert raw.stat().st_size == raw.stat().st_blocks * 512 == 1 << 20, "no holes"
+    assert files.of("disk2", Setup(Device.IDE, Backend.NULL)) == ()
 
 
 def test_what_qemu_refuses_is_laid_to_its_row() -> None:

@@ -17,17 +17,20 @@ class Files:
     def __init__(self, folder: Path, size: int) -> None:
         self._folder, self.size = folder, size
 
-    def of(self, number: int, setup: Setup) -> tuple[Path, ...]:
-        """The files of a row, from the one that is written to down to the last; the overlay of a chain is a new one."""
+    def of(self, slot: str, setup: Setup) -> tuple[Path, ...]:
+        """The files of a row, from the one that is written to down to the last; the overlay of a chain is a new one.
+
+        Rows that are never at work together may have the same ``slot``, and then share what can be shared.
+        """
         match setup.backend:
             case Backend.NULL:
                 return ()
             case Backend.RAW:
-                return (self._raw(f"row{number}"),)
+                return (self._raw(slot),)
             case Backend.QCOW2:
-                return (self._qcow2(f"row{number}"),)
+                return (self._qcow2(slot),)
             case _:
-                top, below = self._folder / f"row{number}.qcow2", self._chain(setup.backend.depth)
+                top, below = self._folder / f"{slot}-top.qcow2", self._chain(setup.backend.depth)
                 top.unlink(missing_ok=True)
                 qemu_img.create(top, "qcow2", None, backing=below[0], backing_format="qcow2")
                 return (top, *below)

@@ -91,9 +91,9 @@ class _Measuring:
         for number in range(1, self._plan.rounds + 1):
             left = [one for one in self._numbered if not self._found.over(one[1].name)]
             self._round(number, [one for one in left if one[1].device is not Device.HOST])
-            for n, setup in left:
+            for _, setup in left:
                 if setup.device is Device.HOST:
-                    self._on_host(number, n, setup)
+                    self._on_host(number, setup)
             self._done = number * len(self._numbered)
             self._tell()
         self._count()
@@ -114,8 +114,8 @@ class _Measuring:
     ) -> Iterator[tuple[Guest, dict[int, str]] | None]:
         """A guest with the disks of these rows, and by row which disk it is; None where QEMU would not have one."""
         words, owners, ide = list(more), dict[str, Setup](), 0
-        for n, setup in group:
-            files = self._files.of(n, setup)
+        for slot, (n, setup) in enumerate(group):
+            files = self._files.of(f"disk{slot}", setup)
             own = setups.arguments(n, setup, files, self._plan.size, ide=ide, doorbells=doorbells)
             ide += setup.device is Device.IDE
             owners |= dict.fromkeys(own, setup)
@@ -196,13 +196,13 @@ class _Measuring:
         sample = Sample(number, round(figure.value, 1), {**figure.details, **more})
         self._found.take(setup.name, name, job.unit, job.better, sample)
 
-    def _on_host(self, number: int, n: int, setup: Setup) -> None:
+    def _on_host(self, number: int, setup: Setup) -> None:
         """The same jobs by a process of the host, on a file of its own."""
         program = shutil.which("fio")
         if program is None:
             self._found.skipped[setup.name] = "fio is not on this host: apt-get install fio"
             return
-        (path,) = self._files.of(n, setup)
+        (path,) = self._files.of("host", setup)
         jobs = self._board.folder / "jobs"
         direct = setup.cache is setups.Cache.NONE
         jobs.write_text(fio.job_file(str(path), length_ms=self._plan.length_ms, seed=number, direct=direct))

@@ -132,7 +132,7 @@ class _Measuring:
                 self._head = self._head.with_environment(**guest.facts())
                 for n, link in rows:
                     looked.add(n)
-                    if self._attach(guest, n, link) and not self._row(number, n, link, self._by_guest(guest), guest):
+                    if not self._row(number, n, link, self._by_guest(guest), guest):
                         break
         except Refused as refused:
             argument, why = refused.of(words)
@@ -177,6 +177,8 @@ class _Measuring:
     ) -> bool:
         """Every flow over a link; False when its guest is no more."""
         try:
+            if guest and not self._attach(guest, n, link):
+                return True
             with self._far.serving(_SERVERS):
                 for flow in traffic.FLOWS:
                     self._flow(number, n, link, flow, do, guest)

@@ -221,7 +221,14 @@ def list_(output: OutputOption = Output.TABLE) -> None:
 
 
 @app.command(cls=Command)
-def show(result: ResultName, explain: ExplainOption = False, output: OutputOption = Output.TABLE) -> None:
+def show(
+    result: ResultName,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="What each row does, and which exit it is; of io and net, what each column is."),
+    ] = False,
+    output: OutputOption = Output.TABLE,
+) -> None:
     """Show a result, its figures computed anew from its samples. Needs no libvirt."""
     from vmctl.bench import store
 
