@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -288,3 +289,23 @@ def test_a_killed_run_leaves_no_server_and_no_namespace(shell: Shell) -> None:
         process.kill()
         process.wait(10)
     assert soon(lambda: not [*processes("iperf3"), *processes("sockperf"), *processes("cat")], 10)
+
+
+def test_namespaces_without_root() -> None:
+    """A user's own: with a link between them, a server that is waited for, and nothing left."""
+    script = """
+from vmctl.bench import net
+from vmctl.bench.namespaces import two_namespaces
+with two_namespaces() as (far, near):
+    far.run("ip", "link", "add", "veth1", "type", "veth", "peer", "eth0", "netns", str(near.pid))
+    for where, card, address in ((far, "veth1", "10.199.1.1/24"), (near, "eth0", "10.199.1.2/24")):
+        where.run("ip", "address", "add", address, "dev", card)
+        where.run("ip", "link", "set", card, "up")
+    with far.serving(net._SERVERS):
+        print(near.run("iperf3", "-c", "10.199.1.1", "-n", "1M"))
+"""
+    become = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    done = subprocess.run([*become, sys.executable, "-c", script], capture_output=True, text=True, cwd=REPO, timeout=60,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0 and "iperf Done." in done.stdout, done.stderr
+    assert not processes("iperf3") and not processes("sockperf")

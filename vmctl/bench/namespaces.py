@@ -13,17 +13,24 @@ from vmctl.errors import GuestCommandFailed, Unsupported, reason
 from vmctl.wait import wait_until
 
 _QUICK_S = 20.0
+_USERS = ("--user", "--preserve-credentials")
 
 
 class Namespace:
-    """A network namespace, held by a process that ends when our end of its pipe is closed."""
+    """A network namespace, held by a process that ends when our end of its pipe is closed.
 
-    def __init__(self) -> None:
-        # Without root, it is root's in a user namespace: what may make taps there may do nothing outside.
-        self._own_users = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    Without root it is in a user namespace, where we are root, without rights outside; another is made beside it in the
+    same one, or no link could lead from one to the other.
+    """
+
+    def __init__(self, beside: Namespace | None = None) -> None:
+        self._own_users = os.geteuid() != 0
+        make = ["unshare", "--user", "--map-root-user", "--net"] if self._own_users else ["unshare", "--net"]
+        if beside and self._own_users:
+            make = ["nsenter", "--target", str(beside.pid), *_USERS, "--", "unshare", "--net"]
         try:
             self._holder = subprocess.Popen(
-                ["unshare", *self._own_users, "--net", "sh", "-c", "echo there; exec cat > /dev/null"],
+                [*make, "sh", "-c", "echo there; exec cat > /dev/null"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -44,8 +51,7 @@ class Namespace:
     @property
     def within(self) -> tuple[str, ...]:
         """The words that run a command in it."""
-        users = ("--user", "--preserve-credentials") if self._own_users else ()
-        return ("nsenter", "--target", str(self.pid), "--net", *users, "--")
+        return ("nsenter", "--target", str(self.pid), "--net", *(_USERS if self._own_users else ()), "--")
 
     def close(self) -> None:
         """Let it go."""
@@ -101,7 +107,7 @@ class Namespace:
 
 
 @contextmanager
-def namespaces(count: int) -> Iterator[tuple[Namespace, ...]]:
-    """So many of them. Raises Unsupported where there can be none."""
-    with ExitStack() as ending:
-        yield tuple(ending.enter_context(closing(Namespace())) for _ in range(count))
+def two_namespaces() -> Iterator[tuple[Namespace, Namespace]]:
+    """Two of them, between which links can be laid. Raises Unsupported where there can be none."""
+    with closing(Namespace()) as first, closing(Namespace(beside=first)) as second:
+        yield first, second

@@ -16,7 +16,7 @@ from vmctl.bench.ground import Window, prepared
 from vmctl.bench.links import Card, Link, Way
 from vmctl.bench.machine import Board, Guest, Refused
 from vmctl.bench.measured import Gathering, Measured, Sample
-from vmctl.bench.namespaces import Namespace, namespaces
+from vmctl.bench.namespaces import Namespace, two_namespaces
 from vmctl.bench.result import Head
 from vmctl.bench.traffic import Flow
 from vmctl.bench.wire import Gone
@@ -60,7 +60,7 @@ def run(host: Host, wanted: Plan, choice: AccelChoice, report: Reporter) -> Meas
         )
     paths = ",".join(path for path in Way if any(link.path is path for link in wanted.links))
     own = {"method": METHOD, "length_s": wanted.length_s, "paths": paths}
-    with prepared(host, "net", choice, None, own, report) as (board, head, place), namespaces(2) as (far, near):
+    with prepared(host, "net", choice, None, own, report) as (board, head, place), two_namespaces() as (far, near):
         board = replace(board, within=far.within)
         return _Measuring(board, far, near, wanted, report, head, place).all()
 
