@@ -1,4 +1,4 @@
-"""What became slower or faster from one trap table to another. Pure.
+"""What became slower or faster from one result to another. Pure.
 
 Two things must come together: significance, by the exact Mann-Whitney test over the guests' medians (each guest is one
 independent look), and an effect that matters, as the ratio of medians. (Georges, Buytaert, Eeckhout 2007; Kalibera and
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vmctl.bench import stats
-from vmctl.bench.result import Head, RowResult, TrapResult
+from vmctl.bench.result import Head, RowResult, Rows
 from vmctl.bench.rows import OF_THE_MOMENT
 from vmctl.bench.table import guest_medians
 from vmctl.errors import SpecError
@@ -80,7 +80,7 @@ def require_alike(before: Head, after: Head) -> None:
         )
 
 
-def compare(before: TrapResult, after: TrapResult, *, threshold: float = THRESHOLD) -> Comparison:
+def compare(before: Rows, after: Rows, *, threshold: float = THRESHOLD) -> Comparison:
     """Judge each row. Raises SpecError when the two are unlike."""
     require_alike(before.head, after.head)
     old = {row.name: row for row in before.rows if row.runs}

@@ -8,9 +8,9 @@ import typer
 
 from vmctl import ui
 from vmctl.choices import AccelChoice
+from vmctl.cli import bench_levels, bench_report
 from vmctl.cli.command import Command, group
 from vmctl.cli.options import ConnectOption, OutputOption, note, opened, reporter
-from vmctl.errors import SpecError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -199,6 +199,12 @@ def _machine_text(machine: Machine) -> str:
     return "\n\n".join(parts)
 
 
+app.command(cls=Command)(bench_levels.levels)
+app.command(cls=Command)(bench_levels.sheet)
+app.command(cls=Command)(bench_report.run)
+app.command(cls=Command)(bench_report.report)
+
+
 @app.command("list", cls=Command)
 def list_(output: OutputOption = Output.TABLE) -> None:
     """List results, oldest first. Needs no libvirt."""
@@ -223,10 +229,12 @@ def show(result: ResultName, explain: ExplainOption = False, output: OutputOptio
         from vmctl.bench.result import trap_of
 
         _show_trap(trap_of(values), output, explain=explain)
-    else:
+    elif values["workload"] == "popek-goldberg":
         from vmctl.bench.popek_result import popek_of
 
         _show_popek(popek_of(values), output)
+    else:
+        bench_levels.show(values, output)
 
 
 @app.command(cls=Command)
@@ -237,18 +245,19 @@ def compare(
         float,
         typer.Option("--threshold", metavar="PERCENT", min=0.1, max=1000.0, help="Change that matters."),
     ] = 5.0,
+    junit: bench_report.JunitOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Tell what became slower or faster, and exit 15 when something became slower. Needs no libvirt."""
     from vmctl.bench import compare as comparing
-    from vmctl.bench import store
-    from vmctl.bench.result import trap_of
+    from vmctl.bench import kinds, store
 
-    found_ones = [store.find(_place(), name) for name in (before, after)]
-    if other := [one["id"] for one in found_ones if one["workload"] != "trap"]:
-        raise SpecError(f"cannot compare {other[0]}: it is no trap table", hint="vmctl bench list shows what each is")
-    old, new = (trap_of(values) for values in found_ones)
+    old, new = (kinds.rows_of(store.find(_place(), name)) for name in (before, after))
     found = comparing.compare(old, new, threshold=threshold / 100)
+    if junit:
+        from vmctl.bench import junit as writing
+
+        writing.write(junit, [writing.of_comparison(found, new.head.made)])
     changed = [change.name for change in found.changes if change.verdict is not comparing.Verdict.SAME]
     ui.emit(found, output, lambda: _compared_text(found), lambda: changed)
     if found.regressed:
