@@ -172,8 +172,8 @@ def figures(result: LevelsResult) -> dict[str, dict[str, Figure]]:
                 continue
             base, medians = native.ns(row.name) if native else None, guest_medians(row)
             ns = stats.median(medians)
-            ratios = (ns / base, min(medians) / base, max(medians) / base) if base else (None, None, None)
-            found.setdefault(row.name, {})[level.name] = Figure(ns, *ratios)
+            figure = Figure(ns, ns / base, min(medians) / base, max(medians) / base) if base else Figure(ns)
+            found.setdefault(row.name, {})[level.name] = figure
     return found
 
 

@@ -1,4 +1,4 @@
-"""Results as a page, a picture, and text. Computed from what is kept, never while measuring. Pure."""
+"""Results as a page, a picture, and text. Computed from what is kept, never while measuring."""
 
 from __future__ import annotations
 

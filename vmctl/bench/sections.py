@@ -89,7 +89,9 @@ def popek(results: Sequence[Values]) -> list[Section]:
 
 
 def _popek(values: Values) -> Section:
-    series, rows, tables = ("guest's kernel", "guest's user mode"), [], []
+    series = ("guest's kernel", "guest's user mode")
+    rows: list[tuple[str, Mapping[str, Point]]] = []
+    tables: list[Table] = []
     for machine in popek_of(values).machines:
         name = machine.accelerator.upper() + (" (interpreted)" if machine.interpreted else "")
         works = zip(series, (machine.work, machine.work_user), strict=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from vmctl import __version__, agent, guest
+from vmctl.accel import Verdict
 from vmctl.bench import environment, levels_words, places, store
 from vmctl.bench.result import Head
 from vmctl.bench.sheet_result import SheetResult
-from vmctl.choices import AccelChoice
+from vmctl.choices import Accel, AccelChoice
 from vmctl.errors import GuestCommandFailed
 from vmctl.events import Reporter
 from vmctl.hosts import Host, decide_accel
@@ -48,12 +49,13 @@ def measure(host: Host, name: str, folder: str, report: Reporter, *, by_agent: b
         )
     made = datetime.now(UTC).isoformat(timespec="seconds")
     place = store.folder(host.folders.data)
-    env = environment.capture(host, decide_accel(host, AccelChoice.TCG))
+    decision = decide_accel(host, AccelChoice.AUTO)
+    env = environment.capture(host, decision)
     dimensions = {
         "unit": "ns",
         "method": METHOD,
         "accelerator": str(vm.facts.accel or ""),
-        "interpreted": False,
+        "interpreted": vm.facts.accel is Accel.KVM and decision.kvm.verdict is Verdict.INTERPRETED,
         "host_cpu": env.get("cpu") or env["cpu_model"],
     }
     head = Head(store.new_id(place, "sheet", made), "sheet", made, __version__, True, dimensions, env)
