@@ -60,10 +60,31 @@ def test_the_levels_cost_what_they_are(some: dict[str, Any]) -> None:
     assert cost["syscall", "tcg"] > 1.5
 
 
-def test_shares_are_measured_or_the_reason_is_libvirts(some: dict[str, Any]) -> None:
-    """In a test host libvirt has no cgroups; with them the test of the test host below measures."""
+def test_what_a_test_host_lacks_is_told_in_libvirts_words(some: dict[str, Any]) -> None:
     assert some["shares"]["skipped"].startswith("cannot run guests that compete: ")
-    assert "CPU tuning is not available" in some["shares"]["skipped"] or "cgroup" in some["shares"]["skipped"]
+    assert "cgroup CPU controller is not mounted" in some["shares"]["skipped"]
+    container = next(one for one in some["levels"] if one["name"] == "container")
+    assert container["skipped"].startswith("cannot run a container: ")
+
+
+def test_a_container_and_fair_shares_where_there_are_cgroups() -> None:
+    words = [*VMCTL, "bench", "levels", "--quick", "--level", "container", "--level", "shares", "-o", "json"]
+    build = " ".join([*VMCTL, "image", "build", "micro"])
+    inside = f"{build} >&2 && {' '.join(words)}"
+    argv = ["unshare", "--mount", str(REPO / "tests/testhost/cgroups.sh"), "sh", "-c", inside]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=280, cwd=REPO, check=False)
+    if done.returncode == 77:
+        pytest.skip("this kernel has no cgroup hierarchies of version 1")
+    assert done.returncode == 0, done.stderr
+    result = levels_of(json.loads(done.stdout))
+    container = result.levels[-1]
+    assert container.name == "container" and not container.skipped and not container.failed, container
+    assert [row.name for row in container.rows if row.runs] == [work.name for work in WORKS]
+    found = figures(result)
+    assert 0.3 < (found["integer"]["container"].times or 0) < 3, "a container computes on the same CPU"
+    assert result.shares is not None and not result.shares.skipped, result.shares
+    for weight, promised, received in result.shares.lines():
+        assert received == pytest.approx(promised, rel=0.25), weight
 
 
 def test_shown_compared_reported(some: dict[str, Any], tmp_path: Path) -> None:

@@ -8,14 +8,18 @@
 # has no hierarchies of version 1.
 set -eu
 [ -e /run/vmctl-test-host ] || { echo "this is no test host" >&2; exit 1; }
-controllers="cpu cpuacct cpuset memory devices freezer blkio"
+# Also the one that systemd counts services in: libvirt finds it among the machine's mounts, hidden as they are in here.
+controllers="cpu cpuacct cpuset memory devices freezer blkio systemd"
 group=vmctl-test-cgroups
 
-mount -t tmpfs tmpfs /run/libvirt
+mount -t tmpfs -o mode=0755 tmpfs /run
+mkdir -p /run/lock /run/user/0 /run/libvirt
+: >/run/vmctl-test-host
 mount -t tmpfs tmpfs /sys/fs/cgroup
 for one in $controllers; do
+    [ "$one" = systemd ] && option=none,name=systemd || option=$one
     mkdir "/sys/fs/cgroup/$one"
-    mount -t cgroup -o "$one" "$one" "/sys/fs/cgroup/$one" 2>/dev/null || exit 77
+    mount -t cgroup -o "$option" "$one" "/sys/fs/cgroup/$one" 2>/dev/null || exit 77
 done
 
 remove() {
@@ -46,7 +50,11 @@ mount --bind /run/libvirt/own/qemu.conf /etc/libvirt/qemu.conf
 # The daemons, and so their guests, begin in that group and see it as the root of all.
 inside='for one in '$controllers'; do echo $$ >"/sys/fs/cgroup/$one/'$group'/cgroup.procs"; done
 exec unshare --cgroup --mount sh -c '\''
-for one in '$controllers'; do umount "/sys/fs/cgroup/$one"; mount -t cgroup -o "$one" "$one" "/sys/fs/cgroup/$one"; done
+for one in '$controllers'; do
+    [ "$one" = systemd ] && option=none,name=systemd || option=$one
+    umount "/sys/fs/cgroup/$one"
+    mount -t cgroup -o "$option" "$one" "/sys/fs/cgroup/$one"
+done
 exec "$@"'\'' sh "$@"'
 for daemon in virtlogd libvirtd; do
     sh -c "$inside" sh $daemon &

@@ -21,7 +21,7 @@ from tests.unit.test_bench_results import made as traps
 from vmctl.bench import chart_text, drawing, drawing_png, everything, junit, kinds, report, sections_measured, store
 from vmctl.bench.chart import Chart, Point, scale
 from vmctl.bench.everything import Clock, Run, Through
-from vmctl.bench.kinds import Part
+from vmctl.bench.parts import Part
 from vmctl.bench.units import si, tick, times
 from vmctl.cli import run as vmctl
 from vmctl.errors import SpecError

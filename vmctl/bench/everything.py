@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vmctl.bench import kinds, store
-from vmctl.bench.kinds import Part
+from vmctl.bench import parts as every_part
+from vmctl.bench import store
+from vmctl.bench.parts import Part
 from vmctl.errors import Conflict, NotFound, SpecError, Unsupported, VmctlError
 from vmctl.events import Event, Progress, Reporter, Status, Step
 from vmctl.hosts import Host
@@ -133,7 +134,7 @@ def run(host: Host, report: Reporter, only: Sequence[str] = (), *, quick: bool, 
         raise Unsupported(f"cannot measure at {host.conn.uri}: no QEMU guests run there")
     place = store.folder(host.folders.data)
     with held(host.folders.runtime, f"runs of measurements on {host.lock_scope}"):
-        parts = chosen(kinds.parts(host, quick=quick), only)
+        parts = chosen(every_part.parts(host, quick=quick), only)
         now = begin(place, host.conn.uri, only, quick=quick, new=new)
         through = {one.name for one in now.parts}
         if through:

@@ -1,6 +1,6 @@
-"""The workloads there are: how results of each are shown, counted and compared, and what `bench run` measures.
+"""The workloads there are: how results of each are shown, counted and compared. Pure.
 
-A workload joins by a line in KINDS, and one in ``parts`` if it belongs to a run of everything.
+A workload joins by a line in KINDS, and by one in parts.py if it belongs to a run of everything.
 """
 
 from __future__ import annotations
@@ -8,15 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vmctl.accel import Verdict
 from vmctl.bench import sections
 from vmctl.bench.levels_result import levels_of
-from vmctl.bench.result import Head, Rows, trap_of
+from vmctl.bench.result import Rows, trap_of
 from vmctl.bench.section import Case, Section
-from vmctl.choices import AccelChoice
 from vmctl.errors import SpecError
-from vmctl.events import Reporter
-from vmctl.hosts import Host, kvm_findings
 
 Values = Mapping[str, Any]
 
@@ -48,40 +44,3 @@ def rows_of(values: Values) -> Rows:
             hint="vmctl bench list shows what each result is",
         )
     return found(values)
-
-
-class Part(NamedTuple):
-    """One measurement of a run of everything. ``expected_s`` is what it takes on a machine of two slow cores."""
-
-    name: str
-    expected_s: float
-    measure: Callable[[Host, Reporter], Head]
-
-
-def parts(host: Host, *, quick: bool) -> tuple[Part, ...]:
-    """All that can be measured on that host."""
-
-    def trap(choice: AccelChoice) -> Callable[[Host, Reporter], Head]:
-        def measure(host: Host, report: Reporter) -> Head:
-            from vmctl.bench import trap
-
-            return trap.run(host, trap.plan((), quick=quick, guests=None), choice, report).head
-
-        return measure
-
-    def popek(host: Host, report: Reporter) -> Head:
-        from vmctl.bench import popek
-
-        return popek.run(host, AccelChoice.AUTO, report).head
-
-    def levels(host: Host, report: Reporter) -> Head:
-        from vmctl.bench import levels
-
-        return levels.run(host, levels.plan((), (), quick=quick), report).head
-
-    found = [Part("trap-tcg", 5 if quick else 25, trap(AccelChoice.TCG))]
-    if kvm_findings(host).verdict in {Verdict.WORKS, Verdict.INTERPRETED}:
-        found.append(Part("trap-kvm", 20 if quick else 60, trap(AccelChoice.KVM)))
-    found.append(Part("popek-goldberg", 20, popek))
-    found.append(Part("levels", 120 if quick else 300, levels))
-    return tuple(found)

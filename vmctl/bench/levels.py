@@ -21,6 +21,7 @@ from vmctl.errors import NotFound, SpecError, Unsupported, VmctlError
 from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host, decide_accel, pool_folder
 from vmctl.hypervisor import storage
+from vmctl.images import Image
 from vmctl.render import ProbeView
 from vmctl.spec import Accel
 
@@ -158,8 +159,8 @@ class _Measuring:
         heard = places.container(self._host, self._plan.order, self._tell, _SILENT_S)
         return heard, "its own process numbers, mounts and network; the host's kernel"
 
-    def _machine(self, accel: Accel) -> ProbeView:
-        return guests.machine(self._host, _NAME, accel, self._decision.kvm, self._kernel())
+    def _machine(self, accel: Accel, image: Image) -> ProbeView:
+        return guests.machine(self._host, _NAME, accel, self._decision.kvm, image.kernel)
 
     def _guest(self, accel: Accel) -> tuple[Heard, str]:
         verdict, silent_s, detail = self._decision.kvm.verdict, _SILENT_S, f"{guests.VCPUS} vCPUs"
@@ -168,24 +169,29 @@ class _Measuring:
                 raise Unsupported(self._decision.reason or f"KVM here: {verdict}")
             if verdict is Verdict.INTERPRETED:
                 silent_s, detail = _INTERPRETED_S, "this kernel's KVM interprets its guests: not a CPU's figures"
-        heard = places.guest(self._host, self._machine(accel), self._initrd, self._plan.order, self._tell, silent_s)
+        image = self._image()
+        words = places.kernel_words(image.manifest.cmdline, *self._plan.order.words())
+        heard = places.guest(self._host, self._machine(accel, image), self._initrd, words, self._tell, silent_s)
         return heard, detail
 
     def _nested(self) -> tuple[Heard, str]:
         """The inner guest is emulated: it is so wherever the outer one has no VMX or SVM of its own."""
-        kernel = storage.download(self._host.conn, self._host.settings.image_pool, Path(self._kernel()).name)
-        archive = places.nesting_initrd(Path(self._host.facts.emulator), kernel, self._plan.order)
+        image = self._image()
+        kernel = storage.download(self._host.conn, self._host.settings.image_pool, Path(image.kernel).name)
+        inner = places.kernel_words(image.manifest.cmdline, *self._plan.order.words())
+        outer = places.kernel_words(image.manifest.cmdline, "nest=1")
+        archive = places.nesting_initrd(Path(self._host.facts.emulator), kernel, inner)
         pool = self._host.settings.pool
         with bare_guest.uploaded(
             self._host.conn, pool, lambda: render.pool(pool, pool_folder(self._host, pool)), f"{_NAME}-nested", archive
         ) as initrd:
             accel = self._decision.chosen if self._decision.kvm.verdict is Verdict.WORKS else Accel.TCG
-            heard = places.nested(self._host, self._machine(accel), initrd, self._tell, _NESTED_S)
+            heard = places.nested(self._host, self._machine(accel, image), initrd, outer, self._tell, _NESTED_S)
         return heard, f"emulated (TCG) within {accel.upper()}"
 
-    def _kernel(self) -> str:
+    def _image(self) -> Image:
         try:
-            return images.find(self._host, _IMAGE).kernel
+            return images.find(self._host, _IMAGE)
         except NotFound as error:
             raise NotFound(f"guests boot the kernel of the image {_IMAGE}: {error.hint}") from error
 

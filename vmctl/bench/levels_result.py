@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from vmctl.bench import stats, units
 from vmctl.bench.result import Head, RowResult, Run, head_of
-from vmctl.bench.table import guest_medians
+from vmctl.bench.table import SUSPECT_PERCENT, per_call
 
 NATIVE = "native"
 
@@ -51,9 +51,17 @@ class Level:
     took_s: float = 0.0
 
     def ns(self, row: str) -> float | None:
-        """Median time of one unit, in ns; None where it was not measured."""
+        """Time of one unit, in ns: the median of the rounds; None where it was not measured."""
         found = next((one for one in self.rows if one.name == row and one.runs), None)
-        return stats.median(guest_medians(found)) if found else None
+        return stats.median(quickest(found)) if found else None
+
+
+def quickest(row: RowResult) -> list[float]:
+    """Of each round the quickest part, in ns for one unit: a neighbour only ever makes one longer.
+
+    (Chen and Revels 2016.) Here more than half of the parts may be spoilt: a process has no CPU to itself.
+    """
+    return [min(per_call(run)) for run in row.runs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +135,15 @@ def rows_json(rows: tuple[RowResult, ...]) -> list[dict[str, Any]]:
         {
             "name": row.name,
             "skipped": row.skipped,
-            "runs": [{"round": run.guest, "units": run.calls, "ns": list(run.ticks)} for run in row.runs],
+            "runs": [
+                {
+                    "round": run.guest,
+                    "units": run.calls,
+                    "ns": list(run.ticks),
+                    "waited_percent": run.waited_percent,
+                }
+                for run in row.runs
+            ],
         }
         for row in rows
     ]
@@ -138,7 +154,10 @@ def rows_of(values: list[Mapping[str, Any]]) -> tuple[RowResult, ...]:
     return tuple(
         RowResult(
             row["name"],
-            tuple(Run(run["round"], run["units"], tuple(run["ns"])) for run in row["runs"]),
+            tuple(
+                Run(run["round"], run["units"], tuple(run["ns"]), waited_percent=run["waited_percent"])
+                for run in row["runs"]
+            ),
             row["skipped"],
         )
         for row in values
@@ -160,6 +179,12 @@ class Figure(NamedTuple):
     times: float | None = None
     least: float | None = None
     most: float | None = None
+    waited_percent: float | None = None
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it waited for a CPU longer than is good for a figure."""
+        return self.waited_percent is not None and self.waited_percent > SUSPECT_PERCENT
 
 
 def figures(result: LevelsResult) -> dict[str, dict[str, Figure]]:
@@ -170,9 +195,12 @@ def figures(result: LevelsResult) -> dict[str, dict[str, Figure]]:
         for row in level.rows:
             if not row.runs:
                 continue
-            base, medians = native.ns(row.name) if native else None, guest_medians(row)
-            ns = stats.median(medians)
-            figure = Figure(ns, ns / base, min(medians) / base, max(medians) / base) if base else Figure(ns)
+            base, rounds = native.ns(row.name) if native else None, quickest(row)
+            ns = stats.median(rounds)
+            waits = [run.waited_percent for run in row.runs if run.waited_percent is not None]
+            waited = stats.median(waits) if waits else None
+            ratios = (ns / base, min(rounds) / base, max(rounds) / base) if base else None
+            figure = Figure(ns, *ratios, waited) if ratios else Figure(ns, waited_percent=waited)
             found.setdefault(row.name, {})[level.name] = figure
     return found
 

@@ -33,7 +33,7 @@ class Said:
 
 def read(said: bytes) -> Said:
     """Read what has come so far; what firmware and kernels say before and between is left out."""
-    found, round_, units = Said(), 1, 0
+    found, round_, units, waited = Said(), 1, 0, -1
     for raw in said[: said.rfind(b"\n") + 1].decode("ascii", "replace").splitlines():
         line = raw.strip()
         word, _, rest = line.partition(" ")
@@ -46,13 +46,16 @@ def read(said: bytes) -> Said:
         elif word == "round":
             round_ = _number(rest)
         elif word == "row":
-            found.begun, units = rest, 0
+            found.begun, units, waited = rest, 0, -1
         elif word == "units":
             units = _number(rest)
+        elif word == "waited":
+            waited = _number(rest)
         elif word == "ns":
             parts = tuple(_number(one) for one in rest.split())
             if found.begun and units and parts and all(parts):
-                found.runs.setdefault(found.begun, []).append(Run(round_, units, parts))
+                percent = None if waited < 0 else round(min(100.0, 100 * waited / sum(parts)), 1)
+                found.runs.setdefault(found.begun, []).append(Run(round_, units, parts, waited_percent=percent))
             else:
                 found.wrong = f"what it said of {found.begun or 'a row'} cannot be read"
             found.begun = ""

@@ -9,6 +9,7 @@ import os
 import select
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 from vmctl import render
 from vmctl.bench import guests, levels_words
+from vmctl.bench.environment import Waiting
 from vmctl.bench.levels_words import Said
 from vmctl.builder import cpio
 from vmctl.builder.tree import Tree
@@ -30,8 +32,8 @@ from vmctl.workspace import workspace
 MEMORY_MIB, OUTER_MIB = 192, 1024
 _CONTAINERS = "lxc:///system"
 _EPOCH = 0
-# Not `quiet` alone: a kernel that tests its ciphers first would be at it for minutes in a guest within a guest.
-_KERNEL = "console=ttyS0 quiet cryptomgr.notests no_timer_check panic=-1 --"
+# Words of the image's that would change what is measured: the kernel is to do here what Debian's does by itself.
+_CHANGING = {"mitigations=off", "init_on_alloc=0"}
 _FIRMWARE = ("bios-256k.bin", "pvh.bin", "kvmvapic.bin", "linuxboot_dma.bin")
 _FIRMWARE_FOLDERS = (Path("/usr/share/seabios"), Path("/usr/share/qemu"), Path("/usr/share/qemu-kvm"))
 _TIMEOUT_S = 20.0
@@ -122,35 +124,74 @@ def container(host: Host, order: Order, hear: Hear, silent_s: float) -> Heard:
                 (root / name).mkdir()
             name = guests.own_name("vmctl-bench-levels")
             view = ContainerView(name, str(root), "/levels", ("hold=1", *order.words()), MEMORY_MIB)
-            return _heard(host, conn, render.container(view), hear, silent_s, paused=False)
+            xml = render.container(view)
+            return _heard(conn, xml, hear, silent_s, paused=False, doing="run a container")
 
 
-def guest(host: Host, view: ProbeView, initrd: str, order: Order, hear: Hear, silent_s: float) -> Heard:
+def kernel_words(cmdline: str, *words: str) -> str:
+    """A kernel's command line: what the image's says to boot quickly, and the first process's words."""
+    kept = [word for word in cmdline.split() if word not in _CHANGING]
+    return " ".join([*kept, "panic=-1", "--", "machine=1", "hold=1", *words])
+
+
+def guest(host: Host, view: ProbeView, initrd: str, words: str, hear: Hear, silent_s: float) -> Heard:
     """A guest whose first process is the program."""
-    words = f"{_KERNEL} machine=1 hold=1 {' '.join(order.words())}"
     whole = replace(view, memory_mib=MEMORY_MIB, initrd=initrd, words=words)
-    return _heard(host, host.conn, render.probe(whole), hear, silent_s)
+    return _heard(host.conn, render.probe(whole), hear, silent_s)
 
 
-def nested(host: Host, view: ProbeView, initrd: str, hear: Hear, silent_s: float) -> Heard:
+def nested(host: Host, view: ProbeView, initrd: str, words: str, hear: Hear, silent_s: float) -> Heard:
     """A guest whose first process is a QEMU with such a guest, which speaks through it."""
-    whole = replace(view, memory_mib=OUTER_MIB, initrd=initrd, words=f"{_KERNEL} machine=1 hold=1 nest=1")
-    return _heard(host, host.conn, render.probe(whole), hear, silent_s)
+    whole = replace(view, memory_mib=OUTER_MIB, initrd=initrd, words=words)
+    return _heard(host.conn, render.probe(whole), hear, silent_s)
 
 
 def _heard(
-    host: Host, conn: connection.Connection, xml: str, hear: Hear, silent_s: float, *, paused: bool = True
+    conn: connection.Connection,
+    xml: str,
+    hear: Hear,
+    silent_s: float,
+    *,
+    paused: bool = True,
+    doing: str = "run a guest",
 ) -> Heard:
+    waiting = Waiting(time.monotonic)
+    before = Said()
+
     def look(said: bytes) -> tuple[bool, bool]:
+        nonlocal before
         found = levels_words.read(said)
+        waiting.during(_at_work(before, found))
+        before = found
         hear(found)
         return found.done or bool(found.wrong), True
 
     ear = guests.Ear(look, silent_s)
     heard = console.transcript(
-        conn, xml, until=ear.enough, timeout_s=guests.LONGEST_S, goodbye=guests.GOODBYE, paused=paused
+        conn,
+        xml,
+        until=ear.enough,
+        timeout_s=guests.LONGEST_S,
+        waited=waiting.look if paused else None,
+        goodbye=guests.GOODBYE,
+        paused=paused,
+        doing=doing,
     )
-    return _ended(heard.said, f"it {ear.how(heard)}")
+    found = _ended(heard.said, f"it {ear.how(heard)}")
+    return _as_the_host_knows(found, waiting) if paused else found
+
+
+def _at_work(before: Said, now: Said) -> set[str]:
+    """The rows that were measured between two looks."""
+    ended = {name for name, runs in now.runs.items() if len(runs) > len(before.runs.get(name, ()))}
+    return ended | ({now.begun} if now.begun else set())
+
+
+def _as_the_host_knows(heard: Heard, waiting: Waiting) -> Heard:
+    """How long a guest's rows waited for a CPU, as its host knows it: the guest's own kernel knows nothing of that."""
+    for name, runs in heard.said.runs.items():
+        heard.said.runs[name] = [replace(run, waited_percent=waiting.percent(name)) for run in runs]
+    return heard
 
 
 # --- what they boot from --------------------------------------------------------------------------------------
@@ -169,7 +210,7 @@ def _small() -> Tree:
     return tree
 
 
-def nesting_initrd(emulator: Path, kernel: bytes, order: Order) -> bytes:
+def nesting_initrd(emulator: Path, kernel: bytes, words: str) -> bytes:
     """An initramfs with this machine's QEMU, all libraries it needs, and the guest that it is to run.
 
     Raises Unsupported where that QEMU is no file here.
@@ -183,7 +224,6 @@ def nesting_initrd(emulator: Path, kernel: bytes, order: Order) -> bytes:
             tree.file(f"fw/{name}", found.read_bytes())
     tree.file("kernel", kernel)
     tree.file("inner", initrd())
-    words = f"{_KERNEL} machine=1 hold=1 {' '.join(order.words())}"
     argv = [str(emulator), "-accel", "tcg", "-machine", "q35", "-cpu", "max", "-smp", str(guests.VCPUS)]
     argv += ["-m", str(MEMORY_MIB), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-L", "/fw"]
     argv += ["-serial", "stdio", "-kernel", "/kernel", "-initrd", "/inner", "-append", words]

@@ -149,7 +149,9 @@ def _levels(result: LevelsResult, values: Values) -> Section:
         (
             BY_NAME[row].title,
             *(
-                f"{told(BY_NAME[row], by[name].ns)}  {units.times(by[name].times)}" if name in by else ""
+                f"{told(BY_NAME[row], by[name].ns)}  {units.times(by[name].times)}{'!' if by[name].suspect else ''}"
+                if name in by
+                else ""
                 for name in measured
             ),
         )
@@ -164,8 +166,14 @@ def _levels(result: LevelsResult, values: Values) -> Section:
             for one in result.levels
         ),
     )
-    charts, tables = [chart], [Table("Median, and times native", ("row", *measured), cells), where]
-    notes = ["Whiskers are the quickest and the slowest round; times native is to native's median."]
+    charts, tables = [chart], [Table("Figures, and times native", ("row", *measured), cells), where]
+    suspect = sum(one.suspect for by in found.values() for one in by.values())
+    notes = (
+        [f"{suspect} figures waited for a CPU for more than 2 % of their time (!): the host was busy."]
+        if suspect
+        else []
+    )
+    notes += ["A figure is the median of the rounds, of each its quickest part; whiskers reach to the extreme rounds."]
     if result.shares and result.shares.shares:
         promised, got = _shares(result)
         charts.append(promised)

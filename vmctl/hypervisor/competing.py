@@ -23,7 +23,7 @@ def cpu_times(
     """Start a transient domain of each definition, let them run, and end them.
 
     Returns the length of the window that was measured, after ``warm_s``, and the CPU seconds each had in it. ``tell``
-    hears how much of the window is over. Raises what libvirt says when one cannot be started.
+    hears how much of the window is over. Raises what libvirt says when one cannot be started, or no weights be given.
     """
     flags = libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_VALIDATE
     with calling("run guests that compete"), ExitStack() as undo:
@@ -31,6 +31,7 @@ def cpu_times(
         for text in texts:
             domains.append(conn.handle.createXML(text, flags))
             undo.callback(partial(_end, domains[-1]))
+        domains[0].schedulerParameters()  # without cgroups libvirt starts them, and forgets their weights
         pause(warm_s)
         began, before = time.monotonic(), [_used_s(dom) for dom in domains]
         while (spent := time.monotonic() - began) < window_s:

@@ -135,6 +135,7 @@ def transcript(
     waited: Callable[[float | None], None] | None = None,
     goodbye: bytes = b"",
     paused: bool = True,
+    doing: str = "run a probe",
 ) -> Transcript:
     """Run a transient domain and listen until it has said enough, stops, or the time is over; then it is gone.
 
@@ -147,7 +148,7 @@ def transcript(
     flags = libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_VALIDATE
     flags |= libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
     said = bytearray()
-    with calling("run a probe"):
+    with calling(doing):
         dom = conn.handle.createXML(xml, flags)
         try:
             stream = conn.handle.newStream(libvirt.VIR_STREAM_NONBLOCK)

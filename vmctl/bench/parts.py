@@ -1,0 +1,49 @@
+"""What a run of everything measures on a host, part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from vmctl.accel import Verdict
+from vmctl.bench.result import Head
+from vmctl.choices import AccelChoice
+from vmctl.events import Reporter
+from vmctl.hosts import Host, kvm_findings
+
+
+class Part(NamedTuple):
+    """One measurement of a run of everything. ``expected_s`` is what it takes on a machine of two slow cores."""
+
+    name: str
+    expected_s: float
+    measure: Callable[[Host, Reporter], Head]
+
+
+def parts(host: Host, *, quick: bool) -> tuple[Part, ...]:
+    """All that can be measured on that host."""
+
+    def trap(choice: AccelChoice) -> Callable[[Host, Reporter], Head]:
+        def measure(host: Host, report: Reporter) -> Head:
+            from vmctl.bench import trap
+
+            return trap.run(host, trap.plan((), quick=quick, guests=None), choice, report).head
+
+        return measure
+
+    def popek(host: Host, report: Reporter) -> Head:
+        from vmctl.bench import popek
+
+        return popek.run(host, AccelChoice.AUTO, report).head
+
+    def levels(host: Host, report: Reporter) -> Head:
+        from vmctl.bench import levels
+
+        return levels.run(host, levels.plan((), (), quick=quick), report).head
+
+    found = [Part("trap-tcg", 5 if quick else 25, trap(AccelChoice.TCG))]
+    if kvm_findings(host).verdict in {Verdict.WORKS, Verdict.INTERPRETED}:
+        found.append(Part("trap-kvm", 20 if quick else 60, trap(AccelChoice.KVM)))
+    found.append(Part("popek-goldberg", 20, popek))
+    found.append(Part("levels", 120 if quick else 300, levels))
+    return tuple(found)
