@@ -31,19 +31,25 @@ def parts(host: Host, *, quick: bool) -> tuple[Part, ...]:
 
         return measure
 
-    def popek(host: Host, report: Reporter) -> Head:
-        from vmctl.bench import popek
+    def popek(choice: AccelChoice) -> Callable[[Host, Reporter], Head]:
+        def measure(host: Host, report: Reporter) -> Head:
+            from vmctl.bench import popek
 
-        return popek.run(host, AccelChoice.AUTO, report).head
+            return popek.run(host, choice, report).head
+
+        return measure
 
     def levels(host: Host, report: Reporter) -> Head:
         from vmctl.bench import levels
 
         return levels.run(host, levels.plan((), (), quick=quick), report).head
 
-    found = [Part("trap-tcg", 5 if quick else 25, trap(AccelChoice.TCG))]
+    found = [
+        Part("trap-tcg", 5 if quick else 25, trap(AccelChoice.TCG)),
+        Part("popek-tcg", 15, popek(AccelChoice.TCG)),
+    ]
     if kvm_findings(host).verdict in {Verdict.WORKS, Verdict.INTERPRETED}:
         found.append(Part("trap-kvm", 20 if quick else 60, trap(AccelChoice.KVM)))
-    found.append(Part("popek-goldberg", 20, popek))
-    found.append(Part("levels", 120 if quick else 300, levels))
+        found.append(Part("popek-kvm", 40, popek(AccelChoice.KVM)))
+    found.append(Part("levels", 120 if quick else 250, levels))
     return tuple(found)
