@@ -37,6 +37,7 @@ _CHANGING = {"mitigations=off", "init_on_alloc=0"}
 _FIRMWARE = ("bios-256k.bin", "pvh.bin", "kvmvapic.bin", "linuxboot_dma.bin")
 _FIRMWARE_FOLDERS = (Path("/usr/share/seabios"), Path("/usr/share/qemu"), Path("/usr/share/qemu-kvm"))
 _TIMEOUT_S = 20.0
+_NESTED_S = 1800.0
 
 Hear = Callable[[Said], None]
 
@@ -143,7 +144,7 @@ def guest(host: Host, view: ProbeView, initrd: str, words: str, hear: Hear, sile
 def nested(host: Host, view: ProbeView, initrd: str, words: str, hear: Hear, silent_s: float) -> Heard:
     """A guest whose first process is a QEMU with such a guest, which speaks through it."""
     whole = replace(view, memory_mib=OUTER_MIB, initrd=initrd, words=words)
-    return _heard(host.conn, render.probe(whole), hear, silent_s)
+    return _heard(host.conn, render.probe(whole), hear, silent_s, timeout_s=_NESTED_S)
 
 
 def _heard(
@@ -154,6 +155,7 @@ def _heard(
     *,
     paused: bool = True,
     doing: str = "run a guest",
+    timeout_s: float = guests.LONGEST_S,
 ) -> Heard:
     waiting = Waiting(time.monotonic)
     before = Said()
@@ -171,7 +173,7 @@ def _heard(
         conn,
         xml,
         until=ear.enough,
-        timeout_s=guests.LONGEST_S,
+        timeout_s=timeout_s,
         waited=waiting.look if paused else None,
         goodbye=guests.GOODBYE,
         paused=paused,

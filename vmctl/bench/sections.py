@@ -85,28 +85,23 @@ def _failed(values: Values, name: str) -> bool:
 
 def popek(results: Sequence[Values]) -> list[Section]:
     """Instructions, theorems and properties, and how long the workload takes where."""
-    return [_popek(values) for values in results]
-
-
-def _popek(values: Values) -> Section:
     series = ("guest's kernel", "guest's user mode")
     rows: list[tuple[str, Mapping[str, Point]]] = []
     tables: list[Table] = []
-    for machine in popek_of(values).machines:
+    for machine in (machine for values in results for machine in popek_of(values).machines):
         name = machine.accelerator.upper() + (" (interpreted)" if machine.interpreted else "")
         works = zip(series, (machine.work, machine.work_user), strict=True)
         native = machine.native_ticks
-        row = {level: Point(work.ticks / native) for level, work in works if work and native}
-        rows.append((name, row))
+        rows.append((name, {level: Point(work.ticks / native) for level, work in works if work and native}))
         header = ("instruction", "CPL 0", "CPL 3", "UMIP", "finding", "why")
         tables.append(Table(f"Sensitive instructions under {name}", header, tuple(map(tuple, lines(machine)))))
         told_ = tuple((one.title, one.holds, one.why) for one in statements(machine))
         tables.append(Table(f"Theorems and properties, {name}", ("statement", "holds", "why"), told_))
-    chart = Chart(
-        "Efficiency: one workload", "time, in times of a process's", units.TIMES, series, tuple(rows), mark=1.0
-    )
+    title, axis = "Efficiency: one workload", "time, in times of a process's"
+    chart = Chart(title, axis, units.TIMES, series, tuple(rows), mark=1.0)
     drawn = (chart,) if chart.used() else ()
-    return Section("Popek and Goldberg", facts(values), drawn, tuple(tables))
+    about = tuple(one for values in results for one in facts(values))
+    return [Section("Popek and Goldberg", about, drawn, tuple(tables))]
 
 
 def popek_cases(values: Values) -> list[Case]:

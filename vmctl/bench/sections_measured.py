@@ -13,7 +13,7 @@ from vmctl.bench.chart import Chart, Point
 from vmctl.bench.section import Case, Section, Table, facts
 
 Values = Mapping[str, Any]
-_FACTORS = {"ns": (1e-9, "s"), "us": (1e-6, "s"), "µs": (1e-6, "s"), "ms": (1e-3, "s")}
+_FACTORS = {"ns": (1e-9, "s"), "us": (1e-6, "s"), "µs": (1e-6, "s"), "ms": (1e-3, "s"), "1/s": (1.0, "/s")}
 
 
 def _scale(unit: str) -> tuple[float, str]:
