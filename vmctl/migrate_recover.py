@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vmctl import migrate, migrate_facts, migrate_files, migrate_storage
@@ -14,7 +15,8 @@ from vmctl.hypervisor.domain import Domain
 from vmctl.migrate import Mode, Moved, Wish
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import Look
-from vmctl.migrate_outcome import Seen, Where
+from vmctl.migrate_outcome import CUT_OFF, Seen, Where
+from vmctl.migrate_policy import Abort, decide
 from vmctl.migrate_problems import DiskNeed
 from vmctl.migrate_watch import told
 from vmctl.wait import pause
@@ -33,7 +35,7 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
     with holding(ends.source, name):
         vm = domain.find_or_none(ends.source.conn, name) or domain.find(ends.target.conn, name)
         began = time.monotonic()
-        _await_job(ends, vm, report)
+        _await_job(ends, vm, wish, report)
         where, seen = migrate.settle(ends, vm.uuid)
         if where is Where.POSTCOPY:
             report(Step(f"{name}: going on with its post-copy"))
@@ -76,19 +78,25 @@ def _only_off(seen: tuple[Seen, Seen]) -> bool:
     return seen[0].state is not None and seen[1].known and not seen[1].there
 
 
-def _await_job(ends: Ends, vm: Domain, report: Reporter) -> None:
-    """A peer-to-peer migration goes on without the vmctl that began it: see it end."""
+def _await_job(ends: Ends, vm: Domain, wish: Wish, report: Reporter) -> None:
+    """A peer-to-peer migration goes on without the vmctl that began it: see it end, or end it when it stands still.
+
+    One that is cut off in post-copy stays a job for ever.
+    """
     history: list[Sample] = []
     began = time.monotonic()
     while True:
         try:
             now = migration.sample(ends.source.conn, vm.name, time.monotonic() - began)
+            if now is None or domain.state(ends.source.conn, vm.name)[1] == CUT_OFF:
+                return
         except VmctlError:
-            return
-        if now is None or (history and now.at_s - began > 3600):
             return
         history.append(now)
         report(Status(vm.name, f"under way already: {told(history)}"))
+        if isinstance(decide(history, (), replace(wish.policy, give_up_s=None, postcopy=False)), Abort):
+            migration.abort(ends.source.conn, vm.name)
+            return
         pause(_LOOK_S)
 
 

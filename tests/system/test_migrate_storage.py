@@ -136,23 +136,33 @@ def test_stopped(pair: Pair, vm: str) -> None:
 def test_stopped_with_uefi_variables_and_a_tpm(pair: Pair) -> None:
     """What the firmware has written goes along; what the TPM keeps cannot, and is not left behind unsaid."""
     first, second = pair.machine("h1"), pair.machine("h2")
-    for name, more in (("m-tpm", ["--tpm"]), ("m-uefi", [])):
-        pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--firmware", "uefi", *more)
-        pair.vmctl("-c", "h1", "stop", name, "--force")
+    tpm = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>"
+    for name, devices in (("m-tpm", tpm), ("m-uefi", "")):
+        xml = f"""<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory>
+            <os firmware='efi'><type machine='q35'>hvm</type></os><features><acpi/></features>
+            <devices>{devices}</devices></domain>"""
+        first.run("sh", "-c", "cat >/tmp/d.xml; virsh define /tmp/d.xml", input=xml)
+        first.virsh("start", name)
+        first.virsh("destroy", name)
     try:
         words = ("--to", "h2", "--copy-storage", "overlay")
         said = pair.vmctl("-c", "h1", "migrate", "m-tpm", *words, check=11).stderr
         assert "the state of m-tpm's TPM lies on h1" in said and "migrate it live" in said
-        path = pair.machine("h1").virsh("dumpxml", "m-uefi").partition("<nvram")[2].partition(">")[2].partition("<")[0]
+        path = first.virsh("dumpxml", "m-uefi").partition("<nvram")[2].partition(">")[2].partition("<")[0]
         digest = first.run("sha256sum", path).stdout
         pair.vmctl("-c", "h1", "migrate", "m-uefi", *words)
         assert second.run("sha256sum", path).stdout == digest
         assert first.run("test", "-e", path, check=False).returncode, "and is gone from where it was"
-        pair.vmctl("-c", "h2", "start", "m-uefi")
+        assert pair.where("m-uefi") == {"h2": "shut off"}
+        second.virsh("start", "m-uefi")
+        pair.vmctl("-c", "h2", "migrate", "m-uefi", "--to", "h1", "--copy-storage", "overlay")
+        assert pair.where("m-uefi") == {"h1": "running"}
+        assert second.run("test", "-e", path, check=False).returncode, "as it is after a live one"
     finally:
-        for host in ("h1", "h2"):
+        for machine in (first, second):
             for name in ("m-tpm", "m-uefi"):
-                pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+                machine.virsh("destroy", name, check=False)
+                machine.virsh("undefine", name, "--nvram", check=False)
 
 
 def test_no_room_and_something_in_the_way(pair: Pair, vm: str) -> None:
