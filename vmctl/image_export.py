@@ -41,7 +41,8 @@ def format_for(file: Path, asked: str = "", *, compress: bool = False) -> str:
     chosen = asked or _SUFFIXES.get(file.suffix.lower().removeprefix("."), "")
     if chosen not in FORMATS:
         known = ", ".join(FORMATS)
-        raise SpecError(f"cannot export to {file}: its ending tells no format", hint=f"add --format, one of {known}")
+        why = f"{asked!r} is no format" if asked else "its ending tells no format"
+        raise SpecError(f"cannot export to {file}: {why}", hint=f"add --format, one of {known}")
     if compress and chosen not in _COMPRESSIBLE:
         raise SpecError(f"cannot export to {file}: {chosen} has no compression", hint="qcow2 or vmdk can, or gzip it")
     return chosen

@@ -12,7 +12,7 @@ from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain
 from vmctl.images import Image
-from vmctl.layers import BuildStep, LayeredRecipe, first_missing, keys
+from vmctl.layers import BuildStep, LayeredRecipe, first_missing, keys, step_name
 from vmctl.manifest import Manifest, NewImage
 from vmctl.readiness import Goal
 from vmctl.spec import VM
@@ -79,7 +79,7 @@ def preview(host: Host, recipe: LayeredRecipe) -> tuple[str, ...]:
         told.append(
             f"boot VM build-{wanted[number][:12]} for step {number + 1}, {recipe.steps[number].name}; delete it"
         )
-        name = recipe.name if number == len(wanted) - 1 else f"{recipe.name}.step{number + 1}"
+        name = recipe.name if number == len(wanted) - 1 else step_name(recipe.name, number + 1)
         told.append(images.would_add(host, name))
     if done == len(wanted):
         told.append(images.would_add(host, recipe.name))
@@ -94,7 +94,7 @@ def build(host: Host, recipe: LayeredRecipe, report: Reporter) -> Manifest:
         report(Step(f"{done} of {len(wanted)} steps are as they were: going on from {current.manifest.stem}"))
     for number in range(done, len(wanted)):
         last = number == len(wanted) - 1
-        name = recipe.name if last else f"{recipe.name}.step{number + 1}"
+        name = recipe.name if last else step_name(recipe.name, number + 1)
         report(Step(f"step {number + 1} of {len(wanted)}: {recipe.steps[number].name}"))
         made = _layer(host, recipe, number, current, name, wanted, report)
         current = images.with_paths(host, made)

@@ -73,8 +73,9 @@ def load(path: Path) -> LayeredRecipe:
     image = _table(values, "image", {"name", "base", "memory", "vcpus"}, "the recipe", found)
     found += [f"unknown part {key!r}" for key in values if key not in {"image", "step"}]
     for key, pattern in (("name", NAME), ("base", r"[a-z0-9][a-z0-9.-]*")):
-        if not re.fullmatch(pattern, str(image.get(key, ""))):
-            found.append(f"image.{key} {image.get(key, '')!r} is no image name")
+        value = image.get(key, "")
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            found.append(f"image.{key} {value!r} is no image name")
     memory, vcpus = 1024, image.get("vcpus", 1)
     try:
         memory = parse_size_mib(str(image.get("memory", "1G")))
@@ -86,10 +87,18 @@ def load(path: Path) -> LayeredRecipe:
     if not isinstance(steps, list) or not steps:
         found.append("it has no [[step]]")
         steps = []
+    name = str(image.get("name", ""))
+    if len(steps) > 1 and re.fullmatch(NAME, name) and not re.fullmatch(NAME, step_name(name, len(steps) - 1)):
+        found.append("image.name is too long for the names of its steps")
     parsed = tuple(_step(number, one, path.parent, found) for number, one in enumerate(steps, 1))
     if found:
         raise SpecError(f"cannot use recipe {path}", problems=found, hint="the README shows one whole")
     return LayeredRecipe(image["name"], image["base"], memory, vcpus, parsed)
+
+
+def step_name(name: str, number: int) -> str:
+    """What the image after step ``number`` (from 1) on the way to image ``name`` is called."""
+    return f"{name}.step{number}"
 
 
 def _table(values: dict[str, Any], key: str, known: set[str], where: str, found: list[str]) -> dict[str, Any]:

@@ -320,6 +320,16 @@ def test_a_full_disk(shell: Shell, tmp_path: Path) -> None:
         (tmp_path / "out").rmdir()
 
 
+def test_export_names_the_file_itself(shell: Shell, tmp_path: Path) -> None:
+    shell.run("image", "import", str(disk(tmp_path / "there.raw")))
+    command = [*VMCTL, "image", "export", "there", "--format", "box"]
+    here = {"cwd": tmp_path, "env": environment(PYTHONPATH=str(REPO))}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, **here)
+    assert done.stdout == f"{tmp_path}/there.box\n" and (tmp_path / "there.box").stat().st_size > 1 << 20
+    assert "neither FILE nor --format" in shell.run("image", "export", "there", check=2).stderr
+    assert "'x' is no format" in shell.run("image", "export", "there", "--format", "x", check=2).stderr
+
+
 def test_export_writes_over_nothing(shell: Shell, tmp_path: Path) -> None:
     file = tmp_path / "there.qcow2"
     file.write_text("mine")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,45 @@ def test_prune_takes_steps_that_led_nowhere_and_leaves_the_others(shell: Shell, 
         # The base is as it was, so that the step is gone on from, until a day is over.
         shell.run("image", "prune", "--yes")
         assert stems(shell) == of_live and "1 of 2 steps" in shell.run("image", "build", str(path)).stderr
+    finally:
+        for stem in stems(shell):
+            shell.run("image", "delete", stem, "--yes")
+
+
+APT = """
+[image]
+name = "t-web-apt"
+base = "debian-12"
+[[step]]
+name = "where from"
+files = [{ from = "repo", to = "/srv/repo" }, { from = "sources", to = "/etc/apt/sources.list" }]
+run = ["rm -f /etc/apt/sources.list.d/*"]
+[[step]]
+name = "what"
+packages = ["vmctl-hello"]
+"""
+
+
+def test_packages_come_by_the_guests_own_package_manager(shell: Shell, debian_image: None, tmp_path: Path) -> None:
+    about = "Package: vmctl-hello\nVersion: 1.5-2\nArchitecture: all\nMaintainer: nobody <n@example.org>\n"
+    control, repo = tmp_path / "tree/DEBIAN/control", tmp_path / "repo"
+    control.parent.mkdir(parents=True)
+    control.write_text(f"{about}Description: a test\n")
+    repo.mkdir()
+    deb = repo / "vmctl-hello.deb"
+    words = ["dpkg-deb", "--root-owner-group", "-b", str(tmp_path / "tree"), str(deb)]
+    subprocess.run(words, check=True, capture_output=True, timeout=60)
+    sums = (
+        f"Filename: ./{deb.name}\nSize: {deb.stat().st_size}\nSHA256: {hashlib.sha256(deb.read_bytes()).hexdigest()}\n"
+    )
+    (repo / "Packages").write_text(f"{about}{sums}Description: a test\n")
+    (tmp_path / "sources").write_text("deb [trusted=yes] file:/srv/repo ./\n")
+    (tmp_path / "apt.toml").write_text(APT)
+    try:
+        shell.run("image", "build", str(tmp_path / "apt.toml"), timeout=1400)
+        software = shell.json("image", "show", "t-web-apt")["software"]
+        assert software["vmctl-hello"] == "1.5-2" and len(software) > 100
+        assert "vmctl-hello" not in shell.json("image", "show", "debian-12")["software"]
     finally:
         for stem in stems(shell):
             shell.run("image", "delete", stem, "--yes")

@@ -69,6 +69,11 @@ def test_all_problems_of_a_recipe_are_told_at_once(tmp_path: Path) -> None:
     said = " ".join(caught.value.problems)
     for word in ("'Web!'", "'lots'", "'extra'", "'-rf'", "no file", "'../x'", "'9'", "'frobnicate'", "does nothing"):
         assert word in said, word
+    long = GOOD.replace('"web"', f'"{"w" * 48}"')
+    with pytest.raises(SpecError, match="too long for the names of its steps$"):
+        layers.load(recipe(tmp_path, long))
+    with pytest.raises(SpecError, match="image.name 3 is no image name$"):
+        layers.load(recipe(tmp_path, GOOD.replace('"web"', "3")))
     with pytest.raises(SpecError, match="cannot read recipe"):
         layers.load(recipe(tmp_path, "["))
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
 from vmctl import ui
 from vmctl.cli.options import ConnectOption, ImageName, OutputOption, opened, reporter
+from vmctl.errors import SpecError
 from vmctl.ui import Output
 
 UserOption = Annotated[
@@ -65,7 +66,10 @@ def import_(
 
 def export(
     name: ImageName,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write.")],
+    file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(metavar="[FILE]", help="File to write; IMAGE.FORMAT here by default."),
+    ] = None,
     format: Annotated[
         str,
         typer.Option(
@@ -80,6 +84,10 @@ def export(
     """Write an image to a file: a disk image, an .ova or a Vagrant box for libvirt."""
     from vmctl import image_export
 
+    if file is None:
+        if not format:
+            raise SpecError(f"cannot export image {name}: neither FILE nor --format says to what")
+        file = Path(f"{name}.{format}")
     with opened(connect) as host:
         done = image_export.export(host, name, file, reporter(), format=format, compress=compress, force=force)
         ui.emit(done, output, lambda: done.file, lambda: [done.file])
