@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -298,3 +300,25 @@ def test_delete_keeps_what_a_disk_elsewhere_is_based_on(shell: Shell, name: str,
     finally:
         shell.virsh("undefine", f"{name}-thief")
         shell.virsh("vol-delete", Path(root).name, "vmctl")
+
+
+def test_a_list_knows_addresses_on_a_bridge_from_the_neighbours_of_this_machine(
+    shell: Shell, name: str, tmp_path: Path
+) -> None:
+    """No libvirt gives addresses there; a list asks no guest, `show` does."""
+    lan = f"lan-{name}"
+    bridge = re.findall(r"<bridge name='([^']*)'", shell.virsh("net-dumpxml", "vmctl"))[0]
+    (tmp_path / "lan.xml").write_text(
+        f'<network><name>{lan}</name><forward mode="bridge"/><bridge name="{bridge}"/></network>'
+    )
+    shell.virsh("net-create", str(tmp_path / "lan.xml"))
+    try:
+        shell.run("create", name, "--image", "micro", "--network", lan, "--wait", "agent", timeout=240)
+        address = wait_until(lambda: shell.json("show", name)["address"], what="its address", timeout_s=60)
+        with pytest.raises(ConnectionRefusedError):  # it is there to refuse
+            socket.create_connection((address, 9), timeout=30)
+        (row,) = [row for row in shell.json("list") if row["name"] == name]
+        assert row["address"] == address
+    finally:
+        shell.run("delete", name, "--yes", "--missing-ok")
+        shell.virsh("net-destroy", lan)

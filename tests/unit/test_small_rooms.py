@@ -409,3 +409,14 @@ def test_what_copes_with_failures_does_not_swallow_an_interrupt() -> None:
     with pytest.raises(Interrupted):
         quietly(is_stopped)
     assert not issubclass(Interrupted, Exception), "nor does any other handler of errors"
+
+
+def test_the_kernels_neighbours_are_read_without_those_it_only_looks_for(tmp_path: Path) -> None:
+    from vmctl.listing import neighbours
+
+    head = "IP address       HW type     Flags       HW address            Mask     Device\n"
+    one = "10.0.0.7         0x1         0x2         52:54:00:AA:bb:01     *        br0\n"
+    sought = "10.0.0.8         0x1         0x0         00:00:00:00:00:00     *        br0\n"
+    (tmp_path / "arp").write_text(f"{head}{one}{sought}")
+    assert neighbours(tmp_path / "arp") == {"52:54:00:aa:bb:01": "10.0.0.7"}
+    assert neighbours(tmp_path / "none") == {}
