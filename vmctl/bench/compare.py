@@ -14,7 +14,7 @@ from enum import StrEnum
 
 from vmctl.bench import stats
 from vmctl.bench.measured import Measured
-from vmctl.bench.result import Head, TrapResult
+from vmctl.bench.result import Head, Rows
 from vmctl.bench.rows import OF_THE_MOMENT
 from vmctl.bench.table import guest_medians
 from vmctl.errors import SpecError
@@ -96,15 +96,16 @@ class _Looks:
     more_is_better: bool = False
 
 
-def _looks(result: TrapResult | Measured) -> dict[str, _Looks]:
-    if isinstance(result, TrapResult):
-        return {row.name: _Looks(tuple(guest_medians(row)), "cycles") for row in result.rows if row.runs}
-    return {
-        f"{row.name}: {one.name}": _Looks(tuple(one.values), one.unit, one.better == "higher")
-        for row in result.rows
-        for one in row.measures
-        if one.samples
-    }
+def _looks(result: Rows | Measured) -> dict[str, _Looks]:
+    if isinstance(result, Measured):
+        return {
+            f"{row.name}: {one.name}": _Looks(tuple(one.values), one.unit, one.better == "higher")
+            for row in result.rows
+            for one in row.measures
+            if one.samples
+        }
+    unit = "cycles" if result.head.workload == "trap" else "ns"
+    return {row.name: _Looks(tuple(guest_medians(row)), unit) for row in result.rows if row.runs}
 
 
 _SHOWN = (
@@ -113,7 +114,7 @@ _SHOWN = (
 )  # fmt: skip
 
 
-def compare(before: TrapResult | Measured, after: TrapResult | Measured, *, threshold: float = THRESHOLD) -> Comparison:
+def compare(before: Rows | Measured, after: Rows | Measured, *, threshold: float = THRESHOLD) -> Comparison:
     """Judge each row. Raises SpecError when the two are unlike."""
     require_alike(before.head, after.head)
     old, new = _looks(before), _looks(after)

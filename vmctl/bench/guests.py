@@ -62,9 +62,12 @@ def machine(host: Host, name: str, accel: Accel, kvm: KvmFindings, kernel: str) 
         kind, mode = "qemu", "maximum"
     else:
         kind, mode = "kvm", "host-passthrough" if kvm.verdict is Verdict.WORKS else "custom"
-    # A name of its own: the guest of a run that was killed may be there yet, until libvirt has noticed.
-    own = f"{name}-{secrets.token_hex(4)}"
-    return ProbeView(own, kind, "kvm64", str(host.facts.emulator), kernel, MEMORY_MIB, mode, VCPUS)
+    return ProbeView(own_name(name), kind, "kvm64", str(host.facts.emulator), kernel, MEMORY_MIB, mode, VCPUS)
+
+
+def own_name(name: str) -> str:
+    """A name of its own: the guest of a run that was killed may be there yet, until libvirt has noticed."""
+    return f"{name}-{secrets.token_hex(4)}"
 
 
 class Ear:

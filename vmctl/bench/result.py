@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 FORMAT = 1
 
@@ -78,6 +78,18 @@ class Guest:
     clock: str
     lived_s: float
     end: str
+
+
+class Rows(Protocol):
+    """A result that can be compared with another: rows of runs, whose ticks are a cost."""
+
+    @property
+    def head(self) -> Head:
+        """What it begins with."""
+
+    @property
+    def rows(self) -> tuple[RowResult, ...]:
+        """All of it."""
 
 
 @dataclass(frozen=True, slots=True)

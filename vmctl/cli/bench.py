@@ -8,10 +8,9 @@ import typer
 
 from vmctl import ui
 from vmctl.choices import AccelChoice
-from vmctl.cli import bench_io
+from vmctl.cli import bench_io, bench_levels, bench_report
 from vmctl.cli.command import Command, group
 from vmctl.cli.options import ConnectOption, OutputOption, note, opened, reporter
-from vmctl.errors import SpecError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -204,6 +203,10 @@ def _machine_text(machine: Machine) -> str:
 
 app.command(cls=Command)(bench_io.io)
 app.command(cls=Command)(bench_io.net)
+app.command(cls=Command)(bench_levels.levels)
+app.command(cls=Command)(bench_levels.sheet)
+app.command(cls=Command)(bench_report.run)
+app.command(cls=Command)(bench_report.report)
 
 
 @app.command("list", cls=Command)
@@ -241,10 +244,12 @@ def show(
         from vmctl.bench.measured import measured_of
 
         bench_io.show(measured_of(values), output, explain=explain)
-    else:
+    elif values["workload"] == "popek-goldberg":
         from vmctl.bench.popek_result import popek_of
 
         _show_popek(popek_of(values), output)
+    else:
+        bench_levels.show(values, output)
 
 
 @app.command(cls=Command)
@@ -261,21 +266,19 @@ def compare(
             help="Change that matters; default: 5, of io and net 10.",
         ),
     ] = None,
+    junit: bench_report.JunitOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Tell what became slower or faster, and exit 15 when something became slower. Needs no libvirt."""
     from vmctl.bench import compare as comparing
-    from vmctl.bench import store
-    from vmctl.bench.measured import measured_of
-    from vmctl.bench.result import trap_of
+    from vmctl.bench import kinds, store
 
-    found_ones = [store.find(_place(), name) for name in (before, after)]
-    if other := [one["id"] for one in found_ones if one["workload"] not in {"trap", *_MEASURED}]:
-        raise SpecError(
-            f"cannot compare {other[0]}: it has no figures that could be", hint="vmctl bench list shows what each is"
-        )
-    old, new = (trap_of(one) if one["workload"] == "trap" else measured_of(one) for one in found_ones)
-    found = comparing.compare(old, new, threshold=(threshold or _THRESHOLDS.get(found_ones[0]["workload"], 5.0)) / 100)
+    old, new = (kinds.rows_of(store.find(_place(), name)) for name in (before, after))
+    found = comparing.compare(old, new, threshold=(threshold or _THRESHOLDS.get(old.head.workload, 5.0)) / 100)
+    if junit:
+        from vmctl.bench import junit as writing
+
+        writing.write(junit, [writing.of_comparison(found, new.head.made)])
     changed = [change.name for change in found.changes if change.verdict is not comparing.Verdict.SAME]
     ui.emit(found, output, lambda: _compared_text(found), lambda: changed)
     if found.regressed:
