@@ -144,14 +144,20 @@ class _Measuring:
         return looked
 
     def _attach(self, guest: Guest, n: int, link: Link) -> bool:
-        """Give the guest's card its address; False for one that the guest has no driver for."""
+        """Give the guest's card its address, and wait until the other end answers: a link may take seconds.
+
+        False for one that the guest has no driver for. Raises GuestCommandFailed where nobody answers.
+        """
         own = links.ends(n, link.path)
         module = links.DRIVERS[link.card] if link.card else ""
         said = guest.run(
             f"modprobe {module} || exit 0\n"
             f"for turn in 1 2 3 4 5 6 7 8 9 10; do for card in /sys/class/net/*; do\n"
             f'  [ "$(cat $card/address)" = {own.mac} ] || continue; name=${{card##*/}}\n'
-            f"  ip address add {own.near}/24 dev $name 2>/dev/null; ip link set $name up; echo up; exit\n"
+            f"  ip address add {own.near}/24 dev $name 2>/dev/null; ip link set $name up; echo up\n"
+            f"  for turn in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do\n"
+            f"    ping -c 1 -W 1 {own.far} > /dev/null 2>&1 && exit; sleep 0.1; done\n"
+            f"  echo nobody answers at {own.far} >&2; exit 1\n"
             "done; sleep 0.2; done",
             timeout_s=_SLACK_S,
         )

@@ -74,9 +74,9 @@ NET = (
     Column("RECEIVE Mbit/s", "one TCP stream into it", _figure("receive", _MBIT)),
     Column("4 STREAMS Mbit/s", "four TCP streams out of it at once, together", _figure("send-parallel", _MBIT)),
     Column("ROUND TRIP us", "64 bytes there and back by TCP, one at a time: median time", _figure("round-trip", _US)),
-    Column("CPU us", "CPU time of QEMU for one of these", _detail("round-trip", "host_cpu_ns_per_io", _US)),
+    Column("CPU us", "QEMU's CPU time for one, client's start in it", _detail("round-trip", "host_cpu_ns_per_io", _US)),
     Column("PACKETS/s", "UDP with 64 bytes: packets that arrive in a second", _figure("small-packets", 1)),
-    Column("CPU us/packet", "CPU time of QEMU for one of these", _detail("small-packets", "host_cpu_ns_per_io", _US)),
+    Column("CPU us/packet", "the same for one of these", _detail("small-packets", "host_cpu_ns_per_io", _US)),
 )  # fmt: skip
 _USER_MODE = "user mode: the figures are of slirp in QEMU, not of the card; not to be compared with the others"
 
