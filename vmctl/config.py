@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from vmctl.errors import NotFound, SpecError, reason
@@ -14,8 +14,7 @@ _HOSTS = "host"
 AUTO = "auto"  # no host in particular: no host is called that
 
 
-@dataclass(frozen=True, slots=True)
-class HostEntry:
+class HostEntry(NamedTuple):
     """A host by its name: how it is reached from here, the SSH key it must show, and how other hosts reach it.
 
     ``peer`` "": by ``uri`` without what concerns this machine only; ``address``, for the data of migrations, "": the
@@ -29,8 +28,7 @@ class HostEntry:
     address: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """What the config file may set. ``connect`` "" means: choose by what answers."""
 
     connect: str = ""
@@ -39,7 +37,7 @@ class Settings:
     image_pool: str = "vmctl-images"
     ssh_key: str = ""
     backups: str = ""
-    hosts: Mapping[str, HostEntry] = field(default_factory=dict)
+    hosts: Mapping[str, HostEntry] = MappingProxyType({})
 
 
 class Folders(NamedTuple):
@@ -89,7 +87,7 @@ def load(path: Path) -> Settings:
 
 def read(values: Mapping[str, Any], path: Path) -> Settings:
     """The settings in a parsed config file. Raises SpecError that names every problem."""
-    known = {one.name for one in fields(Settings)} - {"hosts"} | {_HOSTS}
+    known = {*Settings._fields} - {"hosts"} | {_HOSTS}
     problems = [f"unknown key {key!r}" for key in values if key not in known]
     plain = {key: value for key, value in values.items() if key in known and key != _HOSTS}
     problems += [f"{key} is not a string" for key, value in plain.items() if not isinstance(value, str)]
@@ -107,7 +105,7 @@ def read(values: Mapping[str, Any], path: Path) -> Settings:
 
 
 def _host_problems(name: str, table: Mapping[str, Any]) -> list[str]:
-    known = [one.name for one in fields(HostEntry) if one.name != "name"]
+    known = [one for one in HostEntry._fields if one != "name"]
     where = f"[{_HOSTS}.{name}]"
     problems = [f"unknown key {key!r} in {where}" for key in table if key not in known]
     problems += [f"{key} in {where} is not a string" for key in table if not isinstance(table[key], str)]

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One thing done or about to be done, worth a line."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Warned:
+class Warned(NamedTuple):
     """Something the user should know although the work goes on."""
 
     text: str
     hint: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class StageBegan:
+class StageBegan(NamedTuple):
     """A named stage of a wait began. ``elapsed_s`` counts from the start of the whole wait."""
 
     name: str
     elapsed_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class StageDone:
+class StageDone(NamedTuple):
     """A named stage of a wait ended well after ``took_s`` seconds of its own."""
 
     name: str
@@ -40,8 +35,7 @@ class StageDone:
     detail: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(NamedTuple):
     """``done`` of ``total`` (0: unknown) units of ``unit`` ("B" for bytes) of the named work."""
 
     name: str
@@ -50,8 +44,7 @@ class Progress:
     unit: str = "B"
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """How the named work stands, in words; the next one of that name takes its place."""
 
     name: str
@@ -67,7 +60,7 @@ def stages_of(name: str, report: Reporter) -> Reporter:
 
     def named(event: Event) -> None:
         if isinstance(event, StageBegan | StageDone):
-            event = replace(event, name=f"{name}: {event.name}")
+            event = event._replace(name=f"{name}: {event.name}")
         report(event)
 
     return named

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -90,7 +90,7 @@ def entry(wish: Wish, trusts: Callable[[Trust], bool]) -> HostEntry:
     if found := problems(wish):
         raise SpecError(f"cannot add host {wish.name}", problems=found)
     made = HostEntry(wish.name, wish.uri, "", wish.peer, wish.address)
-    return replace(made, host_key=_key(wish, trusts)) if host_ssh.by_ssh(wish.uri) else made
+    return made._replace(host_key=_key(wish, trusts)) if host_ssh.by_ssh(wish.uri) else made
 
 
 def _key(wish: Wish, trusts: Callable[[Trust], bool]) -> str:

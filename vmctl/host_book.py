@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from dataclasses import fields
 from pathlib import Path
 
 from vmctl import config
@@ -52,7 +51,7 @@ def remove(folders: Folders, name: str) -> HostEntry:
 
 def table(entry: HostEntry) -> str:
     """A host as TOML."""
-    values = {one.name: getattr(entry, one.name) for one in fields(HostEntry) if one.name != "name"}
+    values = {key: value for key, value in entry._asdict().items() if key != "name"}
     lines = [f"{key} = {_quoted(value)}" for key, value in values.items() if value]
     return "\n".join([f"[host.{entry.name}]", *lines, ""])
 

@@ -69,6 +69,8 @@ class AttachedView:
     iothread: int = 0
     readonly: bool = False
     limits: Mapping[str, int] = field(default_factory=dict)
+    user: str = ""
+    secret: str = ""
 
 
 @dataclass(frozen=True, slots=True)

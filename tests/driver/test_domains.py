@@ -236,7 +236,7 @@ def test_memory_is_opened_and_the_record_stays(host: Host, backing: str) -> None
 @pytest.mark.parametrize("taken", ["route", "link"])
 def test_a_network_keeps_off_what_the_host_has(host: Host, monkeypatch: pytest.MonkeyPatch, taken: str) -> None:
     def made(name: str) -> NetworkFacts:
-        return networks.ensure(replace(host, settings=replace(host.settings, network=name)), silent)
+        return networks.ensure(replace(host, settings=host.settings._replace(network=name)), silent)
 
     monkeypatch.setattr(networks, "_host_routes", lambda _host: ())
     monkeypatch.setattr(networks, "_host_links", lambda _host: set())
