@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 FORMAT = 1
@@ -20,6 +20,10 @@ class Head:
     complete: bool
     dimensions: Mapping[str, Any]
     environment: Mapping[str, Any]
+
+    def with_environment(self, **known: Any) -> Head:
+        """The same with more known of the conditions."""
+        return replace(self, environment={**self.environment, **known})
 
     def to_json(self) -> dict[str, Any]:
         """The documented JSON form."""

@@ -98,7 +98,9 @@ def find(place: Path, named: str) -> dict[str, Any]:
     if named == LATEST:
         readable = [one for one in kept(place) if not one.problem]
         if not readable:
-            raise NotFound("cannot find a result: none is kept yet", hint="vmctl bench trap makes one")
+            raise NotFound(
+                "cannot find a result: none is kept yet", hint="vmctl bench trap makes one, or vmctl bench io"
+            )
         named = readable[-1].id
     path = Path(named) if "/" in named or named.endswith(".json") else place / f"{named}.json"
     try:
