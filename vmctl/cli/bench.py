@@ -289,7 +289,7 @@ def compare(
 def _compared_text(found: Comparison) -> str:
     def cells(change: Change) -> list[str]:
         ratio = f"{100 * (change.ratio - 1):+.1f} %" if change.ratio else ""
-        figures = [_number(change.before), _number(change.after), change.unit]
+        figures = [*(_number(one) if one >= 1 else f"{one:.3g}" for one in (change.before, change.after)), change.unit]
         return [change.name, *figures, ratio, f"{change.p:.3f}", change.verdict]
 
     header = ["ROW", "BEFORE", "AFTER", "UNIT", "CHANGE", "P", "VERDICT"]
