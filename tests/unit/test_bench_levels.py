@@ -132,7 +132,7 @@ def test_two_can_be_compared_level_by_level() -> None:
         "tcg syscall": "slower",
         "tcg pipe": "slower",
     }
-    with pytest.raises(SpecError, match="no rows of samples"):
+    with pytest.raises(SpecError, match="no figures that could be"):
         kinds.rows_of(sheet().to_json())
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vmctl.bench import stats
+from vmctl.bench.levels_result import quickest
 from vmctl.bench.measured import Measured
 from vmctl.bench.result import Head, Rows
 from vmctl.bench.rows import OF_THE_MOMENT
@@ -97,15 +98,15 @@ class _Looks:
 
 
 def _looks(result: Rows | Measured) -> dict[str, _Looks]:
-    if isinstance(result, Measured):
-        return {
-            f"{row.name}: {one.name}": _Looks(tuple(one.values), one.unit, one.better == "higher")
-            for row in result.rows
-            for one in row.measures
-            if one.samples
-        }
-    unit = "cycles" if result.head.workload == "trap" else "ns"
-    return {row.name: _Looks(tuple(guest_medians(row)), unit) for row in result.rows if row.runs}
+    if not isinstance(result, Measured):
+        figures, unit = (quickest, "ns") if result.head.workload == "levels" else (guest_medians, "cycles")
+        return {row.name: _Looks(tuple(figures(row)), unit) for row in result.rows if row.runs}
+    return {
+        f"{row.name}: {one.name}": _Looks(tuple(one.values), one.unit, one.better == "higher")
+        for row in result.rows
+        for one in row.measures
+        if one.samples
+    }
 
 
 _SHOWN = (

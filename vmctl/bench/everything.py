@@ -174,8 +174,9 @@ def _measured(host: Host, part: Part, report: Reporter) -> Through:
     except Conflict:
         raise
     except VmctlError as error:
-        report(Step(f"{part.name}: {error.message}"))
-        return Through(part.name, "", error.message, round(time.monotonic() - began, 3))
+        why = f"{error.message} ({error.hint})" if error.hint else error.message
+        report(Step(f"{part.name}: {why}"))
+        return Through(part.name, "", why, round(time.monotonic() - began, 3))
     return Through(part.name, head.id, "", round(time.monotonic() - began, 3))
 
 

@@ -30,6 +30,8 @@ class Kind(NamedTuple):
 KINDS = (
     Kind("trap", sections.traps, sections.trap_cases, trap_of),
     Kind("popek-goldberg", sections.popek, sections.popek_cases),
+    Kind("io", sections_measured.titled("Disks"), sections_measured.cases, measured_of),
+    Kind("net", sections_measured.titled("Networks"), sections_measured.cases, measured_of),
     Kind("levels", sections.levels, sections.levels_cases, levels_of),
     Kind("io", sections_measured.titled("Disk I/O"), sections_measured.cases, measured_of),
     Kind("net", sections_measured.titled("Network I/O"), sections_measured.cases, measured_of),
@@ -43,7 +45,7 @@ def rows_of(values: Values) -> Rows | Measured:
     found = BY_NAME[values["workload"]].rows
     if found is None:
         raise SpecError(
-            f"cannot compare {values['id']}: {values['workload']} has no rows of samples",
+            f"cannot compare {values['id']}: it has no figures that could be",
             hint="vmctl bench list shows what each result is",
         )
     return found(values)

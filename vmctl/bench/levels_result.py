@@ -51,15 +51,16 @@ class Level:
     took_s: float = 0.0
 
     def ns(self, row: str) -> float | None:
-        """Time of one unit, in ns: the median of the rounds; None where it was not measured."""
+        """Time of one unit, in ns, by the quickest of all parts; None where it was not measured."""
         found = next((one for one in self.rows if one.name == row and one.runs), None)
-        return stats.median(quickest(found)) if found else None
+        return min(quickest(found)) if found else None
 
 
 def quickest(row: RowResult) -> list[float]:
     """Of each round the quickest part, in ns for one unit: a neighbour only ever makes one longer.
 
-    (Chen and Revels 2016.) Here more than half of the parts may be spoilt: a process has no CPU to itself.
+    (Chen and Revels 2016.) More than half of the parts may be spoilt, for a process has no CPU to itself, and whole
+    rounds by a neighbour on the same core or the same memory.
     """
     return [min(per_call(run)) for run in row.runs]
 
@@ -188,7 +189,7 @@ class Figure(NamedTuple):
 
 
 def figures(result: LevelsResult) -> dict[str, dict[str, Figure]]:
-    """By row and level. Ratios are to the native median; without one there are none."""
+    """By row and level. Ratios are to native; without it there are none."""
     native = next((level for level in result.levels if level.name == NATIVE), None)
     found: dict[str, dict[str, Figure]] = {}
     for level in result.levels:
@@ -196,7 +197,7 @@ def figures(result: LevelsResult) -> dict[str, dict[str, Figure]]:
             if not row.runs:
                 continue
             base, rounds = native.ns(row.name) if native else None, quickest(row)
-            ns = stats.median(rounds)
+            ns = min(rounds)
             waits = [run.waited_percent for run in row.runs if run.waited_percent is not None]
             waited = stats.median(waits) if waits else None
             ratios = (ns / base, min(rounds) / base, max(rounds) / base) if base else None

@@ -168,7 +168,7 @@ def _levels(result: LevelsResult, values: Values) -> Section:
         if suspect
         else []
     )
-    notes += ["A figure is the median of the rounds, of each its quickest part; whiskers reach to the extreme rounds."]
+    notes += ["A figure is the quickest part of all rounds; whiskers reach to the quickest part of the worst round."]
     if result.shares and result.shares.shares:
         promised, got = _shares(result)
         charts.append(promised)

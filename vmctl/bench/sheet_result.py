@@ -75,7 +75,7 @@ def entries(result: SheetResult) -> tuple[Entry, ...]:
     note = why or f"of {len(latencies)} random reads of 4 KiB, past the page cache"
     return (
         has("cores", "cores", ""),
-        has("RAM", "ram_bytes", "B", "of it what the kernel has"),
+        has("RAM", "ram_bytes", "B", "what the kernel has of it"),
         has("disk", "disk_bytes", "B", f"the file system of {result.folder}"),
         rate("CPU", "cpu", "FLOP/s", "double precision, SSE2, all cores together"),
         rate("RAM operations", "ram", "/s", "reads that need the one before, in 16 MiB, one core"),

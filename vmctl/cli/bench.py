@@ -273,8 +273,9 @@ def compare(
     from vmctl.bench import compare as comparing
     from vmctl.bench import kinds, store
 
-    old, new = (kinds.rows_of(store.find(_place(), name)) for name in (before, after))
-    found = comparing.compare(old, new, threshold=(threshold or _THRESHOLDS.get(old.head.workload, 5.0)) / 100)
+    found_ones = [store.find(_place(), name) for name in (before, after)]
+    old, new = (kinds.rows_of(one) for one in found_ones)
+    found = comparing.compare(old, new, threshold=(threshold or _THRESHOLDS.get(found_ones[0]["workload"], 5.0)) / 100)
     if junit:
         from vmctl.bench import junit as writing
 
@@ -288,7 +289,7 @@ def compare(
 def _compared_text(found: Comparison) -> str:
     def cells(change: Change) -> list[str]:
         ratio = f"{100 * (change.ratio - 1):+.1f} %" if change.ratio else ""
-        figures = [_number(change.before), _number(change.after), change.unit]
+        figures = [*(_number(one) if one >= 1 else f"{one:.3g}" for one in (change.before, change.after)), change.unit]
         return [change.name, *figures, ratio, f"{change.p:.3f}", change.verdict]
 
     header = ["ROW", "BEFORE", "AFTER", "UNIT", "CHANGE", "P", "VERDICT"]
