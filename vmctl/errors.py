@@ -90,6 +90,10 @@ class ImageError(VmctlError):
     exit_code = 10
 
 
+class NoRoom(ImageError):
+    """There is no room for an image, which may be good: with more room, what is there of it can be used."""
+
+
 class PreflightFailed(VmctlError):
     """What was asked cannot go well. Carries every problem found with its mend, before anything was changed."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmctl.errors import NotFound
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from vmctl.agent import Glance
     from vmctl.hosts import Host
     from vmctl.record import Record
+
+
+_ARP, _COMPLETE = Path("/proc/net/arp"), 0x2
 
 
 class Row(NamedTuple):
@@ -77,27 +81,19 @@ def _row(entry: Entry, addresses: Callable[[Entry], str], host: str) -> Row:
     )
 
 
-def _asked(host: Host, name: str) -> Glance:
-    from vmctl import agent  # late: most lists ask none
-
-    try:
-        return agent.glance(host, name, active=True)
-    except NotFound:
-        return agent.Glance("gone")  # it has ended since
-
-
 def addresses_of(
     host: Host, entries: Iterable[Entry], glance: Callable[[str], Glance] | None = None
 ) -> Callable[[Entry], str]:
     """A look-up of addresses: reservations and leases of the networks in use, read once each.
 
-    On a network to which libvirt gives no addresses, a bridged one, the guest's agent is asked, unless ``glance`` knows
-    what it says; once one was silent, for a second, no other is.
+    On a network to which libvirt gives no addresses, a bridged one, what this machine has lately heard of its
+    neighbours is all that a list may ask; ``glance`` is what the guest's agent said, for who has asked it.
     """
-    used = {source for entry in entries if entry.facts for _, source in entry.facts.nics}
+    used: dict[str, set[str]] = {}
+    for mac, source in (nic for entry in entries if entry.facts for nic in entry.facts.nics):
+        used.setdefault(source, set()).add(mac)
     known: dict[str, str] = {}
     given: set[str] = set()
-    silent = False
     if used and host.conn.qemu and not host.conn.session:
         from vmctl.hypervisor import network  # late: without a card there is nothing to look up
 
@@ -105,17 +101,12 @@ def addresses_of(
             if net.gateway:
                 given.add(net.name)
             if net.name in used:
-                leases = () if net.name == host.settings.network else network.leases(host.conn, net.name)
-                known |= {lease.mac: lease.address for lease in leases}
-                known |= {entry.mac: entry.address for entry in net.reservations}
-
-    def told(entry: Entry, macs: set[str]) -> str:
-        nonlocal silent
-        if silent or not macs or entry.state is not State.RUNNING or not host.conn.qemu or host.conn.session:
-            return ""
-        seen = glance(entry.name) if glance else _asked(host, entry.name)
-        silent = seen.state == "silent"
-        return seen.reachable(macs)[0]
+                kept = {entry.mac: entry.address for entry in net.reservations}
+                if used[net.name] - kept.keys():  # a card whose MAC the user chose has none on vmctl's network either
+                    known |= {lease.mac: lease.address for lease in network.leases(host.conn, net.name)}
+                known |= kept
+        if used.keys() - given and host.conn.local:
+            known = neighbours(_ARP) | known
 
     def look_up(entry: Entry) -> str:
         facts = entry.facts
@@ -125,10 +116,21 @@ def addresses_of(
             return f"127.0.0.1:{facts.record.ssh.forward_port}"
         if facts.record and facts.record.ssh and facts.record.ssh.address:
             return facts.record.ssh.address
-        found = next((known[mac] for mac, _ in facts.nics if mac in known), "")
-        return found or told(entry, {mac.lower() for mac, source in facts.nics if source not in given})
+        if found := next((known[mac] for mac, _ in facts.nics if mac in known), ""):
+            return found
+        bridged = {mac.lower() for mac, source in facts.nics if source not in given}
+        return glance(entry.name).reachable(bridged)[0] if glance and bridged else ""
 
     return look_up
+
+
+def neighbours(table: Path) -> dict[str, str]:
+    """Addresses by MAC, of what the kernel has heard of (proc(5), /proc/net/arp)."""
+    try:
+        rows = [line.split() for line in table.read_text().splitlines()[1:]]
+    except OSError:
+        return {}
+    return {row[3].lower(): row[0] for row in rows if len(row) > 3 and int(row[2], 16) & _COMPLETE}
 
 
 def is_glob(pattern: str) -> bool:

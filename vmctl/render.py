@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from vmctl import record
-from vmctl.errors import SpecError
+from vmctl.errors import SpecError, reason
 from vmctl.reservation import Reservation
 from vmctl.resources import templates_dir
 
@@ -102,6 +102,7 @@ class ProbeView:
     """Everything probe.xml.j2 prints: a bare-metal guest that says on its serial line what it found out.
 
     ``words`` are its command line, ``arguments`` further ones of QEMU's; ``cpu`` is a model's name for mode custom.
+    ``cpuset`` names the host's CPUs it may use, ``weight`` its share of them against others; "" and 0: not limited.
     """
 
     name: str
@@ -114,6 +115,33 @@ class ProbeView:
     vcpus: int = 1
     words: str = ""
     arguments: tuple[str, ...] = ()
+    initrd: str = ""
+    cpuset: str = ""
+    weight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerView:
+    """Everything container.xml.j2 prints: a container of libvirt's LXC driver whose first process is ``init``."""
+
+    name: str
+    root: str
+    init: str
+    arguments: tuple[str, ...]
+    memory_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportView:
+    """Everything report.html.j2 prints. ``raw`` are names with JSON that is safe inside of a script element.
+
+    ``sections`` have ``title``, ``facts``, ``pictures`` (SVG), ``notes`` and ``tables``.
+    """
+
+    title: str
+    made: str
+    sections: Sequence[object]
+    raw: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +282,21 @@ def probe(view: ProbeView) -> str:
     return _xml("probe", probe=view)
 
 
+def container(view: ContainerView) -> str:
+    """Libvirt XML of a container that lives to talk."""
+    return _xml("container", container=view)
+
+
+def junit(suites: Sequence[object]) -> str:
+    """JUnit's XML of test suites: each with ``name``, ``made``, ``failures``, ``skipped`` and ``cases``."""
+    return _xml("junit", suites=suites)
+
+
+def report(view: ReportView) -> str:
+    """A page of HTML that needs no other file."""
+    return _environment(xml=True).get_template("report.html.j2").render(report=view)
+
+
 def pool(name: str, path: str) -> str:
     """The XML of a directory pool."""
     return _xml("pool", name=name, path=path)
@@ -304,19 +347,28 @@ def network_config(cards: Sequence[CardView]) -> str:
     return _environment(xml=False).get_template("cloud-init/network-config.j2").render(cards=cards)
 
 
-def user_template(text: str, variables: Mapping[str, str]) -> str:
-    """A user's own template with their variables. Raises SpecError for a variable that is not given and bad syntax."""
+def user_template(text: str, variables: Mapping[str, str], *, what: str) -> str:
+    """A user's own template, ``what`` by name, with their variables. Raises SpecError for all that goes wrong in it."""
     import jinja2
     from jinja2.sandbox import SandboxedEnvironment  # late: few VMs are made with one
 
     environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     try:
         return environment.from_string(text).render(variables)
-    except jinja2.TemplateError as error:
+    except (
+        jinja2.TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # An expression in it fails as Python's do; an include, for want of a folder to look in, is a TypeError.
         line = getattr(error, "lineno", None)
         where = f", line {line}" if line else ""
         raise SpecError(
-            f"cannot fill in the template{where}: {error}", hint="variables are given with --var NAME=VALUE"
+            f"cannot fill in {what}{where}: {reason(error)}", hint="variables are given with --var NAME=VALUE"
         ) from error
 
 
