@@ -19,7 +19,7 @@ from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.migration import Copying, Orders, Way
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_facts import Found
-from vmctl.migrate_files import File
+from vmctl.migrate_files import File, nvram
 from vmctl.migrate_outcome import CUT_OFF, Seen, Where, judge
 from vmctl.migrate_policy import Policy
 from vmctl.migrate_problems import Problem, fatal, problems
@@ -203,7 +203,7 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
 
 def _shares_nvram(looked: Found) -> bool:
     """Whether the UEFI variables here are those there: they must not go with the definition."""
-    return any(need.shared and need.path == looked.vm.facts.nvram for need in looked.facts.needs)
+    return any(need.shared and need.path == nvram(looked.vm) for need in looked.facts.needs)
 
 
 def _paths(looked: Found) -> tuple[str, ...]:

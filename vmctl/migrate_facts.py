@@ -11,7 +11,7 @@ from typing import NamedTuple
 from vmctl import host_check, host_ssh, migrate_files
 from vmctl.at_once import beside
 from vmctl.config import HostEntry
-from vmctl.errors import VmctlError
+from vmctl.errors import NotFound, VmctlError
 from vmctl.fleet import Fleet
 from vmctl.host_check import SeenFrom
 from vmctl.hosts import Host
@@ -43,7 +43,7 @@ def gather(
         return side(target), migrate_files.in_use(target)
 
     with beside(there) as answered:
-        vm = domain.find(source.conn, name)
+        vm = _found(source, target, name)
         live = vm.active
         files = migrate_files.files(source, vm)
         facts, here = vm_facts(source, vm), side(source)
@@ -73,6 +73,16 @@ def gather(
         files,
         look,
     )
+
+
+def _found(source: Host, target: Host, name: str) -> Domain:
+    try:
+        return domain.find(source.conn, name)
+    except NotFound as error:
+        if domain.find_or_none(target.conn, name) is None:
+            raise
+        again = f"vmctl migrate {name} --to {target.name} --recover"
+        raise NotFound(error.message, hint=f"{target.name} has it; {again} clears up what a move left here") from error
 
 
 def notes_of(ways: Ways, facts: Facts) -> tuple[Problem, ...]:

@@ -63,6 +63,12 @@ class File:
         return f"{self.role} {self.target}" if self.target and self.role is not Role.BASE else str(self.role)
 
 
+def nvram(vm: Domain) -> str:
+    """Where its UEFI variables are, "" without; libvirt chooses a place by the name where the definition names none."""
+    chosen = f"/var/lib/libvirt/qemu/nvram/{vm.name}_VARS.fd" if vm.facts.firmware != "bios" else ""
+    return vm.facts.nvram or chosen
+
+
 def files(host: Host, vm: Domain) -> tuple[File, ...]:
     """All that the VM needs, each once; what others are based on comes before them."""
     with ExitStack() as shown:
@@ -75,7 +81,7 @@ def _known(host: Host, vm: Domain, shown: ExitStack) -> dict[str, VolumeFacts]:
     Those are shown as pools until ``shown`` is closed: without, not even the size of a disk is known.
     """
     known = {one.path: one for one in storage.all_volumes(host.conn)}
-    wanted = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=not vm.active)} | {vm.facts.nvram}
+    wanted = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=not vm.active)} | {nvram(vm)}
     looked: set[str] = {"", "/dev"}
     while folders := {path.rpartition("/")[0] for path in wanted if path[:1] == "/" and path not in known} - looked:
         looked |= folders
@@ -102,7 +108,7 @@ def _files(host: Host, vm: Domain, known: Mapping[str, VolumeFacts]) -> tuple[Fi
         for below in reversed(_below(host, top, known, disk.backing)):
             found.setdefault(below.path, below)
         found[source] = top
-    for role, path in ((Role.KERNEL, vm.facts.kernel), (Role.INITRD, vm.facts.initrd), (Role.NVRAM, vm.facts.nvram)):
+    for role, path in ((Role.KERNEL, vm.facts.kernel), (Role.INITRD, vm.facts.initrd), (Role.NVRAM, nvram(vm))):
         if path and (role is not Role.NVRAM or path in known):  # libvirt makes those at the first start
             found.setdefault(path, _file(host, known.get(path), File(role, path)))
     if vm.facts.serial_log:

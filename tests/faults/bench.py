@@ -146,6 +146,8 @@ class Bench:
         for one in self.pair.bed.machines:
             for path in (one.folder / "etc-libvirt/qemu").glob("[wd]-*.xml*"):
                 path.unlink()
+            for path in (one.folder / "disk/images").glob("d-*"):
+                path.unlink()
             one.boot()
         for one in self.pair.bed.machines:
             one.wait_until_up()

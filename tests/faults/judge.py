@@ -136,8 +136,6 @@ def _recovered(case: Case, verdict: Verdict, *, plain: bool) -> bool:
         lost = may_be_lost(case.fault, case.phase) and any(word in done.stderr for word in _LOSS)
         if (lost and verdict.attempts > 1) or time.monotonic() - began > _RECOVERY_S:
             return False
-        if done.returncode == 4 and case.states().keys() == {case.target.name}:
-            return True  # a plain run: it is not there any more, for it has moved
         revive(case, verdict)
         pause(0.5)
 

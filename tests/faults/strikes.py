@@ -49,7 +49,7 @@ PHASES: dict[Fault, tuple[Phase, ...]] = {
     Fault.SOURCE_LIBVIRTD: tuple(Phase),
     Fault.TARGET_LIBVIRTD: tuple(Phase),
     Fault.TARGET_LIBVIRTD_STOPPED: (_P.PERFORM, _P.FINISH),
-    Fault.SOURCE_QEMU: (*_HELD, _P.DISKS),
+    Fault.SOURCE_QEMU: (*(one for one in _HELD if one is not _P.CONFIRM), _P.DISKS),  # then it has ended already
     Fault.TARGET_QEMU: (*_TARGETS, _P.DISKS),
     Fault.TARGET_QEMU_STOPPED: (_P.PERFORM, _P.DONE, _P.FINISH, _P.POSTCOPY),
     Fault.CUT_SHORT: tuple(Phase),

@@ -220,8 +220,9 @@ class Machine:
             self._relay.kill()
             self._relay.wait()
             self._relay = None
-            sh("ip", "link", "del", f"{self._port}a")
-            self.mend()
+            sh("ip", "link", "del", f"{self._port}a", check=False)
+            if self.up:  # else its cable is gone with it
+                self.mend()
         if not (delay_ms or loss_percent):
             return
         near, far = f"{self._port}a", f"{self._port}b"

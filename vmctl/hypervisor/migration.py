@@ -10,6 +10,7 @@ from typing import Any
 
 import libvirt
 
+from vmctl.errors import NotFound
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.domain import handle
 from vmctl.hypervisor.errors import calling
@@ -172,8 +173,8 @@ def totals(target: Connection, name: str) -> Totals | None:
 
 
 def abort(source: Connection, name: str) -> None:
-    """Cancel it: the VM runs on where it was. None under way is no error."""
-    with suppress(libvirt.libvirtError):
+    """Cancel it: the VM runs on where it was. None under way is no error, nor is a VM that has moved just now."""
+    with suppress(libvirt.libvirtError, NotFound):
         handle(source, name).abortJob()
 
 
