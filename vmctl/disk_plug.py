@@ -15,7 +15,7 @@ from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, SpecError, Unsupported, WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
-from vmctl.hypervisor import capabilities, devices, disks, domain, snapshots, storage
+from vmctl.hypervisor import capabilities, devices, disks, domain, pools, snapshots, storage
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.record import Owned
 
@@ -177,7 +177,11 @@ def _existing(host: Host, vm: Domain, what: str, wanted: Attachment) -> tuple[re
         disk_chain.read(found.path, form, folders(host), doing=f"attach {what} to VM {vm.name}")
     if not wanted.readonly and host.conn.local:
         _refuse_a_base(host, vm, found, what)
-    return _view(source, form, wanted), found.path, None, 0
+    view = _view(source, form, wanted)
+    if source.kind is SourceKind.RBD:
+        user, secret = pools.ceph_login(host.conn, found.pool)
+        view = replace(view, user=user, secret=secret)
+    return view, found.path, None, 0
 
 
 def _refuse_a_base(host: Host, vm: Domain, found: Located, what: str) -> None:

@@ -20,6 +20,8 @@ from vmctl.hypervisor import disks, pools, storage
 from vmctl.images import ensure_pools
 from vmctl.locks import held
 
+_OF_FILES = frozenset({"dir", "fs", "netfs"})
+
 
 @dataclass(frozen=True, slots=True)
 class Listed:
@@ -146,14 +148,19 @@ class Made:
     backing: str = ""
 
 
-def plan_create(host: Host, text: str, size: int | None, form: DiskFormat, backing: str) -> Made:
-    """What creating would make. Raises SpecError, Conflict, NotFound."""
+def plan_create(host: Host, text: str, size: int | None, form: DiskFormat | None, backing: str) -> Made:
+    """What creating would make. ``form`` None: qcow2 where the pool has files. Raises SpecError, Conflict, NotFound."""
     ref = parse_ref(text, host.settings.pool)
     if not ref.volume:
         raise SpecError(f"cannot create disk {text}: it is not VOLUME or POOL/VOLUME")
-    ref = Ref(pool=ref.pool, volume=ref.volume if "." in ref.volume else f"{ref.volume}.{form}")
+    kind = pools.pool(host.conn, ref.pool).type
+    form = form or (DiskFormat.QCOW2 if kind in _OF_FILES else DiskFormat.RAW)
+    if "." not in ref.volume and kind in _OF_FILES:
+        ref = Ref(pool=ref.pool, volume=f"{ref.volume}.{form}")
     below = locate(host, backing) if backing else None
     found = [problem] if (problem := name_problem(ref.volume)) else []
+    if form is not DiskFormat.RAW and kind not in _OF_FILES:
+        found.append(f"what is in a pool of type {kind} is raw")
     if size is None and below is None:
         found.append("it needs a size")
     if below is not None and form is not DiskFormat.QCOW2:
@@ -168,13 +175,13 @@ def plan_create(host: Host, text: str, size: int | None, form: DiskFormat, backi
         capacity = chain.top.virtual_size
         if size is not None and size < capacity:
             raise SpecError(f"cannot create disk {text}: it would be smaller than {backing}, {capacity} bytes")
-    folder = storage.pool_path(host.conn, ref.pool)
+    folder = storage.pool_path(host.conn, ref.pool) or ref.pool
     if ref.volume in storage.volume_names(host.conn, ref.pool):
         raise Conflict(f"cannot create disk {text}: pool {ref.pool} has a volume {ref.volume} already")
     return Made(ref.pool, ref.volume, f"{folder}/{ref.volume}", form, size or capacity, below.path if below else "")
 
 
-def create(host: Host, text: str, size: int | None, form: DiskFormat, backing: str, report: Reporter) -> Made:
+def create(host: Host, text: str, size: int | None, form: DiskFormat | None, backing: str, report: Reporter) -> Made:
     """Make an empty volume, or one based on another disk. libvirt takes back what it cannot finish."""
     if parse_ref(text, host.settings.pool).pool == host.settings.pool:
         ensure_pools(host)
@@ -182,7 +189,11 @@ def create(host: Host, text: str, size: int | None, form: DiskFormat, backing: s
         made = plan_create(host, text, size, form, backing)
         below = locate(host, backing) if backing else None
         view = render.VolumeView(
-            made.volume, made.capacity, form, backing=made.backing, backing_format=below.format if below else "qcow2"
+            made.volume,
+            made.capacity,
+            made.format,
+            backing=made.backing,
+            backing_format=below.format if below else "qcow2",
         )
         storage.create_volume(host.conn, made.pool, render.volume(view), name=made.volume)
     report(Step(f"disk {made.pool}/{made.volume} is made"))
@@ -215,6 +226,6 @@ def delete(host: Host, text: str, report: Reporter) -> None:
 def pool_folder(host: Host, pool: str) -> str:
     """The folder of an active pool of files. Raises SpecError for other kinds."""
     facts = pools.pool(host.conn, pool)
-    if not facts.active or facts.type not in {"dir", "fs", "netfs"}:
+    if not facts.active or facts.type not in _OF_FILES:
         raise SpecError(f"cannot use pool {pool}: it is {facts.type}, {'active' if facts.active else 'not active'}")
     return facts.path

@@ -49,7 +49,7 @@ def _built(name: str, folder: Path, report: Reporter) -> NewImage:
 
     match recipe.kind(image_recipes_dir() / name / "recipe.toml"):
         case "micro":
-            return micro.build(folder, report)
+            return micro.build(name, folder, report)
         case "debian":
             return debian.build(name, folder, report)
         case other:

@@ -94,7 +94,7 @@ class _Lines:
 
 
 def _bar_text(name: str, done: int, total: int, unit: str, lately: int, spent_s: float) -> str:
-    amount: Callable[[float], str] = size if unit == "B" else lambda n: f"{n:.0f} {unit}"
+    amount: Callable[[float], str] = size if unit == "B" else lambda n: f"{n:.{int(0 < n < 10 and n % 1 > 0)}f} {unit}"
     rate = lately / spent_s if spent_s > 0 else 0.0
     text = f"{name}: {amount(done)}"
     if total:

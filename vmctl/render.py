@@ -69,6 +69,8 @@ class AttachedView:
     iothread: int = 0
     readonly: bool = False
     limits: Mapping[str, int] = field(default_factory=dict)
+    user: str = ""
+    secret: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ class ProbeView:
     """Everything probe.xml.j2 prints: a bare-metal guest that says on its serial line what it found out.
 
     ``words`` are its command line, ``arguments`` further ones of QEMU's; ``cpu`` is a model's name for mode custom.
+    ``cpuset`` names the host's CPUs it may use, ``weight`` its share of them against others; "" and 0: not limited.
     """
 
     name: str
@@ -112,6 +115,33 @@ class ProbeView:
     vcpus: int = 1
     words: str = ""
     arguments: tuple[str, ...] = ()
+    initrd: str = ""
+    cpuset: str = ""
+    weight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerView:
+    """Everything container.xml.j2 prints: a container of libvirt's LXC driver whose first process is ``init``."""
+
+    name: str
+    root: str
+    init: str
+    arguments: tuple[str, ...]
+    memory_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportView:
+    """Everything report.html.j2 prints. ``raw`` are names with JSON that is safe inside of a script element.
+
+    ``sections`` have ``title``, ``facts``, ``pictures`` (SVG), ``notes`` and ``tables``.
+    """
+
+    title: str
+    made: str
+    sections: Sequence[object]
+    raw: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +280,21 @@ def network(view: NetworkView) -> str:
 def probe(view: ProbeView) -> str:
     """The XML of the accelerator's probe."""
     return _xml("probe", probe=view)
+
+
+def container(view: ContainerView) -> str:
+    """Libvirt XML of a container that lives to talk."""
+    return _xml("container", container=view)
+
+
+def junit(suites: Sequence[object]) -> str:
+    """JUnit's XML of test suites: each with ``name``, ``made``, ``failures``, ``skipped`` and ``cases``."""
+    return _xml("junit", suites=suites)
+
+
+def report(view: ReportView) -> str:
+    """A page of HTML that needs no other file."""
+    return _environment(xml=True).get_template("report.html.j2").render(report=view)
 
 
 def pool(name: str, path: str) -> str:

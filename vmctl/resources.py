@@ -38,9 +38,12 @@ def readonly_virtiofsd() -> Path:
 def recipe_source(name: str) -> str:
     """What the manifest of an image says it was built by: one of vmctl's recipes, in the version it has now."""
     import hashlib
+    import tomllib
 
     folder, digest = image_recipes_dir() / name, hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            digest.update(f"{path.relative_to(folder)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+    base = tomllib.loads((folder / "recipe.toml").read_text()).get("base", "")
+    for place in (folder, *([image_recipes_dir() / base] if base else ())):
+        for path in sorted(place.rglob("*")):
+            if path.is_file():
+                digest.update(f"{path.relative_to(place)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
     return f"recipe {name} {digest.hexdigest()[:12]}"

@@ -1,7 +1,8 @@
 """`vmctl create --wait ssh` of debian-12 beside `vagrant up` of the same disk, as a box that vmctl exported.
 
 Turn by turn, each from its exec until the guest can be logged in to, 1 vCPU and 1 GiB each. Vagrant's first `up`, which
-copies the box's disk into libvirt's pool, does not count, nor does making and adding the box.
+copies the box's disk into libvirt's pool, does not count, nor does making and adding the box. Then snapshots with
+memory of both, taken and gone back to until the guest can be logged in to again.
 
 Usage, as root: python tests/perf/vagrant.py [ROUNDS]
 """
@@ -47,12 +48,19 @@ def timed(argv: list[str], **options: object) -> float:
     return time.monotonic() - began
 
 
-def ours(name: str) -> float:
+def created(name: str) -> float:
     """Seconds of vmctl's create until SSH answers."""
-    try:
-        return timed([*VMCTL, "-q", "create", name, "--image", "debian-12", "--memory", "1G", "--wait", "ssh"])
-    finally:
-        subprocess.run([*VMCTL, "-q", "delete", name, "--yes"], check=False, capture_output=True)
+    return timed([*VMCTL, "-q", "create", name, "--image", "debian-12", "--memory", "1G", "--wait", "ssh"])
+
+
+def delete(name: str) -> None:
+    """Delete the VM, whatever became of it."""
+    subprocess.run([*VMCTL, "-q", "delete", name, "--yes"], check=False, capture_output=True)
+
+
+def taken_and_reverted(take: list[str], revert: list[list[str]], **options: object) -> tuple[float, float]:
+    """Seconds of taking a snapshot, and of going back to it."""
+    return timed(take, **options), sum(timed(argv, **options) for argv in revert)
 
 
 def main() -> None:
@@ -68,14 +76,29 @@ def main() -> None:
         where: dict[str, object] = {"cwd": folder, "env": env, "stdin": subprocess.DEVNULL}
         timed([*VMCTL, "-q", "image", "export", "debian-12", f"{folder}/debian-12.box"])
         timed(["vagrant", "box", "add", "--name", BOX, f"{folder}/debian-12.box"], **where)
-        theirs, own = [], []
+        theirs, own, name = [], [], f"bench-{os.getpid()}"
+        snapshots: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
         try:
             for number in range(rounds + 1):
                 theirs.append(timed(["vagrant", "up", "--provider=libvirt"], **where))
+                if number == rounds:
+                    for turn in range(rounds):
+                        back = ["vagrant", "snapshot", "restore", "--no-provision", f"s{turn}"]
+                        snapshots[0].append(
+                            taken_and_reverted(["vagrant", "snapshot", "save", f"s{turn}"], [back], **where)
+                        )
                 timed(["vagrant", "destroy", "-f"], **where)
                 if number:
-                    own.append(ours(f"bench-{os.getpid()}-{number}"))
+                    own.append(created(name))
+                if number == rounds:
+                    for turn in range(rounds):
+                        ref = f"{name}.s{turn}"
+                        back = [*VMCTL, "-q", "snapshot", "revert", ref, "--yes"]
+                        seen = [*VMCTL, "-q", "wait", name, "--for", "ssh"]
+                        snapshots[1].append(taken_and_reverted([*VMCTL, "-q", "snapshot", "create", ref], [back, seen]))
+                delete(name)
         finally:
+            delete(name)
             subprocess.run(["vagrant", "destroy", "-f"], check=False, capture_output=True, **where)  # type: ignore[call-overload]
             for volume in subprocess.run(
                 ["virsh", "-q", "vol-list", "default"], check=False, capture_output=True, text=True
@@ -89,6 +112,9 @@ def main() -> None:
     print(
         f"share of vagrant's time    {statistics.median(own) / statistics.median(theirs[1:]):.2f}   (aim: at most 0.50)"
     )
+    for who, found in zip(("vagrant", "vmctl"), snapshots, strict=True):
+        print(told(f"{who} snapshot {'save' if who == 'vagrant' else 'create'}", [one for one, _ in found]))
+        print(told(f"{who} snapshot {'restore' if who == 'vagrant' else 'revert'}", [one for _, one in found]))
 
 
 if __name__ == "__main__":

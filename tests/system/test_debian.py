@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ class Guests:
 
     shell: Shell
     names: dict[str, str]
+    identity: list[str] = field(default_factory=list)
 
     def run(self, way: str, *words: str) -> str:
         """What a command in a guest says."""
@@ -159,13 +161,51 @@ def test_packages_come_from_the_public_mirror(guests: Guests) -> None:
     assert "copy:" not in listed
 
 
+IDENTITY = "hostname; cat /etc/machine-id /sys/class/net/e*/address; sudo sha256sum /etc/ssh/ssh_host_ed25519_key"
+
+
+def own_machine(guests: Guests, one: str) -> None:
+    """One that came from the UEFI guest has its disk, and is another machine, with variables of its own."""
+    shell, first = guests.shell, guests.names["uefi"]
+    told = shell.run("exec", one, "--", "sh", "-c", IDENTITY, timeout=300).stdout.split()
+    assert told[0] == one and not set(told[1:4]) & set(guests.identity)
+    assert shell.run("exec", one, "--", "cat", "/var/local/told").stdout == "as asked\n"
+    nvram = [re.search(r"<nvram[^>]*>([^<]*)<", shell.virsh("dumpxml", vm)) for vm in (first, one)]
+    assert nvram[0] and nvram[1] and nvram[0][1] != nvram[1][1] and Path(nvram[1][1]).is_file()
+
+
+def test_a_fork_of_one_with_uefi_is_a_machine_of_its_own(guests: Guests, several: str) -> None:
+    shell, name = guests.shell, guests.names["uefi"]
+    shell.run("wait", name, "--for", "cloud-init", "--timeout", "400", timeout=420)
+    shell.run("wait", name, "--for", "agent", "--timeout", "300", timeout=320)
+    guests.identity.extend(guests.run("uefi", "sh", "-c", IDENTITY).split()[1:4])
+    booted = guests.run("uefi", "cat", "/proc/sys/kernel/random/boot_id")
+    fork = f"{several}-1"
+    shell.run("fork", name, fork, timeout=300)
+    try:
+        own_machine(guests, fork)
+        assert shell.run("exec", fork, "--", "cat", "/proc/sys/kernel/random/boot_id").stdout.strip() == booted
+    finally:
+        shell.run("delete", fork, "--yes")
+
+
 def test_the_power_button_ends_it(guests: Guests, way: str) -> None:
-    """Last of the module: the guests are off afterwards."""
+    """The guests are off for what comes after."""
     guests.shell.virsh("shutdown", guests.names[way], "--mode", "acpi")
     wait_until(
         lambda: guests.shell.virsh("domstate", guests.names[way]) == "shut off",
         what="the guest to go off", timeout_s=120, interval_s=0.5,
     )  # fmt: skip
+
+
+def test_a_clone_of_one_with_uefi_boots_as_a_machine_of_its_own(guests: Guests, several: str) -> None:
+    clone = f"{several}-2"
+    guests.shell.run("clone", guests.names["uefi"], clone, "--start")
+    try:
+        guests.shell.run("wait", clone, "--for", "ssh", "--timeout", "800", timeout=820)
+        own_machine(guests, clone)
+    finally:
+        guests.shell.run("delete", clone, "--yes")
 
 
 def test_an_equal_build_is_taken_from_the_cache_and_gives_the_same_image(shell: Shell, debian_image: None) -> None:

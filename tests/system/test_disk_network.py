@@ -1,17 +1,19 @@
-"""Disks on a network, served by user-space servers on loopback: NBD by qemu-nbd and nbdkit, iSCSI by tgt."""
+"""Disks on a network, served on loopback in user space: NBD by qemu-nbd and nbdkit, iSCSI by tgt, RBD by Ceph."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.system import pattern
+from tests.system import ceph, pattern
 from tests.system.conftest import Shell
 from vmctl.wait import wait_until
 
@@ -94,7 +96,15 @@ def iscsi(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
         server.wait(20)
 
 
-def written_through(shell: Shell, vm: str, address: str, file: Path) -> None:
+@pytest.fixture(params=["none", "cephx"])
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ceph.Cluster]:
+    """A Ceph cluster with an image of 16 MiB."""
+    with ceph.cluster(tmp_path, free_port(), request.param) as found:
+        found.run("rbd", "create", "rbd/one", "--size", "16M")
+        yield found
+
+
+def written_through(shell: Shell, vm: str, address: str, file: Path | Callable[[], Path]) -> None:
     """Plug it in, write, unplug: the server's file has it; plug it in again: the guest reads it."""
     data = pattern.blocks(address, 256)
     done = shell.json("disk", "attach", vm, address, "--serial", "net")
@@ -103,7 +113,8 @@ def written_through(shell: Shell, vm: str, address: str, file: Path) -> None:
     listed = [one for one in shell.json("disk", "list", vm) if one["serial"] == "net"]
     assert [(one["source"], one["capacity"]) for one in listed] == [(address, 16 << 20)]
     shell.run("disk", "detach", f"{vm}:net")
-    with file.open("rb") as reading:
+    stored = file() if callable(file) else file
+    with stored.open("rb") as reading:
         reading.seek(16 * pattern.BLOCK)
         assert reading.read(len(data)) == data
     again = shell.json("disk", "attach", vm, address)
@@ -118,6 +129,56 @@ def test_nbd(shell: Shell, vm: str, nbd: tuple[str, Path]) -> None:
 
 def test_iscsi_by_qemus_own_initiator(shell: Shell, vm: str, iscsi: tuple[str, Path]) -> None:
     written_through(shell, vm, f"iscsi://{iscsi[0]}/{IQN}/1", iscsi[1])
+
+
+@pytest.mark.parametrize("cluster", ["none"], indirect=True)
+def test_rbd_by_qemus_own_client(shell: Shell, vm: str, cluster: ceph.Cluster, tmp_path: Path) -> None:
+    def exported() -> Path:
+        cluster.run("rbd", "export", "rbd/one", str(tmp_path / "one.raw"))
+        return tmp_path / "one.raw"
+
+    written_through(shell, vm, f"rbd://127.0.0.1:{cluster.port}/rbd/one", exported)
+
+
+@pytest.fixture
+def secret(shell: Shell, cluster: ceph.Cluster, tmp_path: Path) -> Iterator[str]:
+    """libvirt's secret with the key of the user admin."""
+    found = f"{uuid.uuid4()}"
+    kind = '<usage type="ceph"><name>admin</name></usage>'
+    (tmp_path / "secret.xml").write_text(f'<secret private="yes"><uuid>{found}</uuid>{kind}</secret>')
+    (tmp_path / "key").write_text(cluster.run("ceph", "auth", "get-key", "client.admin"))
+    shell.virsh("secret-define", str(tmp_path / "secret.xml"))
+    shell.virsh("secret-set-value", found, "--file", str(tmp_path / "key"))
+    yield found
+    shell.virsh("secret-undefine", found)
+
+
+@pytest.mark.parametrize("cluster", ["cephx"], indirect=True)
+def test_a_pool_of_rbd_images(shell: Shell, vm: str, cluster: ceph.Cluster, secret: str, tmp_path: Path) -> None:
+    """A disk out of it shows Ceph the key that the pool does: without one this cluster answers nobody."""
+    words = ["--type", "rbd", "--host", "127.0.0.1", "--port", str(cluster.port), "--source-name", "rbd"]
+    shell.run("disk", "pool", "create", "images", *words, "--user", "admin", "--secret", secret)
+    try:
+        told = shell.run("disk", "create", "images/two", "8M", "--format", "qcow2", check=2)
+        assert "a pool of type rbd is raw" in told.stderr
+        shell.run("disk", "create", "images/two", "8M")
+        address = f"rbd://127.0.0.1:{cluster.port}/rbd/two"
+        volumes = shell.json("disk", "pool", "show", "images")["volumes"]
+        assert [(one["name"], one["capacity"]) for one in volumes] == [("one", 16 << 20), ("two", 8 << 20)]
+        done = shell.json("disk", "attach", vm, "images/two", "--serial", "two")
+        assert done["source"] == address and done["guest"]
+        data = pattern.blocks("rbd", 64)
+        pattern.write(vm, f"/dev/{done['guest']}", data, at=16)
+        shell.run("disk", "delete", "images/two", "--yes", check=5)
+        shell.run("disk", "detach", f"{vm}:two")
+        cluster.run("rbd", "export", "rbd/two", str(tmp_path / "two.raw"))
+        assert (tmp_path / "two.raw").read_bytes()[16 * pattern.BLOCK :].startswith(data)
+        shell.run("disk", "resize", "images/two", "+8M")
+        assert json.loads(cluster.run("rbd", "info", "rbd/two", "--format", "json"))["size"] == 16 << 20
+        shell.run("disk", "delete", "images/two", "--yes")
+        assert cluster.run("rbd", "ls", "rbd").split() == ["one"]
+    finally:
+        shell.run("disk", "pool", "delete", "images", "--yes")
 
 
 def test_a_pool_of_iscsi_luns_without_the_kernels_help(shell: Shell, iscsi: tuple[str, Path]) -> None:

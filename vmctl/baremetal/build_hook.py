@@ -17,8 +17,10 @@ GUESTS = {
     "traps": (*_FOUNDATIONS, "board.c", "clock.c", "apic.c", "smp.S", "rows.c", "traps.c"),
     "popek": (*_FOUNDATIONS, "board.c", "apic.c", "smp.S", "workload.c", "sensitive.c", "popek.c"),
     "process": ("process.c", "workload.c"),  # the same work in a process of the host
+    "levels": ("levels.c", "sheet.c"),  # Linux's program, the same wherever there is a Linux
 }
-_PROCESSES = {"process"}
+_PROCESSES = {"process", "levels"}
+_LINUX_FLAGS = "-std=gnu11 -O2 -Wall -Wextra -Werror -static -Wl,--build-id=none -Wl,-s".split()
 _FLAGS = (
     # No red zone, for traps come on the same stack; no SSE, for nothing has switched it on. No symbols (-s): among
     # them are gcc's temporary names, which differ from build to build.
@@ -36,9 +38,10 @@ def compile_guests(folder: Path) -> None:
         # Into a temporary name first: a build that is cut off must not leave half a guest to be run.
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             out = Path(temporary) / f"{name}.elf"
+            flags = _LINUX_FLAGS if name == "levels" else [*_FLAGS, *([] if name in _PROCESSES else _GUEST_FLAGS)]
             try:
                 subprocess.run(
-                    ["gcc", *_FLAGS, *([] if name in _PROCESSES else _GUEST_FLAGS), "-o", str(out), *sources],
+                    ["gcc", *flags, "-o", str(out), *sources],
                     cwd=folder,
                     check=True,
                     capture_output=True,

@@ -1,18 +1,20 @@
-"""What became slower or faster from one trap table to another. Pure.
+"""What became slower or faster from one result to another. Pure.
 
-Two things must come together: significance, by the exact Mann-Whitney test over the guests' medians (each guest is one
-independent look), and an effect that matters, as the ratio of medians. (Georges, Buytaert, Eeckhout 2007; Kalibera and
-Jones 2013: repeat at the level where the variation is, and report effect sizes.) Results of unlike dimensions measure
-different things and are refused.
+Two things must come together: significance, by the exact Mann-Whitney test over the medians of the guests, or the
+figures of the rounds (each is one independent look), and an effect that matters, as the ratio of medians. (Georges,
+Buytaert, Eeckhout 2007; Kalibera and Jones 2013: repeat at the level where the variation is, and report effect sizes.)
+Results of unlike dimensions measure different things and are refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
 from vmctl.bench import stats
-from vmctl.bench.result import Head, RowResult, TrapResult
+from vmctl.bench.measured import Measured
+from vmctl.bench.result import Head, Rows
 from vmctl.bench.rows import OF_THE_MOMENT
 from vmctl.bench.table import guest_medians
 from vmctl.errors import SpecError
@@ -35,7 +37,10 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One row before and after, in gross cycles; ``superiority`` is Vargha and Delaney's A, 0.5 for none."""
+    """One row before and after, in gross cycles or its own unit; ``superiority`` is Vargha and Delaney's A, 0.5: none.
+
+    ``ratio`` is of the figures, ``cost`` of what they mean: above 1 it is slower, also where a larger figure is better.
+    """
 
     name: str
     before: float
@@ -44,11 +49,13 @@ class Change:
     p: float
     superiority: float
     verdict: Verdict
+    unit: str
+    cost: float
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All rows. ``drift`` is the median ratio: away from 1, the machine as a whole was faster or slower."""
+    """All rows. ``drift`` is the median of the costs: away from 1, the machine as a whole was faster or slower."""
 
     before: str
     after: str
@@ -80,42 +87,69 @@ def require_alike(before: Head, after: Head) -> None:
         )
 
 
-def compare(before: TrapResult, after: TrapResult, *, threshold: float = THRESHOLD) -> Comparison:
+@dataclass(frozen=True, slots=True)
+class _Looks:
+    """The independent looks at one row, and what they are in."""
+
+    values: tuple[float, ...]
+    unit: str
+    more_is_better: bool = False
+
+
+def _looks(result: Rows | Measured) -> dict[str, _Looks]:
+    if isinstance(result, Measured):
+        return {
+            f"{row.name}: {one.name}": _Looks(tuple(one.values), one.unit, one.better == "higher")
+            for row in result.rows
+            for one in row.measures
+            if one.samples
+        }
+    unit = "cycles" if result.head.workload == "trap" else "ns"
+    return {row.name: _Looks(tuple(guest_medians(row)), unit) for row in result.rows if row.runs}
+
+
+_SHOWN = (
+    "libvirt", "qemu", "kernel", "microcode", "transparent_hugepages", "mitigations", "image", "storage",
+    "guest_kernel", "guest_clock",
+)  # fmt: skip
+
+
+def compare(before: Rows | Measured, after: Rows | Measured, *, threshold: float = THRESHOLD) -> Comparison:
     """Judge each row. Raises SpecError when the two are unlike."""
     require_alike(before.head, after.head)
-    old = {row.name: row for row in before.rows if row.runs}
-    new = {row.name: row for row in after.rows if row.runs}
-    changes = tuple(_change(name, old.get(name), new.get(name), threshold) for name in {**old, **new})
-    ratios = [change.ratio for change in changes if change.ratio]
+    old, new = _looks(before), _looks(after)
+    changes = tuple(_change(name, old, new, threshold) for name in {**old, **new})
+    costs = [change.cost for change in changes if change.cost]
+    environments: tuple[Mapping[str, object], ...] = (before.head.environment, after.head.environment)
     differs = tuple(
-        f"{name}: {before.head.environment.get(name)} -> {after.head.environment.get(name)}"
-        for name in ("libvirt", "qemu", "kernel", "microcode", "transparent_hugepages", "mitigations")
-        if before.head.environment.get(name) != after.head.environment.get(name)
+        f"{name}: {environments[0].get(name)} -> {environments[1].get(name)}"
+        for name in _SHOWN
+        if environments[0].get(name) != environments[1].get(name)
     )
-    drift = stats.median(ratios) if ratios else 1.0
+    drift = stats.median(costs) if costs else 1.0
     return Comparison(before.head.id, after.head.id, _overall(changes), drift, differs, changes)
 
 
-def _change(name: str, old: RowResult | None, new: RowResult | None, threshold: float) -> Change:
+def _change(name: str, before: Mapping[str, _Looks], after: Mapping[str, _Looks], threshold: float) -> Change:
+    old, new = before.get(name), after.get(name)
+    was, now = (stats.median(looks.values) if looks else 0.0 for looks in (old, new))
+    unit = (old or new or _Looks((), "")).unit
     if old is None or new is None:
-        verdict = Verdict.NEW if old is None else Verdict.GONE
-        was, now = (stats.median(guest_medians(row)) if row else 0.0 for row in (old, new))
-        return Change(name, was, now, 0.0, 1.0, 0.5, verdict)
-    first, second = guest_medians(old), guest_medians(new)
-    was, now = stats.median(first), stats.median(second)
-    ratio, p = now / was, stats.p_value(first, second)
-    large = ratio >= 1 + threshold or ratio <= 1 / (1 + threshold)
+        return Change(name, was, now, 0.0, 1.0, 0.5, Verdict.NEW if old is None else Verdict.GONE, unit, 0.0)
+    ratio, p = now / was, stats.p_value(old.values, new.values)
+    cost = 1 / ratio if new.more_is_better and ratio else ratio
+    large = cost >= 1 + threshold or cost <= 1 / (1 + threshold)
     if not large:
         verdict = Verdict.SAME
-    elif stats.least_p(len(first), len(second)) > ALPHA:
+    elif stats.least_p(len(old.values), len(new.values)) > ALPHA:
         verdict = Verdict.UNCLEAR
     elif p > ALPHA:
         verdict = Verdict.SAME
     elif name in OF_THE_MOMENT:
         verdict = Verdict.MOMENT
     else:
-        verdict = Verdict.SLOWER if ratio > 1 else Verdict.FASTER
-    return Change(name, was, now, ratio, p, stats.superiority(first, second), verdict)
+        verdict = Verdict.SLOWER if cost > 1 else Verdict.FASTER
+    return Change(name, was, now, ratio, p, stats.superiority(old.values, new.values), verdict, unit, cost)
 
 
 def _overall(changes: tuple[Change, ...]) -> str:

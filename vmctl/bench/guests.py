@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from vmctl import bare_guest, render
@@ -40,12 +40,17 @@ def read(elf: Path) -> bytes:
         ) from error
 
 
+def alone(host: Host) -> AbstractContextManager[None]:
+    """The host to oneself among vmctl's measurements. Raises Conflict."""
+    return held(host.folders.runtime, f"measurements on {host.lock_scope}")
+
+
 @contextmanager
 def on(host: Host, name: str, elf: bytes) -> Iterator[str]:
     """The host to oneself among vmctl's measurements, with the guest's file there. Raises Conflict."""
     pool = host.settings.pool
     with (
-        held(host.folders.runtime, f"measurements on {host.lock_scope}"),
+        alone(host),
         bare_guest.uploaded(host.conn, pool, lambda: render.pool(pool, pool_folder(host, pool)), name, elf) as path,
     ):
         yield path
@@ -57,9 +62,12 @@ def machine(host: Host, name: str, accel: Accel, kvm: KvmFindings, kernel: str) 
         kind, mode = "qemu", "maximum"
     else:
         kind, mode = "kvm", "host-passthrough" if kvm.verdict is Verdict.WORKS else "custom"
-    # A name of its own: the guest of a run that was killed may be there yet, until libvirt has noticed.
-    own = f"{name}-{secrets.token_hex(4)}"
-    return ProbeView(own, kind, "kvm64", str(host.facts.emulator), kernel, MEMORY_MIB, mode, VCPUS)
+    return ProbeView(own_name(name), kind, "kvm64", str(host.facts.emulator), kernel, MEMORY_MIB, mode, VCPUS)
+
+
+def own_name(name: str) -> str:
+    """A name of its own: the guest of a run that was killed may be there yet, until libvirt has noticed."""
+    return f"{name}-{secrets.token_hex(4)}"
 
 
 class Ear:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 FORMAT = 1
 
@@ -20,6 +20,10 @@ class Head:
     complete: bool
     dimensions: Mapping[str, Any]
     environment: Mapping[str, Any]
+
+    def with_environment(self, **known: Any) -> Head:
+        """The same with more known of the conditions."""
+        return replace(self, environment={**self.environment, **known})
 
     def to_json(self) -> dict[str, Any]:
         """The documented JSON form."""
@@ -74,6 +78,18 @@ class Guest:
     clock: str
     lived_s: float
     end: str
+
+
+class Rows(Protocol):
+    """A result that can be compared with another: rows of runs, whose ticks are a cost."""
+
+    @property
+    def head(self) -> Head:
+        """What it begins with."""
+
+    @property
+    def rows(self) -> tuple[RowResult, ...]:
+        """All of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,20 +51,26 @@ def new_id(place: Path, workload: str, made: str) -> str:
 def write(place: Path, values: Mapping[str, Any]) -> Path:
     """Keep a result, in place of an earlier state of it. Raises VmctlError."""
     path = place / f"{values['id']}.json"
+    put(path, json.dumps(values).encode(), "keep the result")
+    return path
+
+
+def put(path: Path, data: bytes, doing: str, *, mode: int = 0o600) -> None:
+    """Write a file whole, in the place of another one. Raises VmctlError."""
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=place, prefix=".writing-")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
         try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(values, file)
+            with os.fdopen(handle, "wb") as file:
+                os.fchmod(handle, mode)
+                file.write(data)
             Path(name).replace(path)
         except BaseException:
             with suppress(OSError):
                 Path(name).unlink()
             raise
     except OSError as error:
-        raise VmctlError(f"cannot keep the result: {reason(error, path=True)}", hint=f"is {place} writable?") from error
-    return path
+        raise VmctlError(f"cannot {doing}: {reason(error, path=True)}", hint=f"is {path.parent} writable?") from error
 
 
 def kept(place: Path) -> tuple[Kept, ...]:
@@ -92,7 +98,9 @@ def find(place: Path, named: str) -> dict[str, Any]:
     if named == LATEST:
         readable = [one for one in kept(place) if not one.problem]
         if not readable:
-            raise NotFound("cannot find a result: none is kept yet", hint="vmctl bench trap makes one")
+            raise NotFound(
+                "cannot find a result: none is kept yet", hint="vmctl bench trap makes one, or vmctl bench io"
+            )
         named = readable[-1].id
     path = Path(named) if "/" in named or named.endswith(".json") else place / f"{named}.json"
     try:

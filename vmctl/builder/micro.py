@@ -1,4 +1,4 @@
-"""The micro image: from its recipe and Debian's packages to a disk, a kernel and an initramfs."""
+"""The micro image, and those based on it: from a recipe and Debian's packages to a disk, a kernel and an initramfs."""
 
 from __future__ import annotations
 
@@ -24,37 +24,45 @@ _ALIASES = ("bin", "lib", "lib64", "sbin")
 _UNWANTED_APPLETS = frozenset({"init", "linuxrc", "shutdown"})
 
 
-def build(out_dir: Path, report: Reporter) -> NewImage:
-    """Build the micro image into the empty folder ``out_dir``. Raises ImageError."""
-    require(_TOOLS, "build image micro")
-    sources = image_recipes_dir() / "micro"
-    recipe = load_recipe(sources / "recipe.toml")
+def build(name: str, out_dir: Path, report: Reporter) -> NewImage:
+    """Build an image by its recipe into the empty folder ``out_dir``. Raises ImageError."""
+    require(_TOOLS, f"build image {name}")
+    recipe = _recipe(name)
     try:
-        return _build(recipe, sources, out_dir, report)
+        return _build(name, recipe, out_dir, report)
     except OSError as error:
         hint = "make room, or set XDG_CACHE_HOME to a disk that has some" if error.errno == 28 else ""
-        raise ImageError(f"cannot build image micro: {reason(error, path=True)}", hint=hint) from error
+        raise ImageError(f"cannot build image {name}: {reason(error, path=True)}", hint=hint) from error
 
 
-def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> NewImage:
+def fetch(name: str, report: Reporter) -> None:
+    """Bring the packages of a recipe into the cache, for a build without a network. Raises ImageError."""
+    _packages(_recipe(name), report)
+
+
+def _recipe(name: str) -> Recipe:
+    return load_recipe(image_recipes_dir() / name / "recipe.toml")
+
+
+def _build(name: str, recipe: Recipe, out_dir: Path, report: Reporter) -> NewImage:
     packages, found, paths = _packages(recipe, report)
     report(Step("unpacking packages"))
     root, boot, modules = Tree(), Tree(), {}
     bzimage, builtin = b"", ""
     for package, path in zip(packages, paths, strict=True):
-        for name, member, data in debs.members(path, package):
+        for file, member, data in debs.members(path, package):
             if not package.kernel:
-                _place(root, name, member.mode, data, member.linkname if member.issym() else "")
-            elif name.startswith("boot/vmlinuz-"):
+                _place(root, file, member.mode, data, member.linkname if member.issym() else "")
+            elif file.startswith("boot/vmlinuz-"):
                 bzimage = data
-            elif name.endswith("/modules.builtin"):
+            elif file.endswith("/modules.builtin"):
                 builtin = data.decode()
-            elif name.endswith(".ko"):
-                modules[name] = data
+            elif file.endswith(".ko"):
+                modules[file] = data
     report(Step("compiling the guest's init"))
-    init = kernel.compile_init(sources, recipe.epoch)
+    init = kernel.compile_init(recipe.sources, recipe.epoch)
     _add_modules(recipe, kernel.Modules(modules, builtin), kernel.release(bzimage), root, boot)
-    _add_system(recipe, sources, init, root)
+    _add_system(recipe, init, root)
     _add_boot(init, boot)
     report(Step("writing kernel and initramfs"))
     vmlinux, initrd, disk = out_dir / "vmlinux", out_dir / "initrd", out_dir / "disk.qcow2"
@@ -70,7 +78,7 @@ def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> Ne
     for path in (vmlinux, packed, initrd, disk):
         path.chmod(0o644)
     return NewImage(
-        name="micro",
+        name=name,
         disk=disk,
         kernel=vmlinux,
         bzimage=packed,
@@ -81,7 +89,7 @@ def _build(recipe: Recipe, sources: Path, out_dir: Path, report: Reporter) -> Ne
         os_version=recipe.release,
         architecture=recipe.architecture,
         default_user=recipe.default_user,
-        source=recipe_source("micro"),
+        source=recipe_source(name),
         boots=("direct",),
         osinfo="debian12",
         first_boot="micro",
@@ -96,8 +104,7 @@ def _packages(recipe: Recipe, report: Reporter) -> tuple[list[Package], list[deb
     packages = []
     for package in recipe.packages:
         name = apt.first_dependency(package.name, package.depends) if package.depends else package.name
-        globs = ("boot/vmlinuz-*", "usr/lib/modules/*") if package.kernel else package.globs
-        packages.append(Package(name, globs, kernel=package.kernel))
+        packages.append(Package(name, package.globs, kernel=package.kernel))
     found = apt.candidates([package.name for package in packages])
     return packages, found, debs.fetch(apt, found, cache / "debs", report)
 
@@ -133,17 +140,18 @@ def _add_modules(recipe: Recipe, modules: kernel.Modules, release: str, root: Tr
         root.file(folder + name, data)
 
 
-def _add_system(recipe: Recipe, sources: Path, init: bytes, root: Tree) -> None:
+def _add_system(recipe: Recipe, init: bytes, root: Tree) -> None:
     for alias in _ALIASES:
         root.link(alias, f"usr/{alias}")
     for folder in _FOLDERS:
         root.folder(folder)
     root.folder("root", 0o700)
     root.folder("tmp", 0o1777)
-    for path in sorted((sources / "root").rglob("*")):
+    plain = recipe.sources / "root"
+    for path in sorted(plain.rglob("*")):
         if path.is_file():
             executable = path.stat().st_mode & 0o100
-            root.file(path.relative_to(sources / "root").as_posix(), path.read_bytes(), 0o755 if executable else 0o644)
+            root.file(path.relative_to(plain).as_posix(), path.read_bytes(), 0o755 if executable else 0o644)
     root.file("usr/sbin/init", init, 0o755)
     root.link("usr/sbin/shutdown", "init")
     root.link("usr/sbin/vmctl-renew", "init")

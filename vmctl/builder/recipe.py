@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vmctl.errors import ImageError, reason
+
+_LIBRARIES = "usr/lib/x86_64-linux-gnu/*.so.*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class Recipe:
     packages: tuple[Package, ...]
     modules: ModuleLists
     cmdline: str
+    sources: Path  # of the guest's init and of files as they are: the recipe's own folder, or its base's
 
 
 def kind(path: Path) -> str:
@@ -55,19 +59,41 @@ def kind(path: Path) -> str:
         raise ImageError(f"cannot read recipe {path}: {reason(error)}") from error
 
 
-def _package(values: dict[str, Any]) -> Package:
-    return Package(values["name"], tuple(values["files"]), values.get("depends", ""), values.get("kernel", False))
+def _packages(values: Mapping[str, Any]) -> list[Package]:
+    named = [
+        Package(one["name"], tuple(one["files"]), one.get("depends", ""), one.get("kernel", False))
+        for one in values.get("package", [])
+    ]
+    return named + [Package(name, (_LIBRARIES,)) for name in values.get("libraries", {}).get("packages", [])]
+
+
+def _joined(base: Sequence[Package], own: Sequence[Package]) -> tuple[Package, ...]:
+    """Packages of a recipe and its base: a kernel replaces the base's, of a package that both name all is taken."""
+    kernel = any(package.kernel for package in own)
+    found = {package.name: package for package in base if not (kernel and package.kernel)}
+    for package in own:
+        earlier = found.get(package.name)
+        found[package.name] = replace(package, globs=(*earlier.globs, *package.globs)) if earlier else package
+    return tuple(found.values())
 
 
 def load(path: Path) -> Recipe:
-    """Read a recipe. Raises ImageError for one that is not whole."""
+    """Read a recipe, with what it has of its base. Raises ImageError for one that is not whole."""
     try:
-        values = tomllib.loads(path.read_text())
+        own = tomllib.loads(path.read_text())
+        base, sources = dict[str, Any](), path.parent
+        if "base" in own:
+            sources = path.parent.parent / own["base"]
+            base = tomllib.loads((sources / path.name).read_text())
+        modules: dict[str, tuple[str, ...]] = {}
+        for lists in (base.get("modules", {}), own.get("modules", {})):
+            modules |= {moment: (*modules.get(moment, ()), *names) for moment, names in lists.items()}
         return Recipe(
-            **values["image"],
-            packages=tuple(_package(package) for package in values["package"]),
-            modules=ModuleLists(**{moment: tuple(names) for moment, names in values["modules"].items()}),
-            cmdline=" ".join(values["kernel"]["cmdline"]),
+            **{**base.get("image", {}), **own["image"]},
+            packages=_joined(_packages(base), _packages(own)),
+            modules=ModuleLists(**modules),
+            cmdline=" ".join({**base, **own}["kernel"]["cmdline"]),
+            sources=sources,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ImageError(f"cannot read recipe {path}: {reason(error)}") from error

@@ -8,9 +8,9 @@ import typer
 
 from vmctl import ui
 from vmctl.choices import AccelChoice
+from vmctl.cli import bench_io, bench_levels, bench_report
 from vmctl.cli.command import Command, group
 from vmctl.cli.options import ConnectOption, OutputOption, note, opened, reporter
-from vmctl.errors import SpecError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vmctl.bench.theorems import Machine
 
 REGRESSED = 15
+_THRESHOLDS = {"io": 10.0, "net": 10.0}  # per cent
+_MEASURED = {"io", "net"}  # workloads whose results are rows of samples by rounds
 
 app = group("What virtualization costs, measured.")
 
@@ -199,6 +201,14 @@ def _machine_text(machine: Machine) -> str:
     return "\n\n".join(parts)
 
 
+app.command(cls=Command)(bench_io.io)
+app.command(cls=Command)(bench_io.net)
+app.command(cls=Command)(bench_levels.levels)
+app.command(cls=Command)(bench_levels.sheet)
+app.command(cls=Command)(bench_report.run)
+app.command(cls=Command)(bench_report.report)
+
+
 @app.command("list", cls=Command)
 def list_(output: OutputOption = Output.TABLE) -> None:
     """List results, oldest first. Needs no libvirt."""
@@ -214,7 +224,14 @@ def list_(output: OutputOption = Output.TABLE) -> None:
 
 
 @app.command(cls=Command)
-def show(result: ResultName, explain: ExplainOption = False, output: OutputOption = Output.TABLE) -> None:
+def show(
+    result: ResultName,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="What each row does, and which exit it is; of io and net, what each column is."),
+    ] = False,
+    output: OutputOption = Output.TABLE,
+) -> None:
     """Show a result, its figures computed anew from its samples. Needs no libvirt."""
     from vmctl.bench import store
 
@@ -223,10 +240,16 @@ def show(result: ResultName, explain: ExplainOption = False, output: OutputOptio
         from vmctl.bench.result import trap_of
 
         _show_trap(trap_of(values), output, explain=explain)
-    else:
+    elif values["workload"] in _MEASURED:
+        from vmctl.bench.measured import measured_of
+
+        bench_io.show(measured_of(values), output, explain=explain)
+    elif values["workload"] == "popek-goldberg":
         from vmctl.bench.popek_result import popek_of
 
         _show_popek(popek_of(values), output)
+    else:
+        bench_levels.show(values, output)
 
 
 @app.command(cls=Command)
@@ -234,21 +257,28 @@ def compare(
     before: ResultName,
     after: ResultName,
     threshold: Annotated[
-        float,
-        typer.Option("--threshold", metavar="PERCENT", min=0.1, max=1000.0, help="Change that matters."),
-    ] = 5.0,
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--threshold",
+            metavar="PERCENT",
+            min=0.1,
+            max=1000.0,
+            help="Change that matters; default: 5, of io and net 10.",
+        ),
+    ] = None,
+    junit: bench_report.JunitOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Tell what became slower or faster, and exit 15 when something became slower. Needs no libvirt."""
     from vmctl.bench import compare as comparing
-    from vmctl.bench import store
-    from vmctl.bench.result import trap_of
+    from vmctl.bench import kinds, store
 
-    found_ones = [store.find(_place(), name) for name in (before, after)]
-    if other := [one["id"] for one in found_ones if one["workload"] != "trap"]:
-        raise SpecError(f"cannot compare {other[0]}: it is no trap table", hint="vmctl bench list shows what each is")
-    old, new = (trap_of(values) for values in found_ones)
-    found = comparing.compare(old, new, threshold=threshold / 100)
+    old, new = (kinds.rows_of(store.find(_place(), name)) for name in (before, after))
+    found = comparing.compare(old, new, threshold=(threshold or _THRESHOLDS.get(old.head.workload, 5.0)) / 100)
+    if junit:
+        from vmctl.bench import junit as writing
+
+        writing.write(junit, [writing.of_comparison(found, new.head.made)])
     changed = [change.name for change in found.changes if change.verdict is not comparing.Verdict.SAME]
     ui.emit(found, output, lambda: _compared_text(found), lambda: changed)
     if found.regressed:
@@ -258,9 +288,10 @@ def compare(
 def _compared_text(found: Comparison) -> str:
     def cells(change: Change) -> list[str]:
         ratio = f"{100 * (change.ratio - 1):+.1f} %" if change.ratio else ""
-        return [change.name, _number(change.before), _number(change.after), ratio, f"{change.p:.3f}", change.verdict]
+        figures = [_number(change.before), _number(change.after), change.unit]
+        return [change.name, *figures, ratio, f"{change.p:.3f}", change.verdict]
 
-    header = ["ROW", "BEFORE", "AFTER", "CHANGE", "P", "VERDICT"]
+    header = ["ROW", "BEFORE", "AFTER", "UNIT", "CHANGE", "P", "VERDICT"]
     told = [
         ("before", found.before),
         ("after", found.after),

@@ -113,7 +113,10 @@ def create(
         Optional[str],  # noqa: UP045
         typer.Argument(metavar="[SIZE]", help="Its size, such as 10G; with --backing, that disk's."),
     ] = None,
-    format: Annotated[DiskFormat, typer.Option("--format", help="Its format.")] = DiskFormat.QCOW2,
+    format: Annotated[
+        Optional[DiskFormat],  # noqa: UP045
+        typer.Option("--format", help="Its format; by default qcow2 where the pool has files, else raw."),
+    ] = None,
     backing: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--backing", metavar="DISK", help="Disk it begins as and then differs from."),

@@ -134,24 +134,28 @@ def transcript(
     timeout_s: float,
     waited: Callable[[float | None], None] | None = None,
     goodbye: bytes = b"",
+    paused: bool = True,
+    doing: str = "run a probe",
 ) -> Transcript:
     """Run a transient domain and listen until it has said enough, stops, or the time is over; then it is gone.
 
     ``goodbye`` is typed when it has said enough, to a guest that then ends by itself, which is quicker than to end it.
     ``waited``, called before each ``until``, hears for how many seconds its first vCPU has waited for a CPU so far;
     None where the host does not tell. libvirt ends the domain too when the connection ends first. Needs no event loop:
-    each question for the domain's state brings along what its console has printed. Raises what libvirt says when it
-    cannot be started.
+    each question for the domain's state brings along what its console has printed. ``paused`` holds it until it is
+    heard, which containers cannot. Raises what libvirt says when it cannot be started.
     """
-    flags = libvirt.VIR_DOMAIN_START_PAUSED | libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_VALIDATE
+    flags = libvirt.VIR_DOMAIN_START_AUTODESTROY | libvirt.VIR_DOMAIN_START_VALIDATE
+    flags |= libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
     said = bytearray()
-    with calling("run a probe"):
+    with calling(doing):
         dom = conn.handle.createXML(xml, flags)
         try:
             stream = conn.handle.newStream(libvirt.VIR_STREAM_NONBLOCK)
             dom.openConsole(None, stream, 0)
             try:
-                dom.resume()  # not before somebody listens
+                if paused:
+                    dom.resume()  # not before somebody listens
                 stopped = wait_until(
                     partial(_heard, dom, stream, said, _telling(conn, dom, waited, until)),
                     what="the probe",

@@ -69,6 +69,14 @@ def pool(conn: Connection, name: str) -> PoolFacts:
         return _facts(conn.handle.storagePoolLookupByName(name))
 
 
+def ceph_login(conn: Connection, name: str) -> tuple[str, str]:
+    """The user and the UUID of libvirt's secret with which a pool reaches its Ceph; "" for both where it needs none."""
+    with calling(f"find storage pool {name}"):
+        auth = ET.fromstring(conn.handle.storagePoolLookupByName(name).XMLDesc()).find("source/auth[@type='ceph']")
+    secret = auth.find("secret") if auth is not None else None
+    return (auth.get("username", ""), secret.get("uuid", "")) if auth is not None and secret is not None else ("", "")
+
+
 def create(conn: Connection, xml: str, name: str, *, build: bool, start: bool) -> None:
     """Define a pool, checked against libvirt's schema, and start it; nothing is left of one that does not start.
 

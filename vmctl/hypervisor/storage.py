@@ -24,7 +24,10 @@ _REFRESH_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class VolumeFacts:
-    """A volume: its pool, its path on the host, format, sizes in bytes, and its backing file's path ("" if none)."""
+    """A volume: its pool, format, sizes in bytes, and its backing file's path ("" if none).
+
+    ``path`` is the one on the host; of a volume that Ceph has, its address.
+    """
 
     pool: str
     name: str
@@ -155,13 +158,26 @@ def _all_facts(pool: Any) -> tuple[VolumeFacts, ...]:
     return tuple(found)
 
 
+def _place(volume: Any) -> str:
+    """A volume's path; the address of one that Ceph has, whose path begins at the cluster."""
+    path = str(volume.path())
+    if path.startswith("/"):
+        return path
+    pool = ET.fromstring(volume.storagePoolLookupByVolume().XMLDesc())
+    host = pool.find("source/host")
+    if pool.get("type") != "rbd" or host is None:
+        return path
+    name = host.get("name", "")
+    return f"rbd://{f'[{name}]' if ':' in name else name}:{host.get('port', '6789')}/{path}"
+
+
 def _facts(pool: str, volume: Any) -> VolumeFacts:
     root = ET.fromstring(volume.XMLDesc())
     form = root.find("target/format")
     return VolumeFacts(
         pool=pool,
         name=volume.name(),
-        path=volume.path(),
+        path=_place(volume),
         format="raw" if form is None else form.get("type", "raw"),
         capacity=int(root.findtext("capacity") or 0),
         allocation=int(root.findtext("allocation") or 0),
