@@ -40,13 +40,14 @@ chown -R 0:0 "./$2"
 mkdir -p "$(dirname "$3")"
 if [ -d "./$2" ]; then cp -aT "./$2" "$3"; else cp -a "./$2" "$3"; fi
 """
-# A line for each package, its name and version; nothing where no package manager is.
+# A line for each package, its name and version; nothing where no package manager is. Each is asked for its version
+# first, for busybox has an rpm that is none.
 _SOFTWARE = r"""
-if command -v dpkg-query >/dev/null; then
-  dpkg-query -W -f '${db:Status-Abbrev} ${Package} ${Version}\n' | sed -n 's/^ii *//p'
-elif command -v rpm >/dev/null; then rpm -qa --qf '%{NAME} %{VERSION}-%{RELEASE}\n'
-elif command -v apk >/dev/null; then apk info -v | sed 's/-\([^-]*-r[0-9]*\)$/ \1/'
-elif command -v pacman >/dev/null; then pacman -Q
+has() { "$1" --version >/dev/null 2>&1; }
+if has dpkg-query; then dpkg-query -W -f '${db:Status-Abbrev} ${Package} ${Version}\n' | sed -n 's/^ii *//p'
+elif has rpm; then rpm -qa --qf '%{NAME} %{VERSION}-%{RELEASE}\n'
+elif has apk; then apk info -v | sed 's/-\([^-]*-r[0-9]*\)$/ \1/'
+elif has pacman; then pacman -Q
 fi
 """
 # What makes two machines of one image the same machine, and what let this build in.
