@@ -22,6 +22,8 @@ class Page:
     ranges: bool = True
     # False: sends the range that was asked for although the file is another one now.
     heeds_if_range: bool = True
+    # Bytes it sends at most where a range was asked for, and says so.
+    part: int | None = None
     chunked: bool = False
     claims: int | None = None
     statuses: list[int] = field(default_factory=list)
@@ -95,11 +97,13 @@ class _Handler(BaseHTTPRequestHandler):
                 self._head(416, {**headers, "Content-Range": f"bytes */{len(data)}", "Content-Length": "0"})
                 return
             total = page.claims if page.claims is not None else len(data)
-            headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
+            data = data if page.part is None else data[: start + page.part]
+            headers["Content-Range"] = f"bytes {start}-{(total if page.part is None else len(data)) - 1}/{total}"
         if page.chunked:
             headers["Transfer-Encoding"] = "chunked"
         else:
-            headers["Content-Length"] = str((page.claims if page.claims is not None else len(data)) - start)
+            claims = page.claims if page.claims is not None and page.part is None else len(data)
+            headers["Content-Length"] = str(claims - start)
         self._head(status, headers)
         stop = page.stop_after.pop(0) if page.stop_after else None
         try:

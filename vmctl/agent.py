@@ -9,7 +9,7 @@ import base64
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,7 +184,7 @@ def freeze(host: Host, name: str) -> int:
         return 0
     try:
         return int(ask("guest-fsfreeze-freeze", deadline_s=_FREEZE_S))
-    except (VmctlError, KeyboardInterrupt):
+    except (VmctlError, KeyboardInterrupt, Interrupted):
         quietly(lambda: ask("guest-fsfreeze-thaw"))
         raise
 
@@ -248,6 +248,14 @@ class Glance:
 
     state: str
     addresses: tuple[GuestAddress, ...] = ()
+
+    def reachable(self, macs: Collection[str]) -> tuple[str, str]:
+        """The first IPv4 address others may reach it at, of a card with one of those MACs, and that MAC; or "", ""."""
+        for one in self.addresses:
+            plain = one.address.partition("/")[0]
+            if one.mac.lower() in macs and "." in plain and not plain.startswith("169.254."):
+                return plain, one.mac.lower()
+        return "", ""
 
 
 def glance(host: Host, name: str, *, active: bool) -> Glance:

@@ -57,13 +57,18 @@ def is_archive(file: IO[bytes]) -> bool:
 
 
 def open_disk(
-    file: IO[bytes], path: Path, folder: Path, *, most_bytes: int, moved: Callable[[int], None] = lambda _n: None
+    file: IO[bytes],
+    path: Path,
+    folder: Path,
+    *,
+    what: str,
+    most_bytes: int,
+    moved: Callable[[int], None] = lambda _n: None,
 ) -> Enclosed:
     """Find the disk of the archive ``file`` (open, at ``path``), writing it into ``folder`` unless it lies plain there.
 
-    Raises ImageError.
+    Raises ImageError ``cannot WHAT: REASON``.
     """
-    what = f"import {path}"
     try:
         wanted = _wanted(file, most_bytes)
         return _take(file, path, folder, wanted, most_bytes, moved)

@@ -105,7 +105,7 @@ def _look(host: Host, name: str) -> Detail:
         firmware=facts.firmware,
         image=record.image if record else "",
         image_digest=record.image_digest if record else "",
-        address=addresses_of(host, [entry])(short),
+        address=addresses_of(host, [entry], lambda _name: agent)(entry),
         addresses=agent.addresses,
         ssh_user=ssh.user if ssh else "",
         ssh_host_key=ssh.host_key if ssh else "",

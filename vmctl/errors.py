@@ -90,6 +90,10 @@ class ImageError(VmctlError):
     exit_code = 10
 
 
+class NoRoom(ImageError):
+    """There is no room for an image, which may be good: with more room, what is there of it can be used."""
+
+
 class PreflightFailed(VmctlError):
     """What was asked cannot go well. Carries every problem found with its mend, before anything was changed."""
 
@@ -127,10 +131,18 @@ class PartialFailure(VmctlError):
         self.failures = dict(failures)
 
 
-class Interrupted(VmctlError):
-    """The user or a supervisor asked vmctl to stop (SIGINT, SIGTERM)."""
+class Interrupted(BaseException):
+    """The user or a supervisor asked vmctl to stop (SIGINT, SIGTERM).
+
+    No VmctlError, as KeyboardInterrupt is no Exception: who copes with what fails must not go on after it.
+    """
 
     exit_code = 130
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
 
 
 def reason(error: Exception, *, path: bool = False) -> str:

@@ -87,11 +87,8 @@ def _told_by_agent(host: Host, vm: Domain) -> Address | None:
     if vm.state is not State.RUNNING or not vm.facts.agent:
         return None
     macs = {nic.mac for nic in vm.facts.nics}
-    for one in agent.glance(host, vm.name, active=True).addresses:
-        plain = one.address.partition("/")[0]
-        if one.mac.lower() in macs and "." in plain and not plain.startswith("169.254."):
-            return Address(plain, 22, one.mac.lower(), "")
-    return None
+    found, mac = agent.glance(host, vm.name, active=True).reachable(macs)
+    return Address(found, 22, mac, "") if found else None
 
 
 class Vigil:

@@ -27,6 +27,7 @@ PACKAGES = (
     "swtpm",
     "swtpm-tools",
     "openssh-client",
+    "openssl",
 )
 _LOOK_S, _INSTALL_S, _STEP_S = 30.0, 1800.0, 120.0
 _LOOK = r"""
@@ -143,6 +144,11 @@ def apply(fleet: Fleet, entry: HostEntry, machine: Machine, wanted: Sequence[Cha
             raise VmctlError(f"cannot set up {called(entry)}: {change.what}: {words[-1] if words else done.code}")
 
 
+def as_root(fleet: Fleet, entry: HostEntry, script: str, *, timeout_s: float) -> host_ssh.Answer:
+    """What a script of sh's says there, as root. Raises HostUnreachable."""
+    return host_ssh.run(entry, fleet.folders.runtime, "sh", "-c", _AS_ROOT, "sh", script, timeout_s=timeout_s)
+
+
 def furnishings(fleet: Fleet, entry: HostEntry) -> tuple[str, ...]:
     """Of what vmctl keeps on a host by libvirt, what is not there yet."""
     with fleet.open(entry) as host:
@@ -192,7 +198,7 @@ class _Home:
 
 def _home(fleet: Fleet, entry: HostEntry) -> _Home | None:
     try:
-        said = host_ssh.run(entry, fleet.folders.runtime, "sh", "-c", _AS_ROOT, "sh", _PEER_LOOK, timeout_s=_LOOK_S).out
+        said = as_root(fleet, entry, _PEER_LOOK, timeout_s=_LOOK_S).out
     except HostUnreachable:
         return None
     key, _, rest = said.partition("\n")

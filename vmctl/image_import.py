@@ -21,12 +21,12 @@ from vmctl import archives, disk_header, images, qemu_img
 from vmctl.archives import Enclosed
 from vmctl.disk_header import DiskHeader, Window
 from vmctl.durable import written_as_it_grows
-from vmctl.errors import ImageError, SpecError, reason
+from vmctl.errors import ImageError, NoRoom, SpecError, reason
 from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
 from vmctl.manifest import NAME, Manifest, NewImage
 
-BOOTS = ("bios", "uefi")
+BOOTS = ("bios", "uefi", "uefi-secure")
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
 _ARCHITECTURE = re.compile(r"[a-z0-9_]{1,20}")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
@@ -57,6 +57,16 @@ class Wish:
     architecture: str = ""
     most_bytes: int = disk_header.DEFAULT_MOST_BYTES
 
+    @property
+    def title(self) -> str:
+        """What the user calls it."""
+        return self.source or str(self.file)
+
+    @property
+    def short(self) -> str:
+        """The same in a word."""
+        return self.name if self.source else self.file.name
+
 
 def name_for(file: Path) -> str:
     """An image name made from a file's; "" when nothing is left of it."""
@@ -77,7 +87,7 @@ def problems(wish: Wish) -> list[str]:
     if wish.checksum and not _CHECKSUM.fullmatch(wish.checksum.lower()):
         found.append("the checksum is not sha256: with 64 hex digits or sha512: with 128")
     if not wish.boots or set(wish.boots) - set(BOOTS):
-        found.append(f"--boots takes {' and '.join(BOOTS)}, not {','.join(wish.boots)!r}")
+        found.append(f"--boots takes {', '.join(BOOTS)}, not {','.join(wish.boots)!r}")
     if wish.architecture and not _ARCHITECTURE.fullmatch(wish.architecture):
         found.append(f"{wish.architecture!r} is no architecture, such as x86_64 or aarch64")
     if wish.user and not _USER.fullmatch(wish.user):
@@ -90,7 +100,7 @@ def problems(wish: Wish) -> list[str]:
 def import_image(host: Host, wish: Wish, report: Reporter) -> Manifest:
     """Import a disk image, an .ova or a Vagrant .box. Raises SpecError, ImageError."""
     if found := problems(wish):
-        raise SpecError(f"cannot import {wish.file}", problems=found)
+        raise SpecError(f"cannot import {wish.title}", problems=found)
     name = wish.name or name_for(wish.file)
     try:
         with _opened(wish.file) as handle, images.making(host, name) as folder:
@@ -105,11 +115,12 @@ def import_image(host: Host, wish: Wish, report: Reporter) -> Manifest:
                 after.st_mtime_ns,
                 after.st_ctime_ns,
             ):
-                raise ImageError(f"cannot import {wish.file}: it was changed while it was read")
+                raise ImageError(f"cannot import {wish.title}: it was changed while it was read")
             return images.add(host, _new_image(name, wish, disk, header, copied), report)
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-        raise ImageError(f"cannot import {wish.file}: {reason(error)}", hint="make room" if full else "") from error
+        kind = NoRoom if full else ImageError
+        raise kind(f"cannot import {wish.title}: {reason(error)}", hint="make room" if full else "") from error
 
 
 @contextmanager
@@ -133,10 +144,10 @@ def _check_sum(handle: int, wish: Wish, size: int, report: Reporter) -> None:
         while data := file.read(_CHUNK):
             summed.update(data)
             done += len(data)
-            report(Progress(f"{kind} of {wish.file.name}", done, size))
+            report(Progress(f"{kind} of {wish.short}", done, size))
     if summed.hexdigest() != digits:
         raise ImageError(
-            f"cannot import {wish.file}: its {kind} is {summed.hexdigest()}, not the one given",
+            f"cannot import {wish.title}: its {kind} is {summed.hexdigest()}, not the one given",
             hint="get it again; it is cut short, or not what was published",
         )
 
@@ -144,7 +155,7 @@ def _check_sum(handle: int, wish: Wish, size: int, report: Reporter) -> None:
 def _room(folder: Path) -> int:
     free = shutil.disk_usage(folder).free - _KEPT_FREE
     if free <= 0:
-        raise ImageError(f"cannot import into {folder}: its disk is full", hint="make room")
+        raise NoRoom(f"cannot import into {folder}: its disk is full", hint="make room")
     return free
 
 
@@ -154,16 +165,17 @@ def _disk(handle: int, folder: Path, wish: Wish, report: Reporter) -> Enclosed:
     with os.fdopen(os.dup(handle), "rb") as file:
         if wish.format == "raw" or not archives.is_archive(file):
             return Enclosed("", wish.file, 0, size, wish.format)
-        report(Step(f"looking through {wish.file.name}"))
+        report(Step(f"looking through {wish.short}"))
         found = archives.open_disk(
             file,
             wish.file,
             folder,
+            what=f"import {wish.title}",
             most_bytes=min(wish.most_bytes, max(_room(folder), size)),
-            moved=lambda done: report(Progress(f"unpacking {wish.file.name}", done, 0)),
+            moved=lambda done: report(Progress(f"unpacking {wish.short}", done, 0)),
         )
     if wish.format and found.format and wish.format != found.format:
-        raise ImageError(f"cannot import {wish.file}: its disk is {found.format}, not {wish.format}")
+        raise ImageError(f"cannot import {wish.title}: its disk is {found.format}, not {wish.format}")
     return found
 
 
@@ -179,11 +191,11 @@ def _part(disk: Enclosed, file: Path, handle: int) -> Iterator[int]:
 
 def _copy(handle: int, disk: Enclosed, folder: Path, wish: Wish, report: Reporter) -> tuple[DiskHeader, Path]:
     """The disk's header, and a copy as qcow2. Nothing but a sound header lets qemu-img see it."""
-    what = f"import {wish.file}"
+    what = f"import {wish.title}"
     asked = wish.format or disk.format
-    header = disk_header.check(
-        Window(handle, disk.size, disk.start), what=what, asked=asked, most_bytes=wish.most_bytes
-    )
+    window = Window(handle, disk.size, disk.start)
+    header = disk_header.check(window, what=what, asked=asked, most_bytes=wish.most_bytes)
+    disk_header.check_whole(window, header, what=what)
     whole = not disk.start and disk.size == os.fstat(handle).st_size
     source = qemu_img.Source(handle, header.format, disk.start, 0 if whole else disk.size)
     seen = qemu_img.inspect(source, what=what)
@@ -192,7 +204,7 @@ def _copy(handle: int, disk: Enclosed, folder: Path, wish: Wish, report: Reporte
             f"cannot {what}: qemu-img sees {seen.format} of {seen.virtual_size} bytes where its header says"
             f" {header.format} of {header.virtual_size}"
         )
-    report(Step(f"{wish.file.name} is {header.format}, {header.virtual_size >> 20} MiB"))
+    report(Step(f"{wish.short} is {header.format}, {header.virtual_size >> 20} MiB"))
     target = folder / "disk.qcow2"
     with written_as_it_grows(target):
         qemu_img.copy(
@@ -202,7 +214,7 @@ def _copy(handle: int, disk: Enclosed, folder: Path, wish: Wish, report: Reporte
             what=what,
             limits=_limits(folder, disk.size),
             moved=lambda share: report(
-                Progress(f"copying {wish.file.name}", int(share * header.virtual_size), header.virtual_size)
+                Progress(f"copying {wish.short}", int(share * header.virtual_size), header.virtual_size)
             ),
         )
     with _opened(target) as written:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vmctl import copying, creation, deletion, guest, images, lifecycle, qemu_img, readiness
@@ -38,6 +39,15 @@ chown -R 0:0 "./$2"
 [ -z "$4" ] || chmod "$4" "./$2"
 mkdir -p "$(dirname "$3")"
 if [ -d "./$2" ]; then cp -aT "./$2" "$3"; else cp -a "./$2" "$3"; fi
+"""
+# A line for each package, its name and version; nothing where no package manager is.
+_SOFTWARE = r"""
+if command -v dpkg-query >/dev/null; then
+  dpkg-query -W -f '${db:Status-Abbrev} ${Package} ${Version}\n' | sed -n 's/^ii *//p'
+elif command -v rpm >/dev/null; then rpm -qa --qf '%{NAME} %{VERSION}-%{RELEASE}\n'
+elif command -v apk >/dev/null; then apk info -v | sed 's/-\([^-]*-r[0-9]*\)$/ \1/'
+elif command -v pacman >/dev/null; then pacman -Q
+fi
 """
 # What makes two machines of one image the same machine, and what let this build in.
 _SEAL = """
@@ -113,17 +123,19 @@ def _layer(
             readiness.wait_for(host, made, Goal.SSH, timeout_s=budget, report=report)
             if goal is Goal.CLOUD_INIT:  # or its package work would be in the way of ours
                 readiness.wait_for(host, made, goal, timeout_s=readiness.default_timeout_s(made, goal), report=report)
-            _take_step(host, machine, base.manifest, recipe.steps[number], report)
+            packages = _take_step(host, machine, base.manifest, recipe.steps[number], report)
             lifecycle.stop(host, machine, report, timeout_s=_STOP_TIMEOUT_S)
             overlay = next(disk.source for disk in domain.find(host.conn, machine).facts.disks)
             qemu_img.convert(Path(overlay), "qcow2", folder / "disk.qcow2", "qcow2")
         finally:
             quietly(lambda: deletion.delete(host, machine, report))
         step_of = "" if name == recipe.name else recipe.name
-        return images.add(host, _new(base, name, keys[: number + 1], folder / "disk.qcow2", step_of), report)
+        new = _new(base, name, keys[: number + 1], folder / "disk.qcow2", step_of)
+        return images.add(host, replace(new, software=packages or new.software), report)
 
 
-def _take_step(host: Host, machine: str, manifest: Manifest, step: BuildStep, report: Reporter) -> None:
+def _take_step(host: Host, machine: str, manifest: Manifest, step: BuildStep, report: Reporter) -> dict[str, str]:
+    """Do what a step says; returns the packages that are in the guest then, with their versions."""
     if step.packages:
         _run(
             host,
@@ -146,17 +158,31 @@ def _take_step(host: Host, machine: str, manifest: Manifest, step: BuildStep, re
         )
     for command in step.commands:
         _run(host, machine, manifest, ["sh", "-c", command], f"run {command!r}")
+    told = _run(host, machine, manifest, ["sh", "-c", _SOFTWARE], "list the packages")
     _run(host, machine, manifest, ["sh", "-c", _SEAL], "clean up")
+    return software(told)
 
 
-def _run(host: Host, machine: str, manifest: Manifest, argv: list[str], what: str) -> None:
-    """Run a command as root in the build guest. Raises GuestCommandFailed with the last lines it said."""
-    said = bytearray()
+def software(told: str) -> dict[str, str]:
+    """Versions by package, in order, from lines of both; others are passed over. Pure."""
+    pairs = (line.split(" ") for line in told.splitlines())
+    return dict(sorted((pair[0], pair[1]) for pair in pairs if len(pair) == 2 and all(pair)))
+
+
+def _run(host: Host, machine: str, manifest: Manifest, argv: list[str], what: str) -> str:
+    """What a command, run as root in the build guest, prints. Raises GuestCommandFailed with the last lines it said."""
+    said, out = bytearray(), bytearray()
+
+    def heard(data: bytes) -> None:
+        said.extend(data)
+        out.extend(data)
+
     prefix = [] if manifest.default_user == "root" else ["sudo", "-n"]
-    code = guest.execute(host, machine, [*prefix, *argv], stdin=None, out=said.extend, err=said.extend)
+    code = guest.execute(host, machine, [*prefix, *argv], stdin=None, out=heard, err=said.extend)
     if code:
         lines = said.decode(errors="replace").splitlines()[-_LINES:]
         raise GuestCommandFailed(f"cannot {what} in the build guest: exit code {code}", evidence=lines)
+    return out.decode(errors="replace")
 
 
 def _new(base: Image, name: str, keys: Sequence[str], disk: Path, step_of: str = "") -> NewImage:

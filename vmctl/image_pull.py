@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from vmctl import catalog, checksums, download, image_import, images, pulls, web
 from vmctl.catalog import Entry
 from vmctl.checksums import Checksum
 from vmctl.download import Patience
-from vmctl.errors import Conflict, ImageError, SpecError
+from vmctl.errors import Conflict, ImageError, NoRoom, SpecError
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.manifest import NAME, Manifest
@@ -20,6 +22,7 @@ from vmctl.manifest import NAME, Manifest
 # Longer than any sensible download; whoever waits may press Ctrl-C.
 _WAIT_FOR_ANOTHER_S = 24 * 3600.0
 _PATIENCE = Patience()
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +51,27 @@ def pull(
     checksum: str = "",
     verify: bool = True,
     patience: Patience = _PATIENCE,
+    told: Mapping[str, str | tuple[str, ...]] = _NOTHING,
 ) -> Manifest:
     """Get the image ``what``, a name in the catalogue or a URL, into the store as ``name``.
 
     ``checksum`` is "sha256:…", "sha512:…" or the URL of a checksum file, and goes before the catalogue's. Without
-    ``verify`` nothing is checked, and the manifest says so for ever. Raises SpecError, NotFound, ImageError.
+    ``verify`` nothing is checked, and the manifest says so for ever. ``told`` is what the user knows of the image, by
+    the names of Entry's fields, and goes before the catalogue's. Raises SpecError, NotFound, ImageError.
     """
-    entry = _entry(host, what, name)
+    known: dict[str, Any] = dict(told)
+    entry = replace(_entry(host, what, name), **known)
+    if found := image_import.problems(_wish(Path(entry.name), entry, None)):
+        raise SpecError(f"cannot pull {what}", problems=found)
     if checksum and not verify:
         raise SpecError("cannot both check the checksum and not", hint="either --checksum or --no-verify")
     expected = _expected(entry, checksum, report, patience) if verify else None
     before = {manifest.stem for manifest in images.list_images(host)}
     if present := _present(host, entry, expected, before):
-        return _again(host, present, report)
+        return _again(host, replace(present, **known), report)
     with _alone(host, entry.name, report) as waited:
         if waited and (present := _present(host, entry, expected, before)):
-            return _again(host, present, report)
+            return _again(host, replace(present, **known), report)
         partial = pulls.partial(host, entry.name)
         _make(partial.parent)
         download.fetch(entry.url, partial, entry.name, report, patience)
@@ -71,7 +79,14 @@ def pull(
             report(Warned(f"image {entry.name} is taken without having been checked against anything"))
         else:
             _check(entry, partial, expected, report)
-        manifest = _take(host, partial, entry, expected, report)
+        try:
+            manifest = _take(host, partial, entry, expected, report)
+        except NoRoom:
+            raise
+        except ImageError as error:
+            download.discard(partial)  # or the next pull would take the same for whole and ask nobody
+            error.hint = "it was removed; does that lead to a whole disk image?"
+            raise
         download.discard(partial)
     if expected is not None:
         _remind(manifest, report)
@@ -134,11 +149,12 @@ def _remind(manifest: Manifest, report: Reporter) -> None:
 
 
 def _again(host: Host, present: Manifest, report: Reporter) -> Manifest:
+    """The image that is in the store already, with what the user says of it now."""
     # A pull that was killed at its very end leaves its download.
     with suppress(Conflict, OSError), pulls.alone(host, present.name):
         download.discard(pulls.partial(host, present.name))
     with images.making(host, present.name):
-        return images.renew(host, present, report)
+        return images.renew(host, images.find(host, present.stem).manifest, report, present)
 
 
 def _make(folder: Path) -> None:
@@ -183,7 +199,11 @@ def _check(entry: Entry, partial: Path, expected: Checksum, report: Reporter) ->
 
 def _take(host: Host, file: Path, entry: Entry, expected: Checksum | None, report: Reporter) -> Manifest:
     """Put the downloaded file into the store, the way any file of unknown origin goes."""
-    wish = image_import.Wish(
+    return image_import.import_image(host, _wish(file, entry, expected), report)
+
+
+def _wish(file: Path, entry: Entry, expected: Checksum | None) -> image_import.Wish:
+    return image_import.Wish(
         file,
         name=entry.name,
         os_name=entry.os,
@@ -195,4 +215,3 @@ def _take(host: Host, file: Path, entry: Entry, expected: Checksum | None, repor
         source=entry.url,
         checked=str(expected or ""),
     )
-    return image_import.import_image(host, wish, report)

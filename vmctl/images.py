@@ -79,24 +79,35 @@ def list_images(host: Host) -> tuple[Manifest, ...]:
 
 
 def find(host: Host, name: str) -> Image:
-    """The image ``name`` (newest of that name), ``name-DIGEST``, ``DIGEST``, or the one so tagged. Raises NotFound."""
+    """The image ``name`` (newest of that name), ``name-DIGEST``, ``DIGEST``, or the one so tagged; or the catalogue's.
+
+    What the catalogue calls ``name`` besides is found under its own name. Raises NotFound.
+    """
     known = list_images(host)
     own = (manifest for manifest in known if name in {manifest.name, manifest.stem, manifest.short})
     tagged = (manifest for manifest in known if name in manifest.tags)
     for manifest in (*own, *tagged):
         return with_paths(host, manifest)
-    hint = f"make it: vmctl image build {name}" if has_recipe(name) else _where_from(host, name)
+    meant = _catalogued(host, name)
+    for manifest in known:
+        if manifest.name == meant:
+            return with_paths(host, manifest)
+    hint = "see `vmctl image list`, and `vmctl image search` for what can be pulled"
+    if meant:
+        hint = f"get it: vmctl image pull {name}"
+    if has_recipe(name):
+        hint = f"make it: vmctl image build {name}"
     raise NotFound(f"cannot find image {name}: the store on {host.conn.host} has none of that name", hint=hint)
 
 
-def _where_from(host: Host, name: str) -> str:
+def _catalogued(host: Host, name: str) -> str:
+    """The own name of what can be pulled as ``name``; "" for nothing."""
     from vmctl import catalog  # late: only who lacks an image asks
 
     try:
-        catalog.find(catalog.load(host.folders.config / "catalog.d"), name)
+        return catalog.find(catalog.load(host.folders.config / "catalog.d"), name).name
     except VmctlError:
-        return "see `vmctl image list`, and `vmctl image search` for what can be pulled"
-    return f"get it: vmctl image pull {name}"
+        return ""
 
 
 def with_paths(host: Host, manifest: Manifest) -> Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmctl.errors import NotFound
@@ -12,9 +13,12 @@ from vmctl.hypervisor.inventory import Entry
 from vmctl.hypervisor.states import State
 
 if TYPE_CHECKING:
-    from vmctl.domain_brief import Brief
+    from vmctl.agent import Glance
     from vmctl.hosts import Host
     from vmctl.record import Record
+
+
+_ARP, _COMPLETE = Path("/proc/net/arp"), 0x2
 
 
 class Row(NamedTuple):
@@ -59,7 +63,7 @@ def shown_state(state: State, record: Record | None) -> State:
     return State.CREATING if record is not None and record.creating else state
 
 
-def _row(entry: Entry, addresses: Callable[[Brief | None], str], host: str) -> Row:
+def _row(entry: Entry, addresses: Callable[[Entry], str], host: str) -> Row:
     facts = entry.facts
     record = facts.record if facts else None
     return Row(
@@ -68,7 +72,7 @@ def _row(entry: Entry, addresses: Callable[[Brief | None], str], host: str) -> R
         accel=facts.accel or "" if facts else "",
         vcpus=entry.vcpus,
         memory_mib=entry.memory_mib,
-        address=addresses(facts),
+        address=addresses(entry),
         host=host,
         image=record.image if record else "",
         uptime_s=entry.uptime_s,
@@ -77,29 +81,56 @@ def _row(entry: Entry, addresses: Callable[[Brief | None], str], host: str) -> R
     )
 
 
-def addresses_of(host: Host, entries: Iterable[Entry]) -> Callable[[Brief | None], str]:
-    """A look-up of addresses: reservations and leases of the networks in use, read once each."""
-    used = {source for entry in entries if entry.facts for _, source in entry.facts.nics}
+def addresses_of(
+    host: Host, entries: Iterable[Entry], glance: Callable[[str], Glance] | None = None
+) -> Callable[[Entry], str]:
+    """A look-up of addresses: reservations and leases of the networks in use, read once each.
+
+    On a network to which libvirt gives no addresses, a bridged one, what this machine has lately heard of its
+    neighbours is all that a list may ask; ``glance`` is what the guest's agent said, for who has asked it.
+    """
+    used: dict[str, set[str]] = {}
+    for mac, source in (nic for entry in entries if entry.facts for nic in entry.facts.nics):
+        used.setdefault(source, set()).add(mac)
     known: dict[str, str] = {}
+    given: set[str] = set()
     if used and host.conn.qemu and not host.conn.session:
         from vmctl.hypervisor import network  # late: without a card there is nothing to look up
 
         for net in network.all_networks(host.conn):
+            if net.gateway:
+                given.add(net.name)
             if net.name in used:
-                leases = () if net.name == host.settings.network else network.leases(host.conn, net.name)
-                known |= {lease.mac: lease.address for lease in leases}
-                known |= {entry.mac: entry.address for entry in net.reservations}
+                kept = {entry.mac: entry.address for entry in net.reservations}
+                if used[net.name] - kept.keys():  # a card whose MAC the user chose has none on vmctl's network either
+                    known |= {lease.mac: lease.address for lease in network.leases(host.conn, net.name)}
+                known |= kept
+        if used.keys() - given and host.conn.local:
+            known = neighbours(_ARP) | known
 
-    def look_up(facts: Brief | None) -> str:
+    def look_up(entry: Entry) -> str:
+        facts = entry.facts
         if facts is None:
             return ""
         if facts.record and facts.record.ssh and facts.record.ssh.forward_port:
             return f"127.0.0.1:{facts.record.ssh.forward_port}"
         if facts.record and facts.record.ssh and facts.record.ssh.address:
             return facts.record.ssh.address
-        return next((known[mac] for mac, _ in facts.nics if mac in known), "")
+        if found := next((known[mac] for mac, _ in facts.nics if mac in known), ""):
+            return found
+        bridged = {mac.lower() for mac, source in facts.nics if source not in given}
+        return glance(entry.name).reachable(bridged)[0] if glance and bridged else ""
 
     return look_up
+
+
+def neighbours(table: Path) -> dict[str, str]:
+    """Addresses by MAC, of what the kernel has heard of (proc(5), /proc/net/arp)."""
+    try:
+        rows = [line.split() for line in table.read_text().splitlines()[1:]]
+    except OSError:
+        return {}
+    return {row[3].lower(): row[0] for row in rows if len(row) > 3 and int(row[2], 16) & _COMPLETE}
 
 
 def is_glob(pattern: str) -> bool:

@@ -20,14 +20,14 @@ from vmctl.hypervisor.migration import Copying, Orders, Way
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_facts import Found
 from vmctl.migrate_files import File
-from vmctl.migrate_outcome import Seen, Where, judge
+from vmctl.migrate_outcome import CUT_OFF, Seen, Where, judge
 from vmctl.migrate_policy import Policy
 from vmctl.migrate_problems import Problem, fatal, problems
 from vmctl.migrate_watch import Run
 from vmctl.outage import Probe
 from vmctl.wait import pause
 
-_SETTLE_S = 40.0
+_SETTLE_S, _STILL_S = 40.0, 4.0
 _LOOK_S = 0.5
 
 
@@ -79,12 +79,19 @@ class Moved:
 
 def check(ends: Ends, name: str, wish: Wish) -> tuple[Problem, ...]:
     """All that stands against it, and notes. Changes nothing."""
+    ends.asking().back()
     return problems(_look(ends, name, wish).facts)
 
 
 def _look(ends: Ends, name: str, wish: Wish) -> Found:
     return migrate_facts.gather(
-        ends.fleet, ends.source, ends.target, name, way=wish.way, copying=wish.copying, postcopy=wish.policy.postcopy
+        ends.source,
+        ends.target,
+        name,
+        ends.asking(),
+        way=wish.way,
+        copying=wish.copying,
+        postcopy=wish.policy.postcopy,
     )
 
 
@@ -128,10 +135,12 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         for one in everything:
             report(Warned(one.what, one.mend))
         if looked.vm.active and emulated(looked.vm):
-            report(Warned(*_EMULATED[_sends_live(looked.vm, wish)]))
+            what, otherwise = _EMULATED[_sends_live(looked.vm, wish)]
+            report(Warned(what.format(name), otherwise))
         if wish.policy.postcopy and looked.vm.active:
             text = (
-                f"--postcopy: if a host or the way between is lost in its second half, {name} is lost with what it did"
+                f"--postcopy: if a host, its libvirt or the way between is lost in its second half, "
+                f"{name} is lost with what it did"
             )
             report(Warned(text))
         return _live(ends, looked, wish, report) if looked.vm.active else _offline(ends, looked, wish, report)
@@ -151,11 +160,11 @@ def adjust(source: Host, name: str, *, bandwidth: int, downtime_ms: int | None) 
 # lists were broken. A page is marked as changed before it is written to, and the mark may be taken in between.
 _EMULATED = {
     False: (
-        "it runs emulated: it is held while its memory is sent, for QEMU loses writes otherwise",
+        "{} runs emulated: it is held while its memory is sent, for QEMU loses writes otherwise",
         "--live sends it while it runs",
     ),
     True: (
-        "it runs emulated: QEMU may lose writes of its while it is sent live",
+        "{} runs emulated: QEMU may lose writes of its while it is sent live",
         "without --live it is held meanwhile",
     ),
 }
@@ -181,15 +190,20 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
     text = domain.xml(ends.source.conn, vm.name, inactive=True, secure=True)
     with migrate_storage.made(ends, looked.look.makes, report) as undo:
         domain.define(ends.target.conn, text, name=vm.name)
-        undo.callback(lambda: quietly(lambda: domain.undefine(ends.target.conn, vm.name)))
+        undo.callback(lambda: quietly(lambda: domain.undefine(ends.target.conn, vm.name, keep_nvram=True)))
         domain.set_autostart(ends.target.conn, vm.name, on=vm.autostart)
         if not wish.keep:
-            domain.undefine(ends.source.conn, vm.name)
+            domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))
         undo.pop_all()
     migrate_storage.unmark(ends.target, looked.look.makes)
     _clear_source(ends, looked, wish, report)
     here, there = ends.names
     return Moved(vm.name, vm.uuid, here, there, Mode.STOPPED, time.monotonic() - began, copied=_paths(looked))
+
+
+def _shares_nvram(looked: Found) -> bool:
+    """Whether the UEFI variables here are those there: they must not go with the definition."""
+    return any(need.shared and need.path == looked.vm.facts.nvram for need in looked.facts.needs)
 
 
 def _paths(looked: Found) -> tuple[str, ...]:
@@ -200,7 +214,7 @@ def _clear_source(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
     """What was the VM's own here and lies on no shared storage goes, and so does what we know of its old place."""
     if wish.keep:
         return
-    left = [need.path for need in looked.facts.needs if not need.shared]
+    left = [*(need.path for need in looked.facts.needs if not need.shared), *looked.look.obsolete]
     try:
         if left:
             migrate_storage.clear_source(ends.source, looked.vm, looked.files, left, report)
@@ -254,6 +268,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
         report(Step(f"{vm.name}: {here} -> {there}, {mode}, {wish.way}"))
         with _probe(ends.source, looked) as probe:
             answering = probe is not None and probe.answers()
+            ends.asking().back()  # it has no say in this, and is told of at the end
             began = time.monotonic()
             run = migrate_watch.run(ends, vm.name, orders(ends, vm, wish, looked.look.disks), wish.policy, report)
             took = time.monotonic() - began
@@ -264,15 +279,18 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
             if where not in {Where.STAYED, Where.HALF}:
                 undo.pop_all()  # the VM may need those files there
             elif where is Where.HALF:
-                domain.resume(ends.source.conn, vm.name)
+                quietly(lambda: domain.resume(ends.source.conn, vm.name))
+                where, seen = settle(ends, vm.uuid)
         else:
             undo.pop_all()
     if where is not Where.MOVED:
         raise _failed(ends, vm.name, run, where, seen)
     end_on_target(ends, looked, wish, report)
+    for late in migrate_facts.notes_of(ends.asking().answer(wish.way), looked.facts):
+        report(Warned(late.what, late.mend))
     if run.interrupted and not run.postcopy:
         report(Warned(f"{vm.name} had moved before it could be stopped"))
-    totals = migration.totals(ends.target.conn, vm.name)
+    totals = _totals(ends, vm.name)
     return Moved(
         vm=vm.name,
         uuid=vm.uuid,
@@ -289,23 +307,45 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
     )
 
 
+def _totals(ends: Ends, name: str) -> migration.Totals | None:
+    try:
+        return migration.totals(ends.target.conn, name)
+    except VmctlError:
+        return None  # it has moved, and has ended there since, or the host has
+
+
 def _take_away(ends: Ends, file: File) -> None:
     migrate_storage.remove(ends.target, file)
 
 
 def settle(ends: Ends, uuid: str) -> tuple[Where, tuple[Seen, Seen]]:
     """Where it is, from both hosts, once they have come to an end with it, as far as they do in time."""
-    deadline = time.monotonic() + _SETTLE_S
+    began = changed = time.monotonic()
+    before: tuple[Seen, Seen] | None = None
     while True:
-        seen = ends.seen(uuid)
+        seen, now = ends.seen(uuid), time.monotonic()
         where = judge(*seen)
+        if seen != before:
+            before, changed = seen, now
         ended = where in {Where.MOVED, Where.STAYED} and not (seen[0].there and seen[1].there)
-        if ended or where in {Where.LOST, Where.POSTCOPY} or time.monotonic() >= deadline:
+        ended = ended or where is Where.LOST or (where is Where.POSTCOPY and CUT_OFF in {seen[0].why, seen[1].why})
+        if ended or now - began >= _SETTLE_S:
+            return where, seen
+        # A libvirtd that died leaves its VM paused, for it cannot know; nobody else is going to settle that.
+        if where in {Where.MOVED, Where.HALF} and now - changed >= _STILL_S and not _busy(ends, uuid):
             return where, seen
         pause(_LOOK_S)
 
 
-def _failed(ends: Ends, name: str, run: Run, where: Where, seen: tuple[Seen, Seen]) -> VmctlError:
+def _busy(ends: Ends, uuid: str) -> bool:
+    """Whether the source still works at it, or does not say."""
+    try:
+        return migration.busy(ends.source.conn, uuid)
+    except VmctlError:
+        return True
+
+
+def _failed(ends: Ends, name: str, run: Run, where: Where, seen: tuple[Seen, Seen]) -> MigrationFailed | Interrupted:
     """The error for a VM that did not move, which says where it is."""
     here, there = ends.names
     states = f"on {here} it is {seen[0].told}, on {there} {seen[1].told}"
@@ -328,11 +368,13 @@ def _failed(ends: Ends, name: str, run: Run, where: Where, seen: tuple[Seen, See
     hints = {
         Where.POSTCOPY: f"{again} goes on with it, once both reach each other; neither host must be restarted before",
         Where.TWICE: "stop one of them at once: two guests on one disk destroy it",
-        Where.LOST: f"its memory is gone, its disks are not: vmctl start {name} on the host that has it defined",
+        Where.LOST: f"its memory is gone, its disks are not: vmctl stop {name} --force where it still is, and start it "
+        "where it is defined",
     }
-    return MigrationFailed(
-        f"cannot migrate VM {name}: {why}; it is {where}: {states}", hint=hints.get(where, f"{again}, once both answer")
-    )
+    hint = hints.get(where, f"{again}, once both answer")
+    if where is Where.UNKNOWN and not seen[0].known and not seen[1].there:
+        hint += f"; if {here} has lost power, its memory is gone with that"
+    return MigrationFailed(f"cannot migrate VM {name}: {why}; it is {where}: {states}", hint=hint)
 
 
 def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> None:
@@ -344,10 +386,10 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
     try:
         left = domain.find_or_none(ends.source.conn, vm.uuid)
         if left is not None and left.active:  # it ended between two steps of libvirt's; the target has the VM
-            domain.power_off(ends.source.conn, vm.name)
+            quietly(lambda: domain.power_off(ends.source.conn, vm.name))  # which may have just come to its end
             left = domain.find_or_none(ends.source.conn, vm.uuid)
         if left is not None and not wish.keep:
-            domain.undefine(ends.source.conn, vm.name)
+            domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))
     except VmctlError as error:
         text = f"{ends.names[0]} still has a definition of {vm.name}: {error.message}"
         report(Warned(text, f"vmctl migrate {vm.name} --to {ends.names[1]} --recover"))

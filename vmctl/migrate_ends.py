@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 from vmctl import fleet as fleets
 from vmctl.config import HostEntry
 from vmctl.errors import NotFound, VmctlError
 from vmctl.fleet import Fleet
 from vmctl.hosts import Host
 from vmctl.hypervisor import connection, domain, migration
+from vmctl.migrate_facts import Asking
 from vmctl.migrate_outcome import Seen
 
-_OPEN_S, _ASK_S = 25.0, 15.0
+_OPEN_S, _ASK_S, _VALID_S = 25.0, 15.0, 60.0
 
 
 class Ends:
@@ -18,8 +22,36 @@ class Ends:
 
     def __init__(self, fleet: Fleet, source: HostEntry, target: HostEntry) -> None:
         self.fleet = fleet
-        self._entries = {"source": source, "target": target}
+        self._entries = {"source": source, "target": target, "caller": source}
         self._open: dict[str, Host] = {}
+        self._asked: tuple[float, Asking] | None = None
+
+    def open(self) -> None:
+        """Open all connections at once, and ask whether the hosts reach each other. Raises HostUnreachable."""
+        self.asking()
+        failures: dict[str, VmctlError] = {}
+
+        def one(which: str) -> None:
+            try:
+                self._host(which)
+            except VmctlError as error:
+                failures[which] = error
+
+        threads = [threading.Thread(target=one, args=(which,), daemon=True) for which in self._entries]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for which in self._entries:
+            if which in failures:
+                raise failures[which]
+
+    def asking(self) -> Asking:
+        """That question, which is not put again for the VMs that follow within the minute."""
+        if self._asked is None or time.monotonic() - self._asked[0] > _VALID_S:
+            asking = Asking(self.fleet, self._entries["source"], self._entries["target"])
+            self._asked = time.monotonic(), asking
+        return self._asked[1]
 
     def __enter__(self) -> Ends:
         return self
@@ -40,6 +72,14 @@ class Ends:
         return self._host("target")
 
     @property
+    def caller(self) -> Host:
+        """The source once more, for the call that lasts: libvirt's client may let others on its connection wait for it.
+
+        Raises HostUnreachable.
+        """
+        return self._host("caller")
+
+    @property
     def names(self) -> tuple[str, str]:
         """What they are called."""
         return fleets.called(self._entries["source"]), fleets.called(self._entries["target"])
@@ -58,22 +98,24 @@ class Ends:
 
     def seen(self, uuid: str) -> tuple[Seen, Seen]:
         """The VM of that UUID on source and target, asked anew, both at once."""
+        found: dict[str, Seen] = {}
 
-        def ask(entry: HostEntry) -> Seen:
+        def ask(which: str) -> None:
             try:
-                found = domain.find(self._host(self._which(entry)).conn, uuid)
+                vm = domain.find(self._host(which).conn, uuid)
             except NotFound:
-                return Seen(True)
-            return Seen(True, found.state, found.why)
-
-        found = []
-        for which, answer in zip(self._entries, fleets.each([*self._entries.values()], ask, _ASK_S), strict=True):
-            if isinstance(answer[1], VmctlError):
-                self._open.pop(which, None)  # whatever it was, the next question goes over a new connection
-                found.append(Seen(False))
+                found[which] = Seen(True)
+            except VmctlError:
+                pass
             else:
-                found.append(answer[1])
-        return found[0], found[1]
+                found[which] = Seen(True, vm.state, vm.why)
 
-    def _which(self, entry: HostEntry) -> str:
-        return next(which for which, one in self._entries.items() if one is entry)
+        threads = {which: threading.Thread(target=ask, args=(which,), daemon=True) for which in ("source", "target")}
+        deadline = time.monotonic() + _ASK_S
+        for thread in threads.values():
+            thread.start()
+        for which, thread in threads.items():
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if which not in found:
+                self._open.pop(which, None)  # whatever it was, the next question goes over a new connection
+        return found.get("source", Seen(False)), found.get("target", Seen(False))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from vmctl import host_check, host_ssh, migrate_files
+from vmctl.at_once import beside
+from vmctl.config import HostEntry
 from vmctl.errors import VmctlError
 from vmctl.fleet import Fleet
 from vmctl.host_check import SeenFrom
@@ -17,7 +19,7 @@ from vmctl.hypervisor import capabilities, connection, disks, domain, migration,
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.migration import Copying, Way
 from vmctl.migrate_files import File, Look
-from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, VmFacts
+from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, Problem, VmFacts, problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +32,32 @@ class Found:
     look: Look
 
 
-def gather(fleet: Fleet, source: Host, target: Host, name: str, *, way: Way, copying: Copying, postcopy: bool) -> Found:
-    """Ask both. Raises NotFound for a VM that is not there, HostUnreachable."""
-    vm = domain.find(source.conn, name)
-    live = vm.active
-    asking = _Asking(fleet, source, target, way=way) if live else None
-    files = migrate_files.files(source, vm)
-    look = migrate_files.look(source, target, files, live=live, copying=copying)
-    facts = vm_facts(source, vm)
-    here, there = side(source, facts), side(target, facts, space=look)
+def gather(
+    source: Host, target: Host, name: str, asking: Asking, *, way: Way, copying: Copying, postcopy: bool
+) -> Found:
+    """Ask both, at once. Raises NotFound for a VM that is not there, HostUnreachable."""
+    if postcopy:
+        asking.back()  # whether it may
+
+    def there() -> tuple[HostSide, dict[str, tuple[str, ...]]]:
+        return side(target), migrate_files.in_use(target)
+
+    with beside(there) as answered:
+        vm = domain.find(source.conn, name)
+        live = vm.active
+        files = migrate_files.files(source, vm)
+        facts, here = vm_facts(source, vm), side(source)
+        theirs, in_use = answered()
+    look = migrate_files.look(source, target, files, in_use, live=live, copying=copying)
+    free = migration.free_huge_pages(target.conn, facts.huge_pages_kib) if facts.huge_pages_kib else 0
+    theirs = replace(theirs, huge_pages_free=free, space=dict(look.space))
     cpu = _cpu(source, target, vm) if live else Cpu(None, "")
-    ways = asking.answer() if asking else _Ways()
+    ways = asking.answer(way) if live else Ways()
     return Found(
         Facts(
             vm=facts,
             source=here,
-            target=there,
+            target=theirs,
             cpu=cpu,
             needs=look.needs,
             peer_problem=ways.there,
@@ -61,6 +73,12 @@ def gather(fleet: Fleet, source: Host, target: Host, name: str, *, way: Way, cop
         files,
         look,
     )
+
+
+def notes_of(ways: Ways, facts: Facts) -> tuple[Problem, ...]:
+    """What the answers say that keeps nobody from migrating."""
+    late = replace(facts, peer_problem="", back_problem=ways.back, skew_s=ways.skew_s)
+    return tuple(one for one in problems(late) if one.note and one not in problems(facts))
 
 
 def found_after(vm: Domain, needs: tuple[DiskNeed, ...], files: tuple[File, ...], look: Look) -> Found:
@@ -116,8 +134,8 @@ def _share(one: ET.Element) -> str:
     return "" if source is None else source.get("dir", "")
 
 
-def side(host: Host, vm: VmFacts, *, space: Look | None = None) -> HostSide:
-    """One of the hosts, as far as this VM is concerned."""
+def side(host: Host) -> HostSide:
+    """One of the hosts."""
     who, versions, load = capabilities.who(host.conn), connection.versions(host.conn), node.load(host.conn)
     nets = network.all_networks(host.conn)
     return HostSide(
@@ -133,8 +151,6 @@ def side(host: Host, vm: VmFacts, *, space: Look | None = None) -> HostSide:
         networks={net.name: net.active for net in nets},
         nat=frozenset(net.name for net in nets if net.gateway),
         vms=dict(domain.identities(host.conn)),
-        huge_pages_free=migration.free_huge_pages(host.conn, vm.huge_pages_kib) if vm.huge_pages_kib else 0,
-        space=dict(space.space) if space else {},
     )
 
 
@@ -147,7 +163,7 @@ def _cpu(source: Host, target: Host, vm: Domain) -> Cpu:
     return Cpu(offered, vm.facts.cpu)
 
 
-class _Ways(NamedTuple):
+class Ways(NamedTuple):
     """Why the source's libvirt does not reach the target's, why not the other way round, and how far their clocks are
     apart; None where nobody can tell."""
 
@@ -157,21 +173,27 @@ class _Ways(NamedTuple):
     userfaults: bool | None = None
 
 
-class _Asking:
-    """Asks both hosts, over SSH, beside all else: each answer takes a log-in on the way, and one more from there."""
+class Asking:
+    """Asks hosts, over SSH, whether their libvirts reach each other: each answer takes two log-ins, one from there.
 
-    def __init__(self, fleet: Fleet, source: Host, target: Host, *, way: Way) -> None:
-        self._entries = [one for one in (source.entry, target.entry) if one is not None]
-        self._fleet, self._way = fleet, way
+    The source is asked at once, beside all else. The way back, which no migration needs, only when it is wanted.
+    """
+
+    def __init__(self, fleet: Fleet, source: HostEntry, target: HostEntry) -> None:
+        self._entries = [source, target]
+        self._fleet = fleet
         self._found: dict[int, SeenFrom | VmctlError] = {}
-        self._threads = [threading.Thread(target=self._ask, args=(at,), daemon=True) for at in self._askable()]
-        for thread in self._threads:
-            thread.start()
+        self._threads: dict[int, threading.Thread] = {}
+        self._begin(0)
 
-    def _askable(self) -> list[int]:
-        if len(self._entries) < 2:
-            return []
-        return [at for at, entry in enumerate(self._entries) if host_ssh.by_ssh(entry.uri)]
+    def _begin(self, at: int) -> None:
+        if at not in self._threads and host_ssh.by_ssh(self._entries[at].uri):
+            self._threads[at] = threading.Thread(target=self._ask, args=(at,), daemon=True)
+            self._threads[at].start()
+
+    def back(self) -> None:
+        """Ask the target too."""
+        self._begin(1)
 
     def _ask(self, at: int) -> None:
         other = host_ssh.elsewhere(self._entries[1 - at])
@@ -180,16 +202,14 @@ class _Asking:
         except VmctlError as error:
             self._found[at] = error
 
-    def answer(self) -> _Ways:
-        """Once both have answered."""
-        for thread in self._threads:
+    def answer(self, way: Way) -> Ways:
+        """Once all that were asked have answered."""
+        for thread in self._threads.values():
             thread.join()
         told = [self._found.get(at) for at in (0, 1)]
-        problems = [
-            one.message if isinstance(one, VmctlError) else one.problem if one is not None else "" for one in told
-        ]
+        why = [one.message if isinstance(one, VmctlError) else one.problem if one is not None else "" for one in told]
         skews = [one.skew_s for one in told if isinstance(one, SeenFrom)]
         skew = skews[0] - skews[1] if len(skews) == 2 else None
         there = told[1]
         faults = there.userfaults if isinstance(there, SeenFrom) else None
-        return _Ways("" if self._way is Way.DIRECT else problems[0], problems[1], skew, faults)
+        return Ways("" if way is Way.DIRECT else why[0], why[1], skew, faults)

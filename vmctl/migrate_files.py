@@ -75,7 +75,7 @@ def _known(host: Host, vm: Domain, shown: ExitStack) -> dict[str, VolumeFacts]:
     Those are shown as pools until ``shown`` is closed: without, not even the size of a disk is known.
     """
     known = {one.path: one for one in storage.all_volumes(host.conn)}
-    wanted = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=not vm.active)}
+    wanted = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=not vm.active)} | {vm.facts.nvram}
     looked: set[str] = {"", "/dev"}
     while folders := {path.rpartition("/")[0] for path in wanted if path[:1] == "/" and path not in known} - looked:
         looked |= folders
@@ -103,7 +103,7 @@ def _files(host: Host, vm: Domain, known: Mapping[str, VolumeFacts]) -> tuple[Fi
             found.setdefault(below.path, below)
         found[source] = top
     for role, path in ((Role.KERNEL, vm.facts.kernel), (Role.INITRD, vm.facts.initrd), (Role.NVRAM, vm.facts.nvram)):
-        if path:
+        if path and (role is not Role.NVRAM or path in known):  # libvirt makes those at the first start
             found.setdefault(path, _file(host, known.get(path), File(role, path)))
     if vm.facts.serial_log:
         found.setdefault(vm.facts.serial_log, File(Role.LOG, vm.facts.serial_log))
@@ -195,7 +195,8 @@ class Make:
 class Look:
     """What was found: each file with what stands against it, and what is to be made.
 
-    ``leavings``: what libvirt makes there by itself, and leaves when it fails.
+    ``leavings``: what libvirt makes there by itself, and leaves when it fails; ``obsolete``: paths of what it makes
+    there anew, with the same content, and leaves here.
     """
 
     needs: tuple[DiskNeed, ...]
@@ -203,6 +204,7 @@ class Look:
     shared: bool
     space: Mapping[str, int]
     leavings: tuple[File, ...] = ()
+    obsolete: tuple[str, ...] = ()
 
     @property
     def disks(self) -> tuple[str, ...]:
@@ -210,28 +212,38 @@ class Look:
         return tuple(one.file.target for one in self.makes if one.empty)
 
 
-def look(source: Host, target: Host, found: Sequence[File], *, live: bool, copying: Copying) -> Look:
+def look(
+    source: Host,
+    target: Host,
+    found: Sequence[File],
+    in_use: Mapping[str, tuple[str, ...]],
+    *,
+    live: bool,
+    copying: Copying,
+) -> Look:
     """Compare. Changes nothing but for tokens and pools that are gone again."""
     local = [one for one in found if not one.network]
     both = shared_folders(source, target, (one.folder for one in local))
-    in_use = _in_use(target)
     own = {images.pool_path(target, leaf) for leaf in (target.settings.pool, target.settings.image_pool)}
     needs: list[DiskNeed] = []
     makes: list[Make] = []
     leavings: list[File] = []
+    obsolete: list[str] = []
     for one in found:
         if one.network or one.folder in both:
             users = in_use.get(one.path, ()) if one.role is Role.DISK else ()
-            needs.append(DiskNeed(one.told, one.path, True, cache=one.cache, network=one.network, users=tuple(users)))
+            needs.append(DiskNeed(one.told, one.path, True, cache=one.cache, network=one.network, users=users))
             continue
+        if one.role in {Role.LOG, Role.NVRAM} and live and _there(target, one)[1] is None:
+            leavings.append(one)
         if copying is not Copying.NONE:
-            if one.role in {Role.LOG, Role.NVRAM} and live and _there(target, one)[1] is None:
-                leavings.append(one)
             needs.append(_judged(source, target, one, own, live=live, copying=copying, makes=makes))
             if makes and makes[-1].file is one and makes[-1].backing:
                 base = next((below.format for below in found if below.path == one.backing), "qcow2")
                 makes[-1] = replace(makes[-1], backing_format=base)
-        elif one.role is not Role.LOG and not (one.role is Role.NVRAM and live):
+        elif one.role is Role.NVRAM and live:
+            obsolete.append(one.path)
+        elif one.role is not Role.LOG:
             needs.append(DiskNeed(one.told, one.path, False, cache=one.cache))
     return Look(
         tuple(needs),
@@ -239,14 +251,16 @@ def look(source: Host, target: Host, found: Sequence[File], *, live: bool, copyi
         bool(both) or not local,
         _space(target, (one.file.folder for one in makes)),
         tuple(leavings),
+        tuple(obsolete),
     )
 
 
-def _in_use(target: Host) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+def in_use(target: Host) -> dict[str, tuple[str, ...]]:
+    """The VMs that run on a host, by the path of each disk they have."""
+    found: dict[str, tuple[str, ...]] = {}
     for vm, _, devices in disks.all_disks(target.conn, active_only=True):
         for disk in devices:
-            found.setdefault(disk.source, []).append(vm)
+            found[disk.source] = (*found.get(disk.source, ()), vm)
     return found
 
 

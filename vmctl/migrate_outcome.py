@@ -45,11 +45,12 @@ class Where(StrEnum):
     HALF = "paused on the source, nothing on the target"
     POSTCOPY = "in post-copy, which was cut off"
     TWICE = "on both hosts"
-    LOST = "on neither host"
+    LOST = "on neither host as a whole"
     UNKNOWN = "not known"
 
 
-_POSTCOPY = {"post-copy", "post-copy failed"}
+CUT_OFF = "post-copy failed"
+_POSTCOPY = {"post-copy", CUT_OFF}
 
 
 def judge(source: Seen, target: Seen) -> Where:
@@ -59,7 +60,8 @@ def judge(source: Seen, target: Seen) -> Where:
     if source.known and source.why in _POSTCOPY and source.there and target.there:
         return Where.POSTCOPY
     if target.why in _POSTCOPY and target.there:
-        return Where.POSTCOPY
+        # What it lacks was in a QEMU that is no more.
+        return Where.LOST if target.why == CUT_OFF and source.known and not source.there else Where.POSTCOPY
     if target.runs:
         return Where.TWICE if source.known and source.runs else Where.MOVED
     if not source.known:

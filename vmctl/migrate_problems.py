@@ -204,7 +204,7 @@ def _devices(facts: Facts) -> Iterator[Problem]:
             f"{vm.name} has checkpoints of backups ({', '.join(vm.checkpoints)}): the next backup there is a full one"
         )
         yield Problem(what, note=True)
-    if vm.tpm and any(not need.shared and need.name == "TPM" for need in facts.needs) and not facts.live:
+    if vm.tpm and not facts.live:
         yield Problem(f"the state of {vm.name}'s TPM lies on {facts.source.name}", "start it, and migrate it live")
 
 

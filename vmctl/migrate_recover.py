@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vmctl import migrate, migrate_facts, migrate_files, migrate_storage
 from vmctl.errors import MigrationFailed, VmctlError
-from vmctl.events import Reporter, Status, Step
+from vmctl.events import Reporter, Status, Step, Warned
 from vmctl.hosts import holding
 from vmctl.hypervisor import domain, migration
 from vmctl.hypervisor.domain import Domain
@@ -44,13 +44,16 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             looked = _looked(ends, vm, wish)
             migrate.end_on_target(ends, looked, wish, report)
             _clear_marks(ends, looked)
-            return Moved(vm.name, vm.uuid, here, there, _mode(vm), time.monotonic() - began)
+            return Moved(vm.name, vm.uuid, here, there, _mode(looked.vm), time.monotonic() - began)
         if where is Where.HALF:
             report(Step(f"{name}: {there} has nothing of it; it goes on on {here}"))
             domain.resume(ends.source.conn, vm.name)
         elif where is not Where.STAYED and not (where is Where.LOST and _only_off(seen)):
             states = f"on {here} it is {seen[0].told}, on {there} {seen[1].told}"
             raise MigrationFailed(f"cannot recover VM {name}: it is {where}: {states}", hint=_HINTS.get(where, _ASK))
+        elif where is Where.LOST:
+            text = f"{name} runs on neither host: if it did before, its memory is gone, and its disks are not"
+            report(Warned(text, f"vmctl start {name}, once it is where it shall be"))
         _clear_target(ends, vm, seen[1], report)
     report(Step(f"{name} is on {here}, and {there} is clean: migrating it"))
     return migrate.migrate(ends, name, wish, report)
@@ -63,7 +66,7 @@ def _mode(vm: Domain) -> Mode:
 _ASK = "again, once both hosts answer"
 _HINTS = {
     Where.TWICE: "stop one of them at once: two guests on one disk destroy it",
-    Where.LOST: "its memory is gone, its disks are not: start it on the host that has it defined",
+    Where.LOST: "its memory is gone, its disks are not: stop --force it where it still is, start it where defined",
     Where.POSTCOPY: "again, once both hosts reach each other; neither must be restarted before",
 }
 
@@ -107,7 +110,7 @@ def _clear_marks(ends: Ends, looked: migrate_facts.Found) -> None:
 def _clear_target(ends: Ends, vm: Domain, there: Seen, report: Reporter) -> None:
     """The VM is on the source: a definition of it on the target, and half made files there, go."""
     if there.state is not None and not there.there:
-        domain.undefine(ends.target.conn, vm.uuid)
+        domain.undefine(ends.target.conn, vm.uuid, keep_nvram=True)  # what was made there has a mark
     for path in migrate_storage.clear_marked(ends.target, migrate_files.files(ends.source, vm)):
         report(Step(f"deleted {path} on {ends.names[1]}, which was not whole"))
 

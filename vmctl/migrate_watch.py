@@ -16,8 +16,8 @@ from vmctl.migrate_ends import Ends
 from vmctl.migrate_policy import Abort, Done, GoPostcopy, Policy, Raise, Sample, converges, decide, eta_s, rates
 
 _LOOK_S = 0.2
-_ABORT_S = 40.0
-_SILENT_S = 90.0  # without a word of libvirt's: longer than the connection between two libvirts takes to be given up
+_ABORT_S = 20.0
+_SILENT_S = 50.0  # without a word of libvirt's: longer than the connection between two libvirts takes to be given up
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ def run(ends: Ends, name: str, orders: Orders, policy: Policy, report: Reporter)
 
     def work() -> None:
         try:
-            migration.migrate(source.conn, target.conn, name, orders)
+            migration.migrate(ends.caller.conn, target.conn, name, orders)
         except VmctlError as error:
             outcome.failure = outcome.failure or error.message.removeprefix(f"cannot migrate VM {name}: ")
 
@@ -76,11 +76,9 @@ def run(ends: Ends, name: str, orders: Orders, policy: Policy, report: Reporter)
 
 
 def _try(act: Callable[[], object]) -> None:
-    """Steer, if it can still be: it may have come to its end just now. A signal is heard all the same."""
+    """Steer, if it can still be: it may have come to its end just now."""
     try:
         act()
-    except Interrupted:
-        raise
     except VmctlError:
         return
 
@@ -110,8 +108,6 @@ def _steer(
             aborted = now
         try:
             sample = migration.sample(source.conn, name, now - began)
-        except Interrupted:
-            raise
         except VmctlError:
             sample = None  # it is over just now, or the connection is, which the other thread hears too
         if sample is None:
@@ -127,13 +123,16 @@ def _steer(
         outcome.history.append(sample)
         report(Status(name, told(outcome.history)))
         action = None if aborted else decide(outcome.history, outcome.done, policy)
+        if isinstance(action, GoPostcopy):
+            try:
+                migration.start_postcopy(source.conn, name)
+            except VmctlError:
+                continue  # it does not send yet, or no more: said again to the next sample
         if action is not None:
             outcome.done.append(Done(sample.at_s, action))
             report(Step(f"{name}: {action.why}"))
         if isinstance(action, Raise):
             _try(partial(migration.set_downtime, source.conn, name, action.downtime_ms))
-        elif isinstance(action, GoPostcopy):
-            _try(lambda: migration.start_postcopy(source.conn, name))
         elif isinstance(action, Abort):
             outcome.failure = action.why
             migration.abort(source.conn, name)

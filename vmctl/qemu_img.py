@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmctl.errors import ImageError
+from vmctl.errors import ImageError, NoRoom
 
 _QUICK_TIMEOUT_S = 60
 _COPY_TIMEOUT_S = 3600
@@ -23,6 +23,7 @@ STDERR_TAIL = 300
 _MOST_SAID = 1 << 20
 _UNLIMITED = 1 << 62
 _FULL = "No space left on device"
+_FREE = "that are free"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class Limits:
     cpu_s: int = 3600
     file_size: int = _UNLIMITED
     wall_s: float = 3600.0
-    allowed: str = "that are free"
+    allowed: str = _FREE
 
     def words(self) -> list[str]:
         """The command in front of qemu-img. It also dies with us, which a plain child would not."""
@@ -186,7 +187,9 @@ def _limited(
             process.kill()
             raise
     if code:
-        raise ImageError(f"cannot {what}: {_reason(code, limits, errors)}")
+        reason = _reason(code, limits, errors)
+        full = reason == _FULL or reason.endswith(_FREE)
+        raise (NoRoom if full else ImageError)(f"cannot {what}: {reason}", hint="make room" if full else "")
     return output
 
 

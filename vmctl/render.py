@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from vmctl import record
-from vmctl.errors import SpecError
+from vmctl.errors import SpecError, reason
 from vmctl.reservation import Reservation
 from vmctl.resources import templates_dir
 
@@ -347,19 +347,28 @@ def network_config(cards: Sequence[CardView]) -> str:
     return _environment(xml=False).get_template("cloud-init/network-config.j2").render(cards=cards)
 
 
-def user_template(text: str, variables: Mapping[str, str]) -> str:
-    """A user's own template with their variables. Raises SpecError for a variable that is not given and bad syntax."""
+def user_template(text: str, variables: Mapping[str, str], *, what: str) -> str:
+    """A user's own template, ``what`` by name, with their variables. Raises SpecError for all that goes wrong in it."""
     import jinja2
     from jinja2.sandbox import SandboxedEnvironment  # late: few VMs are made with one
 
     environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     try:
         return environment.from_string(text).render(variables)
-    except jinja2.TemplateError as error:
+    except (
+        jinja2.TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # An expression in it fails as Python's do; an include, for want of a folder to look in, is a TypeError.
         line = getattr(error, "lineno", None)
         where = f", line {line}" if line else ""
         raise SpecError(
-            f"cannot fill in the template{where}: {error}", hint="variables are given with --var NAME=VALUE"
+            f"cannot fill in {what}{where}: {reason(error)}", hint="variables are given with --var NAME=VALUE"
         ) from error
 
 

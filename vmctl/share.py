@@ -168,7 +168,7 @@ def share(host: Host, name: str, wanted: Share, report: Reporter) -> Shared:
                 devices.share_memory(host.conn, name)
             devices.attach(host.conn, name, xml, live=False)
             _remember(host, vm, {view.tag: wanted.mount})
-        except VmctlError:
+        except BaseException:
             if live:
                 devices.detach(host.conn, name, xml)
             raise

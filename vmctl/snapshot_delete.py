@@ -15,7 +15,7 @@ from vmctl import (
     snapshot_xml,
 )
 from vmctl import snapshots as snapshot_verbs
-from vmctl.errors import Unsupported, VmctlError, WrongState, quietly
+from vmctl.errors import Interrupted, Unsupported, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, snapshots
@@ -96,7 +96,7 @@ def remove(host: Host, vm: Domain, one: Snapshot, report: Reporter) -> None:
     snapshot_settle.drop_unneeded(host, one.aside)
     try:
         snapshot_layers.tidy_up(host, vm.name, report, entry.layers)
-    except (VmctlError, KeyboardInterrupt) as error:
+    except (VmctlError, KeyboardInterrupt, Interrupted) as error:
         hint = "the snapshot is gone; its files wait to be merged, which vmctl doctor --fix does"
         if isinstance(error, VmctlError):
             error.hint = error.hint or hint

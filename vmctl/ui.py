@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import PurePath
 from typing import IO, Any
 
-from vmctl.errors import GuestCommandFailed, PartialFailure, PreflightFailed, VmctlError, WaitTimeout
+from vmctl.errors import GuestCommandFailed, Interrupted, PartialFailure, PreflightFailed, VmctlError, WaitTimeout
 
 
 class Output(StrEnum):
@@ -180,7 +180,7 @@ def fields(pairs: Iterable[tuple[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def tell_error(error: VmctlError) -> None:
+def tell_error(error: VmctlError | Interrupted) -> None:
     """The error and its hint on stderr, with the evidence of a wait and the parts of a partial failure."""
     print(paint(visible(error.message), "31", sys.stderr), file=sys.stderr)
     if isinstance(error, WaitTimeout | GuestCommandFailed):
@@ -197,7 +197,7 @@ def tell_error(error: VmctlError) -> None:
         print(f"hint: {visible(error.hint)}", file=sys.stderr)
 
 
-def _tell_problems(error: VmctlError, margin: str) -> None:
+def _tell_problems(error: VmctlError | Interrupted, margin: str) -> None:
     """Everything that was found against it, each with its mend."""
     if isinstance(error, PreflightFailed):
         for what, mend in error.problems:

@@ -40,6 +40,8 @@ def tied() -> None:
 class Machine:
     """A libvirt host in namespaces of its own. See the package's docstring."""
 
+    furnish = "furnish.sh"
+
     def __init__(self, folder: Path, name: str, address: str, bridge: str, key: Path) -> None:
         self.folder, self.name, self.address, self.key = folder, name, address, key
         self._bridge = bridge
@@ -99,6 +101,11 @@ class Machine:
     def _inside(self, *argv: str) -> list[str]:
         return ["nsenter", "-t", str(self._pid), "-m", "-u", "-i", "-n", "-p", "-r", "-w", *argv]
 
+    @property
+    def init(self) -> int:
+        """The process id, outside, of its first process; 0 without power."""
+        return self._pid
+
     def pid_of(self, daemon: str) -> str:
         """The process id, inside, of libvirtd, virtlogd, sshd or `qemu:VM`."""
         path = f"/run/libvirt/qemu/{daemon[5:]}.pid" if daemon.startswith("qemu:") else _PID_FILES[daemon]
@@ -123,7 +130,7 @@ class Machine:
         """Power on, and wait until its libvirt answers. Raises CommandFailed with its last words."""
         log = (self.folder / "log/furnish.log").open("a")
         process = subprocess.Popen(
-            [sys.executable, str(_ENTER), str(_HERE / "furnish.sh"), str(self.folder), self.name, f"{self.address}/24"],
+            [sys.executable, str(_ENTER), str(_HERE / self.furnish), str(self.folder), self.name, f"{self.address}/24"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -78,6 +78,20 @@ def _number() -> Iterator[int]:
 
 
 @contextmanager
+def bridged() -> Iterator[tuple[int, Path, str]]:
+    """A number, an empty folder, and an Ethernet: a bridge with the tests' side on it. All is gone afterwards."""
+    with _number() as number, ExitStack() as stack:
+        folder, bridge = _ROOT / str(number), f"vmctl-bed{number:03}"
+        _clear(folder, bridge)
+        stack.callback(_clear, folder, bridge)
+        folder.mkdir(mode=0o755)
+        sh("ip", "link", "add", bridge, "type", "bridge", "stp_state", "0", "forward_delay", "0")
+        sh("ip", "addr", "add", f"10.98.{number}.1/24", "dev", bridge)
+        sh("ip", "link", "set", bridge, "up")
+        yield number, folder, bridge
+
+
+@contextmanager
 def booted(
     count: int = 2, *, shared: bool = False, tls: bool = False, disk: str = "2G", qemu_root: bool = False
 ) -> Iterator[Testbed]:
@@ -87,10 +101,7 @@ def booted(
     """
     assert _MARKER.exists(), "a testbed is made only inside a test host: tests/run, or python -m tests.hosts up"
     assert 1 <= count <= 5
-    with _number() as number, ExitStack() as stack:
-        folder, bridge = _ROOT / str(number), f"vmctl-bed{number:03}"
-        _clear(folder, bridge)
-        stack.callback(_clear, folder, bridge)
+    with bridged() as (number, folder, bridge), ExitStack() as stack:
         bed = _furnish(number, folder, bridge, count, shared=shared, tls=tls, disk=disk, qemu_root=qemu_root)
         for machine in bed.machines:
             stack.callback(machine.lose_power)
@@ -121,12 +132,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _furnish(
     number: int, folder: Path, bridge: str, count: int, *, shared: bool, tls: bool, disk: str, qemu_root: bool
 ) -> Testbed:
-    folder.mkdir(mode=0o755)
     key = folder / "key"
     files.key_pair(key, "testbed")
-    sh("ip", "link", "add", bridge, "type", "bridge", "stp_state", "0", "forward_delay", "0")
-    sh("ip", "addr", "add", f"10.98.{number}.1/24", "dev", bridge)
-    sh("ip", "link", "set", bridge, "up")
     machines = tuple(
         Machine(folder / f"h{i}", f"h{i}", f"10.98.{number}.{10 + i}", bridge, key) for i in range(1, count + 1)
     )

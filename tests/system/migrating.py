@@ -34,15 +34,20 @@ class Pair:
         """vmctl with the config file that has the hosts."""
         return Shell()
 
+    @property
+    def env(self) -> dict[str, str]:
+        """The environment with that config file."""
+        return {**os.environ, "XDG_CONFIG_HOME": str(self.config)}
+
     def vmctl(self, *words: str, check: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "XDG_CONFIG_HOME": str(self.config)}
-        return self.shell.run(*words, check=check, env=env, **options)
+        return self.shell.run(*words, check=check, env=self.env, **options)
 
     def begin(self, *words: str) -> subprocess.Popen[str]:
         """Run vmctl beside the test."""
-        env = {**os.environ, "XDG_CONFIG_HOME": str(self.config)}
         pipe = subprocess.PIPE
-        return subprocess.Popen([*VMCTL, *words], stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=REPO, env=env)
+        return subprocess.Popen(
+            [*VMCTL, *words], stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=REPO, env=self.env
+        )
 
     def json(self, *words: str) -> Any:
         import json

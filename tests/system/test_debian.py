@@ -77,8 +77,8 @@ def test_each_way_is_the_way_asked_for(guests: Guests, way: str) -> None:
 
 
 def test_cloud_init_ends_well_and_did_what_was_asked(guests: Guests, way: str) -> None:
-    told = guests.shell.run("exec", guests.names[way], "--", "cloud-init", "status", "--wait", timeout=400)
-    assert told.stdout.split()[-1] == "done"
+    told = guests.shell.run("wait", guests.names[way], "--for", "cloud-init", "--timeout", "400", timeout=420)
+    assert told.stderr.splitlines()[-1].split()[-1] == "done", told.stderr
     assert guests.run(way, "cat", "/var/local/told") == "as asked"
     assert guests.run(way, "hostname") == guests.names[way]
     assert guests.run(way, "systemctl", "--failed", "--plain", "--no-legend") == ""

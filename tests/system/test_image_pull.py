@@ -132,6 +132,7 @@ def test_a_pull_by_alias_keeps_what_the_catalogue_knows(puller: Puller) -> None:
     assert puller.pulls() == {}, "what was downloaded is in the store now, and only there"
     assert f"sha512:{puller.sha512()}" in puller.shell.run("image", "show", puller.name).stdout
     assert "NOT VERIFIED" not in puller.shell.run("image", "list").stdout
+    assert puller.run("show", f"{puller.name}-alias", "-o", "name").stdout == done.stdout, "it is found by it, too"
 
 
 def test_an_image_for_another_architecture_is_known_as_one(puller: Puller) -> None:
@@ -312,6 +313,23 @@ def test_no_checksum_no_use_unless_it_is_typed(puller: Puller) -> None:
     assert "NOT VERIFIED" in puller.shell.run("image", "show", puller.name).stdout
 
 
+def test_what_the_user_knows_of_an_image_at_a_url(puller: Puller) -> None:
+    words = [f"{puller.web.url}/img.qcow2", "--no-verify", "--name", puller.name]
+    assert "--boots takes bios, uefi" in puller.refused(2, *words, "--boots", "floppy")
+    assert puller.web.requests == []
+    puller.run("pull", *words, "--os", "debian", "--os-version", "99", "--user", "me", "--boots", "bios,uefi-secure")
+    manifest = puller.shell.json("image", "show", puller.name)
+    assert (manifest["os"], manifest["os_version"], manifest["default_user"]) == ("debian", "99", "me")
+    create = ["create", f"{puller.name}-vm", "--image", puller.name, "--print-xml", "--firmware"]
+    assert '<loader secure="yes"/>' in puller.shell.run(*create, "uefi-secure").stdout
+    assert "does not boot by uefi;" in puller.shell.run(*create, "uefi", check=2).stderr
+    digest = f"sha256:{hashlib.sha256(puller.data).hexdigest()}"
+    puller.run("pull", words[0], "--checksum", digest, "--name", f"{puller.name}b")
+    puller.run("pull", words[0], "--checksum", digest, "--name", f"{puller.name}b", "--user", "you")
+    assert puller.shell.json("image", "show", f"{puller.name}b")["default_user"] == "you"
+    puller.shell.run("image", "delete", f"{puller.name}b", "--yes")
+
+
 def test_a_url_with_each_form_of_checksum(puller: Puller) -> None:
     sha256 = hashlib.sha256(puller.data).hexdigest()
     puller.web.pages["/CHECKSUM"] = Page(f"SHA256 (img.qcow2) = {sha256}\n".encode())
@@ -336,7 +354,28 @@ def test_a_backing_file_is_refused(puller: Puller, tmp_path: Path) -> None:
     subprocess.run(words, check=True, timeout=60)
     puller.data = (tmp_path / "evil").read_bytes()
     puller.__post_init__()
-    assert "backing file" in puller.refused(10, puller.name)
+    said = puller.refused(10, puller.name)
+    assert f"cannot import {puller.web.url}/img.qcow2: it has a backing file" in said and puller.pulls() == {}
+
+
+def test_what_is_no_image_is_not_kept_for_the_next_pull(puller: Puller) -> None:
+    """Unchecked, and whole as far as the server told: it would be tried again and again, and never asked for."""
+    url, good = f"{puller.web.url}/img.qcow2", puller.web.pages["/img.qcow2"]
+    puller.web.pages["/img.qcow2"] = Page(b"<html>log in first</html>")
+    said = puller.refused(10, url, "--no-verify", "--name", puller.name)
+    assert f"cannot import {url}: it is no disk image" in said and "--format" not in said and puller.pulls() == {}
+    puller.web.pages["/img.qcow2"] = good
+    puller.run("pull", url, "--no-verify", "--name", puller.name)
+
+
+def test_what_came_is_kept_where_there_is_no_room_for_the_image(puller: Puller) -> None:
+    store = "/var/lib/libvirt/vmctl/vmctl-images"
+    script = f'mount -t tmpfs -o size=66m tmpfs {store} && "$@"'
+    pull = ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-m", "vmctl", "image", "pull", puller.name]
+    done = subprocess.run(pull, capture_output=True, text=True, cwd=REPO, env=puller.env, timeout=120, check=False)
+    assert done.returncode == 10 and "hint: make room" in done.stderr, done.stderr
+    puller.run("pull", puller.name)
+    assert len(puller.web.of("/img.qcow2")) == 1
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["a length too large", "no length"])

@@ -133,6 +133,28 @@ def test_stopped(pair: Pair, vm: str) -> None:
     assert read(pair, "h2", vm) == digest
 
 
+def test_stopped_with_uefi_variables_and_a_tpm(pair: Pair) -> None:
+    """What the firmware has written goes along; what the TPM keeps cannot, and is not left behind unsaid."""
+    first, second = pair.machine("h1"), pair.machine("h2")
+    for name, more in (("m-tpm", ["--tpm"]), ("m-uefi", [])):
+        pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--firmware", "uefi", *more)
+        pair.vmctl("-c", "h1", "stop", name, "--force")
+    try:
+        words = ("--to", "h2", "--copy-storage", "overlay")
+        said = pair.vmctl("-c", "h1", "migrate", "m-tpm", *words, check=11).stderr
+        assert "the state of m-tpm's TPM lies on h1" in said and "migrate it live" in said
+        path = pair.machine("h1").virsh("dumpxml", "m-uefi").partition("<nvram")[2].partition(">")[2].partition("<")[0]
+        digest = first.run("sha256sum", path).stdout
+        pair.vmctl("-c", "h1", "migrate", "m-uefi", *words)
+        assert second.run("sha256sum", path).stdout == digest
+        assert first.run("test", "-e", path, check=False).returncode, "and is gone from where it was"
+        pair.vmctl("-c", "h2", "start", "m-uefi")
+    finally:
+        for host in ("h1", "h2"):
+            for name in ("m-tpm", "m-uefi"):
+                pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
 def test_no_room_and_something_in_the_way(pair: Pair, vm: str) -> None:
     second = pair.machine("h2")
     top = pair.machine("h1").virsh("domblklist", vm).splitlines()[0].split()[1]

@@ -54,7 +54,7 @@ def taken(path: Path, folder: Path, most_bytes: int = MOST) -> Enclosed:
     folder.mkdir(exist_ok=True)
     with path.open("rb") as file:
         assert archives.is_archive(file)
-        return archives.open_disk(file, path, folder, most_bytes=most_bytes)
+        return archives.open_disk(file, path, folder, what="import it", most_bytes=most_bytes)
 
 
 def content(disk: Enclosed) -> bytes:
@@ -236,6 +236,6 @@ def test_no_damage_does_more_than_an_image_error(tmp_path_factory: pytest.TempPa
     made.write_bytes(damaged[:cut])
     with made.open("rb") as file:
         try:
-            archives.open_disk(file, made, folder, most_bytes=MOST)
+            archives.open_disk(file, made, folder, what="import it", most_bytes=MOST)
         except ImageError:
             return

@@ -185,7 +185,7 @@ def test_an_interrupt_reaches_all_workers_and_says_what_was_done(number: int, tm
         "from pathlib import Path\n"
         "from vmctl import cli\n"
         "from vmctl.cli import many\n"
-        "from vmctl.errors import Conflict, VmctlError\n"
+        "from vmctl.errors import Conflict, Interrupted\n"
         "here = Path(sys.argv[1])\n"
         "def work(name):\n"
         "    (here / name).touch()\n"
@@ -198,7 +198,7 @@ def test_an_interrupt_reaches_all_workers_and_says_what_was_done(number: int, tm
         "signal.signal(signal.SIGTERM, cli._terminated)\n"
         "try:\n"
         "    many.each([f'v{n:02}' for n in range(12)], work, lambda name, said: print(name, said), 'stop')\n"
-        "except VmctlError as error:\n"
+        "except Interrupted as error:\n"
         "    print(error.message)\n"
         "    sys.exit(error.exit_code)\n"
     )

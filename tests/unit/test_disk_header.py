@@ -80,6 +80,34 @@ def test_what_qemu_img_makes_is_taken(corpus: dict[str, Path], name: str) -> Non
     assert check(corpus[name], REAL[name][0]) == found
 
 
+@pytest.mark.parametrize("name", [name for name in REAL if REAL[name][0] in {"qcow2", "vmdk"}])
+def test_content_beyond_the_end_of_the_file_is_missed(tmp_path: Path, name: str) -> None:
+    """QEMU reads it as zeros and says nothing, wherever the file was cut."""
+    form, options = REAL[name]
+    disk, whole, cut = tmp_path / "disk", tmp_path / "whole", tmp_path / "cut"
+    disk.write_bytes(b"".join(os.urandom(60_000) + bytes(71_072) for _ in range(8)))  # some fits packed, some not
+    for packed in ([], ["-c"]) if form == "qcow2" else ([],):
+        words = [*(["-o", options] if options else []), *packed]
+        qemu_img("convert", "-f", "raw", "-O", form, *words, disk, whole)
+        data = whole.read_bytes()
+        check_whole(whole)
+        # A packed grain that lacks its end QEMU itself refuses.
+        for length in ([] if name == "vmdk-streamed" else [len(data) - 1537]) + [len(data) * 3 // 4, len(data) // 2]:
+            cut.write_bytes(data[:length])
+            with pytest.raises(ImageError, match="cut short"):
+                check_whole(cut)
+
+
+def check_whole(path: Path) -> None:
+    """Both checks, as an import does them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        window = Window(handle, os.fstat(handle).st_size)
+        disk_header.check_whole(window, disk_header.check(window, what="try it"), what="try it")
+    finally:
+        os.close(handle)
+
+
 def test_a_backing_file_is_refused_and_named(corpus: dict[str, Path], tmp_path: Path) -> None:
     qemu_img("create", "-f", "qcow2", "-b", corpus["raw"], "-F", "raw", tmp_path / "o.qcow2")
     with pytest.raises(ImageError, match=f"has a backing file .{corpus['raw']}"):
@@ -268,7 +296,9 @@ def test_no_damage_does_more_than_an_image_error(corpus: dict[str, Path], data: 
         file.write(damaged[:cut])
         file.flush()
         try:
-            found = disk_header.check(Window(file.fileno(), cut), what="try it")
+            window = Window(file.fileno(), cut)
+            found = disk_header.check(window, what="try it")
+            disk_header.check_whole(window, found, what="try it")
         except ImageError:
             return
         assert 0 < found.virtual_size <= 2 << 40

@@ -85,6 +85,13 @@ def test_a_truncated_body_is_gone_on_with(web: Web, fetch: Fetching) -> None:
     assert sum(one.sent for one in web.requests) == len(DATA) and fetch.waits == [1]
 
 
+def test_a_part_may_be_shorter_than_asked_for(web: Web, fetch: Fetching) -> None:
+    """Whole by its own length, and yet not the end of the file."""
+    web.pages["/img"] = Page(DATA, stop_after=[HALF], part=len(DATA) // 4 + 1)
+    assert fetch(web.url + "/img") == DATA
+    assert len(web.requests) == 3 and "bytes came of" in fetch.said()
+
+
 def test_a_server_without_ranges_begins_again(web: Web, fetch: Fetching) -> None:
     web.pages["/img"] = Page(DATA, ranges=False, stop_after=[HALF])
     assert fetch(web.url + "/img") == DATA

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import email
+from pathlib import Path
 
 import pytest
 import yaml
 
 from vmctl import cloud_init, render, spec, user_data
+from vmctl.cli.first_boot import read_user_data
 from vmctl.cloud_init import Status
 from vmctl.errors import SpecError
 from vmctl.seed_disk import WENT_ON, first_boot_is_kept, tells_that_first_boot_is_over
@@ -25,6 +27,32 @@ def test_cloud_configs_are_merged_into_one() -> None:
     assert found["runcmd"] == ["ours", "a"] and found["x"] == {"b": 1, "c": 2} and found["hostname"] == "w"
     assert found["ssh_keys"]["ed25519_private"] == "A\nB\n" and "|" in text
     assert user_data.combined(OURS, []) == OURS
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{{ nope }}", "'nope' is undefined"),
+        ("x\n{% if %}", ", line 2: "),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ 'a' + 1 }}", "can only concatenate"),
+        ("{% include '/etc/shadow' %}", "no loader"),
+        ("{{ ''.__class__ }}", "unsafe"),
+        ("{{ name.nope() }}", "has no attribute 'nope'"),
+        ("{% for i in range(999999999) %}{% endfor %}", "Range too big"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+    ],
+)
+def test_a_template_that_cannot_be_filled_in_is_bad_input(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "u.j2"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=f"cannot fill in user-data {path}.*{said}"):
+        read_user_data([path], [], "web1")
+
+
+def test_variables_need_user_data() -> None:
+    with pytest.raises(SpecError, match="no user-data"):
+        read_user_data([], ["a=b"], "web1")
 
 
 def test_other_parts_make_it_multipart() -> None:

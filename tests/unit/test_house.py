@@ -112,7 +112,7 @@ def test_exit_codes_in_the_readme() -> None:
 
     for name in dir(errors):
         kind = getattr(errors, name)
-        if isinstance(kind, type) and issubclass(kind, errors.VmctlError):
+        if isinstance(kind, type) and issubclass(kind, errors.VmctlError | errors.Interrupted):
             assert re.search(rf"^\| {kind.exit_code} \|", README, re.MULTILINE), (name, kind.exit_code)
 
 

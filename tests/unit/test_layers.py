@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from vmctl import image_care, layers
+from vmctl import image_care, image_layers, layers
 from vmctl.errors import SpecError
 from vmctl.manifest import Manifest
 
@@ -118,3 +120,15 @@ def test_the_steps_of_a_build_that_was_cut_off_stay_for_a_day() -> None:
 def test_an_older_image_of_fewer_steps_is_a_step_too() -> None:
     assert pruned(stored("web", "a", 9), stored("web", "ab", 8)) == set()
     assert pruned(stored("web", "a", 9), stored("web", "cb", 8)) == {"web-a"}
+
+
+def test_software_is_told_in_lines_of_two_words() -> None:
+    told = "nginx 1.22.1-9\nsudo: unable to resolve host x\nadduser 3.134\n\nlone\n"
+    assert image_layers.software(told) == {"adduser": "3.134", "nginx": "1.22.1-9"}
+
+
+@pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="no dpkg here")
+def test_the_packages_of_a_debian_are_listed() -> None:
+    done = subprocess.run(["sh", "-c", image_layers._SOFTWARE], capture_output=True, text=True, timeout=60, check=True)
+    found = image_layers.software(done.stdout)
+    assert found["dpkg"] and len(found) == len(done.stdout.splitlines())

@@ -80,7 +80,7 @@ def test_a_stall() -> None:
 RUNS, OFF, NONE, DARK = Seen(True, State.RUNNING), Seen(True, State.STOPPED), Seen(True), Seen(False)
 HELD = Seen(True, State.PAUSED, "migration")
 ASKED = Seen(True, State.PAUSED, "asked")
-BROKEN = Seen(True, State.PAUSED, "post-copy failed")
+BROKEN, LACKING = (Seen(True, state, "post-copy failed") for state in (State.PAUSED, State.RUNNING))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,10 @@ BROKEN = Seen(True, State.PAUSED, "post-copy failed")
         (RUNS, RUNS, Where.TWICE),
         (BROKEN, BROKEN, Where.POSTCOPY),
         (DARK, BROKEN, Where.POSTCOPY),
+        (BROKEN, LACKING, Where.POSTCOPY),
+        (DARK, LACKING, Where.POSTCOPY),
+        (OFF, LACKING, Where.LOST),
+        (NONE, BROKEN, Where.LOST),
         (BROKEN, NONE, Where.LOST),
         (OFF, NONE, Where.LOST),
         (NONE, NONE, Where.LOST),

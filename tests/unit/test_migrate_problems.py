@@ -44,6 +44,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("a device of its host: pci 1", {"host_devices": ("pci 1",)}, {}, {}),
     ("a folder of its host mounted: /srv", {"shares": ("/srv",)}, {}, {}),
     ("2 snapshots", {"snapshots": 2}, {}, {}),
+    ("the state of web's TPM lies on h1", {"tpm": True}, {}, {"live": False}),
     ("512 MiB of memory to spare", {}, {"available_mib": 512}, {}),
     ("3 free huge pages of 2048 KiB, not 512", {"huge_pages_kib": 2048}, {"huge_pages_free": 3}, {}),
     ("h2 has no network lan", {}, {"networks": {}}, {}),

@@ -25,7 +25,16 @@ from hypothesis import strategies as st
 
 from tests import png
 from vmctl import config, guest, locks, networks, picture, progress, render, ui
-from vmctl.errors import Conflict, HostUnreachable, SpecError, VmctlError, WaitTimeout, WrongState
+from vmctl.errors import (
+    Conflict,
+    HostUnreachable,
+    Interrupted,
+    SpecError,
+    VmctlError,
+    WaitTimeout,
+    WrongState,
+    quietly,
+)
 from vmctl.events import Progress, StageBegan, StageDone, Step, Warned
 from vmctl.hypervisor.domain import State
 from vmctl.wait import wait_until
@@ -387,3 +396,16 @@ def test_when_a_guests_answer_is_no_longer_to_be_expected(monkeypatch: pytest.Mo
     at(94, (State.RUNNING, ""), silent_s=119.0)
     with pytest.raises(HostUnreachable, match="no sign of life for 120 s"):
         at(95, (State.RUNNING, ""), silent_s=120.0)
+
+
+def test_what_copes_with_failures_does_not_swallow_an_interrupt() -> None:
+    def fails() -> None:
+        raise WrongState("cannot do it: it is off")
+
+    def is_stopped() -> None:
+        raise Interrupted("stopped on request (SIGTERM)")
+
+    quietly(fails)
+    with pytest.raises(Interrupted):
+        quietly(is_stopped)
+    assert not issubclass(Interrupted, Exception), "nor does any other handler of errors"

@@ -48,14 +48,14 @@ def parts(host: Host, *, quick: bool) -> tuple[Part, ...]:
         from vmctl.bench import io, setups
 
         rows = setups.chosen([], [], [], [], [], quick=quick, everything=False)
-        wanted = io.plan(rows, quick=quick, rounds=None, length_ms=None, size_mib=64)
-        return io.run(host, wanted, AccelChoice.AUTO, None, report).head
+        plan = io.plan(rows, quick=quick, rounds=None, length_ms=None, size_mib=64)
+        return io.run(host, plan, AccelChoice.AUTO, None, report).head
 
     def net(host: Host, report: Reporter) -> Head:
         from vmctl.bench import links, net
 
-        wanted = net.plan(links.chosen([], []), quick=quick, rounds=None, length_s=None)
-        return net.run(host, wanted, AccelChoice.AUTO, report).head
+        rows = links.chosen([], [])
+        return net.run(host, net.plan(rows, quick=quick, rounds=None, length_s=None), AccelChoice.AUTO, report).head
 
     found = [
         Part("trap-tcg", 5 if quick else 25, trap(AccelChoice.TCG)),
@@ -64,7 +64,7 @@ def parts(host: Host, *, quick: bool) -> tuple[Part, ...]:
     if kvm_findings(host).verdict in {Verdict.WORKS, Verdict.INTERPRETED}:
         found.append(Part("trap-kvm", 20 if quick else 60, trap(AccelChoice.KVM)))
         found.append(Part("popek-kvm", 40, popek(AccelChoice.KVM)))
-    found.append(Part("io", 60 if quick else 300, io))
-    found.append(Part("net", 60 if quick else 300, net))
     found.append(Part("levels", 120 if quick else 250, levels))
+    found.append(Part("io", 60 if quick else 400, io))
+    found.append(Part("net", 60 if quick else 300, net))
     return tuple(found)

@@ -87,7 +87,7 @@ def run(args: list[str]) -> int:
         from vmctl.cli.app import command
 
         result = command().main(args=args, prog_name="vmctl", standalone_mode=False)
-    except VmctlError as error:
+    except (VmctlError, Interrupted) as error:
         ui.tell_error(error)
         return error.exit_code
     except (KeyboardInterrupt, EOFError):

@@ -273,9 +273,8 @@ def compare(
     from vmctl.bench import compare as comparing
     from vmctl.bench import kinds, store
 
-    found_ones = [store.find(_place(), name) for name in (before, after)]
-    old, new = (kinds.rows_of(one) for one in found_ones)
-    found = comparing.compare(old, new, threshold=(threshold or _THRESHOLDS.get(found_ones[0]["workload"], 5.0)) / 100)
+    old, new = (kinds.rows_of(store.find(_place(), name)) for name in (before, after))
+    found = comparing.compare(old, new, threshold=(threshold or _THRESHOLDS.get(old.head.workload, 5.0)) / 100)
     if junit:
         from vmctl.bench import junit as writing
 

@@ -45,6 +45,8 @@ def read_text(path: Path | None, what: str) -> str:
 def read_user_data(paths: Sequence[Path], variables: Sequence[str], name: str) -> tuple[str, ...]:
     """The parts of user-data. With variables, or when its name ends in .j2, a part is a template; it knows ``name``."""
     values = {"name": name}
+    if variables and not paths:
+        raise SpecError("cannot use variables: there is no user-data to fill in", hint="--user-data FILE")
     for text in variables:
         key, sep, value = text.partition("=")
         if not sep or not key.isidentifier():
@@ -56,7 +58,7 @@ def read_user_data(paths: Sequence[Path], variables: Sequence[str], name: str) -
         if variables or path.suffix == ".j2":
             from vmctl.render import user_template
 
-            part = user_template(part, values)
+            part = user_template(part, values, what=f"user-data {path}")
         parts.append(part)
     return tuple(parts)
 

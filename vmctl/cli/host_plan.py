@@ -24,7 +24,7 @@ from vmctl.cli.options import (
     refuse_unless_yes,
     reporter,
 )
-from vmctl.errors import HostUnreachable, Interrupted, PartialFailure, PreflightFailed, VmctlError
+from vmctl.errors import HostUnreachable, PartialFailure, PreflightFailed, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -292,6 +292,7 @@ def _check(asked: Fleet, plan: Plan, wish: Wish) -> None:
 
     def work(name: str) -> tuple[Problem, ...]:
         with _ends(asked, by[name]) as ends:
+            ends.open()
             return migrate.check(ends, by[name].vm, wish)
 
     def told(name: str, found: tuple[Problem, ...]) -> None:
@@ -357,6 +358,7 @@ def _make(
 
     def work(name: str) -> Moved:
         with _ends(asked, by[name]) as ends:
+            ends.open()
             return migrate.migrate(ends, by[name].vm, wish, report)
 
     def done(_name: str, one: Moved) -> None:
@@ -369,8 +371,6 @@ def _make(
         left -= len(by)
         try:
             each([*by], work, done, "move", most=at_once)
-        except Interrupted:
-            raise
         except PartialFailure as error:
             failures = {by[name]: cause for name, cause in error.failures.items()}
         except VmctlError as error:  # the only one of its wave

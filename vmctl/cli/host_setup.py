@@ -29,15 +29,18 @@ def setup(
     peers: Annotated[
         bool, typer.Option("--peers", help="Let its root and that of each known host log in to each other.")
     ] = False,
+    tls: Annotated[
+        bool, typer.Option("--tls", help="Give it certificates, by which `migrate --tls` encrypts what it sends.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change.")] = False,
     yes: YesOption = False,
 ) -> None:
     """Make a bare Debian machine a host of vmctl's: packages, libvirt, groups, storage pools, network; then add it.
 
     What will change is shown first, a + before each. Run again, it changes what is missing only. --peers is what
-    migration needs, unless it is --direct.
+    migration needs, unless it is --direct. --tls signs by an authority of your own, made with the first host.
     """
-    from vmctl import host_add, host_book, host_setup
+    from vmctl import host_add, host_book, host_setup, host_tls
     from vmctl.cli.host import trusts
 
     user, at, machine = where.rpartition("@")
@@ -56,7 +59,8 @@ def setup(
     extra = host_setup.furnishings(fleet, entry) if found.libvirt else ("storage pools", "network")
     new = chosen not in fleet.settings.hosts
     others = host_setup.peers(fleet, entry) if peers else ()
-    lines = [*(one.what for one in wanted), *extra, *(change.what for _, change in others)]
+    certificates = host_tls.wanted(fleet, entry) if tls else ()
+    lines = [*(one.what for one in wanted), *extra, *certificates, *(change.what for _, change in others)]
     lines += [f"host {chosen} in the config file"] if new else []
     if not lines:
         ui.say(f"{chosen}: nothing to change")
@@ -68,6 +72,8 @@ def setup(
     refuse_unless_yes([], yes=yes, question="Change this?")
     host_setup.apply(fleet, entry, found, wanted, report)
     host_setup.furnish(fleet, entry, report)
+    if certificates:
+        host_tls.make(fleet, entry, report)
     if new:
         host_book.add(fleet.folders, entry)
     while others:

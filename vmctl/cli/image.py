@@ -158,6 +158,10 @@ def pull(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Take it unchecked; it is marked so for ever.")
     ] = False,
+    os: Annotated[str, typer.Option("--os", metavar="NAME", help="Operating system in it, for a URL.")] = "",
+    os_version: Annotated[str, typer.Option("--os-version", metavar="VERSION", help="And its version.")] = "",
+    user: image_files.UserOption = "",
+    boots: image_files.BootsOption = "",
     stall_timeout: Annotated[
         float, typer.Option("--stall-timeout", metavar="SECONDS", min=0.1, help="Longest time without a byte.")
     ] = 30.0,
@@ -171,6 +175,7 @@ def pull(
     from vmctl import image_pull
     from vmctl.download import Patience
 
+    told = {"os": os, "os_version": os_version, "default_user": user, "boots": tuple(boots.split(",")) if boots else ""}
     with opened(connect) as host:
         manifest = image_pull.pull(
             host,
@@ -180,6 +185,7 @@ def pull(
             checksum=checksum or "",
             verify=not no_verify,
             patience=Patience(stall_timeout, tries),
+            told={key: value for key, value in told.items() if value},
         )
         ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
 

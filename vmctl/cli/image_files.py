@@ -11,6 +11,14 @@ from vmctl import ui
 from vmctl.cli.options import ConnectOption, ImageName, OutputOption, opened, reporter
 from vmctl.ui import Output
 
+UserOption = Annotated[
+    str, typer.Option("--user", metavar="USER", help="User to log in as; default: root, or vagrant for a box.")
+]
+BootsOption = Annotated[
+    str,
+    typer.Option("--boots", metavar="LIST", help="How it can start: of bios, uefi, uefi-secure, with commas between."),
+]
+
 
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Disk image, .ova or Vagrant .box.")],
@@ -23,12 +31,8 @@ def import_(
     ] = "",
     os: Annotated[str, typer.Option("--os", metavar="NAME", help="Operating system in it.")] = "unknown",
     os_version: Annotated[str, typer.Option("--os-version", metavar="VERSION", help="And its version.")] = "",
-    user: Annotated[
-        str, typer.Option("--user", metavar="USER", help="User to log in as; default: root, or vagrant for a box.")
-    ] = "",
-    boots: Annotated[
-        str, typer.Option("--boots", metavar="LIST", help="How it can start: bios, uefi or both.")
-    ] = "bios",
+    user: UserOption = "",
+    boots: BootsOption = "bios",
     arch: Annotated[
         str,
         typer.Option("--arch", metavar="ARCH", help="Its architecture, as `uname -m` says; default: this machine's."),

@@ -63,7 +63,8 @@ def each(
         hands.interrupt(futures)
         for name in [name for name, future in futures.items() if name not in told and _has_result(future)]:
             tell(name)
-        raise Interrupted(_left(names, futures, failures, f"{early}" or "interrupted", doing)) from None
+        cut = {name: why for name, future in futures.items() if (why := _cut_off(future))}
+        raise Interrupted(_left(names, futures, failures, cut, f"{early}" or "interrupted", doing)) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     if failures:
@@ -102,13 +103,22 @@ class _Hands:
 
 
 def _has_result(future: Future[T]) -> bool:
-    return future.done() and not future.cancelled() and not isinstance(future.exception(), KeyboardInterrupt)
+    if not future.done() or future.cancelled():
+        return False
+    return not isinstance(future.exception(), KeyboardInterrupt | Interrupted)
+
+
+def _cut_off(future: Future[T]) -> str:
+    """What a piece says of itself that was cut off, and knows what came of it: where a VM is now, for one."""
+    cause = future.exception() if future.done() and not future.cancelled() else None
+    return cause.message if isinstance(cause, Interrupted) else ""
 
 
 def _left(
     names: Sequence[str],
     futures: Mapping[str, Future[T]],
     failures: Mapping[str, VmctlError],
+    cut: Mapping[str, str],
     why: str,
     doing: str,
 ) -> str:
@@ -120,6 +130,7 @@ def _left(
         elif name not in futures or futures[name].cancelled():
             ways["not begun"].append(name)
         else:
-            ways["done" if _has_result(futures[name]) else "cut off"].append(name)
+            said = f"{name} ({cut[name]})" if name in cut else name
+            ways["done" if _has_result(futures[name]) else "cut off"].append(said)
     parts = [f"{way}: {', '.join(found)}" for way, found in ways.items() if found]
     return f"cannot {doing} all {len(names)} VMs: {why}; {'; '.join(parts)}"

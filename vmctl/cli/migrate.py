@@ -18,7 +18,7 @@ from vmctl.cli.options import (
     fleet_of_config,
     reporter,
 )
-from vmctl.errors import Interrupted, PartialFailure, PreflightFailed, SpecError, VmctlError
+from vmctl.errors import PartialFailure, PreflightFailed, SpecError, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ def migrate(
         host_plan.send(connect or GLOBALS.connect, names, wish, check=check, output=output)
         return
     with _ends(connect, to) as ends:
+        if not (adjust or recover):  # those have to do with hosts that may be down
+            ends.open()
         found = _wanted(ends, names, recover=recover)
         if adjust:
             _adjust(ends, found, _bytes(bandwidth), downtime)
@@ -223,7 +225,7 @@ def _each(names: tuple[str, ...], work: Callable[[str], Moved], output: Output) 
         try:
             result = work(name)
         except VmctlError as error:
-            if len(names) == 1 or isinstance(error, Interrupted):
+            if len(names) == 1:
                 raise
             failures[name] = error
             continue

@@ -9,10 +9,11 @@ from __future__ import annotations
 import struct
 
 from vmctl.disk_header import qcow2, vdi, vhdx, vmdk
+from vmctl.disk_header.reach import require_whole
 from vmctl.disk_header.window import SECTOR, DiskHeader, Unreadable, Window
 from vmctl.errors import ImageError
 
-__all__ = ["FORMATS", "DiskHeader", "Window", "check", "examine"]
+__all__ = ["FORMATS", "DiskHeader", "Window", "check", "check_whole", "examine"]
 
 FORMATS = ("qcow2", "raw", "vmdk", "vdi", "vhdx")
 DEFAULT_MOST_BYTES = 2 << 40
@@ -111,3 +112,11 @@ def check(window: Window, *, what: str, asked: str = "", most_bytes: int = DEFAU
             hint = "make it whole where it came from: qemu-img convert -O qcow2 IT NEW"
         raise ImageError(f"cannot {what}: {'; '.join(problems)}", hint=hint)
     return found
+
+
+def check_whole(window: Window, found: DiskHeader, *, what: str) -> None:
+    """Raise ImageError when content that the tables of a checked image point to is not in the file."""
+    try:
+        require_whole(window, found)
+    except Unreadable as error:
+        raise ImageError(f"cannot {what}: {error}", hint="get it again; it ended too early") from error

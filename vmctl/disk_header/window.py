@@ -19,11 +19,12 @@ class Unreadable(Exception):
 
 @dataclass(slots=True)
 class Window:
-    """``size`` bytes of the open file ``handle`` from ``start`` on. Reads beyond them, and too many, are refused."""
+    """``size`` bytes of the open file ``handle`` from ``start`` on. Refused: reads beyond them, and too many."""
 
     handle: int
     size: int
     start: int = 0
+    most: int = _MOST_BYTES
     _spent: int = field(default=0, init=False)
 
     def read(self, offset: int, count: int) -> bytes:
@@ -31,7 +32,7 @@ class Window:
         if offset < 0 or offset + count > self.size:
             raise Unreadable("it is cut short")
         self._spent += count
-        if self._spent > _MOST_BYTES:
+        if self._spent > self.most:
             raise Unreadable("its header is absurdly long")
         try:
             data = os.pread(self.handle, count, self.start + offset)

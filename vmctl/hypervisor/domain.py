@@ -255,12 +255,12 @@ def job_progress(conn: Connection, name: str) -> JobProgress | None:
     return JobProgress(int(info[4]), int(info[3])) if info[0] else None
 
 
-def undefine(conn: Connection, name: str) -> None:
+def undefine(conn: Connection, name: str, *, keep_nvram: bool = False) -> None:
     """Remove the definition and what libvirt keeps for it: saved state, NVRAM, snapshot and checkpoint metadata."""
     flags = (
         libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
         | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
-        | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
+        | (libvirt.VIR_DOMAIN_UNDEFINE_KEEP_NVRAM if keep_nvram else libvirt.VIR_DOMAIN_UNDEFINE_NVRAM)
         | libvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA
     )
     with calling(f"delete VM {name}"):

@@ -52,6 +52,11 @@ _PAUSED_WHY = {
     libvirt.VIR_DOMAIN_PAUSED_POSTCOPY: "post-copy",
     libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED: "post-copy failed",
 }
+# It runs, and waits for memory that is not there yet, or will not come.
+_RUNNING_WHY = {
+    libvirt.VIR_DOMAIN_RUNNING_POSTCOPY: "post-copy",
+    libvirt.VIR_DOMAIN_RUNNING_POSTCOPY_FAILED: "post-copy failed",
+}
 
 
 def state_of(code: int, reason: int, *, saved: bool = False) -> tuple[State, str]:
@@ -67,7 +72,9 @@ def state_of(code: int, reason: int, *, saved: bool = False) -> tuple[State, str
         return state, "failed to start"
     if state is State.CRASHED:
         return state, PANICKED if reason == libvirt.VIR_DOMAIN_CRASHED_PANICKED else ""
-    return state, _PAUSED_WHY.get(reason, "") if state is State.PAUSED else ""
+    if state is State.PAUSED:
+        return state, _PAUSED_WHY.get(reason, "")
+    return state, _RUNNING_WHY.get(reason, "") if code == libvirt.VIR_DOMAIN_RUNNING else ""
 
 
 def told(state: State, why: str) -> str:
