@@ -146,6 +146,10 @@ def test_the_page_holds_everything() -> None:
     assert "KVM (interpreted)" in text and "timer_wake" in text
 
 
+def test_every_workload_of_the_schema_is_shown_once() -> None:
+    assert sorted(kind.name for kind in kinds.KINDS) == sorted(store.schema()["properties"]["workload"]["enum"])
+
+
 def test_several_of_one_accelerator_are_told_apart() -> None:
     (section,) = kinds.BY_NAME["trap"].sections([traps(1).to_json(), traps(2).to_json()])
     assert section.charts[0].series == ("TCG, trap-1", "TCG, trap-2")
