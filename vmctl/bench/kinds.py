@@ -30,6 +30,8 @@ class Kind(NamedTuple):
 KINDS = (
     Kind("trap", sections.traps, sections.trap_cases, trap_of),
     Kind("popek-goldberg", sections.popek, sections.popek_cases),
+    Kind("io", sections_measured.titled("Disks"), sections_measured.cases, measured_of),
+    Kind("net", sections_measured.titled("Networks"), sections_measured.cases, measured_of),
     Kind("levels", sections.levels, sections.levels_cases, levels_of),
     Kind("sheet", sections.sheets, sections.sheet_cases),
 )
