@@ -103,7 +103,7 @@ def figures(result: dict[str, Any], measure: str) -> dict[str, dict[str, Any]]:
     return {line["row"]: line for line in result["table"] if line["measure"] == measure}
 
 
-def test_every_disk_has_every_figure(disks: dict[str, Any]) -> None:
+def test_every_disk_has_every_figure(disks: dict[str, Any], folder: Path) -> None:
     assert disks["complete"] and json_schema.errors(store.schema(), disks) == []
     assert [row["name"] for row in disks["rows"]] == [row.name for row in setups.with_ceilings(setups.QUICK)]
     for name, row in by_name(disks).items():
@@ -113,7 +113,8 @@ def test_every_disk_has_every_figure(disks: dict[str, Any]) -> None:
             (sample,) = measure["samples"]
             assert sample["details"]["host_cpu_ns_per_io"] > 0, (name, measure["name"])
     assert disks["environment"]["guest_kernel"].endswith("-amd64") and disks["environment"]["guest_clock"]
-    assert disks["environment"]["storage"]["filesystem"] not in {"", "tmpfs"}
+    mounted = subprocess.run(["findmnt", "-n", "-o", "FSTYPE", "--target", folder], capture_output=True, text=True)
+    assert disks["environment"]["storage"]["filesystem"] == mounted.stdout.strip()
 
 
 def test_registers_are_counted_and_tell_the_devices_apart(disks: dict[str, Any]) -> None:
