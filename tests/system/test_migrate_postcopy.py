@@ -30,10 +30,12 @@ def test_cut_off_in_its_second_half_it_is_said_and_recovered(pair: Pair) -> None
         words = ("migrate", name, "--to", "h2", "--postcopy", "--no-auto-converge", "--timeout", "2")
         process = pair.begin("-c", "h1", *words)
         until(lambda: "post-copy" in first.virsh("domstate", name, "--reason", check=False), "post-copy has begun")
+        # Before it runs there, the target's libvirt ends it with the connection.
+        until(lambda: "running" in second.virsh("domstate", name, check=False), "it runs there")
         first.cut_from(second)
         _, said = process.communicate(timeout=170)
         assert process.returncode == 12, said
-        assert "in post-copy, which was cut off" in said and "--recover" in said
+        assert "in post-copy, which was cut off" in said and "--recover" in said, said
         first.mend_from(second)
         pair.bed.limit(None)
         recovered = pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--recover")

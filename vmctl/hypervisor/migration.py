@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from vmctl.migrate_policy import Sample
 
 _MIB = 1 << 20
 _KEEPALIVE_S, _KEEPALIVE_COUNT = 5, 3
+_LET_GO_S = 60.0
 
 
 class Way(StrEnum):
@@ -109,11 +111,21 @@ def resume_postcopy(source: Connection, target: Connection, name: str, orders: O
         dom = handle(source, name)
         with suppress(libvirt.libvirtError):
             dom.abortJobFlags(libvirt.VIR_DOMAIN_ABORT_JOB_POSTCOPY)
-        wanted = flags(orders) | libvirt.VIR_MIGRATE_POSTCOPY_RESUME | libvirt.VIR_MIGRATE_POSTCOPY
-        if orders.way is Way.DIRECT:
-            dom.migrate3(target.handle, _parameters(orders), wanted)
-        else:
-            dom.migrateToURI3(orders.peer, _parameters(orders), wanted)
+        wanted = flags(orders) | libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_POSTCOPY
+        wanted |= libvirt.VIR_MIGRATE_POSTCOPY_RESUME
+        deadline = time.monotonic() + _LET_GO_S
+        while True:
+            try:
+                if orders.way is Way.DIRECT:
+                    dom.migrate3(target.handle, _parameters(orders), wanted)
+                else:
+                    dom.migrateToURI3(orders.peer, _parameters(orders), wanted)
+                return
+            except libvirt.libvirtError as error:
+                # The first one's thread waits for its own connection to be given up.
+                if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.5)
 
 
 def sample(source: Connection, name: str, at_s: float) -> Sample | None:
