@@ -20,6 +20,7 @@ from vmctl.migrate_policy import Sample
 _MIB = 1 << 20
 _KEEPALIVE_S, _KEEPALIVE_COUNT = 5, 3
 _LET_GO_S = 60.0
+_SOON_OVER = frozenset({libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC})
 
 
 class Way(StrEnum):
@@ -122,8 +123,9 @@ def resume_postcopy(source: Connection, target: Connection, name: str, orders: O
                     dom.migrateToURI3(orders.peer, _parameters(orders), wanted)
                 return
             except libvirt.libvirtError as error:
-                # The first one's thread waits for its own connection to be given up.
-                if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID or time.monotonic() > deadline:
+                # The first one's thread waits for its own connection to be given up; and the way, just mended, may not
+                # carry a new one yet.
+                if error.get_error_code() not in _SOON_OVER or time.monotonic() > deadline:
                     raise
             time.sleep(0.5)
 
