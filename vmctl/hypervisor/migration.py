@@ -16,10 +16,11 @@ from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.domain import handle
 from vmctl.hypervisor.errors import calling
 from vmctl.migrate_policy import Sample
+from vmctl.wait import pause
 
 _MIB = 1 << 20
 _KEEPALIVE_S, _KEEPALIVE_COUNT = 5, 3
-_LET_GO_S = 60.0
+_LET_GO_S, _AGAIN_S = 60.0, 0.5
 _SOON_OVER = frozenset({libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC})
 
 
@@ -99,11 +100,14 @@ def _parameters(orders: Orders) -> dict[str, Any]:
 def migrate(source: Connection, target: Connection, name: str, orders: Orders) -> None:
     """Migrate; returns when it is over. Of what became of the VM, both hosts say more than an error does."""
     with calling(f"migrate VM {name}"):
-        dom = handle(source, name)
-        if orders.way is Way.DIRECT:
-            dom.migrate3(target.handle, _parameters(orders), flags(orders))
-        else:
-            dom.migrateToURI3(orders.peer, _parameters(orders), flags(orders))
+        _send(handle(source, name), target, orders, flags(orders))
+
+
+def _send(dom: Any, target: Connection, orders: Orders, wanted: int) -> None:
+    if orders.way is Way.DIRECT:
+        dom.migrate3(target.handle, _parameters(orders), wanted)
+    else:
+        dom.migrateToURI3(orders.peer, _parameters(orders), wanted)
 
 
 def resume_postcopy(source: Connection, target: Connection, name: str, orders: Orders) -> None:
@@ -117,17 +121,14 @@ def resume_postcopy(source: Connection, target: Connection, name: str, orders: O
         deadline = time.monotonic() + _LET_GO_S
         while True:
             try:
-                if orders.way is Way.DIRECT:
-                    dom.migrate3(target.handle, _parameters(orders), wanted)
-                else:
-                    dom.migrateToURI3(orders.peer, _parameters(orders), wanted)
+                _send(dom, target, orders, wanted)
                 return
             except libvirt.libvirtError as error:
                 # The first one's thread waits for its own connection to be given up; and the way, just mended, may not
                 # carry a new one yet.
                 if error.get_error_code() not in _SOON_OVER or time.monotonic() > deadline:
                     raise
-            time.sleep(0.5)
+            pause(_AGAIN_S)
 
 
 def sample(source: Connection, name: str, at_s: float) -> Sample | None:
