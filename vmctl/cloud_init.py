@@ -15,17 +15,30 @@ from typing import Any
 _MARK = "--vmctl--"
 _PATIENCE_S = 20
 NOT_YET, ABSENT, DISABLED = 75, 76, 77  # exit codes of the script
-# One log-in for many looks: each costs a guest under TCG half a second.
-SCRIPT = f"""
-d=/run/cloud-init
-n=0
-while [ ! -e $d/result.json ]; do
-  command -v cloud-init >/dev/null || exit {ABSENT}
-  [ ! -e $d/disabled ] || exit {DISABLED}
-  n=$((n + 1)); [ $n -le {_PATIENCE_S * 2} ] || exit {NOT_YET}
-  sleep 0.5
-done
-cat $d/result.json; echo; echo {_MARK}; cat $d/status.json; echo; echo {_MARK}
+
+
+def script(folder: str = "/run/cloud-init", patience_s: float = _PATIENCE_S) -> str:
+    """What a shell in the guest runs: waits for the result, at most ``patience_s``, and prints what ``read`` reads.
+
+    One log-in for many looks, for each costs a guest under TCG seconds. The looks are one process's: a shell's loop
+    starts a sleep for each, which took a third of an emulated processor from the very boot it waited for. cloud-init
+    is written in Python, so its first line names one.
+    """
+    result, disabled = f"{folder}/result.json", f"{folder}/disabled"
+    return f"""
+if ! [ -e {result} ] && ! [ -e {disabled} ]; then
+  program=$(command -v cloud-init) || exit {ABSENT}
+  read -r line <"$program"
+  ${{line#??}} -IS -c 'import os, time
+end = time.monotonic() + {patience_s}
+while time.monotonic() < end and not (os.path.exists("{result}") or os.path.exists("{disabled}")):
+    time.sleep(0.25)' 2>/dev/null || sleep 2
+fi
+if [ ! -e {result} ]; then
+  [ ! -e {disabled} ] || exit {DISABLED}
+  exit {NOT_YET}
+fi
+cat {result}; echo; echo {_MARK}; cat {folder}/status.json; echo; echo {_MARK}
 for log in /var/log/cloud-init.log; do
   [ -r $log ] && cat $log || sudo -n cat $log
 done 2>/dev/null | grep -E '\\[?(WARNING|ERROR|CRITICAL)\\]?:' | tail -n 20
@@ -66,7 +79,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def read(text: str) -> Outcome:
-    """The outcome from what SCRIPT printed."""
+    """The outcome from what ``script`` printed."""
     parts = [part.strip() for part in text.split(_MARK)]
     result, status, log = [*parts, "", "", ""][:3]
     errors = _listed(_json(result).get("v1", {}).get("errors"))

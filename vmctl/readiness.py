@@ -152,7 +152,7 @@ class _Watch:
         said = bytearray()
         try:
             code = execute(
-                self.host, self.vm.name, ["sh", "-c", cloud_init.SCRIPT], stdin=None, out=said.extend, err=said.extend
+                self.host, self.vm.name, ["sh", "-c", cloud_init.script()], stdin=None, out=said.extend, err=said.extend
             )
         except (VmctlError, OSError) as error:
             self.last_error = reason(error)  # the user or the key may not be there yet

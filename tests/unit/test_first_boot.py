@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import email
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -181,3 +184,37 @@ def test_a_seed_goes_only_when_nothing_of_it_can_be_lost(log: str, kept: bool) -
 )
 def test_a_fork_has_had_its_first_boot_until_it_boots_itself(log: str, over: bool) -> None:
     assert tells_that_first_boot_is_over(log) is over
+
+
+def look(folder: Path, patience_s: float, path: str) -> subprocess.CompletedProcess[str]:
+    """The script as a guest's shell would run it, with a cloud-init and a sleep of the test's own."""
+    return subprocess.run(
+        ["/bin/sh", "-c", cloud_init.script(str(folder), patience_s)],
+        env={"PATH": path}, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+def test_the_wait_in_the_guest_is_one_process(tmp_path: Path) -> None:
+    run, programs = tmp_path / "run", tmp_path / "bin"
+    programs.mkdir()
+    run.mkdir()
+    assert look(run, 0.5, str(programs)).returncode == cloud_init.ABSENT
+    path = f"{programs}:/usr/bin:/bin"
+    (programs / "cloud-init").write_text(f"#!{sys.executable}\n")
+    (programs / "sleep").write_text(f"#!/bin/sh\necho >>{tmp_path}/slept\n")
+    for file in programs.iterdir():
+        file.chmod(0o755)
+    assert look(run, 0.5, path).returncode == cloud_init.NOT_YET
+    assert not (tmp_path / "slept").exists()
+    (run / "status.json").write_text('{"v1": {}}')
+    soon = threading.Timer(0.5, lambda: (run / "result.json").write_text('{"v1": {"errors": ["no luck"]}}'))
+    soon.start()
+    done = look(run, 30, path)
+    assert done.returncode == 0 and cloud_init.read(done.stdout).lines[0] == "no luck"
+    (run / "result.json").unlink()
+    (run / "disabled").touch()
+    assert look(run, 30, path).returncode == cloud_init.DISABLED
+    # One that is no Python of its own (a wrapper) is asked again rather than in a busy loop.
+    (run / "disabled").unlink()
+    (programs / "cloud-init").write_text("#!/bin/sh\n")
+    assert look(run, 0.5, path).returncode == cloud_init.NOT_YET and (tmp_path / "slept").exists()
