@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +104,25 @@ def test_ssh_answers_before_cloud_init_is_through(guests: Guests) -> None:
     asked = ("systemctl", "show", "--value", "--property", "ActiveEnterTimestampMonotonic")
     ssh, first = (int(guests.run("direct", *asked, unit)) for unit in ("ssh.service", "cloud-init-local.service"))
     assert 0 < ssh < first
+
+
+def test_cloud_init_was_loaded_once_for_its_stages(guests: Guests) -> None:
+    """By what each unit's processes took; and a stage that is asked for later is a cloud-init of its own."""
+    guests.shell.run("wait", guests.names["direct"], "--for", "cloud-init", "--timeout", "400", timeout=420)
+    units = ["vmctl-cloud-init", "cloud-init-local", "cloud-init", "cloud-config", "cloud-final"]
+    asked = ("systemctl", "show", "--value", "--property", "CPUUsageNSec", *(f"{unit}.service" for unit in units))
+    whole, *stages = (int(line) for line in guests.run("direct", *asked).split())
+    assert sum(stages) < whole / 4
+    again = ("sudo", "/usr/lib/systemd/system-generators/vmctl-first-boot", "stage", "--version")
+    assert guests.run("direct", *again).startswith("/usr/bin/cloud-init 22.")
+
+
+def test_a_users_manager_outlives_the_login(guests: Guests) -> None:
+    """Starting it is the larger part of what a command over SSH costs; 10 seconds are what logind gives it else."""
+    since = ("systemctl", "show", "--value", "--property", "ActiveEnterTimestampMonotonic", "user@1000.service")
+    first, ended = int(guests.run("uefi", *since)), time.monotonic()
+    wait_until(lambda: time.monotonic() > ended + 15, what="logind's own delay to pass", timeout_s=20, interval_s=1)
+    assert 0 < first == int(guests.run("uefi", *since))
 
 
 def test_the_host_key_is_the_planted_one(guests: Guests, way: str) -> None:

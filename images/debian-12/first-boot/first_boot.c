@@ -5,7 +5,8 @@
  * cloud-init then runs as always and finds everything as it would have made it, only later.
  *
  * Called by systemd as a generator (three folders), in place of cloud-init's own: decides whether cloud-init runs, and
- * whether the boot waits for it. Called with "plant": writes what the seed says.
+ * whether the boot waits for it. Called with "plant": writes what the seed says; with "stage": runs one of cloud-init's
+ * (stage.c).
  *
  * By its other name, vmctl-renew, it makes a machine that goes on from another one's memory itself (renew.c).
  *
@@ -15,6 +16,7 @@
 #define HOST_KEY "/etc/ssh/ssh_host_ed25519_key"
 #define _GNU_SOURCE
 #include "micro.h"
+#include "stage.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -29,6 +31,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#define PROGRAM "/usr/lib/systemd/system-generators/vmctl-first-boot"
 #define DEFAULT_USER "debian"
 #define GROUPS "adm,audio,cdrom,dialout,dip,floppy,netdev,plugdev,sudo,video"
 #define INSTANCE "/var/lib/cloud/data/instance-id"
@@ -162,32 +165,56 @@ static void put(const char *folder, const char *name, const char *text)
         say("cannot write %s: %s", path, strerror(errno));
 }
 
+static void put_folder(const char *folder, const char *name)
+{
+    char path[512];
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    mkdir(path, 0755);
+}
+
 static void want(const char *folder, const char *unit)
 {
     char path[512], target[256];
-    snprintf(path, sizeof path, "%s/multi-user.target.wants", folder);
-    mkdir(path, 0755);
+    put_folder(folder, "multi-user.target.wants");
     snprintf(path, sizeof path, "%s/multi-user.target.wants/%s", folder, unit);
     snprintf(target, sizeof target, "/usr/lib/systemd/system/%s", unit);
     if (symlink(target, path) != 0 && errno != EEXIST)
         say("cannot link %s: %s", path, strerror(errno));
 }
 
+/* cloud-init's four services, each with its stage by stage.c. */
+static void put_stages(const char *folder)
+{
+    static const char *const stages[][2] = {{"cloud-init-local", "init --local"}, {"cloud-init", "init"},
+                                            {"cloud-config", "modules --mode=config"},
+                                            {"cloud-final", "modules --mode=final"}};
+    for (size_t i = 0; i < sizeof stages / sizeof *stages; i++) {
+        char name[64], text[512];
+        snprintf(name, sizeof name, "%s.service.d", stages[i][0]);
+        put_folder(folder, name);
+        snprintf(name, sizeof name, "%s.service.d/10-vmctl.conf", stages[i][0]);
+        snprintf(text, sizeof text, "[Unit]\nWants=vmctl-cloud-init.service\nAfter=vmctl-cloud-init.service\n"
+                 "[Service]\nExecStart=\nExecStart=%s stage %s\n", PROGRAM, stages[i][1]);
+        put(folder, name, text);
+    }
+}
+
 /* cloud-init's first two services as Debian has them, without their places before sysinit.target, network and sshd. */
 static void put_services(const char *folder)
 {
+    static const char late[] = "[Unit]\nAfter=ssh.service systemd-user-sessions.service systemd-networkd-wait-online.service\n";
     static const char service[] = "[Service]\nType=oneshot\nRemainAfterExit=yes\nTimeoutSec=0\n"
-                                  "StandardOutput=journal+console\n"
-                                  "CPUWeight=10\n"; /* the first login comes first */
+                                  "StandardOutput=journal+console\n";
     char text[1024];
-    snprintf(text, sizeof text, "[Unit]\nDescription=Initial cloud-init job (pre-networking), beside the boot\n"
-             "After=ssh.service systemd-user-sessions.service systemd-networkd-wait-online.service\nRequiresMountsFor=/var/lib/cloud\n"
-             "%sExecStart=/usr/bin/cloud-init init --local\n", service);
+    snprintf(text, sizeof text, "%sDescription=Initial cloud-init job (pre-networking), beside the boot\n"
+             "RequiresMountsFor=/var/lib/cloud\n%s", late, service);
     put(folder, "cloud-init-local.service", text);
     snprintf(text, sizeof text, "[Unit]\nDescription=Initial cloud-init job (metadata service crawler), beside the boot\n"
-             "After=cloud-init-local.service systemd-networkd-wait-online.service\nBefore=network-online.target\n"
-             "%sExecStart=/usr/bin/cloud-init init\n", service);
+             "After=cloud-init-local.service systemd-networkd-wait-online.service\nBefore=network-online.target\n%s", service);
     put(folder, "cloud-init.service", text);
+    put_folder(folder, "vmctl-cloud-init.service.d");
+    snprintf(text, sizeof text, "%s[Service]\nCPUWeight=10\n", late); /* the first login comes first */
+    put(folder, "vmctl-cloud-init.service.d/10-late.conf", text);
 }
 
 static int generate(const char *normal, const char *early)
@@ -204,6 +231,7 @@ static int generate(const char *normal, const char *early)
     }
     put("/run/cloud-init", "enabled", "");
     want(normal, "cloud-init.target");
+    put_stages(early);
     if (!seed || other_seed || !instance)
         return 0;
     if (set_up_already(instance)) {
@@ -347,8 +375,10 @@ int main(int count, char **arguments)
     umask(022);
     if (count == 2 && strcmp(arguments[1], "plant") == 0)
         return plant();
+    if (count > 2 && strcmp(arguments[1], "stage") == 0)
+        return stage(arguments + 2);
     if (count == 4)
         return generate(arguments[1], arguments[2]);
-    fprintf(stderr, "usage: %s plant | NORMAL EARLY LATE\n", arguments[0]);
+    fprintf(stderr, "usage: %s plant | stage WORD... | NORMAL EARLY LATE\n", arguments[0]);
     return 2;
 }
