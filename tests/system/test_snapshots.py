@@ -199,18 +199,18 @@ def test_branches_keep_what_they_need(shell: Shell, guest: str) -> None:
     clean(shell, guest)
 
 
-def test_a_clone_on_a_snapshots_file_keeps_it(shell: Shell, guest: str) -> None:
-    put(guest, "base")
-    held = sources(shell, guest)["vdc"]
-    shell.run("snapshot", "create", f"{guest}.base", "--no-memory")
-    put(guest, "later")
+def test_a_clone_on_a_snapshots_file_keeps_it(shell: Shell, vm: str) -> None:
+    put(vm, "base")
+    held = sources(shell, vm)["vdc"]
+    shell.run("snapshot", "create", f"{vm}.base", "--no-memory")
+    put(vm, "later")
     shell.run("disk", "create", "clone-top", "--backing", held)
     want = subprocess.run(
         ["qemu-img", "convert", "-O", "raw", str(POOL / "clone-top.qcow2"), "/tmp/want.raw"], check=True
     )
     assert want.returncode == 0
-    shell.run("snapshot", "delete", f"{guest}.base", "--yes")
-    assert holds(shell, guest, "later") and Path(held).exists()
+    shell.run("snapshot", "delete", f"{vm}.base", "--yes")
+    assert holds(shell, vm, "later") and Path(held).exists()
     subprocess.run(["qemu-img", "compare", "-F", "raw", str(POOL / "clone-top.qcow2"), "/tmp/want.raw"], check=True)
     shell.run("disk", "delete", "clone-top", "--yes")
 
