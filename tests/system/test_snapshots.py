@@ -21,28 +21,37 @@ POOL = Path("/var/lib/libvirt/vmctl/vmctl")
 BLOCKS = 64
 
 
-def created(shell: Shell, name: str) -> None:
-    """A running guest with a second disk of 16 MiB."""
-    shell.run("create", name, "--image", "micro", "--disk", "16M", "--wait", "ssh", timeout=300)
-    shell.run("wait", name, "--for", "agent")
-    shell.run("exec", name, "--", "sync")  # its host key too, which it would not get from a used seed again
-
-
 @contextmanager
-def running(name: str) -> Iterator[str]:
-    """Such a guest, all files of which are gone with it."""
+def made(name: str, *options: str) -> Iterator[str]:
+    """A VM with a second disk of 16 MiB, all files of which are gone with it."""
     shell, before = Shell(), set(POOL.iterdir())
-    created(shell, name)
+    shell.run("create", name, "--image", "micro", "--disk", "16M", *options, timeout=300)
     yield name
     shell.run("delete", name, "--yes")
     assert set(POOL.iterdir()) == before
     assert not journal()
 
 
+@contextmanager
+def running(name: str) -> Iterator[str]:
+    """Such a VM, booted."""
+    with made(name, "--wait", "ssh"):
+        Shell().run("wait", name, "--for", "agent")
+        Shell().run("exec", name, "--", "sync")  # its host key too, which it would not get from a used seed again
+        yield name
+
+
 @pytest.fixture
 def vm(name: str) -> Iterator[str]:
     """A guest of the test's own, with which it may do anything."""
     with running(name):
+        yield name
+
+
+@pytest.fixture
+def off(name: str) -> Iterator[str]:
+    """A VM of the test's own that was never started."""
+    with made(name, "--no-start"):
         yield name
 
 
@@ -367,25 +376,25 @@ def test_a_vm_with_backups_is_put_back_and_snapshotted_like_any_other(shell: She
 
 
 @pytest.mark.timeout(1500)
-def test_fifty_deep_and_flatten_mends_it(shell: Shell, vm: str) -> None:
-    shell.virsh("destroy", vm)
+def test_fifty_deep_and_flatten_mends_it(shell: Shell, off: str) -> None:
     for number in range(50):
-        shell.run("snapshot", "create", f"{vm}.d{number}")
-    up(shell, vm)
-    put(vm, "now")
-    assert len(names(shell, vm)) == 50
-    shell.run("disk", "flatten", f"{vm}:{target(shell, vm)}", timeout=400)
-    assert holds(shell, vm, "now")
-    assert len(backing(sources(shell, vm)[target(shell, vm)])) == 1
-    shell.run("snapshot", "delete", f"{vm}.d25", f"{vm}.d0", f"{vm}.d49", "--yes", timeout=400)
-    assert holds(shell, vm, "now") and len(names(shell, vm)) == 47
-    shell.run("snapshot", "create", f"{vm}.top", "--no-memory")
-    shell.run("snapshot", "revert", f"{vm}.d30", "--yes", timeout=400)
-    assert not holds_off(shell, vm, "now")
-    shell.run("snapshot", "revert", f"{vm}.top", "--yes", timeout=400)
-    clean(shell, vm)
-    assert holds_off(shell, vm, "now")
-    up(shell, vm)
+        shell.run("snapshot", "create", f"{off}.d{number}")
+    up(shell, off)
+    shell.run("exec", off, "--", "sync")
+    put(off, "now")
+    assert len(names(shell, off)) == 50
+    shell.run("disk", "flatten", f"{off}:{target(shell, off)}", timeout=400)
+    assert holds(shell, off, "now")
+    assert len(backing(sources(shell, off)[target(shell, off)])) == 1
+    shell.run("snapshot", "delete", f"{off}.d25", f"{off}.d0", f"{off}.d49", "--yes", timeout=400)
+    assert holds(shell, off, "now") and len(names(shell, off)) == 47
+    shell.run("snapshot", "create", f"{off}.top", "--no-memory")
+    shell.run("snapshot", "revert", f"{off}.d30", "--yes", timeout=400)
+    assert not holds_off(shell, off, "now")
+    shell.run("snapshot", "revert", f"{off}.top", "--yes", timeout=400)
+    clean(shell, off)
+    assert holds_off(shell, off, "now")
+    up(shell, off)
 
 
 def target(shell: Shell, vm: str) -> str:
@@ -398,29 +407,28 @@ def backing(path: str) -> list[str]:
     return [one["filename"] for one in json.loads(subprocess.run(words, check=True, capture_output=True).stdout)]
 
 
-def test_the_variables_of_uefi_are_kept_and_put_back(shell: Shell, vm: str, tmp_path: Path) -> None:
-    shell.virsh("destroy", vm)
-    text = shell.virsh("dumpxml", vm, "--inactive")
+def test_the_variables_of_uefi_are_kept_and_put_back(shell: Shell, off: str, tmp_path: Path) -> None:
+    text = shell.virsh("dumpxml", off, "--inactive")
     begin, end = text.index("<os>"), text.index("</os>")
     xml = tmp_path / "uefi.xml"
     boot = "<os firmware='efi'><type arch='x86_64' machine='q35'>hvm</type><boot dev='hd'/>"
     xml.write_text(text[:begin] + boot + text[end:])
     shell.virsh("define", str(xml))
-    shell.virsh("start", vm)
-    nvram = Path(shell.virsh("dumpxml", vm).partition("<nvram")[2].partition(">")[2].partition("<")[0])
-    refused = shell.run("snapshot", "create", f"{vm}.in", "--internal", check=8)
+    shell.virsh("start", off)
+    nvram = Path(shell.virsh("dumpxml", off).partition("<nvram")[2].partition(">")[2].partition("<")[0])
+    refused = shell.run("snapshot", "create", f"{off}.in", "--internal", check=8)
     assert "UEFI" in refused.stderr
-    shell.run("snapshot", "create", f"{vm}.live")
-    shell.virsh("destroy", vm)
+    shell.run("snapshot", "create", f"{off}.live")
+    shell.virsh("destroy", off)
     nvram.write_bytes(b"one" + nvram.read_bytes()[3:])
     one = nvram.read_bytes()
-    shell.run("snapshot", "create", f"{vm}.one")
+    shell.run("snapshot", "create", f"{off}.one")
     nvram.write_bytes(b"two" + one[3:])
     owner = nvram.stat().st_uid
-    shell.run("snapshot", "revert", f"{vm}.one", "--yes")
+    shell.run("snapshot", "revert", f"{off}.one", "--yes")
     assert nvram.read_bytes() == one and nvram.stat().st_uid == owner
-    told = shell.run("snapshot", "revert", f"{vm}.live", "--dry-run").stdout
+    told = shell.run("snapshot", "revert", f"{off}.live", "--dry-run").stdout
     assert f"would write {nvram}" in told
-    shell.run("snapshot", "revert", f"{vm}.live", "--yes")
-    assert nvram.read_bytes()[:3] != b"one" and shell.virsh("domstate", vm) == "running"
-    assert shell.json("snapshot", "show", f"{vm}.one")["nvram"].endswith(".nvram")
+    shell.run("snapshot", "revert", f"{off}.live", "--yes")
+    assert nvram.read_bytes()[:3] != b"one" and shell.virsh("domstate", off) == "running"
+    assert shell.json("snapshot", "show", f"{off}.one")["nvram"].endswith(".nvram")
