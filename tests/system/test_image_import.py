@@ -144,7 +144,7 @@ def test_over_a_connection_that_is_not_local(tmp_path: Path) -> None:
 
 def test_a_vm_starts_from_an_imported_disk(shell: Shell, name: str, tmp_path: Path) -> None:
     """A boot sector that writes a word to the serial port."""
-    code = b"".join(b"\xba\xf8\x03\xb0" + bytes([c]) + b"\xee" for c in b"booted from the import\r\n") + b"\xeb\xfe"
+    code = b"".join(b"\xba\xf8\x03\xb0" + bytes([c]) + b"\xee" for c in b"booted from the import\r\n") + b"\xf4\xeb\xfd"
     raw = tmp_path / "boots.raw"
     raw.write_bytes(code.ljust(510, b"\0") + b"\x55\xaa")
     os.truncate(raw, 1 << 20)
