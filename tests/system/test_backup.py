@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from vmctl import backup_verify, disk_xml
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
-COUNT = 4 << 20 >> 12  # blocks of 4 KiB that each test writes
+COUNT = 2 << 20 >> 12  # blocks of 4 KiB that each test writes
 
 
 @pytest.fixture
@@ -37,24 +38,39 @@ def created(shell: Shell, vm: str) -> str:
     return vm
 
 
-@pytest.fixture
-def vm(shell: Shell, name: str) -> Iterator[str]:
-    """A VM of the test's own, with which it may do anything."""
+@contextmanager
+def gone_afterwards(name: str) -> Iterator[None]:
+    """All of that VM is."""
+    shell = Shell()
     before = volumes(shell)
-    yield created(shell, name)
+    yield
     shell.run("delete", name, "--yes", "--missing-ok", check=None)
     assert volumes(shell) == before
     assert name not in shell.virsh("list", "--all", "--name").split()
 
 
+@pytest.fixture
+def vm(shell: Shell, name: str) -> Iterator[str]:
+    """A VM of the test's own, with which it may do anything."""
+    with gone_afterwards(name):
+        yield created(shell, name)
+
+
+@pytest.fixture
+def off(shell: Shell, name: str) -> Iterator[str]:
+    """One that was never started."""
+    with gone_afterwards(name):
+        shell.run("create", name, "--image", "micro", "--no-start")
+        shell.run("disk", "attach", name, "64M", "--serial", "data")
+        yield name
+
+
 @pytest.fixture(scope="module")
 def lasting() -> Iterator[str]:
-    """A VM for the tests that leave theirs as it was."""
-    shell, name = Shell(), f"t-{secrets.token_hex(4)}"
-    before = volumes(shell)
-    yield created(shell, name)
-    shell.run("delete", name, "--yes", "--missing-ok", check=None)
-    assert volumes(shell) == before
+    """A VM for the tests that leave theirs able to go on."""
+    name = f"t-{secrets.token_hex(4)}"
+    with gone_afterwards(name):
+        yield created(Shell(), name)
 
 
 @pytest.fixture
@@ -65,21 +81,19 @@ def guest(shell: Shell, lasting: str) -> str:
         shell.run("wait", lasting, "--for", "ssh", "--timeout", "120")
     for one in checkpoints(shell, lasting):
         shell.virsh("checkpoint-delete", lasting, one)
-    zeros = f"dd if=/dev/zero of={device(shell, lasting)} bs=1M count=64 conv=notrunc,fsync"
+    zeros = f"dd if=/dev/zero of={device()} bs=1M count=8 conv=notrunc,fsync"  # no test writes further
     shell.run("exec", lasting, "--", "sh", "-c", zeros)
     return lasting
 
 
-def device(shell: Shell, vm: str, serial: str = "data") -> str:
-    """The guest's name of a disk."""
-    found = f'[ "$(cat $d/serial 2>/dev/null)" = {serial} ] && echo /dev/${{d##*/}}'
-    script = f"for d in /sys/block/*; do {found}; done; true"
-    return shell.run("exec", vm, "--", "sh", "-c", script).stdout.strip()
+def device(serial: str = "data") -> str:
+    """The guest's name of a disk, as a word for its shell."""
+    return f'$(cd /sys/block; for d in *; do [ "$(cat $d/serial 2>/dev/null)" = {serial} ] && echo /dev/$d; done)'
 
 
 def write(shell: Shell, vm: str, seed: str, count: int = COUNT, *, at: int = 0) -> bytes:
     data = pattern.blocks(seed, count)
-    pattern.write(vm, device(shell, vm), data, at=at)
+    pattern.write(vm, device(), data, at=at)
     return data
 
 
@@ -137,17 +151,8 @@ def test_each_point_of_a_chain_restores_to_what_the_guest_had_then(
         write(shell, guest, f"{number}", COUNT // 2, at=number * COUNT // 4)
         # What the guest discards or zeroes is a change too.
         if number == 2:
-            shell.run(
-                "exec",
-                guest,
-                "--",
-                "dd",
-                "if=/dev/zero",
-                f"of={device(shell, guest)}",
-                "bs=64k",
-                "count=4",
-                "conv=fsync,notrunc",
-            )
+            zeros = f"dd if=/dev/zero of={device()} bs=64k count=4 conv=fsync,notrunc"
+            shell.run("exec", guest, "--", "sh", "-c", zeros)
         made = backup(shell, guest, store, *words)
         points.append(made["id"])
         assert made["kind"] == ("full" if number == 0 else "incremental"), made
@@ -169,42 +174,44 @@ def test_each_point_of_a_chain_restores_to_what_the_guest_had_then(
     shell.run("disk", "detach", f"{guest}:plain", "--delete", "--yes")
 
 
-def test_a_restore_over_the_old_vm_names_what_is_lost_and_brings_all_back(shell: Shell, vm: str, store: Path) -> None:
-    data = write(shell, vm, "kept")
-    shell.run("exec", vm, "--", "sh", "-c", "echo kept >/root/file; sync")
-    point = backup(shell, vm, store, "--freeze")["id"]
-    write(shell, vm, "lost")
-    shell.run("exec", vm, "--", "sh", "-c", "rm /root/file; sync")
-    xml = shell.virsh("dumpxml", vm, "--inactive")
-    refused = shell.run("backup", "restore", vm, "--folder", str(store), check=6)
+def test_a_restore_over_the_old_vm_names_what_is_lost_and_brings_all_back(
+    shell: Shell, guest: str, store: Path
+) -> None:
+    data = write(shell, guest, "kept")
+    shell.run("exec", guest, "--", "sh", "-c", "echo kept >/root/file; sync")
+    point = backup(shell, guest, store, "--freeze")["id"]
+    write(shell, guest, "lost")
+    shell.run("exec", guest, "--", "sh", "-c", "rm /root/file; sync")
+    xml = shell.virsh("dumpxml", guest, "--inactive")
+    refused = shell.run("backup", "restore", guest, "--folder", str(store), check=6)
     assert "it is running" in refused.stderr
-    shell.run("stop", vm)
-    old = {disk_of(shell, vm).source, disk_of(shell, vm, "root").source}
-    asked = shell.run("backup", "restore", vm, "--folder", str(store), check=2, stdin=subprocess.DEVNULL)
+    shell.run("stop", guest)
+    old = {disk_of(shell, guest).source, disk_of(shell, guest, "root").source}
+    asked = shell.run("backup", "restore", guest, "--folder", str(store), check=2, stdin=subprocess.DEVNULL)
     assert all(path in asked.stderr for path in old) and "--yes" in asked.stderr
-    dry = shell.run("backup", "restore", vm, point, "--folder", str(store), "--dry-run").stdout
-    assert "would lose what VM" in dry and shell.virsh("dumpxml", vm, "--inactive") == xml
-    shell.run("backup", "restore", vm, point, "--folder", str(store), "--yes")
-    holds(shell, vm, data)
-    assert not any(Path(path).exists() for path in old) and checkpoints(shell, vm) == []
-    shell.run("start", vm)
-    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
-    assert shell.run("exec", vm, "--", "cat", "/root/file").stdout == "kept\n"
-    assert pattern.holds(shell, vm, device(shell, vm), data)
-    after = backup(shell, vm, store)
+    dry = shell.run("backup", "restore", guest, point, "--folder", str(store), "--dry-run").stdout
+    assert "would lose what VM" in dry and shell.virsh("dumpxml", guest, "--inactive") == xml
+    shell.run("backup", "restore", guest, point, "--folder", str(store), "--yes")
+    holds(shell, guest, data)
+    assert not any(Path(path).exists() for path in old) and checkpoints(shell, guest) == []
+    shell.run("start", guest)
+    shell.run("wait", guest, "--for", "ssh", "--timeout", "120")
+    assert shell.run("exec", guest, "--", "cat", "/root/file").stdout == "kept\n"
+    assert pattern.holds(shell, guest, device(), data)
+    after = backup(shell, guest, store)
     assert after["kind"] == "full" and "checkpoint" in after["disks"][0]["why"]
 
 
-def test_a_vm_deleted_by_mistake_comes_back_as_itself(shell: Shell, vm: str, store: Path) -> None:
-    data = write(shell, vm, "back")
-    was = shell.json("show", vm)
-    backup(shell, vm, store)
-    shell.run("delete", vm, "--yes")
-    shell.run("backup", "restore", vm, "--folder", str(store), "--start")
-    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
-    now = shell.json("show", vm)
+def test_a_vm_deleted_by_mistake_comes_back_as_itself(shell: Shell, guest: str, store: Path) -> None:
+    data = write(shell, guest, "back")
+    was = shell.json("show", guest)
+    backup(shell, guest, store)
+    shell.run("delete", guest, "--yes")
+    shell.run("backup", "restore", guest, "--folder", str(store), "--start")
+    shell.run("wait", guest, "--for", "ssh", "--timeout", "120")
+    now = shell.json("show", guest)
     assert (now["uuid"], now["nics"][0]["mac"], now["address"]) == (was["uuid"], was["nics"][0]["mac"], was["address"])
-    assert pattern.holds(shell, vm, device(shell, vm), data)
+    assert pattern.holds(shell, guest, device(), data)
 
 
 def test_a_new_identity_is_another_machine(shell: Shell, guest: str, store: Path, names: Any) -> None:
@@ -255,38 +262,38 @@ def kill_qemu(shell: Shell, guest: str) -> None:
         pass
 
 
-def test_lost_marks_are_found_and_a_full_backup_is_taken(shell: Shell, vm: str, store: Path, names: Any) -> None:
-    backup(shell, vm, store)
+def test_lost_marks_are_found_and_a_full_backup_is_taken(shell: Shell, guest: str, store: Path, names: Any) -> None:
+    backup(shell, guest, store)
     # By a crash: what QEMU marked is not in the file.
-    write(shell, vm, "one")
-    kill_qemu(shell, vm)
-    shell.run("start", vm)
-    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
-    dry = shell.run("backup", "create", vm, "--folder", str(store), "--dry-run").stdout
-    refused = shell.run("backup", "create", vm, "--incremental", "--folder", str(store), check=6)
+    write(shell, guest, "one")
+    kill_qemu(shell, guest)
+    shell.run("start", guest)
+    shell.run("wait", guest, "--for", "ssh", "--timeout", "120")
+    dry = shell.run("backup", "create", guest, "--folder", str(store), "--dry-run").stdout
+    refused = shell.run("backup", "create", guest, "--incremental", "--folder", str(store), check=6)
     assert "lost or broken" in refused.stderr and "lost or broken" in dry
-    done = shell.run("backup", "create", vm, "--folder", str(store))
+    done = shell.run("backup", "create", guest, "--folder", str(store))
     assert "whole: its bitmap" in done.stderr and "full" in done.stdout
-    assert backup(shell, vm, store)["kind"] == "incremental"
+    assert backup(shell, guest, store)["kind"] == "incremental"
     # By a resize.
-    shell.run("disk", "resize", f"{vm}:data", "+1M")
-    made = backup(shell, vm, store)
+    shell.run("disk", "resize", f"{guest}:data", "+1M")
+    made = backup(shell, guest, store)
     assert made["kind"] == "mixed" and [d["why"] for d in made["disks"] if d["why"]] == [made["disks"][-1]["why"]]
     # By somebody's qemu-img.
-    two = write(shell, vm, "two")
-    shell.run("stop", vm)
-    path = disk_of(shell, vm).source
-    (mark,) = checkpoints(shell, vm)
+    two = write(shell, guest, "two")
+    shell.run("stop", guest)
+    path = disk_of(shell, guest).source
+    (mark,) = checkpoints(shell, guest)
     subprocess.run(["qemu-img", "bitmap", "--remove", "-f", "qcow2", path, mark], check=True)
-    assert backup(shell, vm, store)["kind"] == "mixed"
-    shell.run("start", vm)
-    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
+    assert backup(shell, guest, store)["kind"] == "mixed"
+    shell.run("start", guest)
+    shell.run("wait", guest, "--for", "ssh", "--timeout", "120")
     # By a checkpoint taken away.
-    for one in checkpoints(shell, vm):
-        shell.virsh("checkpoint-delete", vm, one)
-    assert backup(shell, vm, store)["kind"] == "full"
-    verified(vm, store)
-    holds(shell, restored(shell, vm, store, "latest", names()), two)
+    for one in checkpoints(shell, guest):
+        shell.virsh("checkpoint-delete", guest, one)
+    assert backup(shell, guest, store)["kind"] == "full"
+    verified(guest, store)
+    holds(shell, restored(shell, guest, store, "latest", names()), two)
 
 
 def test_a_raw_disk_is_taken_whole_each_time(shell: Shell, vm: str, store: Path, names: Any) -> None:
@@ -399,15 +406,14 @@ def root_of(shell: Shell, vm: str) -> tuple[str, str]:
     return found.source, json.loads(told).get("full-backing-filename", "")
 
 
-def test_what_clones_are_based_on_stays_whoever_is_restored(shell: Shell, vm: str, store: Path) -> None:
+def test_what_clones_are_based_on_stays_whoever_is_restored(shell: Shell, off: str, store: Path) -> None:
     """Over the VM that was cloned, and again under the name of one that was cloned and deleted."""
-    clone, beside = f"{vm}-clone", f"{vm}-beside"
-    backup(shell, vm, store)
-    shell.run("stop", vm, "--force")
-    over = ("backup", "restore", vm, "--folder", str(store), "--yes")
+    clone, beside = f"{off}-clone", f"{off}-beside"
+    backup(shell, off, store)
+    over = ("backup", "restore", off, "--folder", str(store), "--yes")
     try:
         shell.run(*over)
-        shell.run("clone", vm, clone)
+        shell.run("clone", off, clone)
         base = root_of(shell, clone)[1]
         was = sha(base)
         for _ in range(2):
@@ -433,10 +439,11 @@ def test_what_clones_are_based_on_stays_whoever_is_restored(shell: Shell, vm: st
 
 
 def test_a_vm_with_snapshots_is_backed_up_without_what_its_disks_are_based_on(
-    shell: Shell, vm: str, store: Path
+    shell: Shell, guest: str, store: Path
 ) -> None:
-    shell.run("snapshot", "create", f"{vm}.one", "--no-memory")
-    made = backup(shell, vm, store)
-    folder = next((store / vm).glob("*/manifest.json")).parent
+    shell.run("snapshot", "create", f"{guest}.one", "--no-memory")
+    made = backup(shell, guest, store)
+    folder = next((store / guest).glob("*/manifest.json")).parent
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert not [one["source"] for one in files if one["source"].endswith(".qcow2")], made
+    shell.run("snapshot", "delete", f"{guest}.one", "--yes")

@@ -84,7 +84,9 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def disks(shell: Shell, folder: Path) -> dict[str, Any]:
     """A quick look at disks, by the command line."""
-    found = asked(shell, "bench", "io", "--quick", "--accel", "tcg", "--size", "16", "--folder", str(folder))
+    found = asked(
+        shell, "bench", "io", "--quick", "--accel", "tcg", "--length", "100", "--size", "16", "--folder", str(folder)
+    )
     assert not qemus() and not leftovers(folder)
     return found
 
@@ -222,7 +224,7 @@ def test_an_interrupt_leaves_nothing(shell: Shell, folder: Path, number: signal.
 def test_a_guest_that_ends_is_told_and_the_rest_goes_on(folder: Path) -> None:
     """QEMU is killed in the middle of a row; the row is told, a new guest does the one after it."""
     words = [*VMCTL, "bench", "io", "--accel", "tcg", "--backend", "null", "--device", "virtio-blk", "--device", "nvme"]
-    words += ["--rounds", "1", "--length", "1000", "--size", "8", "--folder", str(folder), "-o", "json"]
+    words += ["--rounds", "1", "--length", "700", "--size", "8", "--folder", str(folder), "-o", "json"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO) as process:
         try:
             # Busy with the first row is the one whose fio has been at it: its workspace has a console that says so.

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
 POOL = Path("/var/lib/libvirt/vmctl/vmctl")
 # A process that counts in memory only, and a file written before: both have to be there in each fork.
-LIFE = "echo before >/run/before; (i=0; while :; do i=$((i+1)); echo $i >/run/count; sleep 0.2; done) >/dev/null 2>&1 &"
+LIFE = "echo before >/run/before; (i=0; while :; do i=$((i+1)); echo $i >/run/count; sleep 1; done) >/dev/null 2>&1 &"
 
 
 def warmed(shell: Shell, name: str, *options: str) -> None:

@@ -18,7 +18,7 @@ from tests.system.conftest import REPO, VMCTL, Shell
 
 pytestmark = pytest.mark.system
 
-BIG = 50 << 20
+BIG = 16 << 20
 
 
 @pytest.fixture(scope="module")

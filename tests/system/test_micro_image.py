@@ -94,23 +94,41 @@ def test_identity_is_kept_over_a_reboot_and_runcmd_runs_once(make_vm: Callable[.
     assert guest.run("cat", "/root/ran").stdout == b"ran\n"
 
 
-def test_a_build_that_runs_out_of_disk_leaves_nothing(shell: Shell) -> None:
+@pytest.fixture
+def anew(tmp_path: Path) -> dict[str, str]:
+    """An environment with a cache that has lists and packages, and no finished build to be taken."""
+    cache, own = Path.home() / ".cache/vmctl", tmp_path / "cache/vmctl"
+    own.mkdir(parents=True)
+    for part in ("apt", "debs"):
+        (own / part).symlink_to(cache / part)
+    return environment(XDG_CACHE_HOME=str(own.parent))
+
+
+def test_a_build_that_runs_out_of_disk_leaves_nothing(shell: Shell, anew: dict[str, str]) -> None:
     images, store = shell.json("image", "list"), "/var/lib/libvirt/vmctl/vmctl-images"
     script = f'mount -t tmpfs -o size=20m tmpfs {store} && {{ "$@"; code=$?; ls -A {store}; exit $code; }}'
     build = [sys.executable, "-m", "vmctl", "image", "build", "micro"]
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script, "sh", *build], capture_output=True, text=True, cwd=REPO, timeout=120
-    )
+        ["unshare", "-m", "sh", "-c", script, "sh", *build], capture_output=True, text=True, cwd=REPO, timeout=120,
+        env=anew,
+    )  # fmt: skip
     assert done.returncode == 10, done.stderr
     assert "cannot " in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == "", "left in the store"
     assert shell.json("image", "list") == images
 
 
-def test_building_again_changes_nothing(shell: Shell) -> None:
+def test_building_again_changes_nothing(shell: Shell, anew: dict[str, str], tmp_path: Path) -> None:
+    """The same bytes come of it; and what is there already is taken, not built."""
     before = shell.json("image", "list")
-    assert "already, unchanged" in shell.run("image", "build", "micro").stderr
+    told = shell.run("image", "build", "micro", env=anew).stderr
+    assert "already, unchanged" in told and "unpacking packages" in told
     assert shell.json("image", "list") == before
+    (built,) = (tmp_path / "cache/vmctl/built").iterdir()
+    assert (Path.home() / ".cache/vmctl/built" / built.name).is_dir()
+    told = shell.run("image", "build", "micro").stderr
+    assert "already, unchanged" in told and "of the last build, which is taken" in told
+    assert "unpacking packages" not in told and shell.json("image", "list") == before
 
 
 def test_an_image_of_an_older_recipe_is_told_of_until_it_is_built_again(shell: Shell, name: str) -> None:

@@ -6,15 +6,26 @@ import json
 import os
 import random
 import subprocess
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmctl import backup_copy, backup_definition, backup_index, backup_manifest, backup_plan, digest, qemu_nbd
+from vmctl import (
+    backup_copy,
+    backup_definition,
+    backup_index,
+    backup_manifest,
+    backup_plan,
+    backup_verify,
+    digest,
+    qemu_nbd,
+)
 from vmctl.backup_copy import Copy
 from vmctl.backup_definition import Changes
 from vmctl.backup_index import CLUSTER, ZEROS
@@ -326,3 +337,26 @@ def test_a_copy_is_what_is_served_and_proves_it(tmp_path: Path, size: int) -> No
     subprocess.run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "raw", str(made), str(raw)], check=True)
     with pytest.raises(Broken):
         Export(socket, export)
+
+
+def test_a_file_that_backups_share_is_proved_once_and_no_other_in_its_place(tmp_path: Path) -> None:
+    data, read = b"kernel" * 100, list[str]()
+    for number in range(1, 4):
+        made = manifest(number, disks=(), files=(StoredFile("boot", "boot-1", len(data), sha256(data).hexdigest()),))
+        folder = tmp_path / made.id
+        folder.mkdir()
+        (folder / "manifest.json").write_text(backup_manifest.dump(made))
+        if number == 1:
+            (folder / "boot-1").write_bytes(data)
+        else:
+            os.link(next(tmp_path.glob("*/boot-1")), folder / "boot-1")
+    # It stays for as long as the process.
+    sys.addaudithook(lambda event, words: read.append(str(words[0])) if event == "open" else None)
+    found = backup_verify.verify(tmp_path, (), lambda _event: None)
+    assert [one.problems for one in found] == [()] * 3
+    assert len([path for path in read if path.endswith("boot-1")]) == 1
+    last = tmp_path / found[-1].id / "boot-1"
+    last.unlink()
+    last.write_bytes(data[:-1] + b"x")
+    problems = [one.problems for one in backup_verify.verify(tmp_path, (), lambda _event: None)]
+    assert problems[:2] == [(), ()] and str(last) in problems[2][0]

@@ -237,6 +237,8 @@ class _Measuring:
             while waiting:
                 group = setups.in_guests(waiting)[0]
                 with self._booted(board, group, more, doorbells=False) as booted:
+                    if booted:  # fio is read from the guest's disk before anything is counted
+                        booted[0].run("fio --version", timeout_s=_SLACK_S)
                     for n, setup in group if booted else ():
                         waiting.remove((n, setup))
                         if booted and n in booted[1]:
@@ -247,7 +249,6 @@ class _Measuring:
 
     def _counted(self, guest: Guest, setup: Setup, disk: str, log: Path) -> dict[str, Any]:
         script = _fio_script(fio.counted_file(f"/dev/{disk}", _COUNTED_IOS))
-        guest.run("fio --version", timeout_s=_SLACK_S)  # read from the guest's disk before anything is counted
         begin = log.stat().st_size if log.exists() else 0
         registers.watch(guest, on=True)
         guest.run(script, timeout_s=_SLACK_S)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
-import shutil
 import tarfile
 import tempfile
 import tomllib
@@ -13,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vmctl import qemu_img
-from vmctl.builder import bootstrap, cpio, debs, disk, ext4, kernel, rootfs
+from vmctl.builder import bootstrap, cpio, debs, disk, ext4, kept, kernel, rootfs
 from vmctl.builder.tools import require
 from vmctl.builder.tree import Entry, Kind, Tree
 from vmctl.errors import ImageError, reason
@@ -26,7 +24,6 @@ _TOOLS = (
     "mmdebstrap", "qemu-img", "sfdisk",
 )  # fmt: skip
 _FILES = ("disk.qcow2", "vmlinux", "initrd")
-_KEPT = 3
 _JOURNAL_MIB = 64
 _INODE_RATIO = 16384
 _GRUB = "usr/lib/grub/i386-pc"
@@ -101,51 +98,17 @@ def build(name: str, out_dir: Path, report: Reporter) -> NewImage:
         apt = debs.Apt(cache / "apt", recipe.debian_architecture)
         apt.refresh(report)
         found = apt.candidates(apt.installed_for(recipe.packages))
-        built = cache / "built" / f"{name}-{_input_digest(sources, found)}"
-        if _whole(built):
+        built = kept.place(name, sources, found)
+        if kept.whole(built, _FILES):
             report(Step("recipe and packages are those of the last build, which is taken"))
         else:
             paths = debs.fetch(apt, found, cache / "debs", report)
             _Build(name, recipe, sources, out_dir, report).make(found, paths)
-            _keep(out_dir, built, name)
+            kept.keep(out_dir, built, name, _FILES)
         return _described(name, recipe, built, found)
     except OSError as error:
         hint = "make room, or set XDG_CACHE_HOME to a disk that has some" if error.errno == 28 else ""
         raise ImageError(f"cannot {what}: {reason(error, path=True)}", hint=hint) from error
-
-
-def _input_digest(sources: Path, found: list[debs.Deb]) -> str:
-    """A digest of all that a build depends on: packages, recipe, and the code that puts them together."""
-    digest = hashlib.sha256("\n".join(deb.filename for deb in found).encode())
-    for folder in (sources, sources.parent / "micro", Path(__file__).parent):
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.suffix != ".pyc":
-                digest.update(f"{path.relative_to(folder)} {path.stat().st_mode & 0o100}\n".encode())
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
-def _whole(built: Path) -> bool:
-    return all((built / name).is_file() for name in _FILES)
-
-
-def _keep(out_dir: Path, built: Path, name: str) -> None:
-    """Move a finished build into the cache, in one step, in place of the oldest of that name.
-
-    A few stay, for checkouts that build differently and share the cache would else take turns at building.
-    """
-    built.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=built.parent) as folder:
-        for file in _FILES:
-            shutil.move(out_dir / file, Path(folder) / file)
-        others = sorted(built.parent.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in others[_KEPT - 1 :]:
-            shutil.rmtree(old, ignore_errors=True)
-        whole = Path(folder) / "whole"
-        whole.mkdir(mode=0o755)
-        for file in _FILES:
-            (Path(folder) / file).rename(whole / file)
-        whole.rename(built)
 
 
 def _described(name: str, recipe: Recipe, built: Path, found: list[debs.Deb]) -> NewImage:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from vmctl import qemu_img
-from vmctl.builder import cpio, debs, ext4, kernel
+from vmctl.builder import cpio, debs, ext4, kept, kernel
 from vmctl.builder.recipe import Package, Recipe
 from vmctl.builder.recipe import load as load_recipe
 from vmctl.builder.tools import require, run
@@ -18,6 +19,7 @@ from vmctl.resources import image_recipes_dir, recipe_source
 
 ROOT_LABEL = "vmctl-micro"
 _TOOLS = ("apt-cache", "apt-get", "debugfs", "dpkg-deb", "e2fsck", "gcc", "lz4", "mke2fs", "qemu-img")
+_FILES = ("vmlinux", "bzimage", "initrd", "disk.qcow2")
 _FOLDERS = ("dev", "mnt", "opt", "proc", "run", "srv", "sys", "var/lib/vmctl", "var/log", "var/tmp", "etc/dropbear")
 _ALIASES = ("bin", "lib", "lib64", "sbin")
 # Applets that would stand in for the image's own init or pretend to a service it does not have.
@@ -25,7 +27,7 @@ _UNWANTED_APPLETS = frozenset({"init", "linuxrc", "shutdown"})
 
 
 def build(name: str, out_dir: Path, report: Reporter) -> NewImage:
-    """Build an image by its recipe into the empty folder ``out_dir``. Raises ImageError."""
+    """Build image ``name`` into the empty folder ``out_dir``, or take what an equal build left. Raises ImageError."""
     require(_TOOLS, f"build image {name}")
     recipe = _recipe(name)
     try:
@@ -37,7 +39,8 @@ def build(name: str, out_dir: Path, report: Reporter) -> NewImage:
 
 def fetch(name: str, report: Reporter) -> None:
     """Bring the packages of a recipe into the cache, for a build without a network. Raises ImageError."""
-    _packages(_recipe(name), report)
+    apt, _, found = _packages(_recipe(name), report)
+    debs.fetch(apt, found, debs.cache_folder() / "debs", report)
 
 
 def _recipe(name: str) -> Recipe:
@@ -45,38 +48,15 @@ def _recipe(name: str) -> Recipe:
 
 
 def _build(name: str, recipe: Recipe, out_dir: Path, report: Reporter) -> NewImage:
-    packages, found, paths = _packages(recipe, report)
-    report(Step("unpacking packages"))
-    root, boot, modules = Tree(), Tree(), {}
-    bzimage, builtin = b"", ""
-    for package, path in zip(packages, paths, strict=True):
-        for file, member, data in debs.members(path, package):
-            if not package.kernel:
-                _place(root, file, member.mode, data, member.linkname if member.issym() else "")
-            elif file.startswith("boot/vmlinuz-"):
-                bzimage = data
-            elif file.endswith("/modules.builtin"):
-                builtin = data.decode()
-            elif file.endswith(".ko"):
-                modules[file] = data
-    report(Step("compiling the guest's init"))
-    init = kernel.compile_init(recipe.sources, recipe.epoch)
-    _add_modules(recipe, kernel.Modules(modules, builtin), kernel.release(bzimage), root, boot)
-    _add_system(recipe, init, root)
-    _add_boot(init, boot)
-    report(Step("writing kernel and initramfs"))
-    vmlinux, initrd, disk = out_dir / "vmlinux", out_dir / "initrd", out_dir / "disk.qcow2"
-    packed = out_dir / "bzimage"
-    packed.write_bytes(bzimage)
-    vmlinux.write_bytes(kernel.unpack(bzimage))
-    initrd.write_bytes(cpio.archive(boot, recipe.epoch))
-    report(Step("writing the root file system"))
-    with tempfile.TemporaryDirectory(prefix="root-", dir=out_dir) as folder:
-        raw = Path(folder) / "root.raw"
-        ext4.make(root, raw, ext4.Shape(ROOT_LABEL, recipe.size_mib), epoch=recipe.epoch)
-        qemu_img.convert(raw, "raw", disk, "qcow2")
-    for path in (vmlinux, packed, initrd, disk):
-        path.chmod(0o644)
+    apt, packages, found = _packages(recipe, report)
+    built = kept.place(name, image_recipes_dir() / name, found)
+    if kept.whole(built, _FILES):
+        report(Step("recipe and packages are those of the last build, which is taken"))
+    else:
+        paths = debs.fetch(apt, found, debs.cache_folder() / "debs", report)
+        _make(recipe, packages, paths, out_dir, report)
+        kept.keep(out_dir, built, name, _FILES)
+    vmlinux, packed, initrd, disk = (built / file for file in _FILES)
     return NewImage(
         name=name,
         disk=disk,
@@ -97,16 +77,47 @@ def _build(name: str, recipe: Recipe, out_dir: Path, report: Reporter) -> NewIma
     )
 
 
-def _packages(recipe: Recipe, report: Reporter) -> tuple[list[Package], list[debs.Deb], list[Path]]:
-    cache = debs.cache_folder()
-    apt = debs.Apt(cache / "apt", recipe.debian_architecture)
+def _make(recipe: Recipe, packages: Sequence[Package], paths: Sequence[Path], out_dir: Path, report: Reporter) -> None:
+    report(Step("unpacking packages"))
+    root, boot, modules = Tree(), Tree(), {}
+    bzimage, builtin = b"", ""
+    for package, path in zip(packages, paths, strict=True):
+        for file, member, data in debs.members(path, package):
+            if not package.kernel:
+                _place(root, file, member.mode, data, member.linkname if member.issym() else "")
+            elif file.startswith("boot/vmlinuz-"):
+                bzimage = data
+            elif file.endswith("/modules.builtin"):
+                builtin = data.decode()
+            elif file.endswith(".ko"):
+                modules[file] = data
+    report(Step("compiling the guest's init"))
+    init = kernel.compile_init(recipe.sources, recipe.epoch)
+    _add_modules(recipe, kernel.Modules(modules, builtin), kernel.release(bzimage), root, boot)
+    _add_system(recipe, init, root)
+    _add_boot(init, boot)
+    report(Step("writing kernel and initramfs"))
+    vmlinux, packed, initrd, disk = (out_dir / file for file in _FILES)
+    packed.write_bytes(bzimage)
+    vmlinux.write_bytes(kernel.unpack(bzimage))
+    initrd.write_bytes(cpio.archive(boot, recipe.epoch))
+    report(Step("writing the root file system"))
+    with tempfile.TemporaryDirectory(prefix="root-", dir=out_dir) as folder:
+        raw = Path(folder) / "root.raw"
+        ext4.make(root, raw, ext4.Shape(ROOT_LABEL, recipe.size_mib), epoch=recipe.epoch)
+        qemu_img.convert(raw, "raw", disk, "qcow2")
+    for path in (vmlinux, packed, initrd, disk):
+        path.chmod(0o644)
+
+
+def _packages(recipe: Recipe, report: Reporter) -> tuple[debs.Apt, list[Package], list[debs.Deb]]:
+    apt = debs.Apt(debs.cache_folder() / "apt", recipe.debian_architecture)
     apt.refresh(report)
     packages = []
     for package in recipe.packages:
         name = apt.first_dependency(package.name, package.depends) if package.depends else package.name
         packages.append(Package(name, package.globs, kernel=package.kernel))
-    found = apt.candidates([package.name for package in packages])
-    return packages, found, debs.fetch(apt, found, cache / "debs", report)
+    return apt, packages, apt.candidates([package.name for package in packages])
 
 
 def _place(root: Tree, name: str, mode: int, data: bytes, target: str) -> None:
