@@ -188,6 +188,7 @@ def _manifest(new: NewImage, report: Reporter) -> Manifest:
         layer=new.layer,
         built_on=new.built_on,
         step_of=new.step_of,
+        default_user_by=new.default_user_by,
         bzimage_sha256=sums.get("bzimage", ""),
     )
 
