@@ -100,7 +100,7 @@ def of_name(name: str) -> str:
     return next((user for pattern, user in _NAMES if pattern.search(low)), "")
 
 
-def guess(inside: Inside | None, *, system: str, osinfo: str, file: str) -> Login:
+def guess(inside: Inside | None, *, system: str, osinfo: str, file: str, name: str = "") -> Login:
     """The login of an image whose user nobody told. ``inside`` None: it could not be read."""
     if inside is not None and (user := of_cloud_cfg(inside.cloud_cfg)):
         return Login(user, "inside", "its cloud-init says so")
@@ -113,6 +113,7 @@ def guess(inside: Inside | None, *, system: str, osinfo: str, file: str) -> Logi
         return Login(user, "os", f"it is {system}")
     if user := of_name(osinfo):
         return Login(user, "os", f"it is {osinfo}")
-    if user := of_name(file):
-        return Login(user, "name", f"by the name {file}")
+    for one in (file, name):
+        if user := of_name(one):
+            return Login(user, "name", f"by the name {one}")
     return Login("root", "nothing", "nothing tells")

@@ -244,7 +244,7 @@ def _login(wish: Wish, disk: Enclosed, inside: Inside | None) -> Login:
     if disk.kind == "box":
         return Login("vagrant", "box", "it is a Vagrant box")
     file = checksums.file_name(wish.source) if wish.source else wish.file.name
-    return default_users.guess(inside, system=wish.os_name, osinfo=wish.osinfo, file=file)
+    return default_users.guess(inside, system=wish.os_name, osinfo=wish.osinfo, file=file, name=wish.name)
 
 
 def _tell_login(short: str, login: Login, report: Reporter) -> None:

@@ -16,7 +16,7 @@ from vmctl.catalog import Entry
 from vmctl.checksums import Checksum
 from vmctl.disk_header.window import Unreadable
 from vmctl.download import Bounds, Patience
-from vmctl.errors import Conflict, ImageError, NoRoom, SpecError
+from vmctl.errors import Conflict, ImageError, NoRoom, NotFound, SpecError
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.manifest import NAME, Manifest
@@ -97,7 +97,9 @@ def pull(
             raise
         except ImageError as error:
             download.discard(partial)  # or the next pull would take the same for whole and ask nobody
-            error.hint = "it was removed; does that lead to a whole disk image?"
+            error.hint = f"it was removed; {error.hint or 'does that lead to a whole disk image?'}"
+            if "--format" in error.hint:  # which is import's
+                error.hint = "it was removed; does that lead to a whole disk image?"
             raise
         download.discard(partial)
     if expected is not None:
@@ -124,7 +126,12 @@ def plausible(partial: Path) -> int | None:
 def _entry(host: Host, what: str, name: str) -> Entry:
     """What to pull, under the name it is to have in the store."""
     if "://" not in what:
-        entry = catalog.find(catalog.load(host.folders.config / "catalog.d"), what)
+        try:
+            entry = catalog.find(catalog.load(host.folders.config / "catalog.d"), what)
+        except NotFound as error:
+            if Path(what).is_file():
+                error.hint = f"it is a file here: vmctl image import {what}"
+            raise
         name = name or entry.name
     else:
         web.check_url(what)

@@ -290,6 +290,20 @@ def test_a_bomb_of_compressed_clusters(shell: Shell, tmp_path: Path) -> None:
     refused(shell, bomb, because="the result takes more than the 256 MiB allowed to a file of")
 
 
+def test_what_is_said_of_small_mistakes(shell: Shell, tmp_path: Path) -> None:
+    empty, packed, small = tmp_path / "empty", tmp_path / "x.qcow2.xz", tmp_path / "s.qcow2"
+    empty.touch()
+    refused(shell, empty, because="it is empty")
+    packed.write_bytes(b"\xfd7zXZ\0" + bytes(600))
+    refused(shell, packed, because="it is compressed with xz")
+    assert "hint: unpack it first: xz -d" in shell.run("image", "import", str(packed), check=10).stderr
+    qemu_img("create", "-f", "qcow2", small, "8M")
+    refused(shell, small, "--max-size", "1M", because="its disk is 8 MiB large, above the limit of 1 MiB")
+    said = shell.run("image", "pull", str(small), check=4).stderr
+    assert f"hint: it is a file here: vmctl image import {small}" in said
+    assert "did you mean micro?" in shell.run("image", "show", "mirco", check=4).stderr
+
+
 def test_sizes_and_cut_files(shell: Shell, tmp_path: Path) -> None:
     huge = tmp_path / "huge.qcow2"
     qemu_img("create", "-f", "qcow2", huge, "4T")

@@ -316,3 +316,10 @@ def test_a_form_for_a_command_that_has_one_only_is_refused(capsys: pytest.Captur
     assert "'jsn' is not one of" in capsys.readouterr().err
     assert run(["-o", "json", "start", "--help"]) == 0
     assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["exec", "ssh"])
+def test_an_option_behind_the_name_is_not_run_in_the_guest(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert run(["-c", "test:///default", verb, "test", "--user", "bob", "--", "id"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot run '--user' in a guest: options stand before the VM's name" in said

@@ -186,6 +186,8 @@ def test_what_is_inside_goes_before_what_it_is_called() -> None:
     assert user(None, "ubuntu") == ("ubuntu", "os")
     assert user(None) == ("fedora", "name")
     assert user(None, file="disk.raw") == ("root", "nothing")
+    named = default_users.guess(None, system="unknown", osinfo="", file="disk.raw", name="my-debian")
+    assert (named.user, named.by) == ("debian", "name")
 
 
 @pytest.mark.parametrize("name", ["root; rm -rf /", "-x", "a b", "$(id)", "A" * 40, "../x"])
