@@ -242,8 +242,10 @@ def test_one_that_is_long_up_and_does_not_answer_until_it_is_reset(shell: Shell,
     for words in (["exec", old, "--", "true"], ["ssh", old, "true"], ["cp", f"{old}:/etc/passwd", "/dev/null"]):
         told = shell.run(*words, check=3, timeout=60).stderr
         assert f"cannot reach VM {old} by SSH: Connection refused" in told and f"`vmctl wait {old}`" in told
-    shell.run("exec", "--via", "agent", old, "--", "sh", "-c", "mv /root/dropbear /usr/sbin/; sync")
     shell.run("reset", old)
-    done = shell.run("exec", old, "--", "hostname", timeout=200)
-    assert done.stdout == f"{old}\n" and "waiting for it to boot, at most" in done.stderr
+    waiting = begin("exec", old, "--", "hostname")
+    assert waiting.stderr is not None and "waiting for it to boot, at most" in waiting.stderr.readline()
+    shell.run("wait", old, "--for", "agent")
+    shell.run("exec", "--via", "agent", old, "--", "mv", "/root/dropbear", "/usr/sbin/")
+    assert waiting.communicate(timeout=120)[0] == f"{old}\n"
     assert "restarted=" in shell.virsh("dumpxml", old) and "restarted=" not in shell.virsh("dumpxml", old, "--inactive")
