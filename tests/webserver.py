@@ -31,6 +31,8 @@ class Page:
     stop_after: list[int | None] = field(default_factory=list)
     # What it does where it stops: close the connection, or say nothing more until it is released.
     hangs: bool = False
+    # After the data it goes on and on, to as many bytes in all as no test should take.
+    endless: int = 0
 
 
 @dataclass
@@ -101,6 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{(total if page.part is None else len(data)) - 1}/{total}"
         if page.chunked:
             headers["Transfer-Encoding"] = "chunked"
+        elif page.endless:
+            pass  # no length: it ends where the connection does
         else:
             claims = page.claims if page.claims is not None and page.part is None else len(data)
             headers["Content-Length"] = str(claims - start)
@@ -108,6 +112,8 @@ class _Handler(BaseHTTPRequestHandler):
         stop = page.stop_after.pop(0) if page.stop_after else None
         try:
             self._body(page, request, data[start:] if stop is None else data[start:stop], whole=stop is None)
+            while request.sent < page.endless:
+                self._body(page, request, bytes(1 << 20), whole=False)
         except (BrokenPipeError, ConnectionResetError):
             return
         if stop is not None and page.hangs:
@@ -118,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
             part = data[at : at + 65536]
             self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if page.chunked else part)
             request.sent += len(part)
-        if page.chunked and whole:
+        if page.chunked and whole and not page.endless:
             self.wfile.write(b"0\r\n\r\n")
 
 

@@ -22,6 +22,7 @@ from vmctl.wait import wait_until
 
 _ASK_S = 8.0  # libvirt itself spends 5 s on an agent that does not answer
 _GLANCE_S = 1.0
+_TIDY_S = 2.0
 _FREEZE_S = 30.0
 _TRIM_S = 300.0
 _POLL_S = 0.05
@@ -38,16 +39,25 @@ class _Asked:
 
     def __init__(self, host: Host, name: str, doing: str) -> None:
         self.host, self.name, self.doing = host, name, doing
+        self.silent = False  # it left a question unanswered
         agent.require(host.conn, name, doing)
 
     def __call__(self, command: str, *, deadline_s: float = _ASK_S, **arguments: object) -> Any:
         words = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
             return agent.call(self.host.conn, self.name, command, words, doing=self.doing, deadline_s=deadline_s)
+        except WaitTimeout:
+            self.silent = True
+            raise
         except GuestCommandFailed as error:
             if not command.startswith("guest-fsfreeze") and self("guest-fsfreeze-status") == "frozen":
                 error.hint = f"vmctl thaw {self.name}"
             raise
+
+    def tidy(self, command: str, **arguments: object) -> None:
+        """Clear up behind what was asked, as far as an agent does that still answers."""
+        if not self.silent:
+            quietly(lambda: self(command, deadline_s=_TIDY_S, **arguments))
 
     def quick(self, *argv: str) -> str:
         """What a short command printed. Raises GuestCommandFailed when it fails."""
@@ -136,13 +146,17 @@ def execute(
             handles.append(streams[-1].handle)
         return _followed(ask, started["pid"], streams, argv[0], timeout_s)
     except (KeyboardInterrupt, Interrupted, BrokenPipeError):
-        end = ["-c", ending.SCRIPT, "sh", str(started["pid"])] if started else []
-        quietly(lambda: end and ask("guest-exec", path="/bin/sh", arg=end))
+        if started:
+            ask.tidy("guest-exec", path="/bin/sh", arg=["-c", ending.SCRIPT, "sh", str(started["pid"])])
+        raise
+    except WaitTimeout as error:
+        if started and ask.silent:
+            error.hint = f"{argv[0]} goes on as process {started['pid']} of the guest; the agent hangs, or is kept busy"
         raise
     finally:
         for handle in handles:
-            quietly(lambda handle=handle: ask("guest-file-close", handle=handle))  # type: ignore[misc]
-        quietly(lambda: ask("guest-exec", path="/bin/rm", arg=["-rf", folder]))
+            ask.tidy("guest-file-close", handle=handle)
+        ask.tidy("guest-exec", path="/bin/rm", arg=["-rf", folder])
 
 
 def _feed(ask: _Asked, path: str, source: int) -> None:
@@ -184,8 +198,14 @@ def freeze(host: Host, name: str) -> int:
         return 0
     try:
         return int(ask("guest-fsfreeze-freeze", deadline_s=_FREEZE_S))
-    except (VmctlError, KeyboardInterrupt, Interrupted):
-        quietly(lambda: ask("guest-fsfreeze-thaw"))
+    except (VmctlError, KeyboardInterrupt, Interrupted) as error:
+        try:
+            ask("guest-fsfreeze-thaw")
+        except WaitTimeout:
+            if isinstance(error, VmctlError):  # it hangs in the middle, and whoever lets it go on lets it freeze
+                error.hint = f"they may freeze yet, once it goes on: vmctl thaw {name}"
+        except VmctlError:
+            pass
         raise
 
 

@@ -24,7 +24,10 @@ _CLOSE = 0.6
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An image that can be pulled. Either ``checksum`` is given, or the file it is in and its kind."""
+    """An image that can be pulled. Either ``checksum`` is given, or the file it is in and its kind.
+
+    ``max_size`` is what the download may come to, such as 8G.
+    """
 
     name: str
     os: str
@@ -37,6 +40,7 @@ class Entry:
     checksum_url: str = ""
     checksum_kind: str = ""
     osinfo: str = ""
+    max_size: str = "8G"
     aliases: tuple[str, ...] = ()
     catalogue: str = ""
 

@@ -189,7 +189,7 @@ def _put(host: Host, paths: list[Path], name: str, destination: str, report: Rep
         if code == 0:
             return
         if code != _NO_TAR:
-            raise NotFound(f"cannot {doing}: it is no folder in the guest")
+            raise NotFound(f"cannot {doing}: there is no such folder in the guest")
     from vmctl import ssh
 
     where = guest.reachable(host, name, user=user, report=report)

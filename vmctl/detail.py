@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from vmctl.agent import GuestAddress, glance
 from vmctl.choices import AccelChoice, ShareDriver
 from vmctl.domain_brief import Brief
-from vmctl.domain_xml import DiskFacts, NicFacts
+from vmctl.domain_xml import DiskFacts, NicFacts, TpmFacts
 from vmctl.errors import WrongState
 from vmctl.hosts import Host, decide_accel
 from vmctl.hypervisor import devices, domain, inventory
@@ -47,6 +47,7 @@ class Detail:
     cpu: str
     machine: str
     firmware: str
+    tpm: TpmFacts | None
     image: str
     image_digest: str
     address: str
@@ -103,6 +104,7 @@ def _look(host: Host, name: str) -> Detail:
         cpu=facts.cpu,
         machine=facts.machine,
         firmware=facts.firmware,
+        tpm=facts.tpm,
         image=record.image if record else "",
         image_digest=record.image_digest if record else "",
         address=addresses_of(host, [entry], lambda _name: agent)(entry),

@@ -34,7 +34,7 @@ def blocking(host: Host, name: str, work: Callable[[], None], report: Reporter, 
             worker.join(0.1)
             _report(host, name, report, doing)
     except BaseException:
-        quietly(lambda: domain.abort_job(host.conn, name))
+        quietly(lambda: domain.abort_job(host.conn.apart(), name))
         worker.join(_CANCEL_TIMEOUT_S)
         raise
     if failure:
@@ -43,7 +43,7 @@ def blocking(host: Host, name: str, work: Callable[[], None], report: Reporter, 
 
 def _report(host: Host, name: str, report: Reporter, doing: str) -> None:
     try:
-        progress = domain.job_progress(host.conn, name)
+        progress = domain.job_progress(host.conn.apart(), name)
     except VmctlError:
         return  # the job, and the process with it, has just ended
     if progress is not None and progress.total:

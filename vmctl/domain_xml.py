@@ -34,6 +34,15 @@ class NicFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class TpmFacts:
+    """A TPM. ``backend`` is "emulator" (swtpm) or "passthrough"; ``version`` "" where libvirt does not tell."""
+
+    version: str
+    model: str
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
 class DomainFacts:
     """One domain as its XML tells it. Memory in MiB is what it was given at most."""
 
@@ -48,6 +57,7 @@ class DomainFacts:
     description: str
     disks: tuple[DiskFacts, ...]
     nics: tuple[NicFacts, ...]
+    tpm: TpmFacts | None
     graphics: str
     agent: bool
     serial_log: str
@@ -99,6 +109,14 @@ def _nic(nic: ET.Element) -> NicFacts:
     )
 
 
+def _tpm(root: ET.Element) -> TpmFacts | None:
+    tpm = root.find("devices/tpm")
+    if tpm is None:
+        return None
+    version = _attribute(tpm, "backend", "version")
+    return TpmFacts("" if version == "default" else version, tpm.get("model", ""), _attribute(tpm, "backend", "type"))
+
+
 def _cpu(root: ET.Element) -> str:
     cpu = root.find("cpu")
     if cpu is None:
@@ -125,6 +143,7 @@ def read(root: ET.Element) -> DomainFacts:
         description=root.findtext("description") or "",
         disks=tuple(_disk(disk) for disk in root.iterfind("devices/disk")),
         nics=tuple(_nic(nic) for nic in root.iterfind("devices/interface")),
+        tpm=_tpm(root),
         graphics=_attribute(root, "devices/graphics", "type") or "none",
         agent=any(
             _attribute(channel, "target", "name") == "org.qemu.guest_agent.0"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vmctl import web
-from vmctl.errors import ImageError, NotFound
+from vmctl.errors import ImageError, NoRoom, NotFound
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.wait import pause
 from vmctl.web import Answer, Temporary
@@ -28,6 +28,11 @@ _SAME_PLACE = 2
 _LONGEST_WAIT_S = 30.0
 _LARGEST_TEXT = 4 << 20
 _MIB = 1 << 20
+DEFAULT_MOST_BYTES = 64 << 30
+# What a download leaves free of the disk it goes to, for whoever else writes there: a GiB, of a small disk a 20th.
+_KEPT_FREE = 1 << 30
+_KEPT_SHARE = 20
+_LOOK_EVERY = _MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,20 @@ class Patience:
     stall_s: float = 30.0
     tries: int = 5
     pause: Callable[[float], None] = pause
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a body may grow to: ``most_bytes``, and what ``plausible`` makes of its beginning.
+
+    That gets the file with what has come, and says how large a whole one can be; None where it cannot tell.
+    """
+
+    most_bytes: int = DEFAULT_MOST_BYTES
+    plausible: Callable[[Path], int | None] = lambda _: None
+
+
+_BOUNDS = Bounds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +108,18 @@ def _keep(partial: Path, state: _State) -> None:
     new.replace(_state_path(partial))
 
 
-def fetch(url: str, partial: Path, name: str, report: Reporter, patience: Patience) -> None:
+def fetch(url: str, partial: Path, name: str, report: Reporter, patience: Patience, bounds: Bounds = _BOUNDS) -> None:
     """Download ``url`` into ``partial``, going on from what is there of it. ``name`` is what progress is told of.
 
-    Raises NotFound and ImageError; then what came stays for the next try, unless it is known to be wrong.
+    Raises NotFound and ImageError; then what came stays for the next try, unless it is known to be wrong, or may have
+    no end.
     """
 
+    def ask(place: str) -> None:
+        _ask(place, url, partial, name, report, patience.stall_s, bounds)
+
     def once(fruitless: int) -> None:
-        _once(url, partial, name, report, patience.stall_s, same_place=fruitless < _SAME_PLACE)
+        _once(url, partial, name, report, ask, same_place=fruitless < _SAME_PLACE)
 
     try:
         _persist(url, once, lambda: _size(partial), report, patience)
@@ -140,7 +163,9 @@ def _persist(url: str, once: Callable[[int], T], have: Callable[[], int], report
             patience.pause(delay_s)
 
 
-def _once(url: str, partial: Path, name: str, report: Reporter, stall_s: float, *, same_place: bool) -> None:
+def _once(
+    url: str, partial: Path, name: str, report: Reporter, ask: Callable[[str], None], *, same_place: bool
+) -> None:
     """One try. Returns when the file is complete; raises Temporary when another try may bring more.
 
     It goes on at the mirror that sent what is there: another one's validator is another, and all would begin again.
@@ -150,16 +175,18 @@ def _once(url: str, partial: Path, name: str, report: Reporter, stall_s: float, 
         return
     if kept is not None and kept.place != url and same_place:
         try:
-            _ask(kept.place, url, partial, name, report, stall_s)
+            ask(kept.place)
             return
         except Temporary:
             raise
+        except (NoRoom, TooLarge):
+            raise
         except (ImageError, NotFound):
             report(Step(f"{name}: {kept.place} has it no longer"))
-    _ask(url, url, partial, name, report, stall_s)
+    ask(url)
 
 
-def _ask(place: str, url: str, partial: Path, name: str, report: Reporter, stall_s: float) -> None:
+def _ask(place: str, url: str, partial: Path, name: str, report: Reporter, stall_s: float, bounds: Bounds) -> None:
     """One request, at ``place``, for what is at ``url``."""
     kept, start = _kept(url, partial), _size(partial)
     headers = {}
@@ -180,9 +207,10 @@ def _ask(place: str, url: str, partial: Path, name: str, report: Reporter, stall
             length = answer.headers.get("Content-Length", "")
             state, start = _State(url, answer.url, _validator(answer), int(length) if length.isdecimal() else None), 0
             discard(partial)
-        _enough_room(url, partial, state, start)
+        guard = _Guard(url, partial, state.size, bounds)
+        guard.begin(start)
         _keep(partial, state)
-        _write(partial, answer, name, start, state, report)
+        _write(partial, answer, name, start, state, report, guard)
     got = _size(partial)
     if state.size is not None and got > state.size:
         discard(partial)
@@ -228,23 +256,81 @@ def _continued(url: str, partial: Path, answer: Answer, kept: _State | None, sta
     return replace(kept, place=answer.url, size=kept.size if kept.size is not None else total)
 
 
-def _enough_room(url: str, partial: Path, state: _State, start: int) -> None:
-    if state.size is None:
-        return
-    there = os.statvfs(partial.parent)
-    need, free = state.size - start, there.f_bavail * there.f_frsize
-    if need > free:
-        raise ImageError(
-            f"cannot download {url}: it needs {need} bytes and {partial.parent} has {free} free",
-            hint="make room there, or set XDG_CACHE_HOME",
+class TooLarge(ImageError):
+    """A download is, or goes on to be, larger than it may."""
+
+
+class _Guard:
+    """Keeps one body within its bounds, and some of the disk it is written to free."""
+
+    def __init__(self, url: str, partial: Path, size: int | None, bounds: Bounds) -> None:
+        self._url, self._partial, self._size, self._bounds = url, partial, size, bounds
+        self._looked = self._most = 0
+
+    def begin(self, start: int) -> None:
+        """Raise TooLarge or NoRoom for a body that cannot be taken, before any of it is."""
+        if self._size is None:
+            return
+        if self._size > self._bounds.most_bytes:
+            discard(self._partial)
+            raise self._too_large(f"it is {self._size} bytes")
+        free, kept = self._room()
+        if self._size - start > free - kept:
+            raise NoRoom(
+                f"cannot download {self._url}: it needs {self._size - start} bytes and {self._partial.parent} has"
+                f" {free} free, of which {kept} stay free",
+                hint="make room there, or set XDG_CACHE_HOME",
+            )
+
+    def take(self, done: int, more: int) -> None:
+        """Raise TooLarge or NoRoom, and remove what came, when ``more`` bytes after ``done`` are past any bound."""
+        if done - self._looked >= _LOOK_EVERY:
+            self._looked = done
+            self._look(max(done, self._size or 0))
+        if self._size is not None:
+            return  # it has an end; whoever fills the disk meanwhile, the next pull goes on with what is there
+        if done + more > self._bounds.most_bytes:
+            discard(self._partial)
+            raise self._too_large(f"it tells no length and goes on after {done} bytes")
+        free, kept = self._room()
+        if free - more < kept:
+            discard(self._partial)
+            raise NoRoom(
+                f"cannot download {self._url}: it tells no length and goes on after {done} bytes, and"
+                f" {self._partial.parent} has {free} free, of which {kept} stay free",
+                hint="make room there, or set XDG_CACHE_HOME; what came was removed",
+            )
+
+    def _look(self, size: int) -> None:
+        self._most = self._most or self._bounds.plausible(self._partial) or 0
+        if self._most and size > self._most:
+            discard(self._partial)
+            raise TooLarge(
+                f"cannot download {self._url}: it is {size} bytes or more, and by its own header an image of at most"
+                f" {self._most}",
+                hint="what came was removed; the server's file has something else behind the image, or no end",
+            )
+
+    def _too_large(self, what: str) -> TooLarge:
+        return TooLarge(
+            f"cannot download {self._url}: {what}, above the limit of {self._bounds.most_bytes}",
+            hint="nothing of it was kept; where it may be larger: --max-size SIZE",
         )
 
+    def _room(self) -> tuple[int, int]:
+        """Bytes free on the disk it is written to, and how many of them are to stay so."""
+        there = os.statvfs(self._partial.parent)
+        return there.f_bavail * there.f_frsize, min(_KEPT_FREE, there.f_blocks * there.f_frsize // _KEPT_SHARE)
 
-def _write(partial: Path, answer: Answer, name: str, start: int, state: _State, report: Reporter) -> None:
+
+def _write(
+    partial: Path, answer: Answer, name: str, start: int, state: _State, report: Reporter, guard: _Guard
+) -> None:
     done = start
     with partial.open("ab", buffering=0) as file:
         report(Progress(name, done, state.size or 0))
         for chunk in answer.chunks:
+            guard.take(done, len(chunk))
             rest = memoryview(chunk)
             while rest:
                 rest = rest[file.write(rest) :]

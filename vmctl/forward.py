@@ -67,7 +67,8 @@ def _listen(wanted: Forward) -> socket.socket:
             errno.EADDRNOTAVAIL: "this machine has no such address",
         }
         why = reasons.get(error.errno or 0, reason(error))
-        raise Conflict(f"cannot forward {wanted}: {why}", hint="0 as the port takes a free one") from error
+        hint = "0 as the port takes a free one" if error.errno != errno.EADDRNOTAVAIL else ""
+        raise Conflict(f"cannot forward {wanted}: {why}", hint=hint) from error
 
 
 class Forwarding:

@@ -148,8 +148,10 @@ def panic_line(lines: Sequence[str]) -> str:
 
 def booting_left_s(host: Host, vm: Domain) -> float:
     """For how long not answering may still mean that it boots; as long as `vmctl wait` waits."""
-    up = inventory.uptime_s(host.conn, vm.name)
-    return 60.0 * timeout_scale(vm.facts.accel or Accel.KVM) - (up or 0.0)
+    up = inventory.uptime_s(host.conn, vm.name) or 0.0
+    if vm.facts.record is not None and vm.facts.record.restarted:
+        up = min(up, max(0.0, time.time() - vm.facts.record.restarted))
+    return 60.0 * timeout_scale(vm.facts.accel or Accel.KVM) - up
 
 
 def reachable(host: Host, name: str, *, user: str | None = None, report: Reporter = silent) -> Target:

@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import archives, disk_header, images, qemu_img
+from vmctl import archives, checksums, default_users, disk_header, image_inside, images, qemu_img
 from vmctl.archives import Enclosed
+from vmctl.default_users import Inside, Login
 from vmctl.disk_header import DiskHeader, Window
 from vmctl.durable import written_as_it_grows
 from vmctl.errors import ImageError, NoRoom, SpecError, reason
-from vmctl.events import Progress, Reporter, Step
+from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.manifest import NAME, Manifest, NewImage
 
@@ -33,6 +34,7 @@ _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _CHUNK = 1 << 20
 _KEPT_FREE = 64 << 20  # of the disk the store is on
 _LONGEST_NAME = 48
+_UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +42,18 @@ class Wish:
     """A file to import, and what the user says of it. ``name``, ``format`` and ``user`` may be "": found out.
 
     ``architecture`` is as `uname -m` says it; no disk tells its own, and "" is taken for this machine's.
-    ``checked`` is what the file was checked against already; ``source`` where it came from, if from elsewhere.
+    ``checked`` is what the file was checked against already; ``source`` where it came from, if from elsewhere;
+    ``user_by`` how its user is known.
     """
 
     file: Path
     name: str = ""
     format: str = ""
     checksum: str = ""
-    os_name: str = "unknown"
+    os_name: str = _UNKNOWN
     os_version: str = ""
     user: str = ""
+    user_by: str = "told"
     boots: tuple[str, ...] = ("bios",)
     osinfo: str = ""
     source: str = ""
@@ -116,7 +120,7 @@ def import_image(host: Host, wish: Wish, report: Reporter) -> Manifest:
                 after.st_ctime_ns,
             ):
                 raise ImageError(f"cannot import {wish.title}: it was changed while it was read")
-            return images.add(host, _new_image(name, wish, disk, header, copied), report)
+            return images.add(host, _new_image(name, wish, disk, header, copied, report), report)
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         kind = NoRoom if full else ImageError
@@ -233,17 +237,40 @@ def _limits(folder: Path, size: int) -> qemu_img.Limits:
     return qemu_img.Limits(file_size=free)
 
 
-def _new_image(name: str, wish: Wish, disk: Enclosed, header: DiskHeader, copied: Path) -> NewImage:
-    inside = f" ({header.format} disk inside the {disk.kind})" if disk.kind else f" ({header.format})"
+def _login(wish: Wish, disk: Enclosed, inside: Inside | None) -> Login:
+    """Whom the image lets in."""
+    if wish.user:
+        return Login(wish.user, wish.user_by, "")
+    if disk.kind == "box":
+        return Login("vagrant", "box", "it is a Vagrant box")
+    file = checksums.file_name(wish.source) if wish.source else wish.file.name
+    return default_users.guess(inside, system=wish.os_name, osinfo=wish.osinfo, file=file, name=wish.name)
+
+
+def _tell_login(short: str, login: Login, report: Reporter) -> None:
+    if login.by in {"name", "nothing"}:
+        report(Warned(f"{short} is assumed to let in {login.user}: {login.why}", "another one: --user NAME"))
+    elif login.why:
+        report(Step(f"{short} lets in {login.user}: {login.why}"))
+
+
+def _new_image(name: str, wish: Wish, disk: Enclosed, header: DiskHeader, copied: Path, report: Reporter) -> NewImage:
+    inside_disk = f" ({header.format} disk inside the {disk.kind})" if disk.kind else f" ({header.format})"
+    told = wish.user and wish.os_name != _UNKNOWN
+    inside = None if told else image_inside.look(copied)
+    login = _login(wish, disk, inside)
+    _tell_login(wish.short, login, report)
+    known = inside is not None and wish.os_name == _UNKNOWN
     return NewImage(
         name=name,
         disk=copied,
         virtual_size=header.virtual_size,
-        os_name=wish.os_name,
-        os_version=wish.os_version,
+        os_name=inside.system if inside and known else wish.os_name,
+        os_version=wish.os_version or (inside.version if inside and known else ""),
         architecture=wish.architecture or os.uname().machine,
-        default_user=wish.user or ("vagrant" if disk.kind == "box" else "root"),
-        source=wish.source or f"{wish.file.resolve()}{inside}",
+        default_user=login.user,
+        default_user_by=login.by,
+        source=wish.source or f"{wish.file.resolve()}{inside_disk}",
         boots=wish.boots,
         osinfo=wish.osinfo,
         checksum=wish.checked or wish.checksum.lower(),

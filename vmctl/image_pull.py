@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -10,11 +11,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from vmctl import catalog, checksums, download, image_import, images, pulls, web
+from vmctl import catalog, checksums, disk_header, download, image_import, images, pulls, spec, web
 from vmctl.catalog import Entry
 from vmctl.checksums import Checksum
-from vmctl.download import Patience
-from vmctl.errors import Conflict, ImageError, NoRoom, SpecError
+from vmctl.disk_header.window import Unreadable
+from vmctl.download import Bounds, Patience
+from vmctl.errors import Conflict, ImageError, NoRoom, NotFound, SpecError
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.manifest import NAME, Manifest
@@ -22,6 +24,10 @@ from vmctl.manifest import NAME, Manifest
 # Longer than any sensible download; whoever waits may press Ctrl-C.
 _WAIT_FOR_ANOTHER_S = 24 * 3600.0
 _PATIENCE = Patience()
+_LARGEST_OF_A_URL = "64G"
+# A whole image is its disk and its tables, which come to less than this.
+_TABLES_SHARE, _TABLES = 4, 64 << 20
+_SNAPSHOTS_AT = 60  # in qcow2's header
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -52,19 +58,25 @@ def pull(
     verify: bool = True,
     patience: Patience = _PATIENCE,
     told: Mapping[str, str | tuple[str, ...]] = _NOTHING,
+    max_size: str = "",
 ) -> Manifest:
     """Get the image ``what``, a name in the catalogue or a URL, into the store as ``name``.
 
     ``checksum`` is "sha256:…", "sha512:…" or the URL of a checksum file, and goes before the catalogue's. Without
     ``verify`` nothing is checked, and the manifest says so for ever. ``told`` is what the user knows of the image, by
-    the names of Entry's fields, and goes before the catalogue's. Raises SpecError, NotFound, ImageError.
+    the names of Entry's fields, and goes before the catalogue's, as does ``max_size``.
+    Raises SpecError, NotFound, ImageError.
     """
     known: dict[str, Any] = dict(told)
     entry = replace(_entry(host, what, name), **known)
-    if found := image_import.problems(_wish(Path(entry.name), entry, None)):
+    user_by = "told" if "default_user" in known else "catalogue"
+    if "default_user" in known:
+        known["default_user_by"] = user_by  # from here on of the manifest
+    if found := image_import.problems(_wish(Path(entry.name), entry, None, user_by)):
         raise SpecError(f"cannot pull {what}", problems=found)
     if checksum and not verify:
         raise SpecError("cannot both check the checksum and not", hint="either --checksum or --no-verify")
+    bounds = Bounds(spec.parse_size_mib(max_size or entry.max_size) << 20, plausible)
     expected = _expected(entry, checksum, report, patience) if verify else None
     before = {manifest.stem for manifest in images.list_images(host)}
     if present := _present(host, entry, expected, before):
@@ -74,18 +86,20 @@ def pull(
             return _again(host, replace(present, **known), report)
         partial = pulls.partial(host, entry.name)
         _make(partial.parent)
-        download.fetch(entry.url, partial, entry.name, report, patience)
+        download.fetch(entry.url, partial, entry.name, report, patience, bounds)
         if expected is None:
             report(Warned(f"image {entry.name} is taken without having been checked against anything"))
         else:
             _check(entry, partial, expected, report)
         try:
-            manifest = _take(host, partial, entry, expected, report)
+            manifest = image_import.import_image(host, _wish(partial, entry, expected, user_by), report)
         except NoRoom:
             raise
         except ImageError as error:
             download.discard(partial)  # or the next pull would take the same for whole and ask nobody
-            error.hint = "it was removed; does that lead to a whole disk image?"
+            error.hint = f"it was removed; {error.hint or 'does that lead to a whole disk image?'}"
+            if "--format" in error.hint:  # which is import's
+                error.hint = "it was removed; does that lead to a whole disk image?"
             raise
         download.discard(partial)
     if expected is not None:
@@ -93,15 +107,36 @@ def pull(
     return manifest
 
 
+def plausible(partial: Path) -> int | None:
+    """How large an image can be, by its header in the beginning of its file; None where that does not tell."""
+    handle = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        window = disk_header.Window(handle, os.fstat(handle).st_size)
+        header = disk_header.examine(window)
+        snapshots = header.format == "qcow2" and window.unpack(">I", _SNAPSHOTS_AT)[0]
+    except Unreadable:
+        return None
+    finally:
+        os.close(handle)
+    if header.format == "raw" or snapshots or header.virtual_size <= 0:
+        return None  # of a raw disk, it is the file that tells; and each snapshot may hold a disk of its own
+    return header.virtual_size + header.virtual_size // _TABLES_SHARE + _TABLES
+
+
 def _entry(host: Host, what: str, name: str) -> Entry:
     """What to pull, under the name it is to have in the store."""
     if "://" not in what:
-        entry = catalog.find(catalog.load(host.folders.config / "catalog.d"), what)
+        try:
+            entry = catalog.find(catalog.load(host.folders.config / "catalog.d"), what)
+        except NotFound as error:
+            if Path(what).is_file():
+                error.hint = f"it is a file here: vmctl image import {what}"
+            raise
         name = name or entry.name
     else:
         web.check_url(what)
         name = name or image_import.name_for(Path(checksums.file_name(what)))
-        entry = Entry(name, "unknown", "", "x86_64", what, "", ("bios",))  # its user goes by what it is
+        entry = Entry(name, "unknown", "", "x86_64", what, "", ("bios",), max_size=_LARGEST_OF_A_URL)
     if not re.fullmatch(NAME, name):
         raise SpecError(
             f"cannot call an image {name!r}: a name is up to 48 of a-z, 0-9, '.' and '-'", hint="give one: --name NAME"
@@ -197,18 +232,14 @@ def _check(entry: Entry, partial: Path, expected: Checksum, report: Reporter) ->
     report(Step(f"{entry.name}: {expected.kind} is as it should be"))
 
 
-def _take(host: Host, file: Path, entry: Entry, expected: Checksum | None, report: Reporter) -> Manifest:
-    """Put the downloaded file into the store, the way any file of unknown origin goes."""
-    return image_import.import_image(host, _wish(file, entry, expected), report)
-
-
-def _wish(file: Path, entry: Entry, expected: Checksum | None) -> image_import.Wish:
+def _wish(file: Path, entry: Entry, expected: Checksum | None, user_by: str) -> image_import.Wish:
     return image_import.Wish(
         file,
         name=entry.name,
         os_name=entry.os,
         os_version=entry.os_version,
         user=entry.default_user,
+        user_by=user_by,
         boots=entry.boots,
         osinfo=entry.osinfo,
         architecture=entry.architecture,

@@ -32,6 +32,7 @@ from vmctl.workspace import clear_leftovers, workspace
 _LOCK_TIMEOUT_S = 900
 _ROOM_FOR_TAGS = 4096
 _MAKING = ".making-"
+_CLOSE = 0.75  # of difflib
 _FILE_OF_IMAGE = re.compile(rf"(?P<stem>(?P<name>{NAME})-[0-9a-f]{{12}})\.(?:qcow2|kernel|initrd|bzimage|warm|memory)")
 
 
@@ -93,11 +94,21 @@ def find(host: Host, name: str) -> Image:
         if manifest.name == meant:
             return with_paths(host, manifest)
     hint = "see `vmctl image list`, and `vmctl image search` for what can be pulled"
+    if near := _near(name, known):
+        hint = f"did you mean {near}?"
     if meant:
         hint = f"get it: vmctl image pull {name}"
     if has_recipe(name):
         hint = f"make it: vmctl image build {name}"
     raise NotFound(f"cannot find image {name}: the store on {host.conn.host} has none of that name", hint=hint)
+
+
+def _near(name: str, known: tuple[Manifest, ...]) -> str:
+    """Names in the store that are about the same; "" for none."""
+    from difflib import get_close_matches  # late: only who mistypes asks
+
+    names = dict.fromkeys(one for manifest in known for one in (manifest.name, *manifest.tags))
+    return ", ".join(get_close_matches(name, names, cutoff=_CLOSE))
 
 
 def _catalogued(host: Host, name: str) -> str:
@@ -188,6 +199,7 @@ def _manifest(new: NewImage, report: Reporter) -> Manifest:
         layer=new.layer,
         built_on=new.built_on,
         step_of=new.step_of,
+        default_user_by=new.default_user_by,
         bzimage_sha256=sums.get("bzimage", ""),
     )
 

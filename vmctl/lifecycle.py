@@ -9,10 +9,10 @@ from enum import StrEnum
 
 from vmctl import disk_guard, domain_job, forgotten, networks, render, spec
 from vmctl.accel import timeout_scale
-from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, WaitTimeout, WrongState
+from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, WaitTimeout, WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
-from vmctl.hypervisor import disks, domain, events
+from vmctl.hypervisor import agent, disks, domain, events
 from vmctl.hypervisor.domain import ACTIVE, Domain, State
 from vmctl.seed_disk import detach_used
 from vmctl.spec import Accel
@@ -142,11 +142,13 @@ def stop(host: Host, name: str, report: Reporter, *, timeout_s: float | None = N
 def _asked_stop(host: Host, vm: Domain, way: Stopped, timeout_s: float) -> bool:
     if way is Stopped.AGENT and not domain.agent_connected(host.conn, vm.name):
         return _ended(host, vm.name, timeout_s)  # no agent to ask: give the button's work the rest of the time
-    ask = domain.shutdown_acpi if way is Stopped.ACPI else domain.shutdown_agent
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            ask(host.conn, vm.name)
+            if way is Stopped.ACPI:
+                domain.shutdown_acpi(host.conn, vm.name)
+            else:
+                agent.shutdown(host.conn, vm.name, deadline_s=deadline - time.monotonic())
         except (WrongState, NotFound):
             return True  # it ended just now
         except (HypervisorError, WaitTimeout):
@@ -203,6 +205,7 @@ def reboot(host: Host, name: str, *, timeout_s: float | None = None) -> None:
             left = deadline - time.monotonic()
             # A guest still booting drops the button's event: press again.
             if begun.wait(max(0.0, min(_PRESS_AGAIN_S, left))):
+                _note_restart(host, name)
                 return
             if left <= _PRESS_AGAIN_S:
                 raise WaitTimeout(
@@ -218,6 +221,19 @@ def reset(host: Host, name: str) -> None:
     domain.reset(host.conn, name)
     if vm.panicked:
         domain.resume(host.conn, name)  # a reset lets a stopped machine stay stopped
+    _note_restart(host, name)
+
+
+def _note_restart(host: Host, name: str) -> None:
+    """Remember that it boots, which the age of its process no longer tells: who comes next waits for it."""
+
+    def write() -> None:
+        value = domain.find(host.conn, name).facts.record
+        if value is not None:
+            text = render.metadata(replace(value, restarted=int(time.time())))
+            domain.set_record(host.conn, name, text, only_live=True)
+
+    quietly(write)  # it was restarted, whatever is remembered of it
 
 
 def pause(host: Host, name: str) -> bool:

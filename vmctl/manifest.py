@@ -45,7 +45,9 @@ class Manifest:
     start: direct, bios, uefi. ``first_boot`` names what reads the seed inside: cloud-init, ignition, or micro's init.
     ``layer`` is the digest of the steps that led to it, ``built_on`` those of the steps before its last; ``step_of``
     names the image that it is but a step of. ``disk_digest`` is as vmctl.digest writes it.
-    ``bzimage_sha256`` is of the kernel as firmware starts it, where that is another file.
+    ``bzimage_sha256`` is of the kernel as firmware starts it, where that is another file. ``default_user_by`` is how
+    its user is known: told, catalogue, box, inside (its own files), os, name (a guess by it), nothing (root then); ""
+    for one made here.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Manifest:
     layer: str = ""
     built_on: tuple[str, ...] = ()
     step_of: str = ""
+    default_user_by: str = ""
     warm: Warm | None = None
 
     @property
@@ -175,6 +178,7 @@ class NewImage:
     layer: str = ""
     built_on: tuple[str, ...] = ()
     step_of: str = ""
+    default_user_by: str = ""
 
     def files(self) -> dict[str, Path]:
         """Its files by the suffix they get in the store."""

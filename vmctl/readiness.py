@@ -19,6 +19,7 @@ from vmctl.events import Reporter, StageBegan, StageDone, Warned
 from vmctl.guest import Address, address, console_tail, execute, panic_line
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, inventory, network
+from vmctl.hypervisor.agent import Ping
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.hypervisor.network import Lease
 from vmctl.spec import Accel
@@ -29,6 +30,7 @@ _CONNECT_S = 0.15
 _BANNER_S = 5.0
 _LEASE_S = 3600  # what libvirt's dnsmasq grants where the network says nothing else
 _FORWARD_BANNER_S = 0.3
+_PING_S = 2.0
 _STATE_EVERY_S = 0.5
 _LOG_LINES = 15
 _TRACE_LINES = 100  # a panic's own line stands above the trace
@@ -75,6 +77,7 @@ class _Watch:
     answered: bool = False
     patience_s: float = _FORWARD_BANNER_S
     set_up: Outcome | None = None
+    ping: Ping | None = None
 
     def look(self) -> State:
         """The state, asked for at most every half second: the guest's own answers are what is waited for."""
@@ -98,9 +101,8 @@ class _Watch:
 
     def agent(self) -> bool:
         self.look()
-        return domain.agent_connected(self.host.conn, self.vm.name) and domain.agent_ping(
-            self.host.conn, self.vm.name, timeout_s=2
-        )
+        self.ping = self.ping or Ping(self.host.conn, self.vm.name)
+        return domain.agent_connected(self.host.conn, self.vm.name) and self.ping(_PING_S)
 
     def ip(self) -> bool:
         """Whether the guest uses its address: it answers there, be it with a refusal, or holds a fresh lease."""

@@ -38,7 +38,8 @@ class SshAccess(NamedTuple):
 class Record:
     """One VM's record. ``creating`` is set until its creation went through to the end.
 
-    ``mounts`` has the guest's folder for each shared folder's tag, which alone the domain knows.
+    ``mounts`` has the guest's folder for each shared folder's tag, which alone the domain knows. ``restarted`` is when
+    vmctl last restarted the guest in a QEMU that ran on, in seconds since 1970; 0 for never.
     """
 
     image: str
@@ -52,6 +53,7 @@ class Record:
     console_log: Owned | None = None
     creating: bool = False
     mounts: Mapping[str, str] = field(default_factory=dict)
+    restarted: int = 0
     schema: int = SCHEMA
 
 
@@ -88,5 +90,6 @@ def read(element: ET.Element) -> Record | None:
         console_log=None if log is None else Owned(log.get("pool", ""), log.get("name", "")),
         creating=element.get("creating") == "yes",
         mounts={item.get("tag", ""): item.get("mount", "") for item in element.iter(_tag("share"))},
+        restarted=int(element.get("restarted", "0")),
         schema=int(element.get("schema", "0")),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -146,6 +147,84 @@ def test_a_hung_agent_costs_seconds_and_holds_up_nobody(shell: Shell, vm: str) -
         shell.run("exec", vm, "--", "sh", "-c", "kill -CONT $(pidof qemu-ga)")
     shell.run("wait", vm, "--for", "agent")
     assert shell.json("show", vm)["agent_state"] == "answers"
+
+
+def timed(shell: Shell, *words: str, check: int, within_s: float) -> str:
+    """What a command said on stderr that had to end with that code and in that time."""
+    began = time.monotonic()
+    said = shell.run(*words, check=check, timeout=60).stderr
+    took = time.monotonic() - began
+    assert took < within_s, f"vmctl {' '.join(words)} took {took:.1f} s"
+    return said
+
+
+@pytest.mark.parametrize("ends", ["by itself", "by Ctrl-C"])
+def test_an_agent_that_stops_while_a_command_of_its_runs(shell: Shell, vm: str, ends: str) -> None:
+    words = ["exec", "--via", "agent", vm, "--", "sh", "-c", "echo up; sleep 1000"]
+    running = subprocess.Popen(
+        [*VMCTL, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO
+    )
+    assert running.stdout is not None and running.stdout.readline() == "up\n"
+    shell.run("exec", vm, "--", "sh", "-c", "kill -STOP $(pidof qemu-ga)")
+    try:
+        began = time.monotonic()
+        if ends == "by Ctrl-C":
+            running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=60)[1]
+        took = time.monotonic() - began
+        if ends == "by Ctrl-C":
+            assert running.returncode == 130 and took < 5, (took, said)
+        else:
+            assert running.returncode == 7 and took < 12, (took, said)
+            assert "its guest agent does not answer" in said and "sh goes on as process " in said, said
+        assert "Traceback" not in said
+        assert "does not answer" in timed(shell, *words, check=7, within_s=11)
+        assert "does not answer" in timed(shell, "trim", vm, check=7, within_s=12)
+    finally:
+        shell.run("exec", vm, "--", "sh", "-c", "kill -CONT $(pidof qemu-ga); kill $(pidof sleep)")
+    shell.run("wait", vm, "--for", "agent")
+
+
+def test_an_agent_that_hangs_inside_a_freeze_holds_up_nobody(shell: Shell, name: str) -> None:
+    """Another client waits for its end without a limit, and has the agent's one turn; its hook never ends."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    hook = (
+        "cd /root; printf '#!/bin/sh\\n[ $1 = thaw ] || sleep 1000\\n' >hook; mv /usr/sbin/qemu-ga ga;"
+        " printf '#!/bin/sh\\nexec /root/ga -F/root/hook \"$@\"\\n' >/usr/sbin/qemu-ga;"
+        " chmod +x hook /usr/sbin/qemu-ga;"
+        # Without its power button, so that a stop comes to ask the agent.
+        " (cd /sys/bus/acpi/drivers/button && for one in *:*; do echo $one >unbind; done); kill $(pidof qemu-ga)"
+    )
+    shell.run("exec", name, "--", "sh", "-c", hook)
+    shell.run("exec", name, "--", "sh", "-c", "until pidof ga; do sleep 0.1; done")
+    shell.run("wait", name, "--for", "agent")
+    words = ["virsh", "-c", "qemu:///system", "qemu-agent-command", name, "--block"]
+    words += ['{"execute":"guest-fsfreeze-freeze"}']
+    other = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        shell.run("exec", name, "--", "sh", "-c", "until pidof sleep; do sleep 0.1; done")
+        assert shell.json("show", name)["agent_state"] == "silent"
+        # In this time more is asked than may be on its way on one connection.
+        asked = [["wait", name, "--for", "agent", "--timeout", "12"], ["exec", "--via", "agent", name, "--", "true"]]
+        asked += [[verb, name] for verb in ("freeze", "thaw", "time-sync")]
+        asked += [["snapshot", "create", f"{name}.s", "--freeze"]]
+        began = time.monotonic()
+        waiting = [
+            subprocess.Popen([*VMCTL, *words], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=REPO)
+            for words in asked
+        ]
+        timed(shell, "show", name, check=0, within_s=8)
+        timed(shell, "exec", name, "--", "true", check=0, within_s=8)
+        for one, words in zip(waiting, asked, strict=True):
+            said = one.communicate(timeout=60)[1]
+            assert one.returncode == 7 and time.monotonic() - began < 25, f"{words}: {one.returncode} {said}"
+            assert ("stage agent" if words[0] == "wait" else "its guest agent does not answer") in said
+        assert shell.json("snapshot", "list", name) == []
+        assert "cannot stop VM" in timed(shell, "stop", name, "--timeout", "6", check=7, within_s=10)
+        timed(shell, "stop", name, "--timeout", "2", "--force", check=0, within_s=10)
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_without_an_agent_each_verb_says_so_at_once(shell: Shell, name: str) -> None:

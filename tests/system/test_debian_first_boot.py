@@ -110,6 +110,7 @@ def test_nvram_goes_with_its_vm(trio: Trio) -> None:
     nvram = Path(text.partition("<nvram")[2].partition(">")[2].partition("<")[0])
     tpm = Path("/var/lib/libvirt/swtpm") / shell.json("show", name)["uuid"]
     assert nvram.exists() and tpm.exists()
+    assert shell.json("show", name)["tpm"] == {"version": "2.0", "model": "tpm-tis", "backend": "emulator"}
     shell.run("stop", name, "--force", "--timeout", "0")
     shell.run("rename", name, f"{name}x")
     shell.run("start", f"{name}x")

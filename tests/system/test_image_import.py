@@ -113,6 +113,28 @@ def test_there_and_back(shell: Shell, tmp_path: Path, form: str, words: tuple[st
     assert {p.name for p in tmp_path.iterdir()} == left
 
 
+@pytest.mark.parametrize("label", ["", "gpt"])
+def test_whom_it_lets_in_is_read_from_its_own_files(shell: Shell, tmp_path: Path, label: str) -> None:
+    root, file = tmp_path / "root", tmp_path / "fedora.qcow2"
+    (root / "etc/cloud").mkdir(parents=True)
+    (root / "etc/os-release").write_text('ID=ubuntu\nVERSION_ID="24.04"\n')
+    (root / "etc/cloud/cloud.cfg").write_text("system_info:\n  default_user:\n    name: tester\n")
+    words = ["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(root), str(tmp_path / "fs"), "16M"]
+    subprocess.run(words, check=True, timeout=60)
+    (tmp_path / "disk").write_bytes(bytes(1 << 20 if label else 0) + (tmp_path / "fs").read_bytes() + bytes(1 << 20))
+    if label:
+        table = "label: gpt\nstart=1MiB, size=16MiB\n"
+        subprocess.run(["sfdisk", "-q", str(tmp_path / "disk")], input=table, text=True, check=True, timeout=60)
+    qemu_img("convert", "-f", "raw", "-O", "qcow2", tmp_path / "disk", file)
+    done = shell.run("image", "import", str(file))
+    assert "fedora.qcow2 lets in tester: its cloud-init says so" in done.stderr
+    made = shell.json("image", "show", "fedora")
+    assert (made["default_user"], made["default_user_by"]) == ("tester", "inside")
+    assert (made["os"], made["os_version"]) == ("ubuntu", "24.04")
+    made = shell.json("image", "import", str(file), "--user", "me", "--os", "debian", "--name", "told")
+    assert (made["default_user"], made["default_user_by"], made["os"]) == ("me", "told", "debian")
+
+
 def test_what_is_in_a_box_and_an_ova(shell: Shell, tmp_path: Path) -> None:
     done = shell.run("image", "export", "micro", str(tmp_path / "m.box"))
     assert "direct kernel boot only" in done.stderr
@@ -273,6 +295,20 @@ def test_a_bomb_of_compressed_clusters(shell: Shell, tmp_path: Path) -> None:
     data[l2_at : l2_at + 65536] = data[l2_at : l2_at + 8] * 8192
     bomb.write_bytes(data)
     refused(shell, bomb, because="the result takes more than the 256 MiB allowed to a file of")
+
+
+def test_what_is_said_of_small_mistakes(shell: Shell, tmp_path: Path) -> None:
+    empty, packed, small = tmp_path / "empty", tmp_path / "x.qcow2.xz", tmp_path / "s.qcow2"
+    empty.touch()
+    refused(shell, empty, because="it is empty")
+    packed.write_bytes(b"\xfd7zXZ\0" + bytes(600))
+    refused(shell, packed, because="it is compressed with xz")
+    assert "hint: unpack it first: xz -d" in shell.run("image", "import", str(packed), check=10).stderr
+    qemu_img("create", "-f", "qcow2", small, "8M")
+    refused(shell, small, "--max-size", "1M", because="its disk is 8 MiB large, above the limit of 1 MiB")
+    said = shell.run("image", "pull", str(small), check=4).stderr
+    assert f"hint: it is a file here: vmctl image import {small}" in said
+    assert "did you mean micro?" in shell.run("image", "show", "mirco", check=4).stderr
 
 
 def test_sizes_and_cut_files(shell: Shell, tmp_path: Path) -> None:

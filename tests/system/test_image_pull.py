@@ -87,6 +87,13 @@ class Puller:
         assert self.stored() == set()
         return said
 
+    def in_mounts(self, script: str) -> str:
+        """What a shell script said that runs a pull as "$@", in mounts of its own."""
+        pull = [sys.executable, "-m", "vmctl", "image", "pull", self.name]
+        words = ["unshare", "-m", "sh", "-c", script, "sh", *pull]
+        options: dict[str, Any] = {"capture_output": True, "text": True, "cwd": REPO, "env": self.env}
+        return str(subprocess.run(words, timeout=120, check=False, **options).stderr)
+
     def stored(self) -> set[str]:
         """The image's volumes in the store."""
         return {volume for volume in volumes(self.shell, "vmctl-images") if volume.startswith(self.name)}
@@ -320,14 +327,34 @@ def test_what_the_user_knows_of_an_image_at_a_url(puller: Puller) -> None:
     puller.run("pull", *words, "--os", "debian", "--os-version", "99", "--user", "me", "--boots", "bios,uefi-secure")
     manifest = puller.shell.json("image", "show", puller.name)
     assert (manifest["os"], manifest["os_version"], manifest["default_user"]) == ("debian", "99", "me")
+    assert manifest["default_user_by"] == "told"
     create = ["create", f"{puller.name}-vm", "--image", puller.name, "--print-xml", "--firmware"]
     assert '<loader secure="yes"/>' in puller.shell.run(*create, "uefi-secure").stdout
     assert "does not boot by uefi;" in puller.shell.run(*create, "uefi", check=2).stderr
     digest = f"sha256:{hashlib.sha256(puller.data).hexdigest()}"
     puller.run("pull", words[0], "--checksum", digest, "--name", f"{puller.name}b")
     puller.run("pull", words[0], "--checksum", digest, "--name", f"{puller.name}b", "--user", "you")
-    assert puller.shell.json("image", "show", f"{puller.name}b")["default_user"] == "you"
+    manifest = puller.shell.json("image", "show", f"{puller.name}b")
+    assert (manifest["default_user"], manifest["default_user_by"]) == ("you", "told")
     puller.shell.run("image", "delete", f"{puller.name}b", "--yes")
+
+
+def test_whom_an_image_at_a_url_lets_in_is_guessed_by_its_name_and_said(puller: Puller) -> None:
+    digest = f"sha256:{hashlib.sha256(puller.data).hexdigest()}"
+    words = ["--checksum", digest, "--name", puller.name]
+    puller.web.pages["/Rocky-9-Base.qcow2"] = puller.web.pages["/img.qcow2"]
+    said = puller.run("pull", f"{puller.web.url}/img.qcow2", *words).stderr
+    assert f"note: {puller.name} is assumed to let in root: nothing tells (another one: --user NAME)" in said
+    assert "root (assumed: nothing tells)" in puller.run("show", puller.name).stdout
+    puller.shell.run("image", "delete", puller.name, "--yes")
+    said = puller.run("pull", f"{puller.web.url}/Rocky-9-Base.qcow2?x=1", *words).stderr
+    assert f"note: {puller.name} is assumed to let in rocky: by the name Rocky-9-Base.qcow2" in said
+    assert "rocky (a guess by its file's name)" in puller.run("show", puller.name).stdout
+    manifest = puller.shell.json("image", "show", puller.name)
+    assert (manifest["default_user"], manifest["default_user_by"]) == ("rocky", "name")
+    puller.shell.run("image", "delete", puller.name, "--yes")
+    said = puller.run("pull", puller.name).stderr
+    assert "let" not in said and puller.shell.json("image", "show", puller.name)["default_user_by"] == "catalogue"
 
 
 def test_a_url_with_each_form_of_checksum(puller: Puller) -> None:
@@ -379,31 +406,45 @@ def test_what_came_is_kept_where_there_is_no_room_for_the_image(puller: Puller) 
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["a length too large", "no length"])
-def test_a_full_disk_is_one_clear_error_and_the_pull_goes_on_later(puller: Puller, told: bool) -> None:
+def test_a_full_disk_is_one_clear_error_and_leaves_some_of_it_free(puller: Puller, told: bool) -> None:
     puller.web.pages["/img.qcow2"].chunked = not told
     script = (
         'mkdir -p "$XDG_CACHE_HOME" && mount -t tmpfs -o size=2m tmpfs "$XDG_CACHE_HOME" && "$@"; first=$?;'
         ' echo "LEFT $(ls "$XDG_CACHE_HOME/vmctl/pulls" | tr "\\n" " ")" >&2;'
         ' mount -o remount,size=100m "$XDG_CACHE_HOME" && "$@"; echo "ENDED $first $?" >&2'
     )
-    pull = [sys.executable, "-m", "vmctl", "image", "pull", puller.name]
-    said = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script, "sh", *pull],
-        capture_output=True,
-        text=True,
-        cwd=REPO,
-        env=puller.env,
-        timeout=120,
-        check=False,
-    ).stderr
+    said = puller.in_mounts(script)
     assert "ENDED 10 0" in said and said.count("cannot ") == 1 and "Traceback" not in said, said
-    if told:
-        assert f"it needs {len(puller.data)} bytes and" in said and "LEFT \n" in said
-    else:
-        assert "No space left on device" in said and f"LEFT {puller.name}.partial {puller.name}.partial.json" in said
-        parts = [one.range for one in puller.web.of("/img.qcow2")]
-        assert parts[0] == "" and parts[1].startswith("bytes=") and parts[1] != "bytes=0-"
+    assert "LEFT \n" in said and "stay free" in said and "hint: make room there, or set XDG_CACHE_HOME" in said
+    assert (f"it needs {len(puller.data)} bytes and" in said) == told, said
     assert len(puller.stored()) == 2
+
+
+@pytest.mark.parametrize("chunked", [True, False], ids=["chunked", "until it closes"])
+def test_a_body_without_end_does_not_fill_the_disk(puller: Puller, chunked: bool) -> None:
+    puller.web.pages["/img.qcow2"] = Page(b"\xeb\x63" + bytes(508) + b"\x55\xaa", chunked=chunked, endless=1 << 32)
+    script = (
+        'mkdir -p "$XDG_CACHE_HOME" && mount -t tmpfs -o size=64m tmpfs "$XDG_CACHE_HOME" && "$@"; first=$?;'
+        ' echo "LEFT $(ls "$XDG_CACHE_HOME/vmctl/pulls" | tr "\\n" " ")" >&2; "$@" --max-size 16M;'
+        ' echo "ENDED $first $?" >&2'
+    )
+    said = puller.in_mounts(script)
+    assert "ENDED 10 10" in said and "LEFT \n" in said and said.count("cannot ") == 2, said
+    assert "it tells no length and goes on after" in said and f"of which {(64 << 20) // 20} stay free" in said
+    assert "above the limit of 16777216" in said and puller.stored() == set()
+
+
+def test_the_catalogue_says_how_large_an_image_may_be(puller: Puller) -> None:
+    entry = ENTRY.format(name=puller.name, url=puller.web.url)
+    puller.catalogue(f'{entry}max_size = "1M"\n')
+    said = puller.refused(10, puller.name)
+    assert f"it is {len(puller.data)} bytes, above the limit of 1048576" in said and "--max-size" in said
+    assert puller.pulls() == {}
+    puller.catalogue(f'{entry}max_size = "lots"\n')
+    assert "max_size" in puller.refused(2, puller.name)
+    puller.catalogue(f'{entry}max_size = "1M"\n')
+    assert "cannot read size 'much'" in puller.refused(2, puller.name, "--max-size", "much")
+    puller.run("pull", puller.name, "--max-size", "8M")
 
 
 def test_search_shows_what_the_store_has(puller: Puller) -> None:

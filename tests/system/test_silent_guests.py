@@ -236,8 +236,8 @@ def test_ctrl_c_ends_the_command_in_the_guest(
     wait_until(lambda: not look(), what="its end", timeout_s=10 if options[:1] == ["--via"] else 0)
 
 
-def test_one_that_is_long_up_and_does_not_answer(shell: Shell, old: str) -> None:
-    """Last, for by then it is no longer one that may be booting."""
+def test_one_that_is_long_up_and_does_not_answer_until_it_is_reset(shell: Shell, old: str) -> None:
+    """Last, for by then it is no longer one that may be booting. After a reset it is one again."""
     wait_until(
         lambda: shell.json("show", old)["uptime_s"] > 182, what="its boot to be over", timeout_s=200, interval_s=1.0
     )
@@ -247,3 +247,10 @@ def test_one_that_is_long_up_and_does_not_answer(shell: Shell, old: str) -> None
     for words in (["exec", old, "--", "true"], ["ssh", old, "true"], ["cp", f"{old}:/etc/passwd", "/dev/null"]):
         told = shell.run(*words, check=3, timeout=60).stderr
         assert f"cannot reach VM {old} by SSH: Connection refused" in told and f"`vmctl wait {old}`" in told
+    shell.run("reset", old)
+    waiting = begin("exec", old, "--", "hostname")
+    assert waiting.stderr is not None and "waiting for it to boot, at most" in waiting.stderr.readline()
+    shell.run("wait", old, "--for", "agent")
+    shell.run("exec", "--via", "agent", old, "--", "mv", "/root/dropbear", "/usr/sbin/")
+    assert waiting.communicate(timeout=120)[0] == f"{old}\n"
+    assert "restarted=" in shell.virsh("dumpxml", old) and "restarted=" not in shell.virsh("dumpxml", old, "--inactive")

@@ -643,6 +643,18 @@ def test_graphics_only_on_loopback(shell: Shell, name: str) -> None:
     assert re.match(r"127\.0\.0\.1:\d", shell.virsh("vncdisplay", name))
 
 
+def test_show_tells_of_a_tpm(shell: Shell, name: str, tmp_path: Path) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    assert shell.json("show", name)["tpm"] is None and "tpm" not in shell.run("show", name).stdout
+    for model, version in (("tpm-crb", "2.0"), ("tpm-tis", "1.2")):
+        tpm = f"<tpm model='{model}'><backend type='emulator' version='{version}'/></tpm></devices>"
+        text = re.sub(r"<tpm.*</tpm>", "", shell.virsh("dumpxml", name), flags=re.S)
+        (tmp_path / "xml").write_text(text.replace("</devices>", tpm))
+        shell.virsh("define", str(tmp_path / "xml"))
+        assert shell.json("show", name)["tpm"] == {"version": version, "model": model, "backend": "emulator"}
+        assert re.search(rf"^tpm +{version}, {model} \(swtpm\)$", shell.run("show", name).stdout, re.M)
+
+
 def test_what_an_image_cannot_do_is_refused_before_anything_is_made(shell: Shell, name: str) -> None:
     """micro has a kernel to be started directly, no boot loader, no signatures, and no cloud-init."""
     wrong = ["--firmware", "uefi-secure", "--user", "bob", "--network", ",address=10.1.2.3/24"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import select
 import signal
@@ -284,3 +285,41 @@ def test_notes_are_for_those_who_did_not_ask_for_quiet(
         assert run([*ON, *quiet, "events"]) == 130
         shown.append(capsys.readouterr().err)
     assert "watching" in shown[0] and "watching" not in shown[1]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["-o", "json", "image", "search", "debian-12"],
+        ["--output=json", "-v", "image", "search", "debian-12"],
+        ["image", "-o", "json", "search", "debian-12"],
+        ["-o", "name", "image", "search", "debian-12", "-o", "json"],
+        ["-o", "name", "image", "-q", "-o", "json", "search", "debian-12"],
+    ],
+    ids=" ".join,
+)
+def test_the_form_of_the_result_may_be_said_before_the_command(
+    capsys: pytest.CaptureFixture[str], typed: list[str]
+) -> None:
+    assert run(typed) == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == ["debian-12"]
+    assert run(["image", "search", "debian-12"]) == 0
+    assert capsys.readouterr().out.startswith("NAME"), "and lasts for the one command"
+
+
+def test_a_form_for_a_command_that_has_one_only_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for typed in (["-o", "json", "start", "x"], ["-o", "json", "screenshot", "x"], ["-o", "yaml", "exec", "x", "id"]):
+        assert run(typed) == 2
+        said = capsys.readouterr().err
+        assert "no such option: --output" in said and f"hint: vmctl {typed[2]} --help" in said
+    assert run(["-o", "jsn", "list"]) == 2
+    assert "'jsn' is not one of" in capsys.readouterr().err
+    assert run(["-o", "json", "start", "--help"]) == 0
+    assert "Usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["exec", "ssh"])
+def test_an_option_behind_the_name_is_not_run_in_the_guest(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert run(["-c", "test:///default", verb, "test", "--user", "bob", "--", "id"]) == 2
+    said = capsys.readouterr().err
+    assert "cannot run '--user' in a guest: options stand before the VM's name" in said

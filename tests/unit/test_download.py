@@ -16,9 +16,10 @@ import pytest
 
 from tests.webserver import Page, Web, serving
 from vmctl import download
-from vmctl.download import Patience
+from vmctl.download import Bounds, Patience
 from vmctl.errors import ImageError, NotFound, SpecError
 from vmctl.events import Event, Progress, Warned
+from vmctl.image_pull import plausible
 
 DATA = bytes(range(256)) * 4096
 HALF = len(DATA) // 2
@@ -42,8 +43,9 @@ class Fetching:
     events: list[Event] = field(default_factory=list)
     waits: list[float] = field(default_factory=list)
 
-    def __call__(self, url: str, *, tries: int = 3, stall_s: float = 20) -> bytes:
-        download.fetch(url, self.partial, "img", self.events.append, Patience(stall_s, tries, self.waits.append))
+    def __call__(self, url: str, *, tries: int = 3, stall_s: float = 20, most: int = 1 << 30) -> bytes:
+        patience, bounds = Patience(stall_s, tries, self.waits.append), Bounds(most, plausible)
+        download.fetch(url, self.partial, "img", self.events.append, patience, bounds)
         return self.partial.read_bytes()
 
     def said(self) -> str:
@@ -236,8 +238,51 @@ def test_a_body_without_a_length_is_complete_at_its_last_chunk_only(web: Web, fe
 
 def test_too_little_room_is_said_before_anything_is_fetched(web: Web, fetch: Fetching) -> None:
     web.pages["/img"] = Page(DATA, claims=1 << 60)
-    assert re.search(r"it needs 1152921504606846976 bytes and .* has \d+ free", refused(fetch, web.url + "/img"))
+    assert re.search(
+        r"it needs 1152921504606846976 bytes and .* has \d+ free", refused(fetch, web.url + "/img", most=1 << 61)
+    )
     assert fetch.left() == set() and len(web.requests) == 1
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_body_without_a_length_ends_at_the_limit(web: Web, fetch: Fetching, chunked: bool) -> None:
+    web.pages["/img"] = Page(DATA, chunked=chunked, endless=1 << 32)
+    said = refused(fetch, web.url + "/img", most=8 << 20)
+    assert re.search(r"it tells no length and goes on after \d+ bytes, above the limit of 8388608$", said)
+    assert fetch.left() == set() and len(web.requests) == 1 and web.requests[0].sent < 64 << 20
+
+
+def test_a_promise_above_the_limit_is_not_taken_up(web: Web, fetch: Fetching) -> None:
+    web.pages["/img"] = Page(DATA)
+    said = refused(fetch, web.url + "/img", most=len(DATA) - 1)
+    assert said.endswith(f"it is {len(DATA)} bytes, above the limit of {len(DATA) - 1}") and fetch.left() == set()
+    assert fetch(web.url + "/img", most=len(DATA)) == DATA
+
+
+@pytest.mark.parametrize("told", [0, 1 << 29], ids=["no length", "a length"])
+@pytest.mark.parametrize("form", ["qcow2", "vmdk", "vdi", "vhdx"])
+def test_what_goes_on_behind_an_image_is_not_taken_for_it(
+    web: Web, fetch: Fetching, tmp_path: Path, form: str, told: int
+) -> None:
+    """Its header says how large it can be: a few MiB of disk are no half GiB of file."""
+    image = tmp_path / "image"
+    subprocess.run(["qemu-img", "create", "-q", "-f", form, str(image), "8M"], check=True, timeout=60)
+    data = image.read_bytes()
+    data += bytes(max(0, (2 << 20) - len(data)))
+    web.pages["/img"] = Page(data, claims=told or None, endless=1 << 30)
+    if told:
+        web.pages["/img"].endless = 0
+        web.pages["/img"].hangs = True
+    said = refused(fetch, web.url + "/img", tries=1)
+    most = (8 << 20) + (2 << 20) + (64 << 20)
+    assert said.endswith(f"bytes or more, and by its own header an image of at most {most}") and fetch.left() == set()
+    assert web.requests[0].sent < 256 << 20
+
+
+def test_a_raw_disk_is_as_large_as_its_file(web: Web, fetch: Fetching) -> None:
+    data = bytes(510) + b"\x55\xaa" + bytes(100 << 20)
+    web.pages["/img"] = Page(data)
+    assert fetch(web.url + "/img") == data
 
 
 def test_the_environments_proxy_is_used_and_its_exceptions_heeded(

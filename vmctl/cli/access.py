@@ -43,6 +43,11 @@ def console(
 
 def _command(words: list[str] | None) -> list[str]:
     """The words of a command for the guest, without the ``--`` that sets them apart from ours."""
+    if words and words[0][:1] == "-" and words[0] != "--":
+        raise SpecError(
+            f"cannot run {words[0]!r} in a guest: options stand before the VM's name, and a command begins with none",
+            hint="vmctl exec [OPTIONS] NAME -- COMMAND",
+        )
     return words[1:] if words and words[0] == "--" else words or []
 
 

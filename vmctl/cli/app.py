@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from vmctl import __version__
 from vmctl.cli.command import Command, GoesOn, Group
-from vmctl.cli.options import GLOBALS, ConnectOption
+from vmctl.cli.options import GLOBALS, ConnectOption, EarlyOutputOption, QuietOption, VerboseOption
 from vmctl.ui import Verbosity
 
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -142,16 +142,15 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     connect: ConnectOption = None,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Only results and errors: no progress, no notes.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More progress.")] = False,
+    output: EarlyOutputOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Virtual machines on real KVM/QEMU hosts, through libvirt."""
-    GLOBALS.connect = connect
+    GLOBALS.connect, GLOBALS.output = connect, output
     GLOBALS.verbosity = Verbosity.QUIET if quiet else Verbosity.VERBOSE if verbose else Verbosity.NORMAL
 
 

@@ -30,11 +30,6 @@ _MEASURED = {"io", "net"}  # workloads whose results are rows of samples by roun
 app = group("What virtualization costs, measured.")
 
 
-@app.callback()
-def _group() -> None:
-    """What virtualization costs, measured."""
-
-
 def _place() -> Path:
     from vmctl import config
     from vmctl.bench import store

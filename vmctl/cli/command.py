@@ -8,10 +8,10 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup, TyperOption
 
-from vmctl.cli.options import GLOBALS
+from vmctl.cli.options import GLOBALS, ConnectOption, EarlyOutputOption, QuietOption, VerboseOption
 from vmctl.cli.words import elsewhere
 from vmctl.errors import SpecError
-from vmctl.ui import Verbosity
+from vmctl.ui import Output, Verbosity
 
 
 def _sets(verbosity: Verbosity) -> Any:
@@ -48,7 +48,21 @@ class Group(TyperGroup):
 
 def group(text: str) -> typer.Typer:
     """A group of commands, with its help."""
-    return typer.Typer(cls=Group, help=text, no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+    made = typer.Typer(cls=Group, help=text, no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+    made.callback()(_between)
+    return made
+
+
+def _between(
+    connect: ConnectOption = None,
+    output: EarlyOutputOption = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Take what stands between a group's name and its command's for what stands before both."""
+    GLOBALS.connect, GLOBALS.output = connect or GLOBALS.connect, output or GLOBALS.output
+    if quiet or verbose:
+        GLOBALS.verbosity = Verbosity.QUIET if quiet else Verbosity.VERBOSE
 
 
 def _gathering(param: Any) -> None:
@@ -84,6 +98,10 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse. Raises one usage error with all problems, unless the command adds its own to them."""
         GLOBALS.wrong, GLOBALS.missing = [], False
+        if GLOBALS.output is not None and not ctx.resilient_parsing and not {"-h", "--help"} & {*args}:
+            if not any(isinstance(param.default, Output) for param in self.params):
+                ctx.fail(f"no such option: --output, as {ctx.command_path} has only one form of result")
+            ctx.default_map = {"output": GLOBALS.output.value}
         rest: list[str] = super().parse_args(ctx, args)
         if GLOBALS.wrong and (GLOBALS.missing or not self.goes_on) and not ctx.resilient_parsing:
             ctx.fail("; ".join(GLOBALS.wrong))

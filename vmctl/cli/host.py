@@ -32,11 +32,6 @@ HostTimeout = Annotated[
 ]
 
 
-@app.callback()
-def _group() -> None:
-    """Hosts that VMs run on."""
-
-
 @app.command("add", cls=Command)
 def add(
     name: Annotated[str, typer.Argument(metavar="NAME", help="What to call it.")],

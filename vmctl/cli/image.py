@@ -26,6 +26,13 @@ from vmctl.ui import Output
 if TYPE_CHECKING:
     from vmctl.manifest import Manifest
 
+_KNOWN_BY = {
+    "inside": " (its own files say so)",
+    "os": " (by its system)",
+    "name": " (a guess by its file's name)",
+    "nothing": " (assumed: nothing tells)",
+}
+
 app = group("Images that VMs start from.")
 
 
@@ -51,7 +58,7 @@ def _details(m: Manifest) -> str:
             ("size", ui.size(m.size)),
             ("tags", ", ".join(m.tags)),
             ("step of", m.step_of),
-            ("default user", m.default_user),
+            ("default user", f"{m.default_user}{_KNOWN_BY.get(m.default_user_by, '')}"),
             ("starts by", ", ".join(m.boots)),
             ("kernel", f"direct boot, sha256 {m.kernel_sha256}" if m.kernel_sha256 else ""),
             ("command line", m.cmdline),
@@ -162,6 +169,9 @@ def pull(
     os_version: Annotated[str, typer.Option("--os-version", metavar="VERSION", help="And its version.")] = "",
     user: image_files.UserOption = "",
     boots: image_files.BootsOption = "",
+    max_size: Annotated[
+        str, typer.Option("--max-size", metavar="SIZE", help="Largest download; default: 64G, by name the catalogue's.")
+    ] = "",
     stall_timeout: Annotated[
         float, typer.Option("--stall-timeout", metavar="SECONDS", min=0.1, help="Longest time without a byte.")
     ] = 30.0,
@@ -186,6 +196,7 @@ def pull(
             verify=not no_verify,
             patience=Patience(stall_timeout, tries),
             told={key: value for key, value in told.items() if value},
+            max_size=max_size,
         )
         ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
 

@@ -13,7 +13,8 @@ from vmctl.errors import SpecError
 from vmctl.ui import Output
 
 UserOption = Annotated[
-    str, typer.Option("--user", metavar="USER", help="User to log in as; default: root, or vagrant for a box.")
+    str,
+    typer.Option("--user", metavar="USER", help="User to log in as; default: told by its cloud-init, system or name."),
 ]
 BootsOption = Annotated[
     str,

@@ -147,6 +147,7 @@ def _details(d: Detail) -> str:
             ("memory", ui.memory(d.memory_mib)),
             ("cpu", d.cpu),
             ("machine", f"{d.machine}, {d.firmware}"),
+            ("tpm", _tpm(d)),
             ("image", f"{d.image}  {d.image_digest}".strip()),
             ("address", d.address),
             ("addresses", "\n".join(f"{x.interface}  {x.address}" for x in d.addresses)),
@@ -162,6 +163,13 @@ def _details(d: Detail) -> str:
             ("uuid", d.uuid),
         ]
     )
+
+
+def _tpm(d: Detail) -> str:
+    if d.tpm is None:
+        return ""
+    what = "swtpm" if d.tpm.backend == "emulator" else d.tpm.backend
+    return f"{d.tpm.version or '?'}, {d.tpm.model} ({what})"
 
 
 def show(names: Names, connect: ConnectOption = None, output: OutputOption = Output.TABLE) -> None:

@@ -32,6 +32,7 @@ class Globals:
 
     connect: str | None = None
     verbosity: Verbosity = Verbosity.NORMAL
+    output: Output | None = None
     wrong: list[str] = field(default_factory=list)  # what the command line has that its options cannot take
     missing: bool = False  # and whether something that cannot be done without is among it
 
@@ -114,6 +115,13 @@ HostNames = Annotated[
     typer.Argument(metavar="[HOST...]", help="Names of hosts; default: all.", autocompletion=complete_host),
 ]
 OutputOption = Annotated[Output, typer.Option("--output", "-o", help="Form of the result.")]
+# Of the commands' own options, those that may stand before a command, too.
+EarlyOutputOption = Annotated[
+    Optional[Output],  # noqa: UP045
+    typer.Option("--output", "-o", help="Form of the result, of commands that have one."),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors: no progress, no notes.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More progress.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")]
 TimeoutOption = Annotated[

@@ -55,6 +55,8 @@ def examine(window: Window, asked: str = "") -> DiskHeader:
     """
     if asked == "raw":
         return _raw(window)
+    if not window.size:
+        raise Unreadable("it is empty")
     head = window.up_to(0, min(_HEAD, 2 * SECTOR))
     try:
         found = _by_magic(window, head)
@@ -100,12 +102,16 @@ def check(window: Window, *, what: str, asked: str = "", most_bytes: int = DEFAU
         found = examine(window, asked)
     except Unreadable as error:
         hint = "if it is a plain copy of a disk: --format raw" if "shows no partition table" in str(error) else ""
+        if str(error).startswith("it is compressed with "):
+            hint = f"unpack it first: {str(error).rpartition(' ')[2]} -d"
         raise ImageError(f"cannot {what}: {error}", hint=hint) from error
     problems = list(found.problems)
     if found.virtual_size <= 0 and not problems:
         problems.append("it is empty")
     if found.virtual_size > most_bytes:
-        problems.append(f"its disk is {found.virtual_size >> 30} GiB large, above the limit of {most_bytes >> 30} GiB")
+        unit, shift = ("GiB", 30) if most_bytes >= 1 << 30 else ("MiB", 20)
+        large, most = -(-found.virtual_size >> shift), most_bytes >> shift
+        problems.append(f"its disk is {large} {unit} large, above the limit of {most} {unit}")
     if problems:
         hint = ""
         if any("backing file" in p or "parent" in p or "other files" in p for p in problems):

@@ -4,8 +4,8 @@ libvirt has calls of its own for most of this (fsFreeze, setUserPassword, setTim
 agentSetResponseTimeout was called: that changes the domain for every client and cannot be read back. So all goes
 through qemuAgentCommand, whose timeout is the call's own. Even that does not bound the call: libvirt first asks the
 agent to synchronise, 5 s at most, and before that waits up to 30 s for its turn while another client's command has
-the domain's one agent job. Hence the thread: who asks waits for the deadline and no longer. A call given up ends in
-the daemon by itself, and needs none of the domain's other jobs: no other command waits for it.
+the domain's one agent job. Hence the thread, on a connection apart: who asks waits for the deadline and no longer. A
+call given up ends in the daemon by itself, and needs none of the domain's other jobs: no other command waits for it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 import libvirt
 
@@ -27,6 +27,9 @@ from vmctl.hypervisor.errors import calling, translated
 
 _SILENT = {libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_OPERATION_TIMEOUT}
 _CHANNEL = "devices/channel/target[@name='org.qemu.guest_agent.0']"
+
+
+Answers: TypeAlias = "queue.Queue[str | libvirt.libvirtError]"
 
 
 class AgentState(StrEnum):
@@ -79,14 +82,16 @@ def call(
     Raises WaitTimeout when the agent does not answer in time, GuestCommandFailed when it refuses.
     """
     text = json.dumps({"execute": command} | ({"arguments": dict(arguments)} if arguments else {}))
-    answers: queue.Queue[str | libvirt.libvirtError] = queue.Queue()
     with calling(f"{doing} VM {name}"):
-        handle = domain.handle(conn, name)
+        handle = domain.handle(conn.apart(), name)
     began = time.monotonic()
-    threading.Thread(target=_ask, args=(handle, text, deadline_s, answers), name="agent", daemon=True).start()
+    answers = _begun(lambda: _ask(handle, text, deadline_s))
     try:
         answer = answers.get(timeout=deadline_s)
-    except queue.Empty:
+    except BaseException as error:
+        conn.leave_apart()
+        if not isinstance(error, queue.Empty):
+            raise
         raise _unanswered(name, doing, time.monotonic() - began) from None
     if isinstance(answer, str):
         return json.loads(answer)["return"]
@@ -95,13 +100,71 @@ def call(
     raise _refused(answer, name, doing) from answer
 
 
-def _ask(handle: Any, text: str, deadline_s: float, answers: queue.Queue[str | libvirt.libvirtError]) -> None:
+def _begun(act: Callable[[], str]) -> Answers:
+    """Let a thread do it: what came of it is put where whoever waits can leave off waiting."""
+    answers: Answers = queue.Queue()
+
+    def work() -> None:
+        try:
+            answers.put(act())
+        except libvirt.libvirtError as error:
+            answers.put(error)
+
+    threading.Thread(target=work, name="agent", daemon=True).start()
+    return answers
+
+
+def _ask(handle: Any, text: str, deadline_s: float) -> str:
     import libvirt_qemu
 
+    return str(libvirt_qemu.qemuAgentCommand(handle, text, max(1, round(deadline_s)), 0))
+
+
+class Ping:
+    """Whether an agent answers, asked again and again, with never more than one question on its way.
+
+    The daemon reads five requests of a client at once (max_client_requests): a few that wait for the agent's turn would
+    hold up all else that is asked on the connection.
+    """
+
+    def __init__(self, conn: Connection, name: str) -> None:
+        self._name = name
+        self._answers: Answers | None = None
+        self._line = conn.apart()
+        conn.leave_apart()  # one of its own, on which a question may stay
+
+    def __call__(self, deadline_s: float) -> bool:
+        """Whether it has answered by then. Raises what another failure means."""
+        if self._answers is None:
+            with calling(f"ask the agent of VM {self._name}"):
+                handle = domain.handle(self._line, self._name)
+            self._answers = _begun(lambda: _ask(handle, '{"execute":"guest-ping"}', deadline_s))
+        try:
+            answer = self._answers.get(timeout=deadline_s)
+        except queue.Empty:
+            return False
+        self._answers = None
+        if isinstance(answer, str):
+            return True
+        if answer.get_error_code() in _SILENT:
+            return False
+        raise translated(answer, f"ask the agent of VM {self._name}") from answer
+
+
+def shutdown(conn: Connection, name: str, *, deadline_s: float) -> None:
+    """Have the agent shut the guest down. Raises WaitTimeout when it does not take it up in time."""
+    doing = f"stop VM {name} through its agent"
+    with calling(doing):
+        handle = domain.handle(conn.apart(), name)
+    # libvirt's own call waits a minute for the guest's end, and before that for the agent's turn.
+    answers = _begun(lambda: str(handle.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)))
     try:
-        answers.put(libvirt_qemu.qemuAgentCommand(handle, text, max(1, round(deadline_s)), 0))
-    except libvirt.libvirtError as error:
-        answers.put(error)
+        answer = answers.get(timeout=max(0.0, deadline_s))
+    except queue.Empty:
+        conn.leave_apart()
+        raise WaitTimeout(f"cannot {doing}: it does not answer", after_s=deadline_s) from None
+    if not isinstance(answer, str):
+        raise translated(answer, doing) from answer
 
 
 def _unanswered(name: str, doing: str, after_s: float) -> VmctlError:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 import os
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ from vmctl.hypervisor.errors import calling, translated
 
 SYSTEM = "qemu:///system"
 SESSION = "qemu:///session"
+_WAKES_UP = 10_001_000
 
 
 # libvirt prints each error to stderr unless told otherwise; vmctl reports them itself. It must be a function in C: one
@@ -30,6 +32,25 @@ class Connection:
 
     uri: str
     handle: Any
+    way: str = ""
+    _apart: dict[int, Connection] = field(default_factory=dict, compare=False, repr=False)
+
+    def apart(self) -> Connection:
+        """A connection of this thread's own to the same place, for what is asked beside a call that lasts.
+
+        libvirt's client before 10.1 loses wake-ups: a call made while another thread's is under way on the connection
+        may wait until that one ends (its commit "rpc: fix race in waking up client event loop").
+        """
+        if not self.qemu or libvirt.getVersion() >= _WAKES_UP:
+            return self
+        mine = threading.get_ident()
+        if mine not in self._apart:
+            self._apart[mine] = connect(self.uri, self.way)
+        return self._apart[mine]
+
+    def leave_apart(self) -> None:
+        """Use this thread's own no more: a call on it was given up, which goes on in the daemon."""
+        self._apart.pop(threading.get_ident(), None)
 
     @property
     def local(self) -> bool:
@@ -57,6 +78,9 @@ class Connection:
 
     def close(self) -> None:
         """Close it; closing twice, or after the daemon went away, is no error."""
+        for one in self._apart.values():
+            one.close()
+        self._apart.clear()
         try:
             self.handle.close()
         except libvirt.libvirtError:
@@ -77,7 +101,7 @@ def connect(uri: str, way: str = "") -> Connection:
         handle = libvirt.open(way or uri)
     except libvirt.libvirtError as error:
         raise HostUnreachable(translated(error, f"connect to {uri}").message, hint=_unreachable_hint(uri)) from error
-    return Connection(uri, handle)
+    return Connection(uri, handle, way)
 
 
 def _unreachable_hint(uri: str) -> str:

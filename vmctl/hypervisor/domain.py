@@ -165,12 +165,6 @@ def shutdown_acpi(conn: Connection, name: str) -> None:
         handle(conn, name).shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
 
 
-def shutdown_agent(conn: Connection, name: str) -> None:
-    """Ask the guest agent to shut the guest down."""
-    with calling(f"stop VM {name} through its agent"):
-        handle(conn, name).shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)
-
-
 def power_off(conn: Connection, name: str) -> None:
     """Pull the plug."""
     with calling(f"power off VM {name}"):
@@ -305,12 +299,12 @@ def detach_disk(conn: Connection, name: str, target: str) -> None:
                 dom.detachDeviceFlags(ET.tostring(disk, encoding="unicode"), libvirt.VIR_DOMAIN_AFFECT_CONFIG)
 
 
-def set_record(conn: Connection, name: str, element: str) -> None:
+def set_record(conn: Connection, name: str, element: str, *, only_live: bool = False) -> None:
     """Replace vmctl's record of the domain, in its definition and, when it runs, live."""
     with calling(f"write the record of VM {name}"):
         dom = handle(conn, name)
-        flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG
-        if dom.isActive():
+        flags = 0 if only_live else libvirt.VIR_DOMAIN_AFFECT_CONFIG
+        if only_live or dom.isActive():
             flags |= libvirt.VIR_DOMAIN_AFFECT_LIVE
         dom.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, element, record.PREFIX, record.NAMESPACE, flags)
 
@@ -320,27 +314,6 @@ def agent_connected(conn: Connection, name: str) -> bool:
     with calling(f"ask for the agent of VM {name}"):
         text = handle(conn, name).XMLDesc()
     return "name='org.qemu.guest_agent.0' state='connected'" in text
-
-
-def agent_ping(conn: Connection, name: str, *, timeout_s: int) -> bool:
-    """Whether the agent answers within ``timeout_s``."""
-    try:
-        import libvirt_qemu
-    except ImportError:  # built without the QEMU-specific library
-        return agent_connected(conn, name)
-    with calling(f"ask the agent of VM {name}"):
-        dom = handle(conn, name)
-        try:
-            libvirt_qemu.qemuAgentCommand(dom, '{"execute":"guest-ping"}', timeout_s, 0)
-        except libvirt.libvirtError as error:
-            if error.get_error_code() in {
-                libvirt.VIR_ERR_AGENT_UNRESPONSIVE,
-                libvirt.VIR_ERR_AGENT_UNSYNCED,
-                libvirt.VIR_ERR_OPERATION_TIMEOUT,
-            }:
-                return False
-            raise
-    return True
 
 
 def require(domain: Domain, allowed: frozenset[State], doing: str, hint: str = "") -> None:

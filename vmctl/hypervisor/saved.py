@@ -60,11 +60,11 @@ def save_and_go_on(
         worker.join(_LIVE_S)
         if worker.is_alive() and live:
             held = True
-            quietly(lambda: domain.pause(conn, name))
+            quietly(lambda: domain.pause(conn.apart(), name))
         while worker.is_alive():
             worker.join(0.2)
     except BaseException:
-        quietly(lambda: domain.abort_job(conn, name))
+        quietly(lambda: domain.abort_job(conn.apart(), name))
         worker.join(_ABORT_S)
         raise
     finally:
