@@ -30,6 +30,7 @@
 #include <linux/random.h>
 #include <net/if.h>
 #include <netinet/in.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -236,32 +237,41 @@ static pid_t next_sshd(void)
     return found;
 }
 
-/* Other services have much to do, too, when host name and cards change, and nobody waits for them: where each has a
- * control group, the process's gets most of the processor's time, until weights are put back. */
+/* Other services have much to do, too, when host name and cards change, and nobody waits for them: where there are control
+ * groups, the process's and those above it get most of the processor's time, until weights are put back. */
+#define MOST "10000"
 static struct {
     char path[400];
     char *before;
-} hastened[2];
+} hastened[4];
 
-static void hasten(int which, int pid)
+static void hasten(int pid)
 {
-    char path[64], *group, *at;
+    char path[64], *all, *group;
     snprintf(path, sizeof path, "/proc/%d/cgroup", pid);
-    group = read_file(path, NULL);
-    if (group && (at = strstr(group, "0::/")) && strcspn(at + 3, "\n") > 1) {
-        snprintf(hastened[which].path, sizeof hastened[which].path, "/sys/fs/cgroup%.*s/cpu.weight",
-                 (int)strcspn(at + 3, "\n"), at + 3);
-        hastened[which].before = read_file(hastened[which].path, NULL);
-        set_weight(hastened[which].path, "10000");
+    all = read_file(path, NULL);
+    group = all ? strstr(all, "0::/") : NULL;
+    if (group)
+        group[strcspn(group, "\n")] = 0;
+    for (int i = 0; group && i < 4 && group[4]; i++) {
+        snprintf(hastened[i].path, sizeof hastened[i].path, "/sys/fs/cgroup%s/cpu.weight", group + 3);
+        hastened[i].before = read_file(hastened[i].path, NULL);
+        if (hastened[i].before && strncmp(hastened[i].before, MOST, strlen(MOST)) == 0)
+            strcpy(hastened[i].before, "100"); /* of the one before, a moment ago */
+        if (hastened[i].before)
+            set_weight(hastened[i].path, MOST);
+        *strrchr(group, '/') = 0;
+        if (strlen(group) < 4)
+            break;
     }
-    free(group);
+    free(all);
 }
 
 static void no_longer_hasten(void)
 {
-    for (int which = 0; which < 2; which++)
-        if (hastened[which].before)
-            set_weight(hastened[which].path, hastened[which].before);
+    for (int i = 0; i < 4; i++)
+        if (hastened[i].before)
+            set_weight(hastened[i].path, hastened[i].before);
 }
 
 static void set_host_key(const char *armored, const char *public)
@@ -282,10 +292,8 @@ static void set_host_key(const char *armored, const char *public)
             failed("host key");
         remove_others("/etc/ssh", "ssh_host_", "ssh_host_ed25519_key");
         char *pid = read_file("/run/sshd.pid", NULL);
-        if (pid && atoi(pid) > 1) {
-            hasten(0, getpid());
-            hasten(1, atoi(pid)); /* for each connection it executes itself anew, and reads the key then */
-        }
+        if (pid && atoi(pid) > 1)
+            hasten(atoi(pid)); /* for each connection it executes itself anew, and reads the key then */
         free(pid);
     }
 }
@@ -482,6 +490,10 @@ static int wait_at(const char *path)
         perror(path);
         return 1;
     }
+    /* Nobody else is to answer the new name, the other card, the cut-off network before this is through; who does, is in a
+     * Debian ten times as long at it. */
+    struct sched_param first = {.sched_priority = 1};
+    sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &first);
     mlockall(MCL_CURRENT | MCL_FUTURE); /* a fork would read the pages from its disk that nobody has touched so far */
     for (;;) {
         ssize_t got = read(port, text + used, sizeof text - used);
