@@ -152,7 +152,7 @@ def test_a_fork_is_renewed_by_who_waits_for_it_and_starts_no_program(shell: Shel
     told = [who(shell, one) for one in (name, *forks)]
     for which in range(5):
         assert len({each[which] for each in told}) == 3, told
-    # Who waited in the first has let us in in its fork: the shell's parent is the session, and that one's is who listens.
+    # Who waited in the first has let us into its fork: the shell's parent is the session, whose parent listens.
     listener = shell.run("exec", forks[0], "--", "sh", "-c", "cut -d ' ' -f 4 /proc/$PPID/stat").stdout.strip()
     assert listener == waiting
     for fork in forks:
