@@ -480,8 +480,14 @@ static bool to_be_replaced(size_t slot, int index)
     struct ifreq query = {.ifr_ifindex = index};
     if (!changed(slot, &query))
         return false;
+    memcpy(mac, query.ifr_hwaddr.sa_data, 6);
     if ((look_again_ms == 0 || now_ms() < look_again_ms) && ioctl(control, SIOCGIFADDR, &query) == 0) {
-        look_again_ms = look_again_ms ? look_again_ms : now_ms() + PATIENCE_MS;
+        struct lease told = {.address = ((struct sockaddr_in *)&query.ifr_addr)->sin_addr.s_addr};
+        ifindex = index;
+        if (look_again_ms == 0) {
+            announce(&told); /* whoever waits at the cable asks but once a second */
+            look_again_ms = now_ms() + PATIENCE_MS;
+        }
         return false;
     }
     kill(clients[slot].pid, SIGKILL);

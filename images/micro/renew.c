@@ -30,6 +30,7 @@
 #include <linux/random.h>
 #include <net/if.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -39,6 +40,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -208,6 +210,26 @@ static void remove_others(const char *folder, const char *prefix, const char *ke
         closedir(entries);
 }
 
+/* Who was killed, to be waited for: an sshd that is not gone yet takes connections that it will never answer. */
+static struct pollfd dying[32];
+static nfds_t dying_count;
+
+static void end_one(pid_t pid)
+{
+    int fd = dying_count < 32 ? (int)syscall(SYS_pidfd_open, pid, 0) : -1;
+    if (fd >= 0)
+        dying[dying_count++] = (struct pollfd){fd, POLLIN, 0};
+    kill(pid, SIGKILL);
+}
+
+static void see_them_end(void)
+{
+    while (dying_count) {
+        poll(&dying[--dying_count], 1, 2000);
+        close(dying[dying_count].fd);
+    }
+}
+
 /* All processes of that name, but one. */
 static void kill_all(const char *command, pid_t spared)
 {
@@ -220,7 +242,7 @@ static void kill_all(const char *command, pid_t spared)
         int fd = open(path, O_RDONLY | O_CLOEXEC);
         if (fd >= 0 && read(fd, name, sizeof name - 1) == (ssize_t)strlen(command) + 1 &&
             strncmp(name, command, strlen(command)) == 0)
-            kill(atoi(entry->d_name), SIGKILL);
+            end_one(atoi(entry->d_name));
         if (fd >= 0)
             close(fd);
     }
@@ -471,6 +493,7 @@ static bool renew(const char *text, long long age_ns)
     if (value(text, "clock", NULL, word, sizeof word))
         set_clock(word, age_ns);
     close(control);
+    see_them_end();
     return *public;
 }
 
