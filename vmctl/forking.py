@@ -13,12 +13,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import agent, copies, domain_copy, domain_job, hosts, images, readiness, renewal, saved_memory
+from vmctl import agent, copies, domain_copy, domain_job, hosts, images, readiness, renewal, renewing, saved_memory
 from vmctl.at_once import at_once, beside
 from vmctl.cloning import own
 from vmctl.copies import Layer, Newcomer
 from vmctl.disk_replace import PREFIX
-from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, WrongState, quietly
+from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, quietly
 from vmctl.events import Reporter, Step, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, network, saved, storage
@@ -30,9 +30,6 @@ from vmctl.seed_disk import WENT_ON, first_boot_is_over
 from vmctl.spec import Accel
 from vmctl.wait import wait_until
 from vmctl.workspace import workspace
-
-_AGENT_S = 60.0
-_CLOCK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,19 +130,8 @@ def fork(host: Host, name: str, names: Sequence[str], report: Reporter) -> tuple
 
 
 def _correct_clock(host: Host, name: str) -> None:
-    """Of one that was held for a moment, and its clock with it."""
     with hosts.another(host) as own:
-        try:
-            agent.feed(
-                own,
-                name,
-                [renewal.PROGRAM],
-                lambda: renewal.clock(time.time()).encode(),
-                "set the clock of",
-                timeout_s=_CLOCK_S,
-            )
-        except GuestCommandFailed:  # an image without it
-            agent.sync_time(own, name)
+        renewing.correct_clock(own, name)
 
 
 def _settled(host: Host, name: str, report: Reporter) -> None:
@@ -175,21 +161,22 @@ def _make_layers(host: Host, planned: Plan, undo: ExitStack) -> None:
         copies.make_overlay(host, layer.above, layer.base, layer.size)
 
 
-def _fill(host: Host, planned: Plan, new: Sequence[Newcomer]) -> None:
-    """The volumes of the new VMs."""
-    size = storage.volume(host.conn, *_seed_of(planned.vm)).capacity if new[0].seed else 0
+def _make_disks(host: Host, planned: Plan) -> None:
+    """The volumes of the new VMs, but for the seeds."""
 
-    def fill(one: Newcomer) -> None:
-        def small() -> None:
-            copies.make_log(host, one, WENT_ON)
-            copies.make_seed(host, planned.vm, one, size=size)
-
-        with beside(small) as made:
+    def make(one: Newcomer) -> None:
+        with beside(lambda: copies.make_log(host, one, WENT_ON)) as made:
             for layer in planned.layers:
                 copies.make_overlay(host, one.disks[layer.target], layer.base, layer.size)
             made()
 
-    at_once([lambda one=one: fill(one) for one in new])  # type: ignore[misc]
+    at_once([lambda one=one: make(one) for one in planned.new])  # type: ignore[misc]
+
+
+def _make_seeds(host: Host, planned: Plan, new: Sequence[Newcomer]) -> None:
+    if new[0].seed:
+        size = storage.volume(host.conn, *_seed_of(planned.vm)).capacity
+        at_once([lambda one=one: copies.make_seed(host, planned.vm, one, size=size) for one in new])  # type: ignore[misc]
 
 
 def _seed_of(vm: Domain) -> tuple[str, str]:
@@ -238,8 +225,10 @@ def _take_state(host: Host, planned: Plan, memory: Path, report: Reporter) -> No
 
 def _bring(host: Host, planned: Plan, text: str, memory: SavedMemory, report: Reporter) -> tuple[Newcomer, ...]:
     """Define the new VMs, make their volumes, and bring them to the memory, which is still being written."""
-    new = copies.define(host, planned.vm, text, planned.new, report)
-    _fill(host, planned, new)
+    with beside(lambda: _make_disks(host, planned)) as made:
+        new = copies.define(host, planned.vm, text, planned.new, report)
+        _make_seeds(host, planned, new)
+        made()
     if planned.vm.facts.nvram:
         memory.wait()
         copies.copy_nvram(planned.vm, new)
@@ -312,25 +301,7 @@ def _renew(host: Host, vm: Domain, one: Newcomer) -> bool:
         macs={old: new for old, new in (one.card_macs or {}).items() if old in plugged},
         addresses=_addresses(host, one),
     )
-
-    def connected() -> bool:
-        state, why = domain.state(host.conn, one.name)
-        if state not in domain.ACTIVE:
-            raise WrongState(f"cannot renew the identity of VM {one.name}: it is {domain.told(state, why)}")
-        return agent_state(host.conn, one.name) is AgentState.CONNECTED
-
-    wait_until(connected, what=f"agent of VM {one.name}", timeout_s=_AGENT_S, interval_s=0.01)
-
-    def timed() -> renewal.Renewal:
-        return replace(new, now=time.time())
-
-    doing = "renew the identity of"
-    try:
-        agent.feed(host, one.name, [renewal.PROGRAM], lambda: renewal.told(timed()).encode(), doing)
-    except GuestCommandFailed:  # an image without it
-        agent.feed(host, one.name, ["/bin/sh", "-s"], lambda: renewal.script(timed()).encode(), doing)
-        return False
-    return True
+    return renewing.renew(host, one.name, new)
 
 
 def _addresses(host: Host, one: Newcomer) -> dict[str, tuple[str, str]]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from vmctl.errors import VmctlError
 
 PROGRAM = "/usr/sbin/vmctl-renew"
+CHANNEL = "vmctl.renewal"  # the virtio-serial port at which it waits
+DONE = "done"  # its answer there
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +152,12 @@ def clock(now: float) -> str:
     return f"clock {now:.6f}\n"
 
 
-def told(new: Renewal) -> str:
-    """The same for the program of our images: a word and its value a line, the key last."""
+def identity(new: Renewal) -> str:
+    """The same for the program of our images, but for the time: a word and its value a line, the key last."""
     lines = [
         f"entropy {new.entropy.hex()}",
         f"hostname {new.hostname}",
         f"machine-id {new.machine_id}",
-        clock(new.now).rstrip("\n"),
         f"public {new.host_key_public}",
         *(f"mac {old} {mac}" for old, mac in new.macs.items()),
         *(f"address {mac} {address} {gateway}" for mac, (address, gateway) in new.addresses.items()),
@@ -164,3 +165,13 @@ def told(new: Renewal) -> str:
         new.host_key_private.rstrip("\n"),
     ]
     return "\n".join(lines) + "\n"
+
+
+def told(new: Renewal) -> str:
+    """The same with the time."""
+    return clock(new.now) + identity(new)
+
+
+def framed(text: str) -> bytes:
+    """A message as it goes through the channel: it makes void what came before, and says where it ends."""
+    return b"\x01" + text.encode() + b"\0"

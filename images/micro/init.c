@@ -32,6 +32,9 @@
 #include <unistd.h>
 
 #define AGENT_PORT "/dev/virtio-ports/org.qemu.guest_agent.0"
+#define RENEWAL_PORT "/dev/virtio-ports/vmctl.renewal"
+#define HOST_KEY "/etc/dropbear/dropbear_ed25519_host_key"
+#define NEXT_KEY "/run/vmctl/next-sshd.key"
 
 /* --- services: restarted when they end, a second later when they end at once -------------------- */
 
@@ -46,17 +49,25 @@ struct service {
 /* dropbear executes itself anew for each connection, for fresh address randomisation, if it can open the file its
  * argv[0] names. A bare name in /root, which has no such file, makes it fork instead: 70 ms less before each banner. */
 static const char *const sshd_command[] = {
-    "dropbear", "-F", "-s", "-r", "/etc/dropbear/dropbear_ed25519_host_key", "-P", "", "-K", "60", NULL};
+    "dropbear", "-F", "-s", "-r", HOST_KEY, "-P", "", "-K", "60", NULL};
 static const char *const agent_command[] = {"qemu-ga", "-m", "virtio-serial", "-p", AGENT_PORT, "-t", "/run", NULL};
+static const char *const renewal_command[] = {"vmctl-renew", RENEWAL_PORT, NULL};
+/* The next sshd, for the case that a fork ends the present one: it has done all it can do without its key, which it waits for
+ * at a pipe. To start a program takes a fork 100 ms. */
+static const char *const next_command[] = {"dropbear", "-F", "-s", "-r", NEXT_KEY, "-P", "", "-K", "60", NULL};
 static const char *const shell_command[] = {"-sh", NULL};
 
 static struct service services[] = {
     {.name = "sshd", .program = "/usr/sbin/dropbear", .command = sshd_command},
     {.name = "agent", .program = "/usr/sbin/qemu-ga", .command = agent_command},
+    {.name = "next sshd", .program = "/usr/sbin/dropbear", .command = next_command},
+    {.name = "renewal", .program = "/usr/sbin/vmctl-renew", .command = renewal_command},
     {.name = "console", .program = "/bin/sh", .command = shell_command},
     {.name = "screen", .program = "/bin/sh", .command = shell_command},
 };
-enum { SSHD, AGENT, CONSOLE, SCREEN, SERVICES };
+enum { SSHD, AGENT, NEXT, RENEWAL, CONSOLE, SCREEN, SERVICES };
+
+enum { NEXT_AFTER_MS = 2000 }; /* not in the way of who is waited for */
 
 static sigset_t handled;
 
@@ -98,13 +109,23 @@ static void open_console(const char *path)
         ;
 }
 
+static void note_next(void)
+{
+    char number[16];
+    snprintf(number, sizeof number, "%d\n", services[NEXT].pid);
+    write_text(NEXT_SSHD, number, 0644);
+}
+
 static void start(struct service *service)
 {
     service->started_ms = now_ms();
     service->restart_ms = 0;
     service->pid = fork();
-    if (service->pid != 0)
+    if (service->pid != 0) {
+        if (service == &services[NEXT])
+            note_next();
         return;
+    }
     sigprocmask(SIG_UNBLOCK, &handled, NULL);
     if (service->command == shell_command) {
         bool screen = service == &services[SCREEN];
@@ -120,8 +141,31 @@ static void start(struct service *service)
     _exit(127);
 }
 
+/* The sshd that waits for its key becomes the one there is. False when there is none, or it has not come that far. */
+static bool promote_next(void)
+{
+    struct service *sshd = &services[SSHD], *next = &services[NEXT];
+    size_t length = 0;
+    char *key = next->pid ? read_file(HOST_KEY, &length) : NULL;
+    int fd = key ? open(NEXT_KEY, O_WRONLY | O_NONBLOCK | O_CLOEXEC) : -1;
+    bool good = fd >= 0 && write(fd, key, length) == (ssize_t)length;
+    if (fd >= 0)
+        close(fd);
+    free(key);
+    if (!good)
+        return false;
+    unlink(NEXT_SSHD);
+    sshd->pid = next->pid;
+    sshd->started_ms = now_ms();
+    next->pid = 0;
+    next->restart_ms = sshd->started_ms + NEXT_AFTER_MS;
+    return true;
+}
+
 static void ended(struct service *service, int status)
 {
+    if (service == &services[SSHD] && promote_next())
+        return;
     long lived_ms = now_ms() - service->started_ms;
     service->pid = 0;
     if (service->command != shell_command)
@@ -387,6 +431,14 @@ static void late_is_done(int network_up)
         start(&services[AGENT]);
         say("agent started");
     }
+    if (access(RENEWAL_PORT, F_OK) == 0) {
+        services[RENEWAL].wanted = true;
+        start(&services[RENEWAL]);
+        if (mkfifo(NEXT_KEY, 0600) == 0) {
+            services[NEXT].wanted = true;
+            services[NEXT].restart_ms = now_ms() + NEXT_AFTER_MS;
+        }
+    }
     services[CONSOLE].wanted = true;
     start(&services[CONSOLE]);
     if (has_screen()) {
@@ -445,7 +497,7 @@ int main(int count, char **words)
     if (strcmp(called ? called + 1 : words[0], "shutdown") == 0)
         return shutdown_main(count, words);
     if (strcmp(called ? called + 1 : words[0], "vmctl-renew") == 0)
-        return renew_main();
+        return renew_main(count > 1 ? words[1] : NULL);
     if (getpid() != 1) {
         fprintf(stderr, "init: only process 1 may be this\n");
         return 1;

@@ -23,6 +23,7 @@
 #include <sys/types.h>
 
 #define ROOT_LABEL "vmctl-micro"
+#define NEXT_SSHD "/run/vmctl/next-sshd" /* its process's number */
 
 /* files.c */
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
@@ -70,6 +71,6 @@ void net_main(const char *modules, int seed_ready, int network_up);
 bool listening(int port);
 
 /* renew.c */
-int renew_main(void);
+int renew_main(const char *port);
 
 #endif

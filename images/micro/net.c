@@ -462,28 +462,46 @@ static struct {
     uint8_t mac[6];
 } clients[64];
 
-/* Whether the card has another MAC than its client knows of, and its cable is plugged in: it is another machine's now. */
-static bool changed(size_t slot, int index)
+enum { PATIENCE_MS = 400 };
+static int control = -1; /* a socket to ask the kernel by */
+static long look_again_ms; /* when cards are to be looked at once more; 0: nobody waits for that */
+
+/* Whether the card has another MAC than its client knows of: it is another machine's now. */
+static bool changed(size_t slot, struct ifreq *query)
 {
-    int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    struct ifreq query = {.ifr_ifindex = index};
-    bool found = ioctl(control, SIOCGIFNAME, &query) == 0 && ioctl(control, SIOCGIFHWADDR, &query) == 0 &&
-                 memcmp(query.ifr_hwaddr.sa_data, clients[slot].mac, 6) != 0 &&
-                 ioctl(control, SIOCGIFFLAGS, &query) == 0 && query.ifr_flags & IFF_RUNNING;
-    close(control);
-    return found;
+    return ioctl(control, SIOCGIFNAME, query) == 0 && ioctl(control, SIOCGIFHWADDR, query) == 0 &&
+           memcmp(query->ifr_hwaddr.sa_data, clients[slot].mac, 6) != 0;
 }
 
-static void interface_seen(int index, int seed_ready, int network_up)
+/* A client for the card as it is now, in place of the one there is. One that has an address, told by who renewed the
+ * machine, can wait for its lease: the first login comes first. */
+static bool to_be_replaced(size_t slot, int index)
+{
+    struct ifreq query = {.ifr_ifindex = index};
+    if (!changed(slot, &query))
+        return false;
+    memcpy(mac, query.ifr_hwaddr.sa_data, 6);
+    if ((look_again_ms == 0 || now_ms() < look_again_ms) && ioctl(control, SIOCGIFADDR, &query) == 0) {
+        struct lease told = {.address = ((struct sockaddr_in *)&query.ifr_addr)->sin_addr.s_addr};
+        ifindex = index;
+        if (look_again_ms == 0) {
+            announce(&told); /* whoever waits at the cable asks but once a second */
+            look_again_ms = now_ms() + PATIENCE_MS;
+        }
+        return false;
+    }
+    kill(clients[slot].pid, SIGKILL);
+    return true;
+}
+
+/* `plugged`: whether its cable is. */
+static void interface_seen(int index, bool plugged, int seed_ready, int network_up)
 {
     size_t slot = 0;
     while (slot < 64 && clients[slot].index != index && clients[slot].index != 0)
         slot++;
-    if (slot == 64 || (clients[slot].index == index && !changed(slot, index)))
+    if (slot == 64 || (clients[slot].index == index && (!plugged || !to_be_replaced(slot, index))))
         return;
-    if (clients[slot].index == index)
-        kill(clients[slot].pid, SIGKILL);
-    int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     struct ifreq query = {.ifr_ifindex = index};
     bool usable = ioctl(control, SIOCGIFNAME, &query) == 0 && ioctl(control, SIOCGIFHWADDR, &query) == 0 &&
                   query.ifr_hwaddr.sa_family == ARPHRD_ETHER;
@@ -504,7 +522,6 @@ static void interface_seen(int index, int seed_ready, int network_up)
             client_main(seed_ready, network_up);
         }
     }
-    close(control);
 }
 
 static void interface_gone(int index)
@@ -518,10 +535,33 @@ static void interface_gone(int index)
 
 static void loopback_up(void)
 {
-    int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     strcpy(name, "lo");
     bring_up(control);
-    close(control);
+}
+
+static void look_at_all(int seed_ready, int network_up)
+{
+    struct if_nameindex *all = if_nameindex();
+    for (struct if_nameindex *one = all; one && one->if_index; one++) {
+        struct ifreq query = {0};
+        strncpy(query.ifr_name, one->if_name, IFNAMSIZ - 1);
+        bool plugged = ioctl(control, SIOCGIFFLAGS, &query) == 0 && query.ifr_flags & IFF_RUNNING;
+        interface_seen((int)one->if_index, plugged, seed_ready, network_up);
+    }
+    if_freenameindex(all);
+}
+
+/* Waits for news of the cards, but not beyond the time at which they are to be looked at anyway. */
+static ssize_t news(int netlink, char *buffer, size_t room, int seed_ready, int network_up)
+{
+    struct pollfd ready = {netlink, POLLIN, 0};
+    long left_ms = look_again_ms ? look_again_ms - now_ms() : -1;
+    if (look_again_ms && (left_ms <= 0 || poll(&ready, 1, (int)left_ms) == 0)) {
+        look_at_all(seed_ready, network_up);
+        look_again_ms = 0;
+        return -1;
+    }
+    return recv(netlink, buffer, room, 0);
 }
 
 /* Never returns. `modules` are loaded first: they are the drivers of the cards. */
@@ -532,20 +572,18 @@ void net_main(const char *modules, int seed_ready, int network_up)
     struct sockaddr_nl here = {.nl_family = AF_NETLINK, .nl_groups = RTMGRP_LINK};
     bind(netlink, (struct sockaddr *)&here, sizeof here);
     load_modules(modules);
-    struct if_nameindex *all = if_nameindex();
-    for (struct if_nameindex *one = all; one && one->if_index; one++)
-        interface_seen((int)one->if_index, seed_ready, network_up);
-    if_freenameindex(all);
+    control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    look_at_all(seed_ready, network_up);
     loopback_up();
     for (;;) {
         char buffer[8192] __attribute__((aligned(8)));
-        ssize_t got = recv(netlink, buffer, sizeof buffer, 0);
+        ssize_t got = news(netlink, buffer, sizeof buffer, seed_ready, network_up);
         if (got < 0)
             continue; /* ENOBUFS: some were lost; the next change brings the state again */
         for (struct nlmsghdr *head = (struct nlmsghdr *)buffer; NLMSG_OK(head, (size_t)got); head = NLMSG_NEXT(head, got)) {
             struct ifinfomsg *info = NLMSG_DATA(head);
             if (head->nlmsg_type == RTM_NEWLINK)
-                interface_seen(info->ifi_index, seed_ready, network_up);
+                interface_seen(info->ifi_index, info->ifi_flags & IFF_RUNNING, seed_ready, network_up);
             else if (head->nlmsg_type == RTM_DELLINK)
                 interface_gone(info->ifi_index);
         }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import subprocess
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -126,8 +128,35 @@ def test_two_forks_of_one_vm_at_once(shell: Shell, name: str, several: str) -> N
 
 def test_a_guest_with_the_agent_alone_is_renewed_by_its_shell(shell: Shell, name: str, several: str) -> None:
     warmed(shell, name)
-    shell.run("exec", name, "--", "rm", "/usr/sbin/vmctl-renew")
+    shell.run("exec", name, "--", "sh", "-c", "rm /usr/sbin/vmctl-renew; killall vmctl-renew")
     shell.run("fork", name, several, timeout=240)
     told = [who(shell, one) for one in (name, several)]
     assert told[1][:2] == [several, several]
     assert all(one != other for one, other in zip(told[0][:5], told[1][:5], strict=True))
+
+
+def test_a_fork_is_renewed_by_who_waits_for_it_and_starts_no_program(shell: Shell, name: str, several: str) -> None:
+    warmed(shell, name)
+    assert "vmctl.renewal' state='connected'" in shell.virsh("dumpxml", name)
+
+    def waits() -> str | None:
+        return shell.run("exec", name, "--", "cat", "/run/vmctl/next-sshd", check=None).stdout.strip() or None
+
+    waiting = wait_until(waits, what="sshd that waits for its key", timeout_s=60, interval_s=0.5)
+    shell.run("exec", name, "--", "killall", "-STOP", "qemu-ga")  # as connected as before, and answers nothing
+    forks = [f"{several}-1", f"{several}-2"]
+    for base, fork in zip((name, forks[0]), forks, strict=True):
+        shell.run("fork", base, fork, timeout=240)
+        earliest = time.time()
+        assert earliest - 4 < float(shell.run("exec", fork, "--", "date", "+%s").stdout) < time.time() + 1
+    told = [who(shell, one) for one in (name, *forks)]
+    for which in range(5):
+        assert len({each[which] for each in told}) == 3, told
+    # Who waited in the first has let us into its fork: the shell's parent is the session, whose parent listens.
+    listener = shell.run("exec", forks[0], "--", "sh", "-c", "cut -d ' ' -f 4 /proc/$PPID/stat").stdout.strip()
+    assert listener == waiting
+    for fork in forks:
+        mac = shell.run("exec", fork, "--", "cat", "/sys/class/net/eth0/address").stdout.strip()
+        said = shell.run("exec", fork, "--", "ip", "-6", "addr", "show", "dev", "eth0").stdout.split()
+        (address,) = [after for word, after in pairwise(said) if word == "inet6"]
+        assert ipaddress.ip_interface(address).packed[13:] == bytes.fromhex(mac.replace(":", ""))[3:]

@@ -64,6 +64,12 @@ def test_the_program_is_told_the_same() -> None:
     assert lines[-1] == "-----END OPENSSH PRIVATE KEY-----"
 
 
+def test_what_is_told_at_the_port_says_where_it_begins_and_ends_and_nothing_of_the_time() -> None:
+    message = renewal.framed(renewal.identity(renewed()))
+    assert message.startswith(b"\x01entropy ") and message.endswith(b"-----END OPENSSH PRIVATE KEY-----\n\0")
+    assert message.count(b"\0") == message.count(b"\x01") == 1 and b"clock" not in message
+
+
 XML = f"""<domain type='qemu' id='7' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>one</name>
   <uuid>11111111-1111-1111-1111-111111111111</uuid>

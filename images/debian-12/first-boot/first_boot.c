@@ -371,7 +371,7 @@ int main(int count, char **arguments)
 {
     const char *called = strrchr(arguments[0], '/');
     if (strcmp(called ? called + 1 : arguments[0], "vmctl-renew") == 0)
-        return renew_main();
+        return renew_main(count > 1 ? arguments[1] : NULL);
     umask(022);
     if (count == 2 && strcmp(arguments[1], "plant") == 0)
         return plant();
