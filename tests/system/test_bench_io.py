@@ -84,9 +84,7 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def disks(shell: Shell, folder: Path) -> dict[str, Any]:
     """A quick look at disks, by the command line."""
-    found = asked(
-        shell, "bench", "io", "--quick", "--accel", "tcg", "--length", "100", "--size", "16", "--folder", str(folder)
-    )
+    found = asked(shell, "bench", "io", "--quick", "--accel", "tcg", "--size", "16", "--folder", str(folder))
     assert not qemus() and not leftovers(folder)
     return found
 
