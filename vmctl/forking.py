@@ -161,22 +161,21 @@ def _make_layers(host: Host, planned: Plan, undo: ExitStack) -> None:
         copies.make_overlay(host, layer.above, layer.base, layer.size)
 
 
-def _make_disks(host: Host, planned: Plan) -> None:
-    """The volumes of the new VMs, but for the seeds."""
+def _fill(host: Host, planned: Plan, new: Sequence[Newcomer]) -> None:
+    """The volumes of the new VMs."""
+    size = storage.volume(host.conn, *_seed_of(planned.vm)).capacity if new[0].seed else 0
 
-    def make(one: Newcomer) -> None:
-        with beside(lambda: copies.make_log(host, one, WENT_ON)) as made:
+    def fill(one: Newcomer) -> None:
+        def small() -> None:
+            copies.make_log(host, one, WENT_ON)
+            copies.make_seed(host, planned.vm, one, size=size)
+
+        with beside(small) as made:
             for layer in planned.layers:
                 copies.make_overlay(host, one.disks[layer.target], layer.base, layer.size)
             made()
 
-    at_once([lambda one=one: make(one) for one in planned.new])  # type: ignore[misc]
-
-
-def _make_seeds(host: Host, planned: Plan, new: Sequence[Newcomer]) -> None:
-    if new[0].seed:
-        size = storage.volume(host.conn, *_seed_of(planned.vm)).capacity
-        at_once([lambda one=one: copies.make_seed(host, planned.vm, one, size=size) for one in new])  # type: ignore[misc]
+    at_once([lambda one=one: fill(one) for one in new])  # type: ignore[misc]
 
 
 def _seed_of(vm: Domain) -> tuple[str, str]:
@@ -225,10 +224,8 @@ def _take_state(host: Host, planned: Plan, memory: Path, report: Reporter) -> No
 
 def _bring(host: Host, planned: Plan, text: str, memory: SavedMemory, report: Reporter) -> tuple[Newcomer, ...]:
     """Define the new VMs, make their volumes, and bring them to the memory, which is still being written."""
-    with beside(lambda: _make_disks(host, planned)) as made:
-        new = copies.define(host, planned.vm, text, planned.new, report)
-        _make_seeds(host, planned, new)
-        made()
+    new = copies.define(host, planned.vm, text, planned.new, report)
+    _fill(host, planned, new)
     if planned.vm.facts.nvram:
         memory.wait()
         copies.copy_nvram(planned.vm, new)
