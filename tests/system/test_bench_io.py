@@ -17,6 +17,7 @@ from tests.system.conftest import REPO, VMCTL, Shell
 from vmctl import json_schema
 from vmctl.bench import fio, registers, setups, store, traffic
 from vmctl.bench.setups import Backend, Device, Setup
+from vmctl.wait import wait_until
 from vmctl.workspace import workspace
 
 # Minutes on a machine that others keep busy: the first test waits for the image and for six guests.
@@ -46,16 +47,6 @@ def qemus() -> list[int]:
 def leftovers(folder: Path) -> list[Path]:
     """Folders that a measurement works in."""
     return [path for place in (folder, Path("/var/lib/libvirt/vmctl")) for path in place.rglob(".measuring-*")]
-
-
-def soon(is_so: Callable[[], object], seconds: float = 60) -> bool:
-    """Whether it comes to be so in that time."""
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +193,14 @@ def test_an_interrupt_leaves_nothing(shell: Shell, folder: Path, number: signal.
             new[:] = [one for one in shell.json("bench", "list") if one["id"] not in kept]
             return bool(new)
 
-        assert soon(measured), process.stderr
+        wait_until(measured, what="the first figures", timeout_s=60)
         assert qemus() and leftovers(folder) and not new[0]["complete"]
         assert "another vmctl is at it" in shell.run("bench", "io", "--quick", check=5).stderr
         process.send_signal(number)
         process.communicate(timeout=30)
     finally:
         process.kill()
-    assert soon(lambda: not qemus(), 10), "QEMU ends with vmctl"
+    wait_until(lambda: not qemus(), what="QEMU to end with vmctl", timeout_s=10)
     if number is signal.SIGINT:
         assert process.returncode == 130 and not leftovers(folder)
     else:
@@ -226,7 +217,9 @@ def test_a_guest_that_ends_is_told_and_the_rest_goes_on(folder: Path) -> None:
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO) as process:
         try:
             # Busy with the first row is the one whose fio has been at it: its workspace has a console that says so.
-            assert soon(lambda: any("agent started" in console() for console in consoles(folder)))
+            wait_until(
+                lambda: any("agent started" in console() for console in consoles(folder)), what="guest", timeout_s=60
+            )
             time.sleep(3)
             for pid in qemus():
                 subprocess.run(["kill", "-KILL", str(pid)], check=True)
@@ -285,11 +278,16 @@ def test_a_killed_run_leaves_no_server_and_no_namespace(shell: Shell) -> None:
     words = [*VMCTL, "bench", "net", "--path", "loopback", "--rounds", "50"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=REPO)
     try:
-        assert soon(lambda: len(processes("iperf3")) > 1 and processes("sockperf"))
+        wait_until(
+            lambda: len(processes("iperf3")) > 1 and bool(processes("sockperf")), what="the servers", timeout_s=60
+        )
     finally:
         process.kill()
         process.wait(10)
-    assert soon(lambda: not [*processes("iperf3"), *processes("sockperf"), *processes("cat")], 10)
+    wait_until(
+        lambda: not [one for name in ("iperf3", "sockperf", "cat") for one in processes(name)],
+        what="their end", timeout_s=10,
+    )  # fmt: skip
 
 
 def test_namespaces_without_root() -> None:
