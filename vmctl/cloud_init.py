@@ -41,7 +41,7 @@ fi
 cat {result}; echo; echo {_MARK}; cat {folder}/status.json; echo; echo {_MARK}
 for log in /var/log/cloud-init.log; do
   [ -r $log ] && cat $log || sudo -n cat $log
-done 2>/dev/null | grep -E '\\[?(WARNING|ERROR|CRITICAL)\\]?:' | tail -n 20
+done 2>/dev/null | tr -d '\\000' | grep -E '\\[?(WARNING|ERROR|CRITICAL)\\]?:' | tail -n 20
 sync  # whoever was told that it is done may pull the plug
 exit 0
 """

@@ -42,7 +42,11 @@ read -r answer
 [ "$answer" = wired ]
 mount -t sysfs sysfs /sys
 ip link set lo up
-ip link add lan0 type bridge stp_state 0 forward_delay 0
+# The same card after each boot, as a machine's is: who knew it before its power was lost reaches it at once.
+octets=${address%/*}
+# shellcheck disable=SC2046,SC2086  four words
+mac=$(printf '06:00:%02x:%02x:%02x:%02x' $(echo $octets | tr . ' '))
+ip link add lan0 address "$mac" type bridge stp_state 0 forward_delay 0
 ip link set eth0 up master lan0
 ip addr add "$address" dev lan0
 ip link set lan0 up

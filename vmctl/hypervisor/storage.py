@@ -147,7 +147,7 @@ def volumes(conn: Connection, pool: str) -> tuple[VolumeFacts, ...]:
 
 
 def _all_facts(pool: Any) -> tuple[VolumeFacts, ...]:
-    """Facts of a pool's volumes, but for those deleted since they were listed."""
+    """Facts of a pool's volumes, by name, but for those deleted since they were listed."""
     found = []
     for volume in pool.listAllVolumes():
         try:
@@ -155,7 +155,7 @@ def _all_facts(pool: Any) -> tuple[VolumeFacts, ...]:
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
                 raise
-    return tuple(found)
+    return tuple(sorted(found, key=lambda one: one.name))
 
 
 def _place(volume: Any) -> str:
