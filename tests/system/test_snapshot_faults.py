@@ -374,12 +374,13 @@ def test_of_a_running_vm(guest: Guest, tmp_path: Path, op: str, fault: str) -> N
         steps += shell.run("doctor", "--fix", check=None).stdout.splitlines()
         died = shell.virsh("domstate", guest.name) != "running"
         assert not died or lost or fault == "QEMU" or op.startswith("revert"), steps
-        if died and booted:
+        stopped = shell.virsh("domstate", guest.name) == "shut off"
+        if stopped and booted:
             told = guest.reads_off()
             guest.startable()
         else:
-            off = guest.reads_off() if died else None
-            booted |= died
+            off = guest.reads_off() if stopped else None
+            booted |= stopped
             guest.up()
             told = guest.reads()
             assert off in (None, told), (steps, off, told)
