@@ -48,11 +48,12 @@ class Patience:
 class Bounds:
     """What a body may grow to: ``most_bytes``, and what ``plausible`` makes of its beginning.
 
-    That gets the file with what has come, and says how large a whole one can be; None where it cannot tell.
+    That gets the file with what has come, and says how large a whole one can be; 0 where that can never be told, None
+    where it cannot be so far.
     """
 
     most_bytes: int = DEFAULT_MOST_BYTES
-    plausible: Callable[[Path], int | None] = lambda _: None
+    plausible: Callable[[Path], int | None] = lambda _: 0
 
 
 _BOUNDS = Bounds()
@@ -265,7 +266,8 @@ class _Guard:
 
     def __init__(self, url: str, partial: Path, size: int | None, bounds: Bounds) -> None:
         self._url, self._partial, self._size, self._bounds = url, partial, size, bounds
-        self._looked = self._most = 0
+        self._looked = 0
+        self._most: int | None = None
 
     def begin(self, start: int) -> None:
         """Raise TooLarge or NoRoom for a body that cannot be taken, before any of it is."""
@@ -302,7 +304,8 @@ class _Guard:
             )
 
     def _look(self, size: int) -> None:
-        self._most = self._most or self._bounds.plausible(self._partial) or 0
+        if self._most is None:
+            self._most = self._bounds.plausible(self._partial)
         if self._most and size > self._most:
             discard(self._partial)
             raise TooLarge(

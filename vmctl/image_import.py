@@ -255,22 +255,22 @@ def _tell_login(short: str, login: Login, report: Reporter) -> None:
 
 
 def _new_image(name: str, wish: Wish, disk: Enclosed, header: DiskHeader, copied: Path, report: Reporter) -> NewImage:
-    inside_disk = f" ({header.format} disk inside the {disk.kind})" if disk.kind else f" ({header.format})"
-    told = wish.user and wish.os_name != _UNKNOWN
-    inside = None if told else image_inside.look(copied)
+    form = f" ({header.format} disk inside the {disk.kind})" if disk.kind else f" ({header.format})"
+    os_told = wish.os_name != _UNKNOWN
+    inside = None if wish.user and os_told else image_inside.look(copied)
     login = _login(wish, disk, inside)
     _tell_login(wish.short, login, report)
-    known = inside is not None and wish.os_name == _UNKNOWN
+    system = inside if inside and not os_told else Inside(wish.os_name)
     return NewImage(
         name=name,
         disk=copied,
         virtual_size=header.virtual_size,
-        os_name=inside.system if inside and known else wish.os_name,
-        os_version=wish.os_version or (inside.version if inside and known else ""),
+        os_name=system.system,
+        os_version=wish.os_version or system.version,
         architecture=wish.architecture or os.uname().machine,
         default_user=login.user,
         default_user_by=login.by,
-        source=wish.source or f"{wish.file.resolve()}{inside_disk}",
+        source=wish.source or f"{wish.file.resolve()}{form}",
         boots=wish.boots,
         osinfo=wish.osinfo,
         checksum=wish.checked or wish.checksum.lower(),

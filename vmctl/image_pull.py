@@ -14,7 +14,6 @@ from typing import Any
 from vmctl import catalog, checksums, disk_header, download, image_import, images, pulls, spec, web
 from vmctl.catalog import Entry
 from vmctl.checksums import Checksum
-from vmctl.disk_header.window import Unreadable
 from vmctl.download import Bounds, Patience
 from vmctl.errors import Conflict, ImageError, NoRoom, NotFound, SpecError
 from vmctl.events import Progress, Reporter, Step, Warned
@@ -25,9 +24,6 @@ from vmctl.manifest import NAME, Manifest
 _WAIT_FOR_ANOTHER_S = 24 * 3600.0
 _PATIENCE = Patience()
 _LARGEST_OF_A_URL = "64G"
-# A whole image is its disk and its tables, which come to less than this.
-_TABLES_SHARE, _TABLES = 4, 64 << 20
-_SNAPSHOTS_AT = 60  # in qcow2's header
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -97,9 +93,8 @@ def pull(
             raise
         except ImageError as error:
             download.discard(partial)  # or the next pull would take the same for whole and ask nobody
-            error.hint = f"it was removed; {error.hint or 'does that lead to a whole disk image?'}"
-            if "--format" in error.hint:  # which is import's
-                error.hint = "it was removed; does that lead to a whole disk image?"
+            ours = error.hint and "--format" not in error.hint  # which is import's
+            error.hint = f"it was removed; {error.hint if ours else 'does that lead to a whole disk image?'}"
             raise
         download.discard(partial)
     if expected is not None:
@@ -108,19 +103,9 @@ def pull(
 
 
 def plausible(partial: Path) -> int | None:
-    """How large an image can be, by its header in the beginning of its file; None where that does not tell."""
-    handle = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        window = disk_header.Window(handle, os.fstat(handle).st_size)
-        header = disk_header.examine(window)
-        snapshots = header.format == "qcow2" and window.unpack(">I", _SNAPSHOTS_AT)[0]
-    except Unreadable:
-        return None
-    finally:
-        os.close(handle)
-    if header.format == "raw" or snapshots or header.virtual_size <= 0:
-        return None  # of a raw disk, it is the file that tells; and each snapshot may hold a disk of its own
-    return header.virtual_size + header.virtual_size // _TABLES_SHARE + _TABLES
+    """How large an image can be, by its header in the beginning of its file: see ``disk_header.largest_file``."""
+    with partial.open("rb") as file:
+        return disk_header.largest_file(disk_header.Window(file.fileno(), os.fstat(file.fileno()).st_size))
 
 
 def _entry(host: Host, what: str, name: str) -> Entry:

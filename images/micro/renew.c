@@ -13,7 +13,7 @@
  *     -----BEGIN OPENSSH PRIVATE KEY-----
  *
  * Each is optional: one that was held for a moment is told the time alone. The cable is pulled while this runs. The SSH
- * server is told to start anew first, for that takes the longest.
+ * server's key comes first: where a server has to end for it, that takes the longest.
  *
  * It says so on standard input, or on a virtio-serial port that a process here has been waiting at since the boot: in a
  * guest that goes on under emulation nothing is translated yet, and each program that starts takes 50 ms and more. There

@@ -66,7 +66,7 @@ def side_by_side(pair: Pair, rounds: int) -> None:
                 with Probe(address) as probe:
                     assert probe.answers(5)
                     took[label].append(timed(lambda work=work, ends=ends: work(pair, name, *ends)))
-                    time.sleep(0.5)
+                    time.sleep(0.5)  # a silence is as long as the first answer after it says
                 silent[label].append(probe.longest_ms() or 0)
                 ends = ends[::-1]
         pair.bed.limit(None)

@@ -221,7 +221,7 @@ def test_a_guest_that_ends_is_told_and_the_rest_goes_on(folder: Path) -> None:
             wait_until(
                 lambda: any("agent started" in console() for console in consoles(folder)), what="guest", timeout_s=60
             )
-            time.sleep(3)
+            time.sleep(3)  # fio tells vmctl alone what it is at; this is amid the five seconds of its first row
             for pid in qemus():
                 subprocess.run(["kill", "-KILL", str(pid)], check=True)
             out, err = process.communicate(timeout=120)

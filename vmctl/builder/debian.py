@@ -7,6 +7,7 @@ import os
 import tarfile
 import tempfile
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -98,21 +99,19 @@ def build(name: str, out_dir: Path, report: Reporter) -> NewImage:
         apt = debs.Apt(cache / "apt", recipe.debian_architecture)
         apt.refresh(report)
         found = apt.candidates(apt.installed_for(recipe.packages))
-        built = kept.place(name, sources, found)
-        if kept.whole(built, _FILES):
-            report(Step("recipe and packages are those of the last build, which is taken"))
-        else:
-            paths = debs.fetch(apt, found, cache / "debs", report)
+
+        def make(paths: list[Path]) -> None:
             _Build(name, recipe, sources, out_dir, report).make(found, paths)
-            kept.keep(out_dir, built, name, _FILES)
-        return _described(name, recipe, built, found)
+
+        files = kept.taken_or_made(name, sources, apt, found, _FILES, out_dir, make, report)
+        return _described(name, recipe, files, found)
     except OSError as error:
         hint = "make room, or set XDG_CACHE_HOME to a disk that has some" if error.errno == 28 else ""
         raise ImageError(f"cannot {what}: {reason(error, path=True)}", hint=hint) from error
 
 
-def _described(name: str, recipe: Recipe, built: Path, found: list[debs.Deb]) -> NewImage:
-    image, vmlinux, initrd = (built / file for file in _FILES)
+def _described(name: str, recipe: Recipe, files: Sequence[Path], found: Sequence[debs.Deb]) -> NewImage:
+    image, vmlinux, initrd = files
     return NewImage(
         name=name,
         disk=image,

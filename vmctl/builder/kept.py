@@ -5,17 +5,36 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vmctl.builder import debs
+from vmctl.events import Reporter, Step
 
 _KEPT = 3
 
 
-def place(name: str, sources: Path, found: Sequence[debs.Deb]) -> Path:
-    """Where a build of these packages by the recipe in ``sources`` is kept."""
-    return debs.cache_folder() / "built" / f"{name}-{_input_digest(sources, found)}"
+def taken_or_made(
+    name: str,
+    sources: Path,
+    apt: debs.Apt,
+    found: Sequence[debs.Deb],
+    files: Sequence[str],
+    out_dir: Path,
+    make: Callable[[list[Path]], None],
+    report: Reporter,
+) -> list[Path]:
+    """The ``files`` of a build by the recipe in ``sources``, as they lie in the cache.
+
+    Where no equal build is there, ``make`` gets the packages' files and writes them into ``out_dir``.
+    """
+    built = debs.cache_folder() / "built" / f"{name}-{_input_digest(sources, found)}"
+    if _whole(built, files):
+        report(Step("recipe and packages are those of the last build, which is taken"))
+    else:
+        make(debs.fetch(apt, found, debs.cache_folder() / "debs", report))
+        _keep(out_dir, built, name, files)
+    return [built / file for file in files]
 
 
 def _input_digest(sources: Path, found: Sequence[debs.Deb]) -> str:
@@ -29,12 +48,11 @@ def _input_digest(sources: Path, found: Sequence[debs.Deb]) -> str:
     return digest.hexdigest()[:16]
 
 
-def whole(built: Path, files: Sequence[str]) -> bool:
-    """Whether a build is there."""
+def _whole(built: Path, files: Sequence[str]) -> bool:
     return all((built / name).is_file() for name in files)
 
 
-def keep(out_dir: Path, built: Path, name: str, files: Sequence[str]) -> None:
+def _keep(out_dir: Path, built: Path, name: str, files: Sequence[str]) -> None:
     """Move a finished build into the cache, in one step, in place of the oldest of that name.
 
     A few stay, for checkouts that build differently and share the cache would else take turns at building.
@@ -53,5 +71,5 @@ def keep(out_dir: Path, built: Path, name: str, files: Sequence[str]) -> None:
         try:
             made.rename(built)
         except OSError:
-            if not whole(built, files):  # another build, at the same time, of the same
+            if not _whole(built, files):  # another build, at the same time, of the same
                 raise

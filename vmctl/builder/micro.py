@@ -49,14 +49,12 @@ def _recipe(name: str) -> Recipe:
 
 def _build(name: str, recipe: Recipe, out_dir: Path, report: Reporter) -> NewImage:
     apt, packages, found = _packages(recipe, report)
-    built = kept.place(name, image_recipes_dir() / name, found)
-    if kept.whole(built, _FILES):
-        report(Step("recipe and packages are those of the last build, which is taken"))
-    else:
-        paths = debs.fetch(apt, found, debs.cache_folder() / "debs", report)
+
+    def make(paths: list[Path]) -> None:
         _make(recipe, packages, paths, out_dir, report)
-        kept.keep(out_dir, built, name, _FILES)
-    vmlinux, packed, initrd, disk = (built / file for file in _FILES)
+
+    sources = image_recipes_dir() / name
+    vmlinux, packed, initrd, disk = kept.taken_or_made(name, sources, apt, found, _FILES, out_dir, make, report)
     return NewImage(
         name=name,
         disk=disk,

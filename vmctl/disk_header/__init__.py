@@ -13,11 +13,13 @@ from vmctl.disk_header.reach import require_whole
 from vmctl.disk_header.window import SECTOR, DiskHeader, Unreadable, Window
 from vmctl.errors import ImageError
 
-__all__ = ["FORMATS", "DiskHeader", "Window", "check", "check_whole", "examine"]
+__all__ = ["FORMATS", "DiskHeader", "Window", "check", "check_whole", "examine", "largest_file"]
 
 FORMATS = ("qcow2", "raw", "vmdk", "vdi", "vhdx")
 DEFAULT_MOST_BYTES = 2 << 40
 _HEAD = 64 << 10
+# The tables of an image come to less than this, beside its disk.
+_TABLES_SHARE, _TABLES = 4, 64 << 20
 # What we would not convert, by what the file begins with.
 _OTHERS = {
     b"QED\0": "a QED disk image",
@@ -78,13 +80,17 @@ def _by_magic(window: Window, head: bytes) -> DiskHeader:
         return vdi.read(window)
     for magic, what in _OTHERS.items():
         if head.startswith(magic):
-            raise Unreadable(f"it is {what}")
+            packed = what.startswith("compressed with ")
+            raise Unreadable(f"it is {what}", f"unpack it first: {what.rpartition(' ')[2]} -d" if packed else "")
     if vmdk.is_text(head):
         return vmdk.read_text(window)
     if window.size >= SECTOR and window.read(window.size - SECTOR, 8) == b"conectix":
         raise Unreadable("it is a VHD (VPC) disk image")
     if not _looks_raw(window):
-        raise Unreadable("it is no disk image that vmctl knows, and shows no partition table or file system")
+        raise Unreadable(
+            "it is no disk image that vmctl knows, and shows no partition table or file system",
+            "if it is a plain copy of a disk: --format raw",
+        )
     return _raw(window)
 
 
@@ -101,10 +107,7 @@ def check(window: Window, *, what: str, asked: str = "", most_bytes: int = DEFAU
     try:
         found = examine(window, asked)
     except Unreadable as error:
-        hint = "if it is a plain copy of a disk: --format raw" if "shows no partition table" in str(error) else ""
-        if str(error).startswith("it is compressed with "):
-            hint = f"unpack it first: {str(error).rpartition(' ')[2]} -d"
-        raise ImageError(f"cannot {what}: {error}", hint=hint) from error
+        raise ImageError(f"cannot {what}: {error}", hint=error.hint) from error
     problems = list(found.problems)
     if found.virtual_size <= 0 and not problems:
         problems.append("it is empty")
@@ -118,6 +121,17 @@ def check(window: Window, *, what: str, asked: str = "", most_bytes: int = DEFAU
             hint = "make it whole where it came from: qemu-img convert -O qcow2 IT NEW"
         raise ImageError(f"cannot {what}: {'; '.join(problems)}", hint=hint)
     return found
+
+
+def largest_file(window: Window) -> int | None:
+    """How large an image's file can be, by its header; 0: that does not tell; None: there is no whole header, yet."""
+    try:
+        header = examine(window)
+    except Unreadable:
+        return None
+    if header.format == "raw" or header.snapshots or header.virtual_size <= 0:
+        return 0  # of a raw disk, it is the file that tells; and each snapshot may hold a disk of its own
+    return header.virtual_size + header.virtual_size // _TABLES_SHARE + _TABLES
 
 
 def check_whole(window: Window, found: DiskHeader, *, what: str) -> None:

@@ -58,7 +58,7 @@ def read(window: Window) -> DiskHeader:
         problems.append("its refcount table lies beyond the file, or is absurdly long")
     if snapshots and (snapshots > _MOST_SNAPSHOTS or not _inside(window, snapshots_at, 40 * snapshots, cluster)):
         problems.append("its snapshot table lies beyond the file, or is absurdly long")
-    return DiskHeader("qcow2", size, tuple(problems), f"v{version}", backing, backing_format)
+    return DiskHeader("qcow2", size, tuple(problems), f"v{version}", backing, backing_format, bool(snapshots))
 
 
 def _feature_problems(features: int) -> list[str]:

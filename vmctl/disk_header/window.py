@@ -14,7 +14,11 @@ _MOST_BYTES = 2 << 20
 
 
 class Unreadable(Exception):
-    """The header cannot be read on; the text says why."""
+    """The header cannot be read on; the text says why, and ``hint`` what may help."""
+
+    def __init__(self, why: str, hint: str = "") -> None:
+        super().__init__(why)
+        self.hint = hint
 
 
 @dataclass(slots=True)
@@ -56,7 +60,7 @@ class DiskHeader:
     """What a disk image's header says. ``virtual_size`` in bytes; ``problems`` says why it is not to be used.
 
     ``backing`` is the name of the file it is based on, "" for none, and ``backing_format`` that file's format where it
-    is noted; ``variant`` tells kinds of one format apart.
+    is noted; ``variant`` tells kinds of one format apart. ``snapshots``: it holds other states of the disk, too.
     """
 
     format: str
@@ -65,3 +69,4 @@ class DiskHeader:
     variant: str = ""
     backing: str = ""
     backing_format: str = ""
+    snapshots: bool = False

@@ -11,12 +11,10 @@ call given up ends in the daemon by itself, and needs none of the domain's other
 from __future__ import annotations
 
 import json
-import queue
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any
 
 import libvirt
 
@@ -24,12 +22,10 @@ from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeou
 from vmctl.hypervisor import domain
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling, translated
+from vmctl.hypervisor.waiting import Waiting
 
 _SILENT = {libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_OPERATION_TIMEOUT}
 _CHANNEL = "devices/channel/target[@name='org.qemu.guest_agent.0']"
-
-
-Answers: TypeAlias = "queue.Queue[str | libvirt.libvirtError]"
 
 
 class AgentState(StrEnum):
@@ -85,33 +81,20 @@ def call(
     with calling(f"{doing} VM {name}"):
         handle = domain.handle(conn.apart(), name)
     began = time.monotonic()
-    answers = _begun(lambda: _ask(handle, text, deadline_s))
+    asked = Waiting(lambda: _ask(handle, text, deadline_s))
     try:
-        answer = answers.get(timeout=deadline_s)
-    except BaseException as error:
+        answer = asked.answer(deadline_s)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() in _SILENT:
+            raise _unanswered(name, doing, time.monotonic() - began) from error
+        raise _refused(error, name, doing) from error
+    except BaseException:
         conn.leave_apart()
-        if not isinstance(error, queue.Empty):
-            raise
-        raise _unanswered(name, doing, time.monotonic() - began) from None
-    if isinstance(answer, str):
-        return json.loads(answer)["return"]
-    if answer.get_error_code() in _SILENT:
-        raise _unanswered(name, doing, time.monotonic() - began) from answer
-    raise _refused(answer, name, doing) from answer
-
-
-def _begun(act: Callable[[], str]) -> Answers:
-    """Let a thread do it: what came of it is put where whoever waits can leave off waiting."""
-    answers: Answers = queue.Queue()
-
-    def work() -> None:
-        try:
-            answers.put(act())
-        except libvirt.libvirtError as error:
-            answers.put(error)
-
-    threading.Thread(target=work, name="agent", daemon=True).start()
-    return answers
+        raise
+    if answer is None:
+        conn.leave_apart()
+        raise _unanswered(name, doing, time.monotonic() - began)
+    return json.loads(answer)["return"]
 
 
 def _ask(handle: Any, text: str, deadline_s: float) -> str:
@@ -129,26 +112,26 @@ class Ping:
 
     def __init__(self, conn: Connection, name: str) -> None:
         self._name = name
-        self._answers: Answers | None = None
+        self._asked: Waiting | None = None
         self._line = conn.apart()
         conn.leave_apart()  # one of its own, on which a question may stay
 
     def __call__(self, deadline_s: float) -> bool:
         """Whether it has answered by then. Raises what another failure means."""
-        if self._answers is None:
+        if self._asked is None:
             with calling(f"ask the agent of VM {self._name}"):
                 handle = domain.handle(self._line, self._name)
-            self._answers = _begun(lambda: _ask(handle, '{"execute":"guest-ping"}', deadline_s))
+            self._asked = Waiting(lambda: _ask(handle, '{"execute":"guest-ping"}', deadline_s))
         try:
-            answer = self._answers.get(timeout=deadline_s)
-        except queue.Empty:
-            return False
-        self._answers = None
-        if isinstance(answer, str):
-            return True
-        if answer.get_error_code() in _SILENT:
-            return False
-        raise translated(answer, f"ask the agent of VM {self._name}") from answer
+            if self._asked.answer(deadline_s) is None:
+                return False
+        except libvirt.libvirtError as error:
+            self._asked = None
+            if error.get_error_code() in _SILENT:
+                return False
+            raise translated(error, f"ask the agent of VM {self._name}") from error
+        self._asked = None
+        return True
 
 
 def shutdown(conn: Connection, name: str, *, deadline_s: float) -> None:
@@ -157,14 +140,12 @@ def shutdown(conn: Connection, name: str, *, deadline_s: float) -> None:
     with calling(doing):
         handle = domain.handle(conn.apart(), name)
     # libvirt's own call waits a minute for the guest's end, and before that for the agent's turn.
-    answers = _begun(lambda: str(handle.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)))
-    try:
-        answer = answers.get(timeout=max(0.0, deadline_s))
-    except queue.Empty:
+    asked = Waiting(lambda: str(handle.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_GUEST_AGENT)))
+    with calling(doing):
+        answer = asked.answer(deadline_s)
+    if answer is None:
         conn.leave_apart()
-        raise WaitTimeout(f"cannot {doing}: it does not answer", after_s=deadline_s) from None
-    if not isinstance(answer, str):
-        raise translated(answer, doing) from answer
+        raise WaitTimeout(f"cannot {doing}: it does not answer", after_s=deadline_s)
 
 
 def _unanswered(name: str, doing: str, after_s: float) -> VmctlError:

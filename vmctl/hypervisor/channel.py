@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from typing import Any
 
@@ -12,7 +10,8 @@ import libvirt
 from vmctl.errors import WaitTimeout, quietly
 from vmctl.hypervisor import domain
 from vmctl.hypervisor.connection import Connection
-from vmctl.hypervisor.errors import calling, translated
+from vmctl.hypervisor.errors import calling
+from vmctl.hypervisor.waiting import Waiting
 
 
 def connected(text: str, channel: str) -> bool:
@@ -32,30 +31,20 @@ class Channel:
 
     def ask(self, data: bytes, *, deadline_s: float) -> str:
         """The line that answers ``data``. Raises WaitTimeout when none comes in time."""
-        answers: queue.Queue[str | libvirt.libvirtError] = queue.Queue()
         began = time.monotonic()
-        # A stream that waits for what comes has no deadline of its own.
-        threading.Thread(target=self._ask, args=(data, answers), name="channel", daemon=True).start()
-        try:
-            answer = answers.get(timeout=deadline_s)
-        except queue.Empty:
-            raise WaitTimeout(
-                f"cannot {self._what}: its guest does not answer", after_s=time.monotonic() - began
-            ) from None
-        if isinstance(answer, str):
-            return answer
-        raise translated(answer, self._what) from answer
+        with calling(self._what):
+            answer = Waiting(lambda: self._ask(data)).answer(deadline_s)
+        if answer is None:
+            raise WaitTimeout(f"cannot {self._what}: its guest does not answer", after_s=time.monotonic() - began)
+        return answer
 
-    def _ask(self, data: bytes, answers: queue.Queue[str | libvirt.libvirtError]) -> None:
-        try:
-            while data:
-                data = data[self._stream.send(data) :]
-            line = b""
-            while not line.endswith(b"\n") and (more := self._stream.recv(4096)):
-                line += more
-            answers.put(line.decode("utf-8", "replace").rstrip("\n"))
-        except libvirt.libvirtError as error:
-            answers.put(error)
+    def _ask(self, data: bytes) -> str:
+        while data:
+            data = data[self._stream.send(data) :]
+        line = b""
+        while not line.endswith(b"\n") and (more := self._stream.recv(4096)):
+            line += more
+        return line.decode("utf-8", "replace").rstrip("\n")
 
     def __enter__(self) -> Channel:
         return self
