@@ -32,6 +32,7 @@ from vmctl.hosts import Host
 METHOD = 1  # counted up when a figure would mean something else
 _SLACK_S = 120.0  # for a row, beside its jobs: an overloaded machine is slow to start fio
 _COUNTED_IOS = 500
+BEGINS = "fio begins"  # what the guest then says on its console
 _FIND = r"""
 for turn in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
     found=0
@@ -269,6 +270,7 @@ class _Measuring:
 def _fio_script(jobs: str) -> str:
     """Run fio in the guest, and print what it found or why not."""
     return (
-        f"cd /tmp && cat > jobs <<'END_OF_JOBS' && fio --output-format=json --output=found jobs > said 2>&1 "
+        f"echo {BEGINS} > /dev/console; cd /tmp && cat > jobs <<'END_OF_JOBS' "
+        f"&& fio --output-format=json --output=found jobs > said 2>&1 "
         f"&& cat found || {{ cat said found >&2; exit 1; }}\n{jobs}END_OF_JOBS\n"
     )

@@ -19,6 +19,7 @@ from vmctl.migrate_policy import Sample
 from vmctl.wait import pause
 
 _MIB = 1 << 20
+_THROTTLE_STEP = 20  # per cent; by 10, as QEMU would, a guest over a slow link takes two minutes to be slow enough
 _KEEPALIVE_S, _KEEPALIVE_COUNT = 5, 3
 _LET_GO_S, _AGAIN_S = 60.0, 0.5
 _SOON_OVER = frozenset({libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC})
@@ -60,6 +61,11 @@ class Orders:
     tls: bool = False
     bandwidth: int = 0
 
+    @property
+    def throttles(self) -> bool:
+        """Whether QEMU may slow the VM down."""
+        return self.auto_converge and self.live
+
 
 def flags(orders: Orders) -> int:
     """The flags for libvirt."""
@@ -73,7 +79,7 @@ def flags(orders: Orders) -> int:
         libvirt.VIR_MIGRATE_UNSAFE: orders.unsafe,
         libvirt.VIR_MIGRATE_NON_SHARED_DISK: orders.copying is Copying.FULL,
         libvirt.VIR_MIGRATE_NON_SHARED_INC: orders.copying is Copying.OVERLAY,
-        libvirt.VIR_MIGRATE_AUTO_CONVERGE: orders.auto_converge and orders.live,
+        libvirt.VIR_MIGRATE_AUTO_CONVERGE: orders.throttles,
         libvirt.VIR_MIGRATE_POSTCOPY: orders.postcopy,
         libvirt.VIR_MIGRATE_COMPRESSED: orders.compress,
         libvirt.VIR_MIGRATE_PARALLEL: orders.parallel > 0,
@@ -91,6 +97,8 @@ def _parameters(orders: Orders) -> dict[str, Any]:
         found[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH] = max(1, orders.bandwidth // _MIB)
     if orders.parallel:
         found[libvirt.VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS] = orders.parallel
+    if orders.throttles:
+        found[libvirt.VIR_MIGRATE_PARAM_AUTO_CONVERGE_INCREMENT] = _THROTTLE_STEP
     if orders.disks:
         # Without a list libvirt copies every writable disk, also those that both hosts see.
         found[libvirt.VIR_MIGRATE_PARAM_MIGRATE_DISKS] = list(orders.disks)
