@@ -24,16 +24,19 @@ from vmctl import (
     layer_check,
     snapshot_journal,
     snapshot_layers,
+    unstarted,
     warming,
 )
 from vmctl.accel import Check
-from vmctl.errors import VmctlError, reason
+from vmctl.errors import HostUnreachable, VmctlError, reason
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, open_host
 from vmctl.hypervisor import domain, network, storage
 from vmctl.spec import AccelChoice
+from vmctl.wait import wait_until
 
 _DEVICE = Path("/dev/kvm")
+_BACK_S = 60.0
 _TOOLS = {"ssh-keygen": "openssh-client", "ssh": "openssh-client", "qemu-img": "qemu-utils"}
 
 
@@ -260,6 +263,19 @@ def _forgotten(host: Host) -> list[Finding]:
     return found or [Finding("processes", "ok", "libvirt knows of every VM that runs")]
 
 
+def _unstarted(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
+    """VMs that libvirt takes for starting, without end. Its daemon is another one when they are mended."""
+    names = unstarted.find(host)
+    if not names:
+        return []
+    detail = f"libvirt died as it began to start {', '.join(names)}, and takes them for starting ever since"
+    if not fix:
+        return [Finding("starts", "failed", detail, "vmctl doctor --fix restarts libvirt without them; VMs run on")]
+    report(Step(f"restarting libvirt without its notes on {', '.join(names)}"))
+    unstarted.forget(host, names)
+    return [Finding("starts", "mended", f"{detail}; they are stopped now")]
+
+
 def _backups(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     """What killed backups left in VMs and in the folder of backups."""
     root = config.backup_folder(None, host.settings, host.folders)
@@ -270,11 +286,22 @@ def _backups(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     return [Finding("backups", "mended" if fix else "failed", f"a backup was cut off: {'; '.join(left)}", mend)]
 
 
+def _reopened(connect: str | None, report: Reporter) -> Host | None:
+    try:
+        return open_host(connect, report=report)
+    except HostUnreachable:
+        return None
+
+
 def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Finding, ...]:
     """All checks, on the host that ``connect`` names; without an answer from it, the ones that need none."""
     findings = _tools()
     try:
         host = open_host(connect, report=report)
+        if found := _unstarted(host, fix=fix, report=report):
+            findings += found
+            host.conn.close()
+            host = wait_until(lambda: _reopened(connect, report), what="libvirt does not answer", timeout_s=_BACK_S)
     except VmctlError as error:
         return (*findings, Finding("libvirt", "failed", error.message, error.hint))
     with host:

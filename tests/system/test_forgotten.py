@@ -6,12 +6,13 @@ import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.system import libvirtd
-from tests.system.conftest import Shell
+from tests.system.conftest import REPO, VMCTL, Shell
 from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
@@ -29,10 +30,15 @@ def forget(shell: Shell, vm: str) -> int:
     return qemu
 
 
+def told(shell: Shell, *words: str) -> list[dict[str, str]]:
+    """What doctor says."""
+    found: list[dict[str, str]] = json.loads(shell.run("doctor", *words, "-o", "json", check=None).stdout)
+    return found
+
+
 def processes(shell: Shell) -> list[dict[str, str]]:
     """What doctor says of processes."""
-    done = shell.run("doctor", "-o", "json", check=None)
-    return [one for one in json.loads(done.stdout) if one["name"] == "processes"]
+    return [one for one in told(shell) if one["name"] == "processes"]
 
 
 def test_a_vm_that_libvirt_forgot_is_found_and_left_alone(shell: Shell, name: str) -> None:
@@ -59,3 +65,32 @@ def test_a_vm_that_libvirt_forgot_is_found_and_left_alone(shell: Shell, name: st
     wait_until(lambda: not Path(f"/proc/{qemu}").exists(), what="end of QEMU", timeout_s=30)
     assert [one["result"] for one in processes(shell)] == ["ok"]
     shell.run("start", name)
+
+
+def test_a_vm_that_libvirtd_died_upon_as_it_began_to_start_it(shell: Shell, name: str) -> None:
+    """Its note says that it starts, and that there is no process: nothing gets through until doctor mends that."""
+    other = f"{name}-other"
+    for vm in (name, other):
+        shell.run("create", vm, "--image", "micro")
+    note = Path(f"/run/libvirt/qemu/{name}.xml")
+    daemon, qemu = (int(Path(f"/run/libvirt{file}").read_text()) for file in ("d.pid", f"/qemu/{name}.pid"))
+    for pid in (daemon, qemu):
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), what="its end", timeout_s=30)
+    text = re.sub(r"<domstatus [^>]*>", "<domstatus state='paused' reason='starting up' pid='0'>", note.read_text())
+    note.write_text(text.replace("  <vcpus>", "  <job type='none' async='start' flags='0x0'/>\n  <vcpus>", 1))
+    os.utime(note, (note.stat().st_mtime - 5,) * 2)
+    libvirtd.begin()
+    assert "paused (starting up)" in shell.virsh("domstate", name, "--reason")
+    reset = subprocess.Popen([*VMCTL, "reset", name], stderr=subprocess.PIPE, text=True, cwd=REPO)  # 30 s
+    assert "vmctl doctor" in shell.run("start", name, check=6).stderr
+    (found,) = [one for one in told(shell) if one["name"] == "starts"]
+    assert "hint: somebody works on it; if that has no end: vmctl doctor\n" in reset.communicate(timeout=60)[1]
+    assert found["result"] == "failed" and name in found["detail"] and other not in found["detail"]
+    (found,) = [one for one in told(shell, "--fix") if one["name"] == "starts"]
+    assert found["result"] == "mended"
+    assert not [one for one in told(shell) if one["name"] == "starts"]
+    assert shell.virsh("domstate", name) == "shut off" and shell.virsh("domstate", other) == "running"
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "agent")
+    shell.run("delete", name, other, "--yes")

@@ -69,7 +69,9 @@ def translated(error: libvirt.libvirtError, doing: str) -> VmctlError:
         return SpecError(text)
     if code == libvirt.VIR_ERR_AGENT_UNRESPONSIVE:
         return WaitTimeout(text, after_s=0.0, hint="is qemu-guest-agent running in the guest?")
-    return HypervisorError(text, code=code, domain=domain)
+    held = code == libvirt.VIR_ERR_OPERATION_TIMEOUT  # of the wait for whoever works on it
+    hint = "somebody works on it; if that has no end: vmctl doctor" if held else ""
+    return HypervisorError(text, code=code, domain=domain, hint=hint)
 
 
 @contextmanager

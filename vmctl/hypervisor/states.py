@@ -86,4 +86,6 @@ def remedy(name: str, state: State, why: str) -> str:
     """What makes a VM in that state run."""
     if why == PANICKED:
         return f"vmctl logs {name} shows how; vmctl reset {name} restarts it"
+    if why == _PAUSED_WHY[libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]:
+        return "wait for it; if that has no end: vmctl doctor"
     return f"vmctl resume {name}" if state is State.PAUSED else f"vmctl start {name}"
