@@ -111,7 +111,7 @@ def test_ctrl_c_ends_work_on_several_vms(shell: Shell, shared_vm: GuestVM, name:
     began = time.monotonic()
     running.send_signal(number)
     _, err = running.communicate(timeout=60)
-    assert running.returncode == 130 and time.monotonic() - began < 8
+    assert running.returncode == 130 and time.monotonic() - began < 20
     last = err.splitlines()[-1]
     assert last.startswith("cannot wait for all 3 VMs: ") and f"cut off: {shared_vm.name}, {name}" in last
     assert "none-such" in last, "found missing already, looked for just then, or not begun"

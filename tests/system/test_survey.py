@@ -35,7 +35,7 @@ def test_a_hung_guest_holds_nothing_up(name: str, tmp_path: Path, monkeypatch: p
                 os.kill(pid, signal.SIGSTOP)
             began = time.monotonic()
             found = survey.survey(fleet_of_config(), timeout_s=30)
-            assert time.monotonic() - began < 15
+            assert time.monotonic() - began < 25
             here, gone = found.census.hosts
             assert gone.problem and any(note.startswith("gone: ") for note in found.notes)
             assert here.cpus and 0 < here.available_mib <= here.memory_mib and 0 <= here.load <= here.cpus
