@@ -163,6 +163,21 @@ def test_clones_and_forks_without_root(person: Person) -> None:
     assert person.run("virsh", "-q", "-c", "qemu:///session", "vol-list", "vmctl").stdout.strip() == ""
 
 
+def test_disks_and_cards_are_measured(person: Person) -> None:
+    """With the image for it, and namespaces: nothing of it needs root."""
+    person.vmctl("image", "build", "bench")
+    words = ["--rounds", "1", "--length", "50", "--size", "8", "--device", "virtio-blk", "--backend", "null"]
+    found = person.json("bench", "io", *words)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert found["complete"] and rows["virtio-blk null"]["measures"] and rows["virtio-blk null"]["counted"], rows
+    words = ["--rounds", "1", "--card", "virtio-net", "--path", "tap", "--path", "user"]
+    rows = {row["name"]: row for row in person.json("bench", "net", *words)["rows"]}
+    assert rows["virtio-net user"]["measures"], rows
+    shut = Path("/dev/net/tun").stat().st_mode & 0o006 != 0o006
+    assert rows["virtio-net tap"]["skipped"] == ("this user may not open /dev/net/tun" if shut else ""), rows
+    person.vmctl("image", "delete", "bench", "--yes")
+
+
 def test_kvm_is_judged_for_this_user(person: Person) -> None:
     evidence = {c["name"]: c for c in person.json("host", "info")["accel"]["kvm"]["evidence"]}
     if "open-qemu-user" not in evidence:

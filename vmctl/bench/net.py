@@ -6,6 +6,7 @@ filter and nobody else's traffic. A round is one look at every row.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ METHOD = 1  # counted up when a figure would mean something else
 _PROGRAMS = ("iperf3", "sockperf")
 _SLACK_S = 60.0
 _VHOST = Path("/dev/vhost-net")
+_TUN = Path("/dev/net/tun")
 _SERVERS = {
     links.TCP_PORT: ("iperf3", "-s", "-p", str(links.TCP_PORT)),
     links.PING_PORT: ("sockperf", "sr", "--tcp", "-i", "0.0.0.0", "-p", str(links.PING_PORT)),
@@ -98,6 +100,8 @@ class _Measuring:
         try:
             if link.vhost and not _VHOST.exists():
                 raise Unsupported(f"{_VHOST} is not there: the host's kernel has no vhost_net, or has not loaded it")
+            if link.path is Way.TAP and not os.access(_TUN, os.R_OK | os.W_OK):
+                raise Unsupported(f"this user may not open {_TUN}")
             if link.path is Way.TAP:
                 self._far.run("ip", "tuntap", "add", "dev", own.tap, "mode", "tap")
             elif link.path is Way.VETH:
