@@ -167,6 +167,20 @@ def test_rows_with_measures() -> None:
     assert cases[0].figure == "read 90.0 µs, rate 11.0 kIOPS" and cases[1].skipped == "no driver"
 
 
+def test_user_mode_is_never_beside_the_cards() -> None:
+    values = measured()
+    (row, _) = values["rows"]
+    values["rows"] = [row | {"name": path, "setting": {"path": path}} for path in ("tap", "user", "veth")]
+    (section,) = kinds.BY_NAME["net"].sections([values])
+    assert [(chart.title, [name for name, _ in chart.rows]) for chart in section.charts] == [
+        ("Networks: read", ["tap", "veth"]),
+        ("Networks: rate", ["tap", "veth"]),
+        ("Networks, user mode: read", ["user"]),
+        ("Networks, user mode: rate", ["user"]),
+    ]
+    assert [(table.title, len(table.rows)) for table in section.tables] == [("Medians", 2), ("Medians, user mode", 1)]
+
+
 def test_junit(tmp_path: Path) -> None:
     path = tmp_path / "junit.xml"
     result = levels().to_json()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vmctl.bench import sections, sections_measured
+from vmctl.bench import links, sections, sections_measured
 from vmctl.bench.levels_result import levels_of
 from vmctl.bench.measured import Measured, measured_of
 from vmctl.bench.result import Rows, trap_of
@@ -31,7 +31,7 @@ KINDS = (
     Kind("trap", sections.traps, sections.trap_cases, trap_of),
     Kind("popek-goldberg", sections.popek, sections.popek_cases),
     Kind("io", sections_measured.titled("Disks"), sections_measured.cases, measured_of),
-    Kind("net", sections_measured.titled("Networks"), sections_measured.cases, measured_of),
+    Kind("net", sections_measured.titled("Networks", links.apart), sections_measured.cases, measured_of),
     Kind("levels", sections.levels, sections.levels_cases, levels_of),
     Kind("sheet", sections.sheets, sections.sheet_cases),
 )

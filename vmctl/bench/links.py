@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class Way(StrEnum):
@@ -45,6 +46,11 @@ class Link:
     def to_json(self) -> dict[str, str]:
         """The documented JSON form."""
         return {"path": self.path, "card": self.card or "", "vhost": "yes" if self.vhost else "no"}
+
+
+def apart(setting: Mapping[str, Any]) -> str:
+    """What a row of these settings is of, when it must not be read beside the others; "" for those that may."""
+    return "user mode" if setting.get("path") == Way.USER else ""
 
 
 ALL = (

@@ -6,13 +6,14 @@ They are read as they are kept, so that such a workload joins without a function
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from vmctl.bench import stats, units
 from vmctl.bench.chart import Chart, Point
 from vmctl.bench.section import Case, Section, Table, facts
 
 Values = Mapping[str, Any]
+Measure: TypeAlias = tuple[str, str, str]  # its name, its unit, and which way is better
 _FACTORS = {"ns": (1e-9, "s"), "us": (1e-6, "s"), "µs": (1e-6, "s"), "ms": (1e-3, "s"), "1/s": (1.0, "/s")}
 
 
@@ -21,14 +22,19 @@ def _scale(unit: str) -> tuple[float, str]:
     return _FACTORS.get(unit, (1.0, unit))
 
 
-def titled(title: str) -> Callable[[Sequence[Values]], list[Section]]:
-    """The sections of such results under a title."""
-    return lambda results: [_section(title, values) for values in results]
+def titled(
+    title: str, apart: Callable[[Mapping[str, Any]], str] = lambda _: ""
+) -> Callable[[Sequence[Values]], list[Section]]:
+    """The sections of such results under a title.
+
+    ``apart``: of a row's settings, what it is to be shown as in pictures and tables of its own; "" for together.
+    """
+    return lambda results: [_section(title, values, apart) for values in results]
 
 
-def _points(values: Values) -> dict[tuple[str, str, str], dict[str, Point]]:
-    """By measure, unit and which way is better: the rows' medians, with the least and the largest round."""
-    found: dict[tuple[str, str, str], dict[str, Point]] = {}
+def _points(values: Values) -> dict[Measure, dict[str, Point]]:
+    """By measure: the rows' medians, with the least and the largest round."""
+    found: dict[Measure, dict[str, Point]] = {}
     for row in values["rows"]:
         for one in row["measures"]:
             factor, unit = _scale(one["unit"])
@@ -39,28 +45,42 @@ def _points(values: Values) -> dict[tuple[str, str, str], dict[str, Point]]:
     return found
 
 
-def _section(title: str, values: Values) -> Section:
-    charts, found = [], _points(values)
-    for (name, unit, better), points in found.items():
-        rows = tuple((row, {name: point}) for row, point in points.items())
-        charts.append(Chart(f"{title}: {name}", f"{better} is better", unit, (name,), rows))
-    header = ("row", *(name for name, _, _ in found))
-    names = [row["name"] for row in values["rows"] if row["measures"]]
-    cells = tuple(
+def _section(title: str, values: Values, apart: Callable[[Mapping[str, Any]], str]) -> Section:
+    charts: list[Chart] = []
+    tables: list[Table] = []
+    found = _points(values)
+    groups: dict[str, list[str]] = {}
+    for row in values["rows"]:
+        if row["measures"]:
+            groups.setdefault(apart(row["setting"]), []).append(row["name"])
+    for label, names in groups.items():
+        own = f"{title}, {label}" if label else title
+        charts += [_chart(own, measure, points, names) for measure, points in found.items()]
+        tables.append(_medians(f"Medians, {label}" if label else "Medians", found, names))
+    missing = tuple(
+        (row["name"], row["skipped"] or row["failed"]) for row in values["rows"] if row["skipped"] or row["failed"]
+    )
+    if missing:
+        tables.append(Table("Not measured", ("row", "because"), missing))
+    notes = ("Whiskers are the least and the largest round.",)
+    return Section(title, facts(values), tuple(charts), tuple(tables), notes)
+
+
+def _chart(title: str, measure: Measure, points: Mapping[str, Point], names: Sequence[str]) -> Chart:
+    name, unit, better = measure
+    rows = tuple((row, {name: points[row]}) for row in names if row in points)
+    return Chart(f"{title}: {name}", f"{better} is better", unit, (name,), rows)
+
+
+def _medians(title: str, found: Mapping[Measure, Mapping[str, Point]], names: Sequence[str]) -> Table:
+    rows = tuple(
         (
             name,
             *(units.told(points[name].value, unit) if name in points else "" for (_, unit, _), points in found.items()),
         )
         for name in names
     )
-    missing = tuple(
-        (row["name"], row["skipped"] or row["failed"]) for row in values["rows"] if row["skipped"] or row["failed"]
-    )
-    tables = [Table("Medians", header, cells)]
-    if missing:
-        tables.append(Table("Not measured", ("row", "because"), missing))
-    notes = ("Whiskers are the least and the largest round.",)
-    return Section(title, facts(values), tuple(charts), tuple(tables), notes)
+    return Table(title, ("row", *(name for name, _, _ in found)), rows)
 
 
 def cases(values: Values) -> list[Case]:

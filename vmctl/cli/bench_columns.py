@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vmctl.bench import links
+
 if TYPE_CHECKING:
     from vmctl.bench.measured import Line, Measured, Row
 
@@ -83,6 +85,6 @@ _USER_MODE = "user mode: the figures are of slirp in QEMU, not of the card; not 
 
 def blocks(result: Measured) -> list[tuple[str, Sequence[Row]]]:
     """Rows that may be read side by side, under a title."""
-    apart = [row for row in result.rows if row.setting.get("path") == "user"]
+    apart = [row for row in result.rows if links.apart(row.setting)]
     rest = [row for row in result.rows if row not in apart]
     return [("", rest), *([(_USER_MODE, apart)] if apart else [])]
