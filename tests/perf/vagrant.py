@@ -2,7 +2,7 @@
 
 Turn by turn, each from its exec until the guest can be logged in to, 1 vCPU and 1 GiB each. Vagrant's first `up`, which
 copies the box's disk into libvirt's pool, does not count, nor does making and adding the box. Then snapshots with
-memory of both, taken and gone back to until the guest can be logged in to again.
+memory of both, taken and gone back to: until the command ends, and until the guest's SSH server greets again.
 
 Usage, as root: python tests/perf/vagrant.py [ROUNDS]
 """
@@ -17,12 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from boot import VMCTL, told
+from boot import VMCTL, banner, told
 
 from vmctl import image_build
 from vmctl.events import silent
 from vmctl.hosts import decide_accel, open_host
 from vmctl.spec import Accel, AccelChoice
+from vmctl.wait import wait_until
 
 BOX, TIMEOUT_S = "vmctl-perf/debian-12", 900
 VAGRANTFILE = """
@@ -58,9 +59,15 @@ def delete(name: str) -> None:
     subprocess.run([*VMCTL, "-q", "delete", name, "--yes"], check=False, capture_output=True)
 
 
-def taken_and_reverted(take: list[str], revert: list[list[str]], **options: object) -> tuple[float, float]:
-    """Seconds of taking a snapshot, and of going back to it."""
-    return timed(take, **options), sum(timed(argv, **options) for argv in revert)
+def taken_and_reverted(take: list[str], revert: list[str], domain: str, **options: object) -> tuple[float, ...]:
+    """Seconds of taking a snapshot, of going back to it, and until its SSH server greets again."""
+    took = timed(take, **options)
+    said = subprocess.run(["virsh", "-q", "domifaddr", domain], check=True, capture_output=True, text=True).stdout
+    address = said.split()[3].partition("/")[0]
+    began = time.monotonic()
+    back = timed(revert, **options)
+    wait_until(lambda: banner(address), what="banner", timeout_s=TIMEOUT_S, interval_s=0.03)
+    return took, back, time.monotonic() - began
 
 
 def main() -> None:
@@ -77,16 +84,15 @@ def main() -> None:
         timed([*VMCTL, "-q", "image", "export", "debian-12", f"{folder}/debian-12.box"])
         timed(["vagrant", "box", "add", "--name", BOX, f"{folder}/debian-12.box"], **where)
         theirs, own, name = [], [], f"bench-{os.getpid()}"
-        snapshots: tuple[list[tuple[float, float]], list[tuple[float, float]]] = ([], [])
+        snapshots: tuple[list[tuple[float, ...]], list[tuple[float, ...]]] = ([], [])
         try:
             for number in range(rounds + 1):
                 theirs.append(timed(["vagrant", "up", "--provider=libvirt"], **where))
                 if number == rounds:
                     for turn in range(rounds):
                         back = ["vagrant", "snapshot", "restore", "--no-provision", f"s{turn}"]
-                        snapshots[0].append(
-                            taken_and_reverted(["vagrant", "snapshot", "save", f"s{turn}"], [back], **where)
-                        )
+                        save = ["vagrant", "snapshot", "save", f"s{turn}"]
+                        snapshots[0].append(taken_and_reverted(save, back, "perf-vagrant-default", **where))
                 timed(["vagrant", "destroy", "-f"], **where)
                 if number:
                     own.append(created(name))
@@ -94,8 +100,7 @@ def main() -> None:
                     for turn in range(rounds):
                         ref = f"{name}.s{turn}"
                         back = [*VMCTL, "-q", "snapshot", "revert", ref, "--yes"]
-                        seen = [*VMCTL, "-q", "wait", name, "--for", "ssh"]
-                        snapshots[1].append(taken_and_reverted([*VMCTL, "-q", "snapshot", "create", ref], [back, seen]))
+                        snapshots[1].append(taken_and_reverted([*VMCTL, "-q", "snapshot", "create", ref], back, name))
                 delete(name)
         finally:
             delete(name)
@@ -112,9 +117,12 @@ def main() -> None:
     print(
         f"share of vagrant's time    {statistics.median(own) / statistics.median(theirs[1:]):.2f}   (aim: at most 0.50)"
     )
-    for who, found in zip(("vagrant", "vmctl"), snapshots, strict=True):
-        print(told(f"{who} snapshot {'save' if who == 'vagrant' else 'create'}", [one for one, _ in found]))
-        print(told(f"{who} snapshot {'restore' if who == 'vagrant' else 'revert'}", [one for _, one in found]))
+    for who, verbs, found in (
+        ("vagrant", ("save", "restore", "restore, to SSH"), snapshots[0]),
+        ("vmctl", ("create", "revert", "revert, to SSH"), snapshots[1]),
+    ):
+        for verb, seconds in zip(verbs, zip(*found, strict=True), strict=True):
+            print(told(f"{who} snapshot {verb}", list(seconds)))
 
 
 if __name__ == "__main__":
