@@ -173,7 +173,9 @@ def _now() -> str:
 def _manifest(new: NewImage, report: Reporter) -> Manifest:
     sums = {suffix: _sha256(path) for suffix, path in new.files().items() if suffix != "qcow2"}
     size = new.disk.stat().st_size
-    sums["qcow2"] = digest.of_file(new.disk, moved=lambda done: report(Progress("digest", done, size)))
+    sums["qcow2"] = new.disk_digest or digest.of_file(
+        new.disk, moved=lambda done: report(Progress("digest", done, size))
+    )
     return Manifest(
         name=new.name,
         digest=content_digest(sums, new.cmdline),
