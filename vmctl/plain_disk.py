@@ -14,8 +14,8 @@ from typing import NamedTuple
 from vmctl.ext_files import Unreadable
 from vmctl.qcow2_writer import CLUSTER
 
-_PAGE = 4096
-_ZEROS = bytes(CLUSTER)
+_LOOK = 64
+_NOTHING, _ZEROS = bytes(_LOOK), bytes(CLUSTER)
 
 
 class Piece(NamedTuple):
@@ -65,11 +65,11 @@ class PlainDisk:
 
     def _holds(self, offset: int, count: int) -> bool:
         """Whether anything but zeros is there; most of what holds something shows it at its begin."""
-        head = os.pread(self._handle, min(count, _PAGE), offset)
-        if head != _ZEROS[: len(head)]:
+        data = os.pread(self._handle, min(count, _LOOK), offset)
+        if data != _NOTHING[: len(data)]:
             return True
-        rest = os.pread(self._handle, max(0, count - _PAGE), offset + _PAGE)
-        return rest != _ZEROS[: len(rest)]
+        data = os.pread(self._handle, count, offset)
+        return data != _ZEROS[: len(data)]
 
     def read_into(self, view: memoryview, at: int) -> None:
         """Fill ``view`` with what the disk holds from ``at`` on. Raises OSError."""

@@ -136,6 +136,8 @@ def test_more_than_is_allowed(tmp_path: Path) -> None:
         assert disk.runs(99 * CLUSTER) == [(0, 99)]
         with pytest.raises(TooMuch):
             disk.runs(98 * CLUSTER)
+        # Beyond the file's end nothing is held.
+        assert PlainDisk(file.fileno(), 9 * CLUSTER, [Piece(CLUSTER, CLUSTER, CLUSTER)]).runs(CLUSTER) == []
         # One that has grown since its size was seen.
         assert PlainDisk(file.fileno(), CLUSTER + 512, pieces).runs(99 * CLUSTER) == [(0, 2)]
 
