@@ -106,7 +106,7 @@ class PlainDisk:
 
 
 def raw_pieces(handle: int, size: int) -> list[Piece]:
-    """Where a raw disk holds anything, as far as its file system knows. Raises OSError."""
+    """Where a raw disk holds anything, as far as its file system knows; not all can tell. Raises OSError."""
     found: list[Piece] = []
     at = 0
     while at < size:
@@ -115,7 +115,9 @@ def raw_pieces(handle: int, size: int) -> list[Piece]:
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole
                 break
-            raise
+            if error.errno not in {errno.EINVAL, errno.EOPNOTSUPP}:
+                raise
+            return [Piece(0, size, 0)]
         at = min(size, os.lseek(handle, begin, os.SEEK_HOLE))
         if begin < at:
             found.append(Piece(begin, at - begin, begin))

@@ -77,6 +77,48 @@ def test_a_copy_is_what_qemu_reads(tmp_path: Path, form: str, options: str, size
     assert target.stat().st_size <= source.stat().st_size + CLUSTER
 
 
+def damaged(form: str, data: bytes, rng: random.Random) -> bytes:
+    """The image with some entries of its first table of data put out of order, or to places where no data is."""
+    made = bytearray(data)
+    if form == "qcow2":
+        width, order = 8, "big"
+        table = int.from_bytes(made[int.from_bytes(made[40:48], "big") :][1:8], "big")  # without the flags
+    elif form == "vdi":
+        width, order, table = 4, "little", int.from_bytes(made[0x154:0x158], "little")
+    else:
+        width, order, table = 4, "little", int.from_bytes(made[56:64], "little") * 512
+        table = int.from_bytes(made[table : table + 4], "little") * 512
+    for _ in range(3):
+        at, other = (table + width * rng.randrange(8 if form == "vdi" else 128) for _ in range(2))
+        anywhere = rng.randrange(len(made) >> 16) << 16
+        values = [made[other : other + width], b"\xff" * width, bytes(width), rng.randbytes(width)]
+        values.append((anywhere | 1 << 63 if form == "qcow2" else anywhere >> 9).to_bytes(width, order))  # type: ignore[arg-type]
+        made[at : at + width] = rng.choice(values)
+    return bytes(made)
+
+
+@pytest.mark.parametrize("form", ["qcow2", "vmdk", "vdi"])
+def test_of_a_damaged_one_no_more_and_nothing_else_than_qemu_reads(tmp_path: Path, form: str) -> None:
+    raw, source, copy, target = (tmp_path / name for name in ("raw", "source", "copy", "target"))
+    filled(raw, 8 << 20)
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", form, raw, source], check=True)
+    sound, rng, compared = source.read_bytes(), random.Random(form), 0
+    while compared < 10:
+        source.write_bytes(damaged(form, sound, rng))
+        with source.open("rb") as file:
+            seen = qemu_img.Source(file.fileno(), form)
+            if (extents := qemu_img.plain_extents(seen, what="map")) is None:
+                continue
+            copied(
+                PlainDisk(file.fileno(), 8 << 20, [Piece(e.start, e.length, e.offset or 0) for e in extents]), target
+            )
+            qemu_img.copy(seen, copy, "qcow2", what="copy")
+        subprocess.run(["qemu-img", "compare", "-q", "-f", "qcow2", "-F", "qcow2", copy, target], check=True)
+        copy.unlink()
+        target.unlink()
+        compared += 1
+
+
 def test_what_does_not_lie_plain(tmp_path: Path) -> None:
     raw, source = tmp_path / "raw", tmp_path / "source"
     filled(raw, 1 << 20)
