@@ -194,6 +194,9 @@ def write(
         line = _Line(handle, summing)
         try:
             _pour(content, runs, line, at, moved)
+        except BaseException as error:
+            line.failures.append(error)  # what is not yet written need not be
+            raise
         finally:
             line.end()
         line.check()
