@@ -287,7 +287,7 @@ def _get(host: Host, name: str, source: str, destination: Path, report: Reporter
         if code == 0:
             return
         if code != _NO_TAR:
-            raise GuestCommandFailed(f"cannot {doing}: there is no such file in the guest")
+            raise NotFound(f"cannot {doing}: there is no such file in the guest")
     from vmctl import ssh
 
     where = guest.reachable(host, name, user=user, report=report)

@@ -12,12 +12,14 @@ import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from vmctl import archives, checksums, default_users, disk_header, image_inside, images, qemu_img
+from vmctl import archives, checksums, default_users, disk_header, image_inside, images, qcow2_stream, qemu_img
 from vmctl.archives import Enclosed
 from vmctl.default_users import Inside, Login
 from vmctl.disk_header import DiskHeader, Window
@@ -26,6 +28,7 @@ from vmctl.errors import ImageError, NoRoom, SpecError, reason
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.manifest import NAME, Manifest, NewImage
+from vmctl.plain_disk import Piece, PlainDisk, TooMuch, raw_pieces
 
 BOOTS = ("bios", "uefi", "uefi-secure")
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
@@ -112,7 +115,7 @@ def import_image(host: Host, wish: Wish, report: Reporter) -> Manifest:
             _check_sum(handle, wish, before.st_size, report)
             disk = _disk(handle, folder, wish, report)
             with _part(disk, wish.file, handle) as source:
-                header, copied = _copy(source, disk, folder, wish, report)
+                header, copied = _taken(source, disk, folder, wish, report)
             after = os.fstat(handle)
             if (before.st_size, before.st_mtime_ns, before.st_ctime_ns) != (
                 after.st_size,
@@ -193,8 +196,16 @@ def _part(disk: Enclosed, file: Path, handle: int) -> Iterator[int]:
         yield own
 
 
-def _copy(handle: int, disk: Enclosed, folder: Path, wish: Wish, report: Reporter) -> tuple[DiskHeader, Path]:
-    """The disk's header, and a copy as qcow2. Nothing but a sound header lets qemu-img see it."""
+class Copied(NamedTuple):
+    """A copy as qcow2, its digest if known, and what its files say of the system where nobody told."""
+
+    path: Path
+    digest: str
+    inside: Inside | None
+
+
+def _taken(handle: int, disk: Enclosed, folder: Path, wish: Wish, report: Reporter) -> tuple[DiskHeader, Copied]:
+    """The disk's header, and its copy. Nothing but a sound header lets qemu-img see it."""
     what = f"import {wish.title}"
     asked = wish.format or disk.format
     window = Window(handle, disk.size, disk.start)
@@ -202,31 +213,71 @@ def _copy(handle: int, disk: Enclosed, folder: Path, wish: Wish, report: Reporte
     disk_header.check_whole(window, header, what=what)
     whole = not disk.start and disk.size == os.fstat(handle).st_size
     source = qemu_img.Source(handle, header.format, disk.start, 0 if whole else disk.size)
+    if not _known_plain(source, header):  # no byte of a raw disk says anything, and qemu-img does not come to see it
+        _agreed(source, header, what)
+    report(Step(f"{wish.short} is {header.format}, {header.virtual_size >> 20} MiB"))
+    copied = _copied(source, header, folder, wish, _limits(folder, disk.size), report)
+    with _opened(copied.path) as written:
+        window = Window(written, os.fstat(written).st_size)
+        result = disk_header.check(window, what=what, asked="qcow2", most_bytes=wish.most_bytes)
+    if result.virtual_size != header.virtual_size:
+        raise ImageError(f"cannot {what}: its copy came out {result.virtual_size} bytes large")
+    return header, copied
+
+
+def _known_plain(source: qemu_img.Source, header: DiskHeader) -> bool:
+    return header.format == "raw" and not source.size
+
+
+def _agreed(source: qemu_img.Source, header: DiskHeader, what: str) -> None:
+    """Raise ImageError unless qemu-img sees what our own parser has seen."""
     seen = qemu_img.inspect(source, what=what)
     if (seen.format, seen.virtual_size, seen.backing_file) != (header.format, header.virtual_size, ""):
         raise ImageError(
             f"cannot {what}: qemu-img sees {seen.format} of {seen.virtual_size} bytes where its header says"
             f" {header.format} of {header.virtual_size}"
         )
-    report(Step(f"{wish.short} is {header.format}, {header.virtual_size >> 20} MiB"))
-    target = folder / "disk.qcow2"
+
+
+def _copied(
+    source: qemu_img.Source, header: DiskHeader, folder: Path, wish: Wish, limits: qemu_img.Limits, report: Reporter
+) -> Copied:
+    what, target = f"import {wish.title}", folder / "disk.qcow2"
+    asked_inside = not (wish.user and wish.os_name != _UNKNOWN)
+
+    deadline = time.monotonic() + limits.wall_s
+
+    def moved(done: int, of: int) -> None:
+        if time.monotonic() > deadline:
+            raise ImageError(f"cannot {what}: the copy did not end in {limits.wall_s:.0f} s")
+        report(Progress(f"copying {wish.short}", done, of))
+
+    if (plain := _plain(source, header, what)) is not None:
+        try:
+            runs = plain.runs(limits.file_size)
+        except TooMuch as error:
+            raise qemu_img.too_large(what, limits) from error
+        if (size := qcow2_stream.file_size(header.virtual_size, runs)) > limits.file_size:
+            raise qemu_img.too_large(what, limits)
+        found = qcow2_stream.write(plain, runs, target, lambda done: moved(done, size))
+        return Copied(target, found, image_inside.look_by(plain.read) if asked_inside else None)
+    size = header.virtual_size
     with written_as_it_grows(target):
         qemu_img.copy(
-            source,
-            target,
-            "qcow2",
-            what=what,
-            limits=_limits(folder, disk.size),
-            moved=lambda share: report(
-                Progress(f"copying {wish.short}", int(share * header.virtual_size), header.virtual_size)
-            ),
+            source, target, "qcow2", what=what, limits=limits, moved=lambda share: moved(int(share * size), size)
         )
-    with _opened(target) as written:
-        window = Window(written, os.fstat(written).st_size)
-        result = disk_header.check(window, what=what, asked="qcow2", most_bytes=wish.most_bytes)
-    if result.virtual_size != header.virtual_size:
-        raise ImageError(f"cannot {what}: its copy came out {result.virtual_size} bytes large")
-    return header, target
+    return Copied(target, "", image_inside.look(target) if asked_inside else None)
+
+
+def _plain(source: qemu_img.Source, header: DiskHeader, what: str) -> PlainDisk | None:
+    """The disk, where all it holds lies as it is in the file; of others, qemu-img makes the copy."""
+    if _known_plain(source, header):
+        pieces = raw_pieces(source.handle, header.virtual_size)
+    elif (extents := qemu_img.plain_extents(source, what=what)) is not None:
+        pieces = [Piece(e.start, e.length, e.offset) for e in extents if e.offset is not None]
+    else:
+        return None
+    return PlainDisk(source.handle, header.virtual_size, pieces)
 
 
 def _limits(folder: Path, size: int) -> qemu_img.Limits:
@@ -254,16 +305,17 @@ def _tell_login(short: str, login: Login, report: Reporter) -> None:
         report(Step(f"{short} lets in {login.user}: {login.why}"))
 
 
-def _new_image(name: str, wish: Wish, disk: Enclosed, header: DiskHeader, copied: Path, report: Reporter) -> NewImage:
+def _new_image(name: str, wish: Wish, disk: Enclosed, header: DiskHeader, copied: Copied, report: Reporter) -> NewImage:
     form = f" ({header.format} disk inside the {disk.kind})" if disk.kind else f" ({header.format})"
     os_told = wish.os_name != _UNKNOWN
-    inside = None if wish.user and os_told else image_inside.look(copied)
+    inside = copied.inside
     login = _login(wish, disk, inside)
     _tell_login(wish.short, login, report)
     system = inside if inside and not os_told else Inside(wish.os_name)
     return NewImage(
         name=name,
-        disk=copied,
+        disk=copied.path,
+        disk_digest=copied.digest,
         virtual_size=header.virtual_size,
         os_name=system.system,
         os_version=wish.os_version or system.version,

@@ -6,11 +6,9 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from vmctl import qemu_nbd
 from vmctl.default_users import Inside, os_release
 from vmctl.errors import VmctlError
 from vmctl.ext_files import Ext, Unreadable
-from vmctl.nbd import Export
 
 _SECTOR = 512
 _MOST_PARTITIONS = 32
@@ -23,6 +21,9 @@ Read = Callable[[int, int], bytes]
 
 def look(disk: Path) -> Inside | None:
     """What a qcow2 without a backing file, whose header is known to be good, says of itself; None: nothing readable."""
+    from vmctl import qemu_nbd  # late: most disks are read where they came from
+    from vmctl.nbd import Export
+
     try:
         tree = qemu_nbd.plain_tree(str(disk), "qcow2")
         with qemu_nbd.served(tree, what=f"look into {disk.name}") as (path, name), Export(path, name) as export:

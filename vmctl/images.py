@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from vmctl import digest, render
+from vmctl import digest
 from vmctl.durable import written_out
 from vmctl.errors import Conflict, ImageError, NotFound, VmctlError
 from vmctl.events import Progress, Reporter, Step, Warned
@@ -64,6 +64,8 @@ def ensure_pools(host: Host) -> None:
 
 
 def _pool_xml(host: Host, name: str) -> str:
+    from vmctl import render  # late: the pools are there, most of the time
+
     return render.pool(name, pool_path(host, name))
 
 
@@ -173,7 +175,9 @@ def _now() -> str:
 def _manifest(new: NewImage, report: Reporter) -> Manifest:
     sums = {suffix: _sha256(path) for suffix, path in new.files().items() if suffix != "qcow2"}
     size = new.disk.stat().st_size
-    sums["qcow2"] = digest.of_file(new.disk, moved=lambda done: report(Progress("digest", done, size)))
+    sums["qcow2"] = new.disk_digest or digest.of_file(
+        new.disk, moved=lambda done: report(Progress("digest", done, size))
+    )
     return Manifest(
         name=new.name,
         digest=content_digest(sums, new.cmdline),
@@ -335,6 +339,8 @@ def _tell(host: Host, name: str, text: bytes, made_in: Path, report: Reporter) -
 def _put(host: Host, name: str, source: IO[bytes], size: int, report: Reporter) -> None:
     pool = host.settings.image_pool
     storage.delete_volume(host.conn, pool, name)  # left by a build that was killed; no manifest names it
+    from vmctl import render  # late: where the store is on this machine, files come to it by their names
+
     # Raw whatever it holds: libvirt would make a qcow2 volume of its own only to have it overwritten.
     view = render.VolumeView(name=name, capacity=size, format="raw", mode="0644")
     storage.create_volume(host.conn, pool, render.volume(view), name=name)

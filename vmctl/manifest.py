@@ -153,7 +153,8 @@ def parse(data: bytes) -> Manifest | None:
 class NewImage:
     """An image on its way into the store: its files, which the store may take for its own, and what they are.
 
-    ``disk`` is qcow2 without a backing file. Sizes in bytes.
+    ``disk`` is qcow2 without a backing file; ``disk_digest`` that of its content where it is known, else "". Sizes in
+    bytes.
     """
 
     name: str
@@ -179,6 +180,7 @@ class NewImage:
     built_on: tuple[str, ...] = ()
     step_of: str = ""
     default_user_by: str = ""
+    disk_digest: str = ""
 
     def files(self) -> dict[str, Path]:
         """Its files by the suffix they get in the store."""

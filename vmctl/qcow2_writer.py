@@ -15,15 +15,16 @@ import threading
 import zlib
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 
 from vmctl import zstd
 from vmctl.choices import Compression
 
 BITS = 16
 CLUSTER = 1 << BITS
-_PER_L2 = CLUSTER // 8
+PER_L2 = CLUSTER // 8
 _PER_REFBLOCK = CLUSTER // 2
-_COPIED, _COMPRESSED, _ZERO = 1 << 63, 1 << 62, 1
+COPIED, _COMPRESSED, _ZERO = 1 << 63, 1 << 62, 1
 _SIZE_SHIFT = 62 - (BITS - 8)
 _SECTOR = 512
 _COMPRESSION_FEATURE = 1 << 3
@@ -34,13 +35,39 @@ def _zlib(data: bytes) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
-def _past_the_cache(handle: int) -> io.FileIO | None:
-    """The file once more, for writing whole pages past the cache; None where its file system has no such thing."""
-    try:
-        again = os.open(f"/proc/self/fd/{handle}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-    except OSError:
-        return None
-    return io.FileIO(again, "w")
+def put(handle: int, offset: int, data: memoryview) -> None:
+    """Write all of ``data``. Raises OSError."""
+    while data:
+        done = os.pwrite(handle, data, offset)
+        data, offset = data[done:], offset + done
+
+
+class PastTheCache:
+    """A file open as ``handle``, written at once to the disk where that can be: its content need not fill the cache."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._direct: io.FileIO | None = None
+        with suppress(OSError):  # not on every file system
+            again = os.open(f"/proc/self/fd/{handle}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            self._direct = io.FileIO(again, "w")
+
+    def put(self, offset: int, data: memoryview) -> None:
+        """Write whole pages of memory, at a page's begin. From any thread. Raises OSError."""
+        if self._direct is not None:
+            try:
+                done = os.pwrite(self._direct.fileno(), data, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # which says that the memory does not lie as this disk wants it
+                    raise
+                done = 0
+            offset, data = offset + done, data[done:]
+        put(self._handle, offset, data)
+
+    def close(self) -> None:
+        """Close what was opened beside ``handle``."""
+        if self._direct is not None:
+            self._direct.close()
 
 
 class Qcow2Writer:
@@ -58,7 +85,7 @@ class Qcow2Writer:
         self._end = CLUSTER  # the first one is the header's
         self._l2: dict[int, array[int]] = {}
         self._shared: dict[int, int] = {}  # by host cluster: how many compressed ones touch it
-        self._direct = _past_the_cache(handle)
+        self._direct = PastTheCache(handle)
 
     def write(self, first: int, data: memoryview) -> None:
         """The content of the clusters from number ``first`` on; ``data`` is whole clusters."""
@@ -69,10 +96,10 @@ class Qcow2Writer:
         with self._lock:
             offset = -(-self._end // CLUSTER) * CLUSTER
             self._end = offset + len(data)
-        self._put_direct(offset, data)
+        self._direct.put(offset, data)
         with self._lock:
             for number in range(len(data) // CLUSTER):
-                self._set(first + number, (offset + number * CLUSTER) | _COPIED)
+                self._set(first + number, (offset + number * CLUSTER) | COPIED)
 
     def _write_packed(self, number: int, data: bytes) -> None:
         assert self._pack is not None
@@ -81,7 +108,7 @@ class Qcow2Writer:
             with self._lock:
                 offset = -(-self._end // CLUSTER) * CLUSTER
                 self._end = offset + CLUSTER
-                self._set(number, offset | _COPIED)
+                self._set(number, offset | COPIED)
             self._put(offset, memoryview(data))
             return
         with self._lock:
@@ -101,75 +128,72 @@ class Qcow2Writer:
             self._set(number, _ZERO)
 
     def _set(self, number: int, entry: int) -> None:
-        table = self._l2.get(number // _PER_L2)
+        table = self._l2.get(number // PER_L2)
         if table is None:
-            table = self._l2[number // _PER_L2] = array("Q", bytes(CLUSTER))
-        table[number % _PER_L2] = entry
-
-    def _put_direct(self, offset: int, data: memoryview) -> None:
-        """As ``_put``, at once to the disk where that can be: nobody reads it soon, so it need not fill the cache."""
-        if self._direct is not None:
-            try:
-                done = os.pwrite(self._direct.fileno(), data, offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # which says that the memory does not lie as this disk wants it
-                    raise
-                done = 0
-            offset, data = offset + done, data[done:]
-        self._put(offset, data)
+            table = self._l2[number // PER_L2] = array("Q", bytes(CLUSTER))
+        table[number % PER_L2] = entry
 
     def _put(self, offset: int, data: memoryview) -> None:
-        while data:
-            done = os.pwrite(self._handle, data, offset)
-            data, offset = data[done:], offset + done
+        put(self._handle, offset, data)
 
     def finish(self) -> int:
         """Write the tables and last the header; returns the file's size. Nothing is synced."""
-        if self._direct is not None:
-            self._direct.close()
+        self._direct.close()
         at = -(-self._end // CLUSTER) * CLUSTER
-        entries = max(1, -(-self._size // (CLUSTER * _PER_L2)))
+        entries = max(1, -(-self._size // (CLUSTER * PER_L2)))
         l1 = array("Q", bytes(8 * entries))
         for index, table in sorted(self._l2.items()):
-            l1[index] = at | _COPIED
-            self._put(at, memoryview(_big_endian(table)))
+            l1[index] = at | COPIED
+            self._put(at, memoryview(big_endian(table)))
             at += CLUSTER
         l1_at = at
-        self._put(at, memoryview(_big_endian(l1)))
+        self._put(at, memoryview(big_endian(l1)))
         at += -(-8 * entries // CLUSTER) * CLUSTER
         table_at, table_clusters, at = self._refcounts(at)
         os.ftruncate(self._handle, at)
-        self._put(0, memoryview(self._header(entries, l1_at, table_at, table_clusters)))
+        self._put(0, memoryview(header(self._size, (entries, l1_at), (table_at, table_clusters), self._kind)))
         return at
 
     def _refcounts(self, at: int) -> tuple[int, int, int]:
         """Write the refcounts of all clusters, their own too; offset and length of their table, and the file's end."""
         used = at // CLUSTER
-        blocks, tables = 0, 1
-        while blocks * _PER_REFBLOCK < used + blocks + tables:
-            blocks = -(-(used + blocks + tables) // _PER_REFBLOCK)
-            tables = max(1, -(-blocks * 8 // CLUSTER))
-        total = used + blocks + tables
-        counts = array("H", b"\1\0" * total if struct.pack("=H", 1) == b"\1\0" else b"\0\1" * total)
+        blocks, tables = refcounts_of(used)
+        counts = ones(used + blocks + tables, blocks)
         for cluster, count in self._shared.items():
             counts[cluster] = count
-        counts.extend([0] * (blocks * _PER_REFBLOCK - total))
         places = array("Q", [at + number * CLUSTER for number in range(blocks)])
-        self._put(at, memoryview(_big_endian(counts)))
+        self._put(at, memoryview(big_endian(counts)))
         table_at = at + blocks * CLUSTER
-        self._put(table_at, memoryview(_big_endian(places)))
+        self._put(table_at, memoryview(big_endian(places)))
         return table_at, tables, table_at + tables * CLUSTER
 
-    def _header(self, entries: int, l1_at: int, table_at: int, table_clusters: int) -> bytes:
-        zstandard = self._kind is Compression.ZSTD
-        features, length = (_COMPRESSION_FEATURE, 112) if zstandard else (0, 104)
-        head = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", 3, 0, 0, BITS, self._size, 0, entries, l1_at, table_at,
-                           table_clusters, 0, 0)  # fmt: skip
-        head += struct.pack(">QQQII", features, 0, 0, 4, length) + (b"\1" + bytes(7) if zstandard else b"")
-        return head + bytes(8)  # no extensions
+
+def header(size: int, l1: tuple[int, int], refcounts: tuple[int, int], kind: Compression = Compression.NONE) -> bytes:
+    """The header of a disk of ``size`` bytes; ``l1``: its entries and where, ``refcounts``: table's place, clusters."""
+    features, length = (_COMPRESSION_FEATURE, 112) if kind is Compression.ZSTD else (0, 104)
+    head = struct.pack(">4sIQIIQIIQQIIQ", b"QFI\xfb", 3, 0, 0, BITS, size, 0, *l1, *refcounts, 0, 0)
+    head += struct.pack(">QQQII", features, 0, 0, 4, length) + (b"\1" + bytes(7) if length > 104 else b"")
+    return head + bytes(8)  # no extensions
 
 
-def _big_endian(values: array[int]) -> bytes:
+def refcounts_of(used: int) -> tuple[int, int]:
+    """How many clusters of refcounts, and of the table of those, stand for ``used`` clusters and for themselves."""
+    blocks, tables = 0, 1
+    while blocks * _PER_REFBLOCK < used + blocks + tables:
+        blocks = -(-(used + blocks + tables) // _PER_REFBLOCK)
+        tables = max(1, -(-blocks * 8 // CLUSTER))
+    return blocks, tables
+
+
+def ones(total: int, blocks: int) -> array[int]:
+    """Refcounts in ``blocks`` clusters: the first ``total`` are in use, once each."""
+    counts = array("H", struct.pack("=H", 1) * total)
+    counts.extend([0] * (blocks * _PER_REFBLOCK - total))
+    return counts
+
+
+def big_endian(values: array[int]) -> bytes:
+    """The numbers as they are written."""
     if struct.pack("=H", 1) == b"\1\0":
         values = values[:]
         values.byteswap()

@@ -20,7 +20,7 @@ from vmctl.errors import ImageError, NoRoom
 _QUICK_TIMEOUT_S = 60
 _COPY_TIMEOUT_S = 3600
 STDERR_TAIL = 300
-_MOST_SAID = 1 << 20
+_MOST_SAID = 16 << 20
 _UNLIMITED = 1 << 62
 _FULL = "No space left on device"
 _FREE = "that are free"
@@ -132,6 +132,29 @@ def inspect(source: Source, *, what: str, limits: Limits = LOOKING) -> ImageInfo
     return _info(json.loads(shown))
 
 
+def plain_extents(source: Source, *, what: str, limits: Limits = LOOKING) -> tuple[Extent, ...] | None:
+    """Where all that a disk holds lies in its file as it is; None where some does not, or in absurdly many pieces."""
+    if source.size:
+        return None  # where in the file a part of it is, qemu-img says of some formats only
+    try:
+        shown = _extents(_limited(["map", "--output=json", source.options()], source, limits, what))
+    except (ImageError, ValueError, KeyError):
+        return None  # a copy of it tells what is wrong
+    if any(e.depth or (e.offset is None if e.data and not e.zero else not e.zero) for e in shown):
+        return None
+    return tuple(e for e in shown if not e.zero)
+
+
+def too_large(what: str, limits: Limits) -> ImageError:
+    """The error of a result that the limits do not allow."""
+    return _told(what, f"the result takes more than the {limits.file_size >> 20} MiB {limits.allowed}")
+
+
+def _told(what: str, reason: str) -> ImageError:
+    full = reason == _FULL or reason.endswith(_FREE)
+    return (NoRoom if full else ImageError)(f"cannot {what}: {reason}", hint="make room" if full else "")
+
+
 def copy(
     source: Source,
     target: Path,
@@ -187,9 +210,7 @@ def _limited(
             process.kill()
             raise
     if code:
-        reason = _reason(code, limits, errors)
-        full = reason == _FULL or reason.endswith(_FREE)
-        raise (NoRoom if full else ImageError)(f"cannot {what}: {reason}", hint="make room" if full else "")
+        raise _failed(what, code, limits, errors)
     return output
 
 
@@ -198,7 +219,7 @@ def _listen(
 ) -> tuple[bytes, bytes]:
     """All a process says, until it has closed both its ends. Raises ImageError when the time is over."""
     deadline = time.monotonic() + limits.wall_s
-    said = {process.stdout: b"", process.stderr: b""}
+    said = {process.stdout: bytearray(), process.stderr: bytearray()}
     with selectors.DefaultSelector() as waiting:
         for pipe in said:
             assert pipe is not None
@@ -213,21 +234,22 @@ def _listen(
                 elif told := _PROGRESS.findall(data):
                     moved((int(told[-1][0]) + int(told[-1][1]) / 100) / 100)
                 else:
-                    said[key.fileobj] = (said[key.fileobj] + data)[-_MOST_SAID:]  # type: ignore[index]
-    return said[process.stdout], said[process.stderr]
+                    kept = said[key.fileobj]  # type: ignore[index]
+                    kept += data
+                    del kept[:-_MOST_SAID]
+    return bytes(said[process.stdout]), bytes(said[process.stderr])
 
 
-def _reason(code: int, limits: Limits, errors: bytes) -> str:
+def _failed(what: str, code: int, limits: Limits, errors: bytes) -> ImageError:
     tail = errors.decode(errors="replace").strip()[-STDERR_TAIL:]
     # A write cut off in its middle, by the limit or the disk's end, goes on unaligned: an "Invalid argument".
     told = (errno.EFBIG, errno.EINVAL, errno.ENOSPC)
     writing = "error while" in tail and "error while reading" not in tail
     if code == -signal.SIGXFSZ or (writing and any(os.strerror(number) in tail for number in told)):
-        limited = limits.file_size < _UNLIMITED
-        return f"the result takes more than the {limits.file_size >> 20} MiB {limits.allowed}" if limited else _FULL
+        return too_large(what, limits) if limits.file_size < _UNLIMITED else _told(what, _FULL)
     if code in {-signal.SIGXCPU, -signal.SIGKILL}:
-        return f"qemu-img used more than {limits.cpu_s} s of CPU time, or was killed"
-    return tail or f"qemu-img exit status {code}"
+        return _told(what, f"qemu-img used more than {limits.cpu_s} s of CPU time, or was killed")
+    return _told(what, tail or f"qemu-img exit status {code}")
 
 
 def info(path: Path, format: str, *, in_use: bool = False) -> ImageInfo:
@@ -268,7 +290,10 @@ class Extent:
 def extents(path: Path, format: str) -> tuple[Extent, ...]:
     """Where all blocks of a disk are. Follows its backing chain, which must be known to be good."""
     words = ["map", "-U", "-f", format, "--output=json", str(path)]
-    shown = _run(words, what=f"map disk {path}", timeout_s=_COPY_TIMEOUT_S)
+    return _extents(_run(words, what=f"map disk {path}", timeout_s=_COPY_TIMEOUT_S))
+
+
+def _extents(shown: bytes) -> tuple[Extent, ...]:
     return tuple(
         Extent(e["start"], e["length"], e["depth"], e.get("present", True), e["zero"], e["data"], e.get("offset"))
         for e in json.loads(shown)

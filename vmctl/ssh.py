@@ -394,7 +394,8 @@ def _get_one(client: paramiko.SFTPClient, source: str, destination: Path, moved:
                 partial.chmod(stat.S_IMODE(mode) & 0o777)
                 partial.replace(destination)
     except (OSError, paramiko.SFTPError) as error:
-        raise GuestCommandFailed(f"cannot copy {source} from the guest to {destination}: {reason(error)}") from error
+        kind = NotFound if isinstance(error, FileNotFoundError) else GuestCommandFailed
+        raise kind(f"cannot copy {source} from the guest to {destination}: {reason(error)}") from error
     finally:
         if not through:
             partial.unlink(missing_ok=True)

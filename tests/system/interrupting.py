@@ -26,6 +26,7 @@ from vmctl import (
     disk_journal,
     disk_replace,
     qcow2_overlay,
+    qcow2_stream,
     qcow2_writer,
     qemu_img,
     snapshot_journal,
@@ -66,6 +67,7 @@ CHANGES: dict[Any, tuple[str, ...]] = {
     backup_store: ("write", "publish", "remove"),
     agent: ("freeze", "thaw"),
     qcow2_writer.Qcow2Writer: ("finish",),
+    qcow2_stream: ("write",),
 }
 
 

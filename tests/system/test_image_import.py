@@ -416,6 +416,23 @@ def test_stopped_in_the_middle(shell: Shell, tmp_path: Path, which: signal.Signa
     assert in_store() == before
 
 
+@pytest.mark.parametrize("change", ["grows", "shrinks", "is written to"])
+def test_a_file_that_changes_while_it_is_read(shell: Shell, tmp_path: Path, change: str) -> None:
+    before = in_store()
+    raw = disk(tmp_path / "large.raw", mib=700, size_mib=700)
+    running = subprocess.Popen([*VMCTL, "image", "import", str(raw)], stderr=subprocess.PIPE, cwd=REPO)
+    wait_until(making, what="the copy", timeout_s=30, interval_s=0.001)
+    if change == "is written to":
+        with raw.open("r+b") as file:
+            file.seek(600 << 20)
+            file.write(b"x")
+    else:
+        os.truncate(raw, (900 if change == "grows" else 1) << 20)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 10 and b"it was changed while it was read" in errors, errors
+    assert in_store() == before
+
+
 @pytest.mark.parametrize("which", ["SIGKILL", "SIGINT"])
 def test_stopped_after_every_change(shell: Shell, tmp_path: Path, which: str) -> None:
     raw = disk(tmp_path / "often.raw")
