@@ -74,7 +74,8 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def disks(shell: Shell, folder: Path) -> dict[str, Any]:
     """A quick look at disks, by the command line."""
-    found = asked(shell, "bench", "io", "--quick", "--accel", "tcg", "--size", "16", "--folder", str(folder))
+    words = ("--quick", "--accel", "tcg", "--size", "16", "--length", "80", "--folder", str(folder))
+    found = asked(shell, "bench", "io", *words)
     assert not qemus() and not leftovers(folder)
     return found
 

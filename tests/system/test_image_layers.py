@@ -110,8 +110,8 @@ name = "t-web-apt"
 base = "debian-12"
 [[step]]
 name = "where from"
-files = [{ from = "repo", to = "/srv/repo" }, { from = "sources", to = "/etc/apt/sources.list" }]
-run = ["rm -f /etc/apt/sources.list.d/*"]
+files = [{ from = "repo", to = "/srv/repo" }]
+run = ["rm -f /etc/apt/sources.list.d/*; echo 'deb [trusted=yes] file:/srv/repo ./' > /etc/apt/sources.list"]
 [[step]]
 name = "what"
 packages = ["vmctl-hello"]
@@ -131,7 +131,6 @@ def test_packages_come_by_the_guests_own_package_manager(shell: Shell, debian_im
         f"Filename: ./{deb.name}\nSize: {deb.stat().st_size}\nSHA256: {hashlib.sha256(deb.read_bytes()).hexdigest()}\n"
     )
     (repo / "Packages").write_text(f"{about}{sums}Description: a test\n")
-    (tmp_path / "sources").write_text("deb [trusted=yes] file:/srv/repo ./\n")
     (tmp_path / "apt.toml").write_text(APT)
     try:
         shell.run("image", "build", str(tmp_path / "apt.toml"), timeout=1400)

@@ -194,7 +194,7 @@ def test_a_cable_that_is_cut_for_ever(pair: Pair, vm: str) -> None:
 
 def test_a_busy_guest(pair: Pair) -> None:
     """It changes memory faster than the link takes it: left alone, it would never come to its end."""
-    pair.bed.limit("100mbit")
+    pair.bed.limit("200mbit")
     with busy(pair) as name:
         said = pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--live", timeout=240)
         assert pair.where(name) == {"h2": "running"}

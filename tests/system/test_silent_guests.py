@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,53 @@ def panic(shell: Shell, name: str) -> None:
     """Let the guest's kernel panic, and see it."""
     shell.run("exec", name, "--", "sh", "-c", PANIC)
     wait_until(lambda: shell.json("show", name)["state"] == "crashed", what="the panic", timeout_s=60)
+
+
+def up(*words: str) -> subprocess.Popen[str]:
+    """A command line that runs ``echo up; …`` in a guest, when that has been said."""
+    running = begin(*words)
+    assert running.stdout is not None and running.stdout.readline() == "up\n"
+    return running
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A VM, and commands in it that will end, or will not, when the tests of this module have gone on for minutes."""
+
+    name: str
+    commands: list[subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def old() -> Iterator[Waiting]:
+    """A VM that is up for minutes, with a command that says nothing for longer than a sign of life is waited for."""
+    shell, name = Shell(), f"old-{os.getpid()}"
+    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    yield Waiting(name, [begin("exec", name, "--", "sh", "-c", "sleep 40; echo done")])
+    shell.run("delete", name, "--yes")
+
+
+@pytest.fixture(scope="module")
+def untold() -> Iterator[Waiting]:
+    """A VM whose kernel panics with no driver to tell of it, amid two commands."""
+    shell, name = Shell(), f"untold-{os.getpid()}"
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.run("exec", name, "--", "rmmod", "pvpanic_mmio")
+    stay = "echo up; sleep 1000"
+    waiting = [up("exec", name, "--", "sh", "-c", stay), up("ssh", name, stay)]
+    shell.run("exec", name, "--", "sh", "-c", PANIC)
+    said = "end Kernel panic - not syncing"
+    wait_until(lambda: said in shell.run("logs", name, "-n", "60").stdout, what="the panic", timeout_s=60)
+    # From now on its kernel spins: with what nobody else wants.
+    for task in Path(f"/proc/{Path(f'/run/libvirt/qemu/{name}.pid').read_text()}/task").iterdir():
+        os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
+    yield Waiting(name, waiting)
+    shell.run("delete", name, "--yes")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def begun(old: Waiting, untold: Waiting) -> None:
+    """What takes minutes begins before the first test, and is looked at in the last ones."""
 
 
 @pytest.fixture
@@ -90,26 +138,6 @@ def test_it_stops_while_show_looks_at_it(shell: Shell, name: str, monkeypatch: p
     with open_host() as host:
         found = detail(host, name)
     assert (found.state, found.agent_state) == (State.STOPPED, "not connected")
-
-
-def test_a_panic_that_no_driver_tells_of(shell: Shell, name: str) -> None:
-    """libvirt goes on calling it running; that it gives no sign of life, and its console, tell."""
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
-    shell.run("exec", name, "--", "rmmod", "pvpanic_mmio")
-    stay = "echo up; sleep 1000"
-    waiting = [begin("exec", name, "--", "sh", "-c", stay), begin("ssh", name, stay)]
-    for one in waiting:
-        assert one.stdout is not None and one.stdout.readline() == "up\n"
-    shell.run("exec", name, "--", "sh", "-c", PANIC)
-    said = "end Kernel panic - not syncing"
-    wait_until(lambda: said in shell.run("logs", name, "-n", "60").stdout, what="the panic", timeout_s=60)
-    # For two minutes its kernel spins: with what nobody else wants.
-    for task in Path(f"/proc/{Path(f'/run/libvirt/qemu/{name}.pid').read_text()}/task").iterdir():
-        os.sched_setscheduler(int(task.name), os.SCHED_IDLE, os.sched_param(0))
-    for one in waiting:
-        _, err = one.communicate(timeout=240)
-        assert one.returncode == 6 and "its console ends in" in err and "Kernel panic - not syncing" in err, err
-    assert shell.virsh("domstate", name) == "running"
 
 
 def test_what_can_be_done_with_a_panicked_guest(shell: Shell, panicked: str, tmp_path: Path) -> None:
@@ -174,32 +202,23 @@ def test_another_end_of_a_panic_can_be_chosen(shell: Shell, name: str, choice: s
     )
 
 
-@pytest.fixture(scope="module")
-def old() -> Iterator[str]:
-    """A VM for tests that take their time."""
-    shell, name = Shell(), f"old-{os.getpid()}"
-    shell.run("create", name, "--image", "micro", "--wait", "ssh")
-    yield name
-    shell.run("delete", name, "--yes")
+def test_a_quiet_command_runs_on(old: Waiting) -> None:
+    (quiet,) = old.commands
+    assert quiet.communicate(timeout=120)[0] == "done\n" and quiet.returncode == 0
 
 
-def test_a_paused_guest_holds_nobody_for_ever_and_a_quiet_command_runs_on(shell: Shell, old: str) -> None:
-    name = old
-    quiet = begin("exec", name, "--", "sh", "-c", "sleep 40; echo done")
-    assert quiet.wait(120) == 0  # longer than any sign of life is waited for between two of them
-    lasting = begin("exec", name, "--", "sh", "-c", "echo up; sleep 20; echo done")
-    assert lasting.stdout is not None and lasting.stdout.readline() == "up\n"
-    shell.run("pause", name)
-    shell.run("resume", name)  # a short pause ends nothing
-    assert lasting.communicate(timeout=120)[0] == "done\n" and lasting.returncode == 0
-    stuck = [begin("exec", name, "--", "sh", "-c", "echo up; sleep 1000"), begin("ssh", name, "echo up; sleep 1000")]
-    for one in stuck:
-        assert one.stdout is not None and one.stdout.readline() == "up\n"
+def test_a_paused_guest_holds_nobody_for_ever(shell: Shell, old: Waiting, shared_vm: GuestVM) -> None:
+    name = old.name
+    lasting = up("exec", shared_vm.name, "--", "sh", "-c", "echo up; sleep 20; echo done")
+    shell.run("pause", shared_vm.name)
+    shell.run("resume", shared_vm.name)  # a short pause ends nothing
+    stuck = [up("exec", name, "--", "sh", "-c", "echo up; sleep 1000"), up("ssh", name, "echo up; sleep 1000")]
     shell.run("pause", name)
     for one in stuck:
         _, err = one.communicate(timeout=90)
         assert one.returncode == 6 and "it is paused now" in err and f"hint: vmctl resume {name}" in err
     shell.run("resume", name)
+    assert lasting.communicate(timeout=120)[0] == "done\n" and lasting.returncode == 0
 
 
 @pytest.mark.parametrize("verb", ["exec", "ssh", "cp"])
@@ -236,21 +255,32 @@ def test_ctrl_c_ends_the_command_in_the_guest(
     wait_until(lambda: not look(), what="its end", timeout_s=10 if options[:1] == ["--via"] else 0)
 
 
-def test_one_that_is_long_up_and_does_not_answer_until_it_is_reset(shell: Shell, old: str) -> None:
+def test_a_panic_that_no_driver_tells_of(shell: Shell, untold: Waiting) -> None:
+    """libvirt goes on calling it running; that it gives no sign of life for two minutes, and its console, tell."""
+    for one in untold.commands:
+        _, err = one.communicate(timeout=240)
+        assert one.returncode == 6 and "its console ends in" in err and "Kernel panic - not syncing" in err, err
+    assert shell.virsh("domstate", untold.name) == "running"
+    shell.virsh("destroy", untold.name)  # or it would spin on
+
+
+def test_one_that_is_long_up_and_does_not_answer_until_it_is_reset(shell: Shell, old: Waiting) -> None:
     """Last, for by then it is no longer one that may be booting. After a reset it is one again."""
+    name = old.name
     wait_until(
-        lambda: shell.json("show", old)["uptime_s"] > 182, what="its boot to be over", timeout_s=200, interval_s=1.0
+        lambda: shell.json("show", name)["uptime_s"] > 182, what="its boot to be over", timeout_s=200, interval_s=1.0
     )
     # The one that waits for the first one's end takes its place, once: until there is none.
     end = "mv /usr/sbin/dropbear /root/; sync; while killall dropbear; do sleep 0.3; done 2>/dev/null; true"
-    shell.run("exec", "--via", "agent", old, "--", "sh", "-c", end)
-    for words in (["exec", old, "--", "true"], ["ssh", old, "true"], ["cp", f"{old}:/etc/passwd", "/dev/null"]):
+    shell.run("exec", "--via", "agent", name, "--", "sh", "-c", end)
+    for words in (["exec", name, "--", "true"], ["ssh", name, "true"], ["cp", f"{name}:/etc/passwd", "/dev/null"]):
         told = shell.run(*words, check=3, timeout=60).stderr
-        assert f"cannot reach VM {old} by SSH: Connection refused" in told and f"`vmctl wait {old}`" in told
-    shell.run("reset", old)
-    waiting = begin("exec", old, "--", "hostname")
+        assert f"cannot reach VM {name} by SSH: Connection refused" in told and f"`vmctl wait {name}`" in told
+    shell.run("reset", name)
+    waiting = begin("exec", name, "--", "hostname")
     assert waiting.stderr is not None and "waiting for it to boot, at most" in waiting.stderr.readline()
-    shell.run("wait", old, "--for", "agent")
-    shell.run("exec", "--via", "agent", old, "--", "mv", "/root/dropbear", "/usr/sbin/")
-    assert waiting.communicate(timeout=120)[0] == f"{old}\n"
-    assert "restarted=" in shell.virsh("dumpxml", old) and "restarted=" not in shell.virsh("dumpxml", old, "--inactive")
+    shell.run("wait", name, "--for", "agent")
+    shell.run("exec", "--via", "agent", name, "--", "mv", "/root/dropbear", "/usr/sbin/")
+    assert waiting.communicate(timeout=120)[0] == f"{name}\n"
+    assert "restarted=" in shell.virsh("dumpxml", name)
+    assert "restarted=" not in shell.virsh("dumpxml", name, "--inactive")
