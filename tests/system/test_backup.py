@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> Path:
 
 def created(shell: Shell, vm: str) -> str:
     """A running VM with a disk of 64 MiB that its guest has as vdb or vdc."""
-    shell.run("create", vm, "--image", "micro", "--wait", "ssh")
+    shell.run("create", vm, "--image", "micro", "--wait", "agent")
     shell.run("wait", vm, "--for", "agent")
     shell.run("disk", "attach", vm, "64M", "--serial", "data")
     return vm
@@ -78,7 +78,7 @@ def guest(shell: Shell, lasting: str) -> str:
     """The VM that lasts, running, its disk empty, with no checkpoint of another test's backups."""
     if shell.virsh("domstate", lasting) != "running":
         shell.run("start", lasting)
-        shell.run("wait", lasting, "--for", "ssh", "--timeout", "120")
+        shell.run("wait", lasting, "--for", "agent", "--timeout", "120")
     for one in checkpoints(shell, lasting):
         shell.virsh("checkpoint-delete", lasting, one)
     zeros = f"dd if=/dev/zero of={device()} bs=1M count=8 conv=notrunc,fsync"  # no test writes further
@@ -195,7 +195,7 @@ def test_a_restore_over_the_old_vm_names_what_is_lost_and_brings_all_back(
     holds(shell, guest, data)
     assert not any(Path(path).exists() for path in old) and checkpoints(shell, guest) == []
     shell.run("start", guest)
-    shell.run("wait", guest, "--for", "ssh", "--timeout", "120")
+    shell.run("wait", guest, "--for", "agent", "--timeout", "120")
     assert shell.run("exec", guest, "--", "cat", "/root/file").stdout == "kept\n"
     assert pattern.holds(shell, guest, device(), data)
     after = backup(shell, guest, store)
@@ -208,7 +208,7 @@ def test_a_vm_deleted_by_mistake_comes_back_as_itself(shell: Shell, guest: str, 
     backup(shell, guest, store)
     shell.run("delete", guest, "--yes")
     shell.run("backup", "restore", guest, "--folder", str(store), "--start")
-    shell.run("wait", guest, "--for", "ssh", "--timeout", "120")
+    shell.run("wait", guest, "--for", "agent", "--timeout", "120")
     now = shell.json("show", guest)
     assert (now["uuid"], now["nics"][0]["mac"], now["address"]) == (was["uuid"], was["nics"][0]["mac"], was["address"])
     assert pattern.holds(shell, guest, device(), data)
@@ -218,7 +218,7 @@ def test_a_new_identity_is_another_machine(shell: Shell, guest: str, store: Path
     backup(shell, guest, store)
     copy = names()
     shell.run("backup", "restore", guest, "--as", copy, "--new-identity", "--start", "--folder", str(store))
-    shell.run("wait", copy, "--for", "ssh", "--timeout", "120")
+    shell.run("wait", copy, "--for", "agent", "--timeout", "120")
     ask = "hostname; cat /etc/machine-id"
     one, two = (shell.run("exec", which, "--", "sh", "-c", ask).stdout.split() for which in (guest, copy))
     assert two[0] == copy and one[1] != two[1]
@@ -244,7 +244,7 @@ def test_a_stopped_vm_is_backed_up_whole_and_then_by_what_changed(
     again = backup(shell, guest, store)
     assert (again["kind"], again["consistency"]) == ("incremental", "stopped")
     shell.run("start", guest)
-    shell.run("wait", guest, "--for", "ssh", "--timeout", "120")
+    shell.run("wait", guest, "--for", "agent", "--timeout", "120")
     second = write(shell, guest, "two", at=COUNT)
     live = backup(shell, guest, store)
     assert live["kind"] == "incremental", live
@@ -268,7 +268,7 @@ def test_lost_marks_are_found_and_a_full_backup_is_taken(shell: Shell, guest: st
     write(shell, guest, "one")
     kill_qemu(shell, guest)
     shell.run("start", guest)
-    shell.run("wait", guest, "--for", "ssh", "--timeout", "120")
+    shell.run("wait", guest, "--for", "agent", "--timeout", "120")
     dry = shell.run("backup", "create", guest, "--folder", str(store), "--dry-run").stdout
     refused = shell.run("backup", "create", guest, "--incremental", "--folder", str(store), check=6)
     assert "lost or broken" in refused.stderr and "lost or broken" in dry
@@ -287,7 +287,7 @@ def test_lost_marks_are_found_and_a_full_backup_is_taken(shell: Shell, guest: st
     subprocess.run(["qemu-img", "bitmap", "--remove", "-f", "qcow2", path, mark], check=True)
     assert backup(shell, guest, store)["kind"] == "mixed"
     shell.run("start", guest)
-    shell.run("wait", guest, "--for", "ssh", "--timeout", "120")
+    shell.run("wait", guest, "--for", "agent", "--timeout", "120")
     # By a checkpoint taken away.
     for one in checkpoints(shell, guest):
         shell.virsh("checkpoint-delete", guest, one)
@@ -300,7 +300,7 @@ def test_a_raw_disk_is_taken_whole_each_time(shell: Shell, vm: str, store: Path,
     shell.run("stop", vm)
     shell.run("disk", "convert", f"{vm}:data", "--format", "raw")
     shell.run("start", vm)
-    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
+    shell.run("wait", vm, "--for", "agent", "--timeout", "120")
     data = write(shell, vm, "raw")
     backup(shell, vm, store)
     made = backup(shell, vm, store)

@@ -49,7 +49,7 @@ def guest() -> Iterator[str]:
     """One VM with a disk ``data`` for all faults: most of them must leave it running, and each must leave it good."""
     shell, name = Shell(), f"t-{secrets.token_hex(4)}"
     before = volumes(shell)
-    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
     shell.run("disk", "attach", name, "16M", "--serial", "data")
     yield name
     shell.run("delete", name, "--yes", "--missing-ok", check=None)
@@ -69,7 +69,7 @@ def vm(shell: Shell, guest: str) -> str:
 
 def started(shell: Shell, vm: str) -> None:
     shell.run("start", vm)
-    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
+    shell.run("wait", vm, "--for", "agent", "--timeout", "120")
 
 
 def clean(shell: Shell, vm: str, store: Path) -> None:
@@ -196,7 +196,7 @@ def test_qemu_killed_at_every_step_of_its_backup(shell: Shell, vm: str, store: P
         survived(fault)
     assert at >= 5
     shell.virsh("resume", vm)
-    shell.run("wait", vm, "--for", "ssh", "--timeout", "120")
+    shell.run("wait", vm, "--for", "agent", "--timeout", "120")
     assert pattern.holds(shell, vm, device(), want)
     verified(vm, store)
     restores_to(shell, vm, store, want)

@@ -206,6 +206,6 @@ def test_copies(vm: Sick) -> None:
     shell.run("clone", vm.name, new, "--full")
     shell.run("delete", new, "--yes")
     shell.run("start", vm.name)
-    shell.run("wait", vm.name, "--for", "ssh", "--timeout", "200", timeout=240)
+    shell.run("wait", vm.name, "--for", "agent", "--timeout", "200", timeout=240)
     vm.well("/dev/vdb")  # its seed, used, is no longer there
     survived("clone, reading")

@@ -200,7 +200,7 @@ def test_a_busy_guest(pair: Pair) -> None:
         assert pair.where(name) == {"h2": "running"}
         assert "the VM changes memory as fast as it is sent" in said.stderr
         assert "no end in sight at this rate" in said.stderr
-        assert "slowed down by 40 %" in said.stderr and "slowed down by 30 %" not in said.stderr
+        assert "slowed down by 20 %" in said.stderr and "slowed down by 30 %" not in said.stderr
 
 
 def test_limits_that_change_on_the_way(pair: Pair) -> None:
