@@ -27,6 +27,7 @@ _PER_REFBLOCK = CLUSTER // 2
 COPIED, _COMPRESSED, _ZERO = 1 << 63, 1 << 62, 1
 _SIZE_SHIFT = 62 - (BITS - 8)
 _SECTOR = 512
+_STEP = 256 << 20
 _COMPRESSION_FEATURE = 1 << 3
 
 
@@ -47,10 +48,18 @@ class PastTheCache:
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
+        self._room = 0
         self._direct: io.FileIO | None = None
         with suppress(OSError):  # not on every file system
             again = os.open(f"/proc/self/fd/{handle}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
             self._direct = io.FileIO(again, "w")
+
+    def reach(self, end: int) -> None:
+        """Have room up to there: what is written beyond a file's end, its writers wait for one another to write."""
+        while self._direct is not None and self._room < end:
+            with suppress(OSError):  # no room for as much may be room enough
+                os.posix_fallocate(self._handle, self._room, _STEP)
+            self._room += _STEP
 
     def put(self, offset: int, data: memoryview) -> None:
         """Write whole pages of memory, at a page's begin. From any thread. Raises OSError."""
@@ -96,6 +105,7 @@ class Qcow2Writer:
         with self._lock:
             offset = -(-self._end // CLUSTER) * CLUSTER
             self._end = offset + len(data)
+            self._direct.reach(self._end)
         self._direct.put(offset, data)
         with self._lock:
             for number in range(len(data) // CLUSTER):
