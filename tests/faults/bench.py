@@ -32,8 +32,7 @@ class Bench:
     """The hosts, and the guest that goes to and fro between them."""
 
     def __init__(self, bed: Testbed, config: Path) -> None:
-        (config / "run").mkdir(mode=0o700)
-        self.pair = known_pair(bed, config, config / "run")
+        self.pair = known_pair(bed, config)
         self.vm = f"w-{secrets.token_hex(4)}"
         for one in bed.machines:
             phases.install(one)
@@ -42,7 +41,6 @@ class Bench:
             one.kill("libvirtd", signal.SIGTERM)
             until(lambda one=one: not one.run("pgrep", "libvirtd", check=False).stdout, "libvirtd has ended")  # type: ignore[misc]
             one.start("libvirtd")
-            one.virsh("domcapabilities")  # asked of QEMU now, not amid the first run
         witness.make(bed.machines[0], self.vm, witness.SHARED)
         self._begun(bed.machines[0], self.vm)
 

@@ -28,7 +28,6 @@ class Pair:
 
     bed: Testbed
     config: Path
-    runtime: Path | None = None
 
     @property
     def shell(self) -> Shell:
@@ -37,9 +36,8 @@ class Pair:
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment with that config file; and with a place of its own for keys of hosts, by their names."""
-        own = {"XDG_RUNTIME_DIR": str(self.runtime)} if self.runtime else {}
-        return {**os.environ, "XDG_CONFIG_HOME": str(self.config), **own}
+        """The environment with that config file."""
+        return {**os.environ, "XDG_CONFIG_HOME": str(self.config)}
 
     def vmctl(self, *words: str, check: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
         return self.shell.run(*words, check=check, env=self.env, **options)
@@ -74,9 +72,9 @@ class Pair:
         return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
-def known_pair(bed: Testbed, config: Path, runtime: Path | None = None) -> Pair:
+def known_pair(bed: Testbed, config: Path) -> Pair:
     """Make the hosts of a testbed known, and give the first the images that were built for the run."""
-    pair = Pair(bed, config, runtime)
+    pair = Pair(bed, config)
     for machine in bed.machines:
         pair.vmctl("host", "add", machine.name, machine.ssh_uri, "--host-key", machine.host_key)
     first = bed.machines[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import pytest
@@ -19,11 +18,7 @@ pytestmark = pytest.mark.system
 
 @pytest.fixture(scope="module")
 def bench(make_testbed: Callable[..., Testbed], tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return made(make_testbed, tmp_path_factory)
-
-
-def made(make_testbed: Callable[..., Testbed], folders: pytest.TempPathFactory) -> Bench:
-    return Bench(make_testbed(2, shared=True, qemu_root=True), folders.mktemp("config"))
+    return Bench(make_testbed(2, shared=True, qemu_root=True), tmp_path_factory.mktemp("config"))
 
 
 @pytest.mark.parametrize(
@@ -34,8 +29,11 @@ def made(make_testbed: Callable[..., Testbed], folders: pytest.TempPathFactory) 
         (Fault.SOURCE_LIBVIRTD, Phase.DONE, False, "kept"),
         (Fault.TARGET_LIBVIRTD, Phase.PREPARE, False, "kept"),
         (Fault.TARGET_LIBVIRTD, Phase.FINISH, False, "kept"),
+        (Fault.TARGET_LIBVIRTD_STOPPED, Phase.PERFORM, True, "kept"),
         (Fault.SOURCE_QEMU, Phase.PERFORM, False, "lost"),
         (Fault.TARGET_QEMU, Phase.FINISH, False, "kept"),
+        (Fault.TARGET_QEMU_STOPPED, Phase.PERFORM, False, "kept"),
+        (Fault.TARGET_POWER, Phase.PERFORM, False, "kept"),
         (Fault.CUT_SHORT, Phase.POSTCOPY, False, "kept"),
         (Fault.DISK_FULL, Phase.DISKS, False, "kept"),
     ],
@@ -43,19 +41,3 @@ def made(make_testbed: Callable[..., Testbed], folders: pytest.TempPathFactory) 
 def test_fault(bench: Bench, fault: Fault, phase: Phase, direct: bool, outcome: str) -> None:
     record = bench.do(Run(0, fault, phase, Random(1), direct))
     assert record["outcome"] == outcome, record
-
-
-def test_faults_that_are_waited_for(
-    bench: Bench, make_testbed: Callable[..., Testbed], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    """Those after which a connection is given up, or a job: side by side, each between hosts of its own."""
-    slow = [
-        Run(0, Fault.TARGET_LIBVIRTD_STOPPED, Phase.PERFORM, Random(1), True),
-        Run(0, Fault.TARGET_QEMU_STOPPED, Phase.PERFORM, Random(1), False),
-        Run(0, Fault.TARGET_POWER, Phase.PERFORM, Random(1), False),
-    ]
-    # A host that a thread boots ends with the thread: the one without power is none that others use.
-    more = [made(make_testbed, tmp_path_factory) for _ in slow[1:]]
-    with ThreadPoolExecutor(len(slow)) as pool:
-        for record in pool.map(lambda one, run: one.do(run), [bench, *more], slow):
-            assert record["outcome"] == "kept", record
