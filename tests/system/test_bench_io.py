@@ -193,7 +193,8 @@ def test_an_interrupt_leaves_nothing(shell: Shell, folder: Path, number: signal.
             return bool(new)
 
         wait_until(measured, what="the first figures", timeout_s=60)
-        wait_until(lambda: bool(qemus()), what="the next guest", timeout_s=60)
+        wait_until(lambda: bool(qemus()) or process.poll() is not None, what="the next guest", timeout_s=60)
+        assert process.poll() is None, process.communicate()
         assert leftovers(folder) and not new[0]["complete"]
         assert "another vmctl is at it" in shell.run("bench", "io", "--quick", check=5).stderr
         process.send_signal(number)

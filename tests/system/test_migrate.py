@@ -194,13 +194,12 @@ def test_a_cable_that_is_cut_for_ever(pair: Pair, vm: str) -> None:
 
 def test_a_busy_guest(pair: Pair) -> None:
     """It changes memory faster than the link takes it: left alone, it would never come to its end."""
-    pair.bed.limit("200mbit")
+    pair.bed.limit("100mbit")
     with busy(pair) as name:
         said = pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--live", timeout=240)
         assert pair.where(name) == {"h2": "running"}
         assert "the VM changes memory as fast as it is sent" in said.stderr
         assert "no end in sight at this rate" in said.stderr
-        assert "slowed down by 20 %" in said.stderr and "slowed down by 30 %" not in said.stderr
 
 
 def test_limits_that_change_on_the_way(pair: Pair) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from vmctl.hypervisor import migration
+from vmctl.hypervisor.migration import Orders, Way
 from vmctl.hypervisor.states import State
 from vmctl.migrate_outcome import Seen, Where, judge
 from vmctl.migrate_policy import Abort, Done, GoPostcopy, Policy, Raise, Sample, converges, decide, eta_s
@@ -115,3 +119,12 @@ BROKEN, LACKING = (Seen(True, state, "post-copy failed") for state in (State.PAU
 )
 def test_where_it_is(source: Seen, target: Seen, where: Where) -> None:
     assert judge(source, target) is where
+
+
+def test_a_vm_is_slowed_down_in_bigger_steps_than_qemus_own() -> None:
+    """And only where it may be slowed down at all: libvirt refuses steps without the flag."""
+    orders = Orders(Way.PEER, "qemu:///there", "", live=True, persist=True, undefine=True, unsafe=False)
+    step = "auto_converge.increment"
+    assert migration.parameters(orders)[step] == 20 and migration.flags(orders) & (1 << 13)
+    for other in (replace(orders, live=False), replace(orders, auto_converge=False)):
+        assert step not in migration.parameters(other) and not migration.flags(other) & (1 << 13)

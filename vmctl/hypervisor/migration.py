@@ -88,7 +88,8 @@ def flags(orders: Orders) -> int:
     return sum(flag for flag, on in chosen.items() if on)
 
 
-def _parameters(orders: Orders) -> dict[str, Any]:
+def parameters(orders: Orders) -> dict[str, Any]:
+    """The typed parameters for libvirt."""
     found: dict[str, Any] = {}
     if orders.data_address and orders.way is not Way.TUNNELLED:
         address = f"[{orders.data_address}]" if ":" in orders.data_address else orders.data_address
@@ -113,9 +114,9 @@ def migrate(source: Connection, target: Connection, name: str, orders: Orders) -
 
 def _send(dom: Any, target: Connection, orders: Orders, wanted: int) -> None:
     if orders.way is Way.DIRECT:
-        dom.migrate3(target.handle, _parameters(orders), wanted)
+        dom.migrate3(target.handle, parameters(orders), wanted)
     else:
-        dom.migrateToURI3(orders.peer, _parameters(orders), wanted)
+        dom.migrateToURI3(orders.peer, parameters(orders), wanted)
 
 
 def resume_postcopy(source: Connection, target: Connection, name: str, orders: Orders) -> None:
