@@ -272,7 +272,10 @@ def _unstarted(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     if not fix:
         return [Finding("starts", "failed", detail, "vmctl doctor --fix restarts libvirt without them; VMs run on")]
     report(Step(f"restarting libvirt without its notes on {', '.join(names)}"))
-    unstarted.forget(host, names)
+    try:
+        unstarted.forget(host, names)
+    except VmctlError as error:
+        return [Finding("starts", "failed", f"{detail}; {error.message}", error.hint)]
     return [Finding("starts", "mended", f"{detail}; they are stopped now")]
 
 
@@ -298,8 +301,8 @@ def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Findin
     findings = _tools()
     try:
         host = open_host(connect, report=report)
-        if found := _unstarted(host, fix=fix, report=report):
-            findings += found
+        findings += (starts := _unstarted(host, fix=fix, report=report))
+        if any(one.result == "mended" for one in starts):
             host.conn.close()
             host = wait_until(lambda: _reopened(connect, report), what="libvirt does not answer", timeout_s=_BACK_S)
     except VmctlError as error:

@@ -55,7 +55,7 @@ class _Piece(NamedTuple):
 def layout(size: int, runs: Sequence[tuple[int, int]]) -> Layout:
     """The file of a disk of ``size`` bytes that holds something in the clusters ``runs``: (first, count), in order."""
     entries = max(1, -(-size // (CLUSTER * PER_L2)))
-    l2_tables = len({n for first, many in runs for n in range(first // PER_L2, (first + many - 1) // PER_L2 + 1)})
+    l2_tables = len(_needed(runs))
     table = 1 + -(-8 * entries // CLUSTER)
     held = sum(many for _, many in runs)
     blocks, tables = refcounts_of(table + l2_tables + held)
@@ -70,8 +70,13 @@ def file_size(size: int, runs: Sequence[tuple[int, int]]) -> int:
     return layout(size, runs).end * CLUSTER
 
 
-def _l2_tables(runs: Sequence[tuple[int, int]], data: int) -> Iterator[tuple[int, array[int]]]:
-    """The tables that say where data is, each with its number in the first table; ``data``: where it begins."""
+def _needed(runs: Sequence[tuple[int, int]]) -> list[int]:
+    """The numbers, in the first table, of those that say where data is."""
+    return sorted({n for first, many in runs for n in range(first // PER_L2, (first + many - 1) // PER_L2 + 1)})
+
+
+def _l2_tables(runs: Sequence[tuple[int, int]], data: int) -> Iterator[array[int]]:
+    """The tables that say where data is, in order; ``data``: where it begins."""
     current, table = -1, array("Q")
     at = data * CLUSTER
     for first, many in runs:
@@ -79,14 +84,14 @@ def _l2_tables(runs: Sequence[tuple[int, int]], data: int) -> Iterator[tuple[int
             index, slot = divmod(first, PER_L2)
             if index != current:
                 if table:
-                    yield current, table
+                    yield table
                 current, table = index, array("Q", bytes(CLUSTER))
             count = min(many, PER_L2 - slot)
             places = range(at | COPIED, (at | COPIED) + count * CLUSTER, CLUSTER)
             table[slot : slot + count] = array("Q", places)
             first, many, at = first + count, many - count, at + count * CLUSTER
     if table:
-        yield current, table
+        yield table
 
 
 def _head(size: int, runs: Sequence[tuple[int, int]], plan: Layout) -> Iterator[bytes]:
@@ -94,13 +99,13 @@ def _head(size: int, runs: Sequence[tuple[int, int]], plan: Layout) -> Iterator[
     l1_at, table_at = plan.l1 * CLUSTER, plan.table * CLUSTER
     yield header(size, (plan.l1_entries, l1_at), (table_at, plan.table_clusters)).ljust(CLUSTER, b"\0")
     l1 = array("Q", bytes((plan.table - plan.l1) * CLUSTER))
-    for number, (index, _) in enumerate(_l2_tables(runs, plan.data)):
+    for number, index in enumerate(_needed(runs)):
         l1[index] = (plan.l2 + number) * CLUSTER | COPIED
     yield big_endian(l1)
     places = array("Q", range(plan.refcounts * CLUSTER, plan.l2 * CLUSTER, CLUSTER))
     yield big_endian(places).ljust(plan.table_clusters * CLUSTER, b"\0")
     yield big_endian(ones(plan.end, plan.refcount_clusters))
-    for _, table in _l2_tables(runs, plan.data):
+    for table in _l2_tables(runs, plan.data):
         yield big_endian(table)
 
 

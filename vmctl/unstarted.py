@@ -29,11 +29,10 @@ def find(host: Host) -> tuple[str, ...]:
     """Their names, as far as this user may see the notes. One that is being started now is not among them."""
     if not (host.conn.local and host.conn.qemu) or (daemon := _daemon(host)) is None:
         return ()
-    begun = daemon.stat().st_mtime
     found = []
     for note in _notes(host).glob("*.xml"):
         with suppress(OSError):
-            if note.stat().st_mtime < begun and _NOTE.search(note.read_text(errors="replace")[:_HEAD]):
+            if note.stat().st_mtime < daemon.stat().st_mtime and _NOTE.search(note.read_text(errors="replace")[:_HEAD]):
                 found.append(note.stem)
     return tuple(sorted(found))
 

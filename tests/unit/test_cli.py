@@ -193,7 +193,7 @@ def test_an_interrupt_reaches_all_workers_and_says_what_was_done(number: int, tm
         "    if name == 'v02': return 'done'\n"
         "    if name == 'v03': raise Conflict('cannot v03')\n"
         "    try:\n"
-        "        while True: time.sleep(0.02)\n"
+        "        while True: time.sleep(0.02)  # work that only a signal ends\n"
         "    finally:\n"
         "        (here / (name + '.undone')).touch()\n"
         "signal.signal(signal.SIGTERM, cli._terminated)\n"

@@ -100,9 +100,9 @@ class _Measuring:
         try:
             if link.vhost and not _VHOST.exists():
                 raise Unsupported(f"{_VHOST} is not there: the host's kernel has no vhost_net, or has not loaded it")
-            if link.path is Way.TAP and not os.access(_TUN, os.R_OK | os.W_OK):
-                raise Unsupported(f"this user may not open {_TUN}")
             if link.path is Way.TAP:
+                if not os.access(_TUN, os.R_OK | os.W_OK):
+                    raise Unsupported(f"this user may not open {_TUN}")
                 self._far.run("ip", "tuntap", "add", "dev", own.tap, "mode", "tap")
             elif link.path is Way.VETH:
                 self._far.run(
