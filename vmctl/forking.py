@@ -18,12 +18,11 @@ from vmctl.at_once import at_once, beside
 from vmctl.cloning import own
 from vmctl.copies import Layer, Newcomer
 from vmctl.disk_replace import PREFIX
-from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, quietly
+from vmctl.errors import Unsupported, VmctlError, WaitTimeout, quietly
 from vmctl.events import Reporter, Step, silent
 from vmctl.hosts import Host
+from vmctl.hypervisor import agent as hypervisor_agent
 from vmctl.hypervisor import disks, domain, network, saved, storage
-from vmctl.hypervisor.agent import AgentState
-from vmctl.hypervisor.agent import state as agent_state
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.memory_pipe import SavedMemory
 from vmctl.seed_disk import WENT_ON, first_boot_is_over
@@ -85,11 +84,7 @@ def plan(host: Host, name: str, names: Sequence[str]) -> Plan:
             f"cannot fork VM {name}: it has the static address {vm.facts.record.ssh.address}, and so would its forks",
             hint="forks need a network that gives addresses",
         )
-    if agent_state(host.conn, vm.name) is not AgentState.CONNECTED:
-        raise GuestCommandFailed(
-            f"cannot fork VM {name}: its guest agent is not connected, by which a fork is told who it is",
-            hint=f"vmctl wait {name} --for agent",
-        )
+    hypervisor_agent.require(host.conn, vm.name, "fork")  # by it a fork is told who it is
     layers = copies.layers(host, vm, "fork")
     shared = {layer.target for layer in layers}
     live = disks.disks(host.conn, vm.name, inactive=False)

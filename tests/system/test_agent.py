@@ -12,6 +12,7 @@ import pytest
 
 from tests import warm
 from tests.system.conftest import REPO, VMCTL, Shell
+from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
 
@@ -95,6 +96,18 @@ def test_a_thaw_works_although_the_agent_was_restarted_while_frozen(shell: Shell
     shell.run("wait", vm, "--for", "agent")
     assert "thawed" in shell.run("thaw", vm).stdout
     shell.run("exec", vm, "--", "touch", "/root/again")
+
+
+def test_an_agent_that_is_back_in_a_moment_is_waited_for(shell: Shell, vm: str) -> None:
+    """QEMU tells of a channel once a second at most; of a VM resumed from memory it is known a moment late as well."""
+    shell.run("exec", vm, "--", "sh", "-c", "kill $(pidof qemu-ga)")
+    wait_until(
+        lambda: "org.qemu.guest_agent.0' state='disconnected'" in shell.virsh("dumpxml", vm),
+        what="the agent's end is not noted",
+        timeout_s=10,
+        interval_s=0.01,
+    )
+    assert shell.run("exec", "--via", "agent", vm, "--", "echo", "back").stdout == "back\n"
 
 
 def test_trim_gives_blocks_back(shell: Shell, vm: str) -> None:

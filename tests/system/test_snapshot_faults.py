@@ -404,6 +404,7 @@ def test_of_a_running_vm(guest: Guest, tmp_path: Path, op: str, fault: str) -> N
     while not over:
         at += 1
         shell.run("snapshot", "revert", f"{guest.name}.held", "--yes")
+        shell.run("wait", guest.name, "--for", "agent", "--timeout", "60", timeout=120)
         guest.put("middle", PATTERN)
         if op.startswith("delete"):
             shell.run("snapshot", "create", f"{guest.name}.middle", "--no-memory")

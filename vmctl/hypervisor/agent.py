@@ -23,7 +23,11 @@ from vmctl.hypervisor import domain
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling, translated
 from vmctl.hypervisor.waiting import Waiting
+from vmctl.wait import wait_until
 
+# QEMU tells of a channel that a guest opens once a second at most, and libvirt notes it when its job is over: of a VM
+# that has just been resumed from memory, the agent is there before it is known.
+_KNOWN_S = 2.0
 _SILENT = {libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_OPERATION_TIMEOUT}
 _CHANNEL = "devices/channel/target[@name='org.qemu.guest_agent.0']"
 
@@ -47,21 +51,27 @@ def state(conn: Connection, name: str) -> AgentState:
 
 
 def require(conn: Connection, name: str, doing: str) -> None:
-    """Raise WrongState, Unsupported or GuestCommandFailed unless there is an agent to ask."""
+    """Raise WrongState, Unsupported or, after two seconds, GuestCommandFailed unless there is an agent to ask."""
     now, why = domain.state(conn, name)
     if now is not domain.State.RUNNING:
         raise WrongState(f"cannot {doing} VM {name}: it is {domain.told(now, why)}", hint=domain.remedy(name, now, why))
-    found = state(conn, name)
-    if found is AgentState.NONE:
-        raise Unsupported(
-            f"cannot {doing} VM {name}: it has no guest agent channel",
-            hint="`vmctl create` makes one, unless --no-agent",
-        )
-    if found is AgentState.DISCONNECTED:
+
+    def connected() -> bool:
+        found = state(conn, name)
+        if found is AgentState.NONE:
+            raise Unsupported(
+                f"cannot {doing} VM {name}: it has no guest agent channel",
+                hint="`vmctl create` makes one, unless --no-agent",
+            )
+        return found is AgentState.CONNECTED
+
+    try:
+        wait_until(connected, what="agent", timeout_s=_KNOWN_S, interval_s=0.05)
+    except WaitTimeout:
         raise GuestCommandFailed(
             f"cannot {doing} VM {name}: its guest agent is not connected",
             hint=f"is qemu-guest-agent running in the guest? vmctl wait {name} --for agent",
-        )
+        ) from None
 
 
 def call(
