@@ -142,6 +142,13 @@ def test_the_host_key_is_the_planted_one(guests: Guests, way: str) -> None:
     assert key in guests.shell.virsh("dumpxml", guests.names[way])
 
 
+def test_networkd_meets_cards_that_have_their_names(guests: Guests, way: str) -> None:
+    """One that is renamed under its hands it may set up twice, and give up."""
+    said = guests.told(way, "journalctl -b -o cat -u systemd-networkd; ls /sys/class/net")
+    assert "Enumeration completed" in said and not [line for line in said if "renamed" in line or "busy" in line], said
+    assert [line for line in said if line.startswith("en")], "its name is one that does not depend on the order"
+
+
 def test_the_root_fills_its_disk(guests: Guests, way: str) -> None:
     size = int(guests.run(way, "df", "--output=size", "--block-size=1", "/").splitlines()[-1])
     assert size > (ROOT_GIB - 0.5) * 2**30

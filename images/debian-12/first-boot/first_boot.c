@@ -6,7 +6,7 @@
  *
  * Called by systemd as a generator (three folders), in place of cloud-init's own: decides whether cloud-init runs, and
  * whether the boot waits for it. Called with "plant": writes what the seed says; with "stage": runs one of cloud-init's
- * (stage.c).
+ * (stage.c); with "cards": waits for the names of the network cards (cards.c).
  *
  * By its other name, vmctl-renew, it makes a machine that goes on from another one's memory itself (renew.c).
  *
@@ -15,6 +15,7 @@
  */
 #define HOST_KEY "/etc/ssh/ssh_host_ed25519_key"
 #define _GNU_SOURCE
+#include "cards.h"
 #include "micro.h"
 #include "stage.h"
 
@@ -375,10 +376,12 @@ int main(int count, char **arguments)
     umask(022);
     if (count == 2 && strcmp(arguments[1], "plant") == 0)
         return plant();
+    if (count == 2 && strcmp(arguments[1], "cards") == 0)
+        return await_cards();
     if (count > 2 && strcmp(arguments[1], "stage") == 0)
         return stage(arguments + 2);
     if (count == 4)
         return generate(arguments[1], arguments[2]);
-    fprintf(stderr, "usage: %s plant | stage WORD... | NORMAL EARLY LATE\n", arguments[0]);
+    fprintf(stderr, "usage: %s plant | cards | stage WORD... | NORMAL EARLY LATE\n", arguments[0]);
     return 2;
 }
