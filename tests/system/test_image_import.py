@@ -182,6 +182,22 @@ def test_a_wrong_checksum(shell: Shell, tmp_path: Path) -> None:
     refused(shell, raw, "--checksum", "md5:1", "--boots", "floppy", because="--boots takes", code=2)
 
 
+def test_a_dry_run_reads_and_leaves_nothing(shell: Shell, secret: Path, tmp_path: Path) -> None:
+    raw, box, hostile = disk(tmp_path / "d.raw"), tmp_path / "d.box", tmp_path / "h.qcow2"
+    before = in_store()
+    told = shell.run("image", "import", str(raw), "--dry-run").stdout
+    assert told == "would copy d.raw, raw of 16.0 MiB\nwould put image d-… into pool vmctl-images\n"
+    assert in_store() == before
+    qemu_img("create", "-f", "qcow2", "-b", secret, "-F", "raw", hostile)
+    refused(shell, hostile, "--dry-run", because="it has a backing file")
+    refused(shell, raw, "--dry-run", "--checksum", "sha256:" + "0" * 64, because="not the one given")
+    refused(shell, tmp_path / "none.raw", "--dry-run", because="No such file")
+    shell.run("image", "import", str(raw))
+    shell.run("image", "export", "d", str(box))
+    assert "would unpack d.box" in shell.run("image", "import", str(box), "--name", "boxed", "--dry-run").stdout
+    assert "boxed" not in {m["name"] for m in shell.json("image", "list")}
+
+
 def test_a_backing_file(shell: Shell, secret: Path, tmp_path: Path) -> None:
     file = tmp_path / "o.qcow2"
     qemu_img("create", "-f", "qcow2", "-b", secret, "-F", "raw", file)
