@@ -385,7 +385,8 @@ def test_export_names_the_file_itself(shell: Shell, tmp_path: Path) -> None:
     here = {"cwd": tmp_path, "env": environment(PYTHONPATH=str(REPO))}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, **here)
     assert done.stdout == f"{tmp_path}/there.box\n" and (tmp_path / "there.box").stat().st_size > 1 << 20
-    assert "neither FILE nor --format" in shell.run("image", "export", "there", check=2).stderr
+    told = shell.run("image", "export", "there", check=2).stderr
+    assert "neither FILE nor --format" in told and "hint: for example --format qcow2" in told
     assert "'x' is no format" in shell.run("image", "export", "there", "--format", "x", check=2).stderr
 
 
@@ -401,6 +402,11 @@ def test_export_writes_over_nothing(shell: Shell, tmp_path: Path) -> None:
         "no compression" in shell.run("image", "export", "micro", str(tmp_path / "x.vdi"), "--compress", check=2).stderr
     )
     assert shell.run("image", "export", "none", str(tmp_path / "x.raw"), check=4)
+    nowhere = tmp_path / "nowhere"
+    done = shell.run("image", "export", "micro", str(nowhere / "x.raw"), check=4)
+    assert done.stderr == (
+        f"cannot export to {nowhere}/x.raw: there is no folder {nowhere}\nhint: mkdir -p {nowhere}\n"
+    )
     os.mkfifo(tmp_path / "pipe.raw")  # as a device would: --force is for files
     done = shell.run("image", "export", "micro", str(tmp_path / "pipe.raw"), "--force", check=5)
     assert "no regular file" in done.stderr and (tmp_path / "pipe.raw").is_fifo()

@@ -91,7 +91,10 @@ def export(
 
     if file is None:
         if not format:
-            raise SpecError(f"cannot export image {name}: neither FILE nor --format says to what")
+            raise SpecError(
+                f"cannot export image {name}: neither FILE nor --format says to what",
+                hint=f"for example --format qcow2, which writes {name}.qcow2 here",
+            )
         file = Path(f"{name}.{format}")
     with opened(connect) as host:
         done = image_export.export(host, name, file, reporter(), format=format, compress=compress, force=force)
