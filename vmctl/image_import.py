@@ -219,7 +219,7 @@ def _part(disk: Enclosed, file: Path, handle: int) -> Iterator[int]:
 
 
 class Copied(NamedTuple):
-    """A copy as qcow2, its digest if known, and what its files say of the system where nobody told."""
+    """A copy as qcow2, its digest if known, and what its files say of the system."""
 
     path: Path
     digest: str
@@ -271,8 +271,6 @@ def _copied(
     source: qemu_img.Source, header: DiskHeader, folder: Path, wish: Wish, limits: qemu_img.Limits, report: Reporter
 ) -> Copied:
     what, target = f"import {wish.title}", folder / "disk.qcow2"
-    asked_inside = not (wish.user and wish.os_name != _UNKNOWN)
-
     deadline = time.monotonic() + limits.wall_s
 
     def moved(done: int, of: int) -> None:
@@ -288,13 +286,13 @@ def _copied(
         if (size := qcow2_stream.file_size(header.virtual_size, runs)) > limits.file_size:
             raise qemu_img.too_large(what, limits)
         found = qcow2_stream.write(plain, runs, target, lambda done: moved(done, size))
-        return Copied(target, found, image_inside.look_by(plain.read) if asked_inside else None)
+        return Copied(target, found, image_inside.look_by(plain.read))
     size = header.virtual_size
     with written_as_it_grows(target):
         qemu_img.copy(
             source, target, "qcow2", what=what, limits=limits, moved=lambda share: moved(int(share * size), size)
         )
-    return Copied(target, "", image_inside.look(target) if asked_inside else None)
+    return Copied(target, "", image_inside.look(target))
 
 
 def _plain(source: qemu_img.Source, header: DiskHeader, what: str) -> PlainDisk | None:
@@ -353,6 +351,7 @@ def _new_image(name: str, wish: Wish, disk: Enclosed, header: DiskHeader, copied
         source=wish.source or f"{wish.file.resolve()}{form}",
         boots=wish.boots,
         osinfo=wish.osinfo,
+        software=inside.software if inside else {},
         checksum=wish.checked or wish.checksum.lower(),
         verified=bool(wish.checked or wish.checksum),
     )

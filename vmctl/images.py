@@ -267,6 +267,8 @@ def renew(host: Host, present: Manifest, report: Reporter, again: Manifest | Non
     # The plain name means this one again; and what an older vmctl did not yet write down is added. One that was taken
     # unchecked stays so, whatever was checked since; one that was checked is not doubted by a copy that was not.
     kept = replace(again or present, tags=present.tags, warm=present.warm, built=_now() if shadowed else present.built)
+    if len(kept.software) > len(present.software):  # there is no room for more; see rewrite()
+        kept = replace(kept, software=present.software)
     if not (present.verified and kept.verified):
         kept = replace(kept, source=present.source, checksum=present.checksum, verified=present.verified)
     if kept != present:

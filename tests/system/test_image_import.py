@@ -117,6 +117,8 @@ def test_there_and_back(shell: Shell, tmp_path: Path, form: str, words: tuple[st
 def test_whom_it_lets_in_is_read_from_its_own_files(shell: Shell, tmp_path: Path, label: str) -> None:
     root, file = tmp_path / "root", tmp_path / "fedora.qcow2"
     (root / "etc/cloud").mkdir(parents=True)
+    (root / "var/lib/dpkg").mkdir(parents=True)
+    (root / "var/lib/dpkg/status").write_text("Package: zstd\nStatus: install ok installed\nVersion: 1:1.5\n")
     (root / "etc/os-release").write_text('ID=ubuntu\nVERSION_ID="24.04"\n')
     (root / "etc/cloud/cloud.cfg").write_text("system_info:\n  default_user:\n    name: tester\n")
     words = ["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(root), str(tmp_path / "fs"), "16M"]
@@ -133,6 +135,12 @@ def test_whom_it_lets_in_is_read_from_its_own_files(shell: Shell, tmp_path: Path
     assert (made["os"], made["os_version"]) == ("ubuntu", "24.04")
     made = shell.json("image", "import", str(file), "--user", "me", "--os", "debian", "--name", "told")
     assert (made["default_user"], made["default_user_by"], made["os"]) == ("me", "told", "debian")
+    assert made["software"] == {"zstd": "1:1.5"}, "whatever else was told"
+    # Stored by a vmctl that did not look for it: its manifest has no room for more, and is taken as it is.
+    stored = STORE / f"told-{made['digest'][:12]}.json"
+    stored.write_text(json.dumps(made | {"software": {}}).ljust(stored.stat().st_size))
+    again = shell.json("image", "import", str(file), "--user", "you", "--os", "debian", "--name", "told")
+    assert (again["default_user"], again["software"]) == ("you", {})
 
 
 def test_what_is_in_a_box_and_an_ova(shell: Shell, tmp_path: Path) -> None:
