@@ -373,9 +373,7 @@ def would_add(host: Host, name: str) -> str:
     """What a new image called ``name`` would be, in the store."""
     older = [one.stem for one in list_images(host) if one.name == name]
     pool = host.settings.image_pool
-    return f"put image {name}-… into pool {pool}" + (
-        f"; {', '.join(older)} stay until they are pruned" if older else ""
-    )
+    return f"put image {name}-… into pool {pool}" + (f"; until pruned, these stay: {', '.join(older)}" if older else "")
 
 
 def files(host: Host, manifest: Manifest) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ def test_an_image_from_elsewhere_that_takes_a_name_says_so(
     raw.write_bytes(os.urandom(510) + b"\x55\xaa" + os.urandom(1 << 16))
     told = f"kept means this image from now on, and no longer {first}, which came from elsewhere and stays until it is"
     would = shell.run("image", "import", str(raw), "--name", "kept", "--dry-run").stdout
-    assert "other.raw, raw of 64.5 KiB" in would and f"{first} stay until they are pruned" in would
+    assert "other.raw, raw of 64.5 KiB" in would and f"until pruned, these stay: {first}" in would
     assert [m["name"] for m in shell.json("image", "list")].count("kept") == 1
     other = shell.run("image", "import", str(raw), "--name", "kept")
     assert told in other.stderr and "raw, 64.5 KiB" in other.stderr
