@@ -240,7 +240,12 @@ def set_password(host: Host, name: str, user: str, password: str) -> None:
     if not password or re.search("[\x00-\x1f\x7f]", password) or len(password) > 256:
         raise SpecError("cannot set a password: it is empty, longer than 256 characters, or has control characters")
     ask = _Asked(host, name, f"set the password of {user} in")
-    ask("guest-set-user-password", username=user, password=base64.b64encode(password.encode()).decode(), crypted=False)
+    coded = base64.b64encode(password.encode()).decode()
+    try:
+        ask("guest-set-user-password", username=user, password=coded, crypted=False)
+    except GuestCommandFailed as error:  # the agent says no more than that chpasswd failed
+        error.hint = error.hint or f"does the guest have that user? vmctl exec --via agent {name} -- id {user}"
+        raise
 
 
 def sync_time(host: Host, name: str) -> float:

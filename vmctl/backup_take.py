@@ -19,7 +19,7 @@ from vmctl.backup_plan import DiskPlan
 from vmctl.backup_store import Shelf
 from vmctl.choices import Compression
 from vmctl.errors import NotFound, Unsupported, VmctlError, WrongState, quietly
-from vmctl.events import Progress, Reporter, Step
+from vmctl.events import Progress, Reporter, Step, bytes_in_words
 from vmctl.hosts import Host
 from vmctl.hypervisor import backup, disks, domain
 from vmctl.hypervisor.domain import Domain
@@ -197,7 +197,9 @@ def _copied(order: Order, sources: Sequence[_Source], report: Reporter) -> tuple
         if size != plan.disk.size:
             raise VmctlError(f"cannot back up VM {order.vm.name}: disk {plan.disk.target} was resized just now")
         found.append(_disk(order, source, plan, runs, moved))
-    report(Step(f"{order.vm.name}: {total >> 20} MiB read from {len(found)} disk{'s' if len(found) != 1 else ''}"))
+    report(
+        Step(f"{order.vm.name}: {bytes_in_words(total)} read from {len(found)} disk{'s' if len(found) != 1 else ''}")
+    )
     return tuple(found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 # By the ID of /etc/os-release: what the distributions' own cloud images have in /etc/cloud/cloud.cfg.
@@ -63,13 +63,15 @@ _NAME = re.compile(r"^ +name:\s*(['\"]?)(?P<name>[A-Za-z0-9_.-]+)\1\s*(?:#.*)?$"
 class Inside:
     """What an image's own files say: ID and VERSION_ID of its os-release, and its cloud.cfg; "" for one not there.
 
-    ``seeded``: something reads a seed on the first boot.
+    ``seeded``: something reads a seed on the first boot. ``software`` is versions by package, as its package manager
+    keeps them.
     """
 
     system: str = ""
     version: str = ""
     cloud_cfg: str = ""
     seeded: bool = False
+    software: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from vmctl import web
 from vmctl.errors import ImageError, NoRoom, NotFound
-from vmctl.events import Progress, Reporter, Step, Warned
+from vmctl.events import Progress, Reporter, Step, Warned, bytes_in_words
 from vmctl.wait import pause
 from vmctl.web import Answer, Temporary
 
@@ -199,7 +199,7 @@ def _ask(place: str, url: str, partial: Path, name: str, report: Reporter, stall
             return
         if answer.status == 206:
             state = _continued(url, partial, answer, kept, start)
-            report(Step(f"{name}: going on after the {start / _MIB:.1f} MiB that are there"))
+            report(Step(f"{name}: going on after the {bytes_in_words(start)} that are there"))
         else:
             if kept is not None:
                 changed = kept.validator != _validator(answer)

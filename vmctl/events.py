@@ -55,6 +55,15 @@ Event: TypeAlias = Step | Warned | StageBegan | StageDone | Progress | Status
 Reporter: TypeAlias = Callable[[Event], None]
 
 
+def bytes_in_words(count: float) -> str:
+    """Bytes for people, such as 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return ""
+
+
 def stages_of(name: str, report: Reporter) -> Reporter:
     """A Reporter that says of each stage whose it is, for when several waits go on at once."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vmctl import images, qemu_img
 from vmctl.durable import written_as_it_grows, written_out
-from vmctl.errors import Conflict, ImageError, SpecError, reason
+from vmctl.errors import Conflict, ImageError, NotFound, SpecError, reason
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.hypervisor import storage
@@ -66,6 +66,8 @@ def export(
         raise Conflict(f"cannot export to {file}: it exists, and is no regular file")
     if file.exists() and not force:
         raise Conflict(f"cannot export to {file}: it exists", hint="add --force")
+    if not file.parent.is_dir():
+        raise NotFound(f"cannot export to {file}: there is no folder {file.parent}", hint=f"mkdir -p {file.parent}")
     if image.manifest.boots == ("direct",):
         text = f"image {image.manifest.stem} starts by direct kernel boot only, and its kernel is not in the disk"
         report(Warned(text, hint="`vmctl image show` names kernel and command line"))

@@ -25,7 +25,7 @@ from vmctl.default_users import Inside, Login
 from vmctl.disk_header import DiskHeader, Window
 from vmctl.durable import written_as_it_grows
 from vmctl.errors import ImageError, NoRoom, SpecError, reason
-from vmctl.events import Progress, Reporter, Step, Warned
+from vmctl.events import Progress, Reporter, Step, Warned, bytes_in_words
 from vmctl.hosts import Host
 from vmctl.manifest import NAME, Manifest, NewImage
 from vmctl.plain_disk import Piece, PlainDisk, TooMuch, raw_pieces
@@ -109,21 +109,43 @@ def import_image(host: Host, wish: Wish, report: Reporter) -> Manifest:
     if found := problems(wish):
         raise SpecError(f"cannot import {wish.title}", problems=found)
     name = wish.name or name_for(wish.file)
+    with _failing_as_import(wish), _opened(wish.file) as handle, images.making(host, name) as folder:
+        before = os.fstat(handle)
+        _check_sum(handle, wish, before.st_size, report)
+        disk = _disk(handle, folder, wish, report)
+        with _part(disk, wish.file, handle) as source:
+            header, copied = _taken(source, disk, folder, wish, report)
+        after = os.fstat(handle)
+        if (before.st_size, before.st_mtime_ns, before.st_ctime_ns) != (
+            after.st_size,
+            after.st_mtime_ns,
+            after.st_ctime_ns,
+        ):
+            raise ImageError(f"cannot import {wish.title}: it was changed while it was read")
+        return images.add(host, _new_image(name, wish, disk, header, copied, report), report)
+
+
+def preview(host: Host, wish: Wish, report: Reporter) -> tuple[str, ...]:
+    """What importing it would do. Raises as import_image() does, of what shows without unpacking or copying it."""
+    if found := problems(wish):
+        raise SpecError(f"cannot import {wish.title}", problems=found)
+    with _failing_as_import(wish), _opened(wish.file) as handle:
+        size = os.fstat(handle).st_size
+        _check_sum(handle, wish, size, report)
+        with os.fdopen(os.dup(handle), "rb") as file:
+            packed = wish.format != "raw" and archives.is_archive(file)
+        if packed:
+            first = f"unpack {wish.short} and copy the disk that is in it"
+        else:
+            header = _header(Window(handle, size), wish, wish.format)
+            first = f"copy {wish.short}, {header.format} of {bytes_in_words(header.virtual_size)}"
+    return first, images.would_add(host, wish.name or name_for(wish.file))
+
+
+@contextmanager
+def _failing_as_import(wish: Wish) -> Iterator[None]:
     try:
-        with _opened(wish.file) as handle, images.making(host, name) as folder:
-            before = os.fstat(handle)
-            _check_sum(handle, wish, before.st_size, report)
-            disk = _disk(handle, folder, wish, report)
-            with _part(disk, wish.file, handle) as source:
-                header, copied = _taken(source, disk, folder, wish, report)
-            after = os.fstat(handle)
-            if (before.st_size, before.st_mtime_ns, before.st_ctime_ns) != (
-                after.st_size,
-                after.st_mtime_ns,
-                after.st_ctime_ns,
-            ):
-                raise ImageError(f"cannot import {wish.title}: it was changed while it was read")
-            return images.add(host, _new_image(name, wish, disk, header, copied, report), report)
+        yield
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         kind = NoRoom if full else ImageError
@@ -197,7 +219,7 @@ def _part(disk: Enclosed, file: Path, handle: int) -> Iterator[int]:
 
 
 class Copied(NamedTuple):
-    """A copy as qcow2, its digest if known, and what its files say of the system where nobody told."""
+    """A copy as qcow2, its digest if known, and what its files say of the system."""
 
     path: Path
     digest: str
@@ -208,14 +230,12 @@ def _taken(handle: int, disk: Enclosed, folder: Path, wish: Wish, report: Report
     """The disk's header, and its copy. Nothing but a sound header lets qemu-img see it."""
     what = f"import {wish.title}"
     asked = wish.format or disk.format
-    window = Window(handle, disk.size, disk.start)
-    header = disk_header.check(window, what=what, asked=asked, most_bytes=wish.most_bytes)
-    disk_header.check_whole(window, header, what=what)
+    header = _header(Window(handle, disk.size, disk.start), wish, asked)
     whole = not disk.start and disk.size == os.fstat(handle).st_size
     source = qemu_img.Source(handle, header.format, disk.start, 0 if whole else disk.size)
     if not _known_plain(source, header):  # no byte of a raw disk says anything, and qemu-img does not come to see it
         _agreed(source, header, what)
-    report(Step(f"{wish.short} is {header.format}, {header.virtual_size >> 20} MiB"))
+    report(Step(f"{wish.short} is {header.format}, {bytes_in_words(header.virtual_size)}"))
     copied = _copied(source, header, folder, wish, _limits(folder, disk.size), report)
     with _opened(copied.path) as written:
         window = Window(written, os.fstat(written).st_size)
@@ -223,6 +243,14 @@ def _taken(handle: int, disk: Enclosed, folder: Path, wish: Wish, report: Report
     if result.virtual_size != header.virtual_size:
         raise ImageError(f"cannot {what}: its copy came out {result.virtual_size} bytes large")
     return header, copied
+
+
+def _header(window: Window, wish: Wish, asked: str) -> DiskHeader:
+    """What our own parser says of a disk. Raises ImageError unless it is sound, and all of it there."""
+    what = f"import {wish.title}"
+    header = disk_header.check(window, what=what, asked=asked, most_bytes=wish.most_bytes)
+    disk_header.check_whole(window, header, what=what)
+    return header
 
 
 def _known_plain(source: qemu_img.Source, header: DiskHeader) -> bool:
@@ -243,8 +271,6 @@ def _copied(
     source: qemu_img.Source, header: DiskHeader, folder: Path, wish: Wish, limits: qemu_img.Limits, report: Reporter
 ) -> Copied:
     what, target = f"import {wish.title}", folder / "disk.qcow2"
-    asked_inside = not (wish.user and wish.os_name != _UNKNOWN)
-
     deadline = time.monotonic() + limits.wall_s
 
     def moved(done: int, of: int) -> None:
@@ -260,13 +286,13 @@ def _copied(
         if (size := qcow2_stream.file_size(header.virtual_size, runs)) > limits.file_size:
             raise qemu_img.too_large(what, limits)
         found = qcow2_stream.write(plain, runs, target, lambda done: moved(done, size))
-        return Copied(target, found, image_inside.look_by(plain.read) if asked_inside else None)
+        return Copied(target, found, image_inside.look_by(plain.read))
     size = header.virtual_size
     with written_as_it_grows(target):
         qemu_img.copy(
             source, target, "qcow2", what=what, limits=limits, moved=lambda share: moved(int(share * size), size)
         )
-    return Copied(target, "", image_inside.look(target) if asked_inside else None)
+    return Copied(target, "", image_inside.look(target))
 
 
 def _plain(source: qemu_img.Source, header: DiskHeader, what: str) -> PlainDisk | None:
@@ -325,6 +351,7 @@ def _new_image(name: str, wish: Wish, disk: Enclosed, header: DiskHeader, copied
         source=wish.source or f"{wish.file.resolve()}{form}",
         boots=wish.boots,
         osinfo=wish.osinfo,
+        software=inside.software if inside else {},
         checksum=wish.checked or wish.checksum.lower(),
         verified=bool(wish.checked or wish.checksum),
     )

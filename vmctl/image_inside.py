@@ -1,7 +1,11 @@
-"""What an image's own files say of it: its os-release and cloud.cfg, where they lie on an ext file system."""
+"""What an image's own files say of it, where they lie on an ext file system: os-release, cloud.cfg, list of packages.
+
+Of packages, dpkg's list and apk's are read; rpm keeps a database that is none of a few lines' business.
+"""
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +19,14 @@ _MOST_PARTITIONS = 32
 _RELEASES = ("etc/os-release", "usr/lib/os-release")
 # What reads a seed: cloud-init, Alpine's tiny-cloud, Ignition.
 _SEEDED = ("etc/cloud/cloud.cfg", "etc/tiny-cloud.conf", "usr/bin/ignition", "usr/lib/dracut/modules.d/30ignition")
+# dpkg's list and apk's, and what their lines of package and version begin with.
+_PACKAGES = (
+    ("var/lib/dpkg/status", "Package: ", "Version: "),
+    ("lib/apk/db/installed", "P:", "V:"),
+)
+_LIST_MOST = 8 << 20
+_MOST_PACKAGES = 10_000  # each command that looks for an image reads them, too
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9+.:~_-]{0,99}")
 
 Read = Callable[[int, int], bytes]
 
@@ -81,4 +93,30 @@ def _of(files: Ext) -> Inside:
     values = os_release(text.decode(errors="replace"))
     cloud = files.content(_SEEDED[0]) or b""
     seeded = bool(cloud) or any(files.content(path) is not None for path in _SEEDED[1:])
-    return Inside(values.get("ID", ""), values.get("VERSION_ID", ""), cloud.decode(errors="replace"), seeded)
+    system, version = values.get("ID", ""), values.get("VERSION_ID", "")
+    return Inside(system, version, cloud.decode(errors="replace"), seeded, _software(files))
+
+
+def _software(files: Ext) -> dict[str, str]:
+    for path, package, version in _PACKAGES:
+        try:
+            text = files.content(path, _LIST_MOST)
+        except (Unreadable, struct.error):
+            return {}  # too long or scattered for a look; the rest is known
+        if text is not None:
+            return installed(text.decode(errors="replace"), package, version)
+    return {}
+
+
+def installed(text: str, package: str, version: str) -> dict[str, str]:
+    """Versions by package, from a list of paragraphs with lines that begin so; of dpkg's, those that are installed."""
+    found: dict[str, str] = {}
+    for paragraph in re.split(r"\n\n+", text):
+        lines = paragraph.split("\n")
+        names, versions = (
+            [one.removeprefix(key) for one in lines if one.startswith(key)] for key in (package, version)
+        )
+        status = next((one for one in lines if one.startswith("Status: ")), "ok installed")
+        if status.endswith("ok installed") and all(_WORD.fullmatch(one) for one in (*names[:1], *versions[:1])):
+            found.update(zip(names[:1], versions[:1], strict=False))
+    return dict(sorted(found.items())) if len(found) <= _MOST_PACKAGES else {}

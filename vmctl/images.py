@@ -25,7 +25,7 @@ from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host, pool_folder
 from vmctl.hypervisor import storage
 from vmctl.locks import held
-from vmctl.manifest import NAME, Manifest, NewImage, content_digest, is_manifest, parse
+from vmctl.manifest import NAME, Manifest, NewImage, content_digest, is_manifest, name_taken, parse
 from vmctl.resources import image_recipes_dir, recipe_source
 from vmctl.workspace import clear_leftovers, workspace
 
@@ -249,13 +249,10 @@ def add(host: Host, new: NewImage, report: Reporter) -> Manifest:
     with written_out(new.files().values()):
         manifest = _manifest(new, report)
     known = list_images(host)
-    for other in known:
-        if manifest.name in other.tags and other.name != manifest.name:
-            report(
-                Warned(f"{manifest.name} means this image from now on, and no longer {other.stem}, which is so tagged")
-            )
     present = next((m for m in known if (m.name, m.digest) == (manifest.name, manifest.digest)), None)
     if present is None:
+        for text in name_taken(manifest, known):
+            report(Warned(text))
         _store(host, manifest, new, report)
         return manifest
     return renew(host, present, report, manifest)
@@ -263,11 +260,15 @@ def add(host: Host, new: NewImage, report: Reporter) -> Manifest:
 
 def renew(host: Host, present: Manifest, report: Reporter, again: Manifest | None = None) -> Manifest:
     """Make the plain name mean this image again, under the lock of ``making``, where a newer one has taken it."""
+    for text in name_taken(present, list_images(host)):
+        report(Warned(text))
     report(Step(f"image {present.stem} is in the store already, unchanged"))
     shadowed = find(host, present.name).manifest != present
     # The plain name means this one again; and what an older vmctl did not yet write down is added. One that was taken
     # unchecked stays so, whatever was checked since; one that was checked is not doubted by a copy that was not.
     kept = replace(again or present, tags=present.tags, warm=present.warm, built=_now() if shadowed else present.built)
+    if len(kept.software) > len(present.software):  # there is no room for more; see rewrite()
+        kept = replace(kept, software=present.software)
     if not (present.verified and kept.verified):
         kept = replace(kept, source=present.source, checksum=present.checksum, verified=present.verified)
     if kept != present:
@@ -372,9 +373,7 @@ def would_add(host: Host, name: str) -> str:
     """What a new image called ``name`` would be, in the store."""
     older = [one.stem for one in list_images(host) if one.name == name]
     pool = host.settings.image_pool
-    return f"put image {name}-… into pool {pool}" + (
-        f"; {', '.join(older)} stay until they are pruned" if older else ""
-    )
+    return f"put image {name}-… into pool {pool}" + (f"; until pruned, these stay: {', '.join(older)}" if older else "")
 
 
 def files(host: Host, manifest: Manifest) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,25 @@ def content_digest(sums: Mapping[str, str], cmdline: str) -> str:
     if bzimage := sums.get("bzimage", ""):  # came later: images without one keep their digests
         parts.append(bzimage)
     return hashlib.sha256("\n".join([*parts, cmdline]).encode()).hexdigest()
+
+
+def name_taken(new: Manifest, known: Sequence[Manifest]) -> list[str]:
+    """What to tell of images that the name of ``new`` has meant up to now; ``known`` has the newest of a name first.
+
+    A later version of what the name meant, from where that came from, is nothing to tell.
+    """
+    found = [f"{m.stem}, which is so tagged" for m in known if new.name in m.tags and m.name != new.name]
+    before = next((m for m in known if m.name == new.name), new)
+    if before.digest != new.digest and _origin(before.source) != _origin(new.source):
+        found.append(f"{before.stem}, which came from elsewhere and stays until it is pruned")
+    return [f"{new.name} means this image from now on, and no longer {one}" for one in found]
+
+
+def _origin(source: str) -> str:
+    """Where an image came from, whatever its version: a file, a URL, a recipe of ours, or steps."""
+    if source.startswith("recipe "):
+        return " ".join(source.split()[:2])
+    return "steps" if source.endswith(", by steps") else source.rpartition(" (")[0] or source
 
 
 def is_manifest(volume: str) -> bool:

@@ -247,7 +247,7 @@ def unshare(host: Host, name: str, mount: str, report: Reporter) -> Unshared:
         later = [one for one in devices.shares(host.conn, name) if one.tag == tag]
         now = [one for one in devices.shares(host.conn, name, live=True) if one.tag == tag] if vm.active else []
         if not (later or now):
-            raise NotFound(f"cannot unshare {mount}: VM {name} has no share there", hint=_shares_hint(host, name))
+            raise NotFound(f"cannot unshare {mount}: VM {name} has no share there", hint=_shares_hint(host, vm))
         command = unmount_command(mount, tag)
         done = _forgotten(host, vm, mount, command, report)
         for one in later:
@@ -260,9 +260,11 @@ def unshare(host: Host, name: str, mount: str, report: Reporter) -> Unshared:
     return Unshared(name, (later or now)[0].folder, tag, gone, done, command)
 
 
-def _shares_hint(host: Host, name: str) -> str:
-    folders = ", ".join(one.folder for one in devices.shares(host.conn, name))
-    return f"it has these folders of the host: {folders}" if folders else ""
+def _shares_hint(host: Host, vm: Domain) -> str:
+    mounts = vm.facts.record.mounts if vm.facts.record else {}  # where a VM that is not vmctl's has them, nothing tells
+    found = (f"{mounts.get(one.tag, '?')} ({one.folder} here)" for one in devices.shares(host.conn, vm.name))
+    folders = ", ".join(found)
+    return f"it has these: {folders}" if folders else ""
 
 
 def _forgotten(host: Host, vm: Domain, mount: str, command: str, report: Reporter) -> bool:

@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import IO, Any
 
 from vmctl.errors import GuestCommandFailed, Interrupted, PartialFailure, PreflightFailed, VmctlError, WaitTimeout
+from vmctl.events import bytes_in_words
 
 
 class Output(StrEnum):
@@ -45,13 +46,7 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return ""
+size = bytes_in_words
 
 
 def duration(seconds: float | None) -> str:

@@ -124,7 +124,8 @@ def test_a_password_is_set_and_told_to_nobody(shell: Shell, vm: str) -> None:
     salt = planted.split("$")[2]
     again = shell.run("exec", vm, "--", "mkpasswd", "-m", "sha512", "-P", "0", "-S", salt, input=secret)
     assert again.stdout.strip() == planted
-    shell.run("passwd", vm, "--user", "nobody-here", input="x\n", check=9)
+    unknown = shell.run("passwd", vm, "--user", "nobody-here", input="x\n", check=9).stderr
+    assert f"hint: does the guest have that user? vmctl exec --via agent {vm} -- id nobody-here" in unknown
     shell.run("passwd", vm, "--user", "a:b", input="x\n", check=2)
     shell.run("passwd", vm, input="\n", check=2)
 

@@ -80,6 +80,30 @@ def test_an_image_that_takes_the_name_of_a_tag_says_so(shell: Shell, stored: Cal
     assert shell.run("image", "show", "later", "-o", "name").stdout.strip() == tagged
 
 
+def test_an_image_from_elsewhere_that_takes_a_name_says_so(
+    shell: Shell, stored: Callable[[], str], tmp_path: Path
+) -> None:
+    first = stored()
+    raw = tmp_path / "other.raw"
+    raw.write_bytes(os.urandom(510) + b"\x55\xaa" + os.urandom(1 << 16))
+    told = f"kept means this image from now on, and no longer {first}, which came from elsewhere and stays until it is"
+    would = shell.run("image", "import", str(raw), "--name", "kept", "--dry-run").stdout
+    assert "other.raw, raw of 64.5 KiB" in would and f"until pruned, these stay: {first}" in would
+    assert [m["name"] for m in shell.json("image", "list")].count("kept") == 1
+    other = shell.run("image", "import", str(raw), "--name", "kept")
+    assert told in other.stderr and "raw, 64.5 KiB" in other.stderr
+    assert told not in shell.run("image", "import", str(raw), "--name", "kept").stderr
+    assert shell.run("image", "show", first, "-o", "name").stdout.strip() == first
+    # The first file again, with what it held; and with more, which is its next version.
+    again = shell.run("image", "import", str(tmp_path / "kept.raw"))
+    assert again.stdout.strip() == first and f"no longer {other.stdout.strip()}, which came" in again.stderr
+    assert "from now on" not in shell.run("image", "import", str(tmp_path / "kept.raw")).stderr
+    with (tmp_path / "kept.raw").open("ab") as file:
+        file.write(os.urandom(1 << 16))
+    later = shell.run("image", "import", str(tmp_path / "kept.raw"))
+    assert later.stdout.strip() != first and "from now on" not in later.stderr
+
+
 def test_a_single_bit_is_found(shell: Shell, stored: Callable[[], str]) -> None:
     stem = stored()
     shell.run("image", "verify", stem, "micro")

@@ -117,6 +117,8 @@ def test_there_and_back(shell: Shell, tmp_path: Path, form: str, words: tuple[st
 def test_whom_it_lets_in_is_read_from_its_own_files(shell: Shell, tmp_path: Path, label: str) -> None:
     root, file = tmp_path / "root", tmp_path / "fedora.qcow2"
     (root / "etc/cloud").mkdir(parents=True)
+    (root / "var/lib/dpkg").mkdir(parents=True)
+    (root / "var/lib/dpkg/status").write_text("Package: zstd\nStatus: install ok installed\nVersion: 1:1.5\n")
     (root / "etc/os-release").write_text('ID=ubuntu\nVERSION_ID="24.04"\n')
     (root / "etc/cloud/cloud.cfg").write_text("system_info:\n  default_user:\n    name: tester\n")
     words = ["mke2fs", "-q", "-F", "-t", "ext4", "-d", str(root), str(tmp_path / "fs"), "16M"]
@@ -133,6 +135,12 @@ def test_whom_it_lets_in_is_read_from_its_own_files(shell: Shell, tmp_path: Path
     assert (made["os"], made["os_version"]) == ("ubuntu", "24.04")
     made = shell.json("image", "import", str(file), "--user", "me", "--os", "debian", "--name", "told")
     assert (made["default_user"], made["default_user_by"], made["os"]) == ("me", "told", "debian")
+    assert made["software"] == {"zstd": "1:1.5"}, "whatever else was told"
+    # Stored by a vmctl that did not look for it: its manifest has no room for more, and is taken as it is.
+    stored = STORE / f"told-{made['digest'][:12]}.json"
+    stored.write_text(json.dumps(made | {"software": {}}).ljust(stored.stat().st_size))
+    again = shell.json("image", "import", str(file), "--user", "you", "--os", "debian", "--name", "told")
+    assert (again["default_user"], again["software"]) == ("you", {})
 
 
 def test_what_is_in_a_box_and_an_ova(shell: Shell, tmp_path: Path) -> None:
@@ -180,6 +188,22 @@ def test_a_wrong_checksum(shell: Shell, tmp_path: Path) -> None:
     refused(shell, raw, "--checksum", "sha256:" + "0" * 64, because="not the one given")
     refused(shell, raw, "--checksum", "sha512:" + "0" * 128, because="its sha512 is")
     refused(shell, raw, "--checksum", "md5:1", "--boots", "floppy", because="--boots takes", code=2)
+
+
+def test_a_dry_run_reads_and_leaves_nothing(shell: Shell, secret: Path, tmp_path: Path) -> None:
+    raw, box, hostile = disk(tmp_path / "d.raw"), tmp_path / "d.box", tmp_path / "h.qcow2"
+    before = in_store()
+    told = shell.run("image", "import", str(raw), "--dry-run").stdout
+    assert told == "would copy d.raw, raw of 16.0 MiB\nwould put image d-… into pool vmctl-images\n"
+    assert in_store() == before
+    qemu_img("create", "-f", "qcow2", "-b", secret, "-F", "raw", hostile)
+    refused(shell, hostile, "--dry-run", because="it has a backing file")
+    refused(shell, raw, "--dry-run", "--checksum", "sha256:" + "0" * 64, because="not the one given")
+    refused(shell, tmp_path / "none.raw", "--dry-run", because="No such file")
+    shell.run("image", "import", str(raw))
+    shell.run("image", "export", "d", str(box))
+    assert "would unpack d.box" in shell.run("image", "import", str(box), "--name", "boxed", "--dry-run").stdout
+    assert "boxed" not in {m["name"] for m in shell.json("image", "list")}
 
 
 def test_a_backing_file(shell: Shell, secret: Path, tmp_path: Path) -> None:
@@ -369,7 +393,8 @@ def test_export_names_the_file_itself(shell: Shell, tmp_path: Path) -> None:
     here = {"cwd": tmp_path, "env": environment(PYTHONPATH=str(REPO))}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, **here)
     assert done.stdout == f"{tmp_path}/there.box\n" and (tmp_path / "there.box").stat().st_size > 1 << 20
-    assert "neither FILE nor --format" in shell.run("image", "export", "there", check=2).stderr
+    told = shell.run("image", "export", "there", check=2).stderr
+    assert "neither FILE nor --format" in told and "hint: for example --format qcow2" in told
     assert "'x' is no format" in shell.run("image", "export", "there", "--format", "x", check=2).stderr
 
 
@@ -385,6 +410,11 @@ def test_export_writes_over_nothing(shell: Shell, tmp_path: Path) -> None:
         "no compression" in shell.run("image", "export", "micro", str(tmp_path / "x.vdi"), "--compress", check=2).stderr
     )
     assert shell.run("image", "export", "none", str(tmp_path / "x.raw"), check=4)
+    nowhere = tmp_path / "nowhere"
+    done = shell.run("image", "export", "micro", str(nowhere / "x.raw"), check=4)
+    assert done.stderr == (
+        f"cannot export to {nowhere}/x.raw: there is no folder {nowhere}\nhint: mkdir -p {nowhere}\n"
+    )
     os.mkfifo(tmp_path / "pipe.raw")  # as a device would: --force is for files
     done = shell.run("image", "export", "micro", str(tmp_path / "pipe.raw"), "--force", check=5)
     assert "no regular file" in done.stderr and (tmp_path / "pipe.raw").is_fifo()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vmctl import digest, durable
-from vmctl.manifest import Manifest, content_digest, parse
+from vmctl.manifest import Manifest, content_digest, name_taken, parse
 
 # From the BLAKE3 team's test vectors.
 EMPTY = "blake3:af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
@@ -63,6 +63,28 @@ def test_a_manifest_of_an_older_store_is_read() -> None:
     read = parse(json.dumps(values).encode())
     assert read == made and content_digest(read.sums(), read.cmdline) == read.digest
     assert parse(made.to_bytes()) == made
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ("recipe micro 111111111111", "recipe micro 222222222222", False),
+        ("recipe micro 111111111111", "recipe bench 222222222222", True),
+        ("web.step1-0, by steps", "web.step2-1, by steps", False),
+        ("/a/disk.img (raw)", "/a/disk.img (qcow2)", False),
+        ("/a/disk.img (raw)", "/b/disk.img (raw)", True),
+        ("https://host/latest.img", "https://host/latest.img", False),
+        ("recipe debian-12 111111111111", "https://host/latest.img", True),
+    ],
+)
+def test_a_name_that_passes_to_an_image_from_elsewhere_is_told(before: str, now: str, told: bool) -> None:
+    old, new = (
+        Manifest("x", digest, "qcow2", "", "", "", "", 1, 1, "", "", "", "", {}, source, "")
+        for digest, source in (("a" * 64, before), ("b" * 64, now))
+    )
+    said = name_taken(new, [old])
+    assert len(said) == told and all("no longer x-aaaaaaaaaaaa, which came from elsewhere" in text for text in said)
+    assert name_taken(old, [old]) == name_taken(new, []) == []
 
 
 def test_a_file_is_written_out_while_it_grows(tmp_path: Path) -> None:

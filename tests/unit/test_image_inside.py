@@ -115,6 +115,46 @@ def test_the_partition_with_the_system_is_found(tmp_path: Path, label: str) -> N
     assert default_users.of_cloud_cfg(found.cloud_cfg) == "tester"
 
 
+STATUS = """Package: libc6
+Status: install ok installed
+Architecture: amd64
+Version: 2.36-9+deb12u14
+Description: of no
+ Version: 0
+
+Package: gone
+Status: deinstall ok config-files
+Version: 1
+
+Package: zstd
+Status: install ok installed
+Version: 1:1.5~rc2
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "software"),
+    [
+        ("var/lib/dpkg/status", STATUS, {"libc6": "2.36-9+deb12u14", "zstd": "1:1.5~rc2"}),
+        ("usr/lib/apk/db/installed", "C:Q1\nP:musl\nV:1.2-r9\n\nP:zlib\nV:1.3\n", {"musl": "1.2-r9", "zlib": "1.3"}),
+        ("var/lib/dpkg/status", "Package: a\x1b[31m\nVersion: 1\n\nPackage: b\n\nVersion: 3\n", {}),
+        ("var/lib/dpkg/status", STATUS + "\n" * (9 << 20), {}),
+        ("var/lib/dpkg/status", "".join(f"Package: p{i}\nVersion: 1\n\n" for i in range(10_001)), {}),
+        ("var/lib/rpm/rpmdb.sqlite", "SQLite", {}),
+    ],
+    ids=["dpkg", "apk", "nonsense", "long", "many", "rpm"],
+)  # fmt: skip
+def test_its_packages_are_read_from_its_own_list(
+    tmp_path: Path, path: str, text: str, software: dict[str, str]
+) -> None:
+    folder = tree(tmp_path / "root")
+    (folder / "lib").symlink_to("usr/lib")
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_text(text)
+    found = image_inside.look_by(reading(made(tmp_path / "disk", folder, "-t", "ext4", size="64M")))
+    assert found is not None and found.system == "debian" and found.software == software
+
+
 def test_a_hostile_file_system_costs_little_and_says_nothing(tmp_path: Path) -> None:
     good = bytearray(made(tmp_path / "disk", tree(tmp_path / "root"), "-t", "ext4", size="16M"))
 

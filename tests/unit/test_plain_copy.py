@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from vmctl import digest, qcow2_stream, qemu_img
+from vmctl import digest, image_import, qcow2_stream, qemu_img
+from vmctl.disk_header import DiskHeader
+from vmctl.errors import ImageError
+from vmctl.events import silent
 from vmctl.plain_disk import Piece, PlainDisk, TooMuch, raw_pieces
 from vmctl.qcow2_writer import CLUSTER
 
@@ -212,3 +215,43 @@ def test_what_fails_ends_it(tmp_path: Path, writing: bool) -> None:
     assert threading.active_count() == before
     with (tmp_path / "target").open("rb") as file:
         assert file.read(4) == bytes(4), "it looks whole"
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (qemu_img.Limits(wall_s=0.0), "did not end in 0 s"),
+        (qemu_img.Limits(cpu_s=1), "more than 1 s of CPU time"),
+        (qemu_img.Limits(file_size=1 << 20, allowed="allowed"), "more than the 1 MiB allowed"),
+    ],
+)
+def test_qemu_img_is_held_to_its_limits(tmp_path: Path, limits: qemu_img.Limits, said: str) -> None:
+    """Whatever it is given to read: a file of unknown origin may be made so that a copy of it has no end."""
+    source = tmp_path / "source"
+    source.write_bytes(random.Random(1).randbytes(96 << 20))
+    handle = os.open(source, os.O_RDONLY)
+    try:
+        with pytest.raises(ImageError, match=f"cannot import it: .*{said}"):
+            qemu_img.copy(
+                qemu_img.Source(handle, "raw"),
+                tmp_path / "target",
+                "qcow2",
+                what="import it",
+                compress=True,
+                limits=limits,
+            )
+    finally:
+        os.close(handle)
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)]).returncode == 1, "it goes on"
+
+
+def test_the_copy_of_our_own_ends_in_time_too(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    filled(source, 40 << 20)
+    wish, handle = image_import.Wish(source), os.open(source, os.O_RDONLY)
+    header, late = DiskHeader("raw", 40 << 20), qemu_img.Limits(wall_s=-1.0, file_size=1 << 40)
+    try:
+        with pytest.raises(ImageError, match="the copy did not end in"):
+            image_import._copied(qemu_img.Source(handle, "raw"), header, tmp_path, wish, late, silent)
+    finally:
+        os.close(handle)

@@ -35,7 +35,7 @@ from vmctl.errors import (
     WrongState,
     quietly,
 )
-from vmctl.events import Progress, StageBegan, StageDone, Step, Warned
+from vmctl.events import Progress, StageBegan, StageDone, Step, Warned, bytes_in_words
 from vmctl.hypervisor.domain import State
 from vmctl.wait import wait_until
 
@@ -234,6 +234,14 @@ def test_json_is_the_same_object(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_table_cannot_be_broken_by_its_content() -> None:
     text = ui.columns(("A", "B"), [("x\ny", "\x1b[31m"), ("", "z")])
     assert text.splitlines() == ["A     B", "x\\ny  \\x1b[31m", "-     z"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (512, "512 B"), (65536, "64.0 KiB"), (192 << 20, "192.0 MiB"), (3 << 40, "3072.0 GiB")],
+)
+def test_no_amount_of_bytes_is_told_as_nothing(count: int, text: str) -> None:
+    assert bytes_in_words(count) == text == ui.size(count)
 
 
 @pytest.mark.parametrize(

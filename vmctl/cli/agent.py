@@ -47,7 +47,9 @@ def trim(names: Names, connect: ConnectOption = None) -> None:
 
 def passwd(
     name: Name,
-    user: Annotated[str, typer.Option("--user", "-u", metavar="USER", help="User in the guest.")] = "root",
+    user: Annotated[
+        str, typer.Option("--user", "-u", metavar="USER", help="User in the guest; default: root.")
+    ] = "root",
     connect: ConnectOption = None,
 ) -> None:
     """Set a user's password in the guest. It is asked for, or is the first line of a stdin that is no terminal."""

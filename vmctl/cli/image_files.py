@@ -8,7 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from vmctl import ui
-from vmctl.cli.options import ConnectOption, ImageName, OutputOption, opened, reporter
+from vmctl.cli.options import ConnectOption, DryRunOption, ImageName, OutputOption, opened, reporter
 from vmctl.errors import SpecError
 from vmctl.ui import Output
 
@@ -42,6 +42,7 @@ def import_(
     max_size: Annotated[
         str, typer.Option("--max-size", metavar="SIZE", help="Largest disk taken, such as 100G.")
     ] = "2T",
+    dry_run: DryRunOption = False,
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
@@ -61,6 +62,9 @@ def import_(
         most_bytes=spec.parse_size_mib(max_size) << 20,
     )
     with opened(connect) as host:
+        if dry_run:
+            ui.say("\n".join(f"would {line}" for line in image_import.preview(host, wish, reporter())))
+            return
         manifest = image_import.import_image(host, wish, reporter())
         ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
 
@@ -87,7 +91,10 @@ def export(
 
     if file is None:
         if not format:
-            raise SpecError(f"cannot export image {name}: neither FILE nor --format says to what")
+            raise SpecError(
+                f"cannot export image {name}: neither FILE nor --format says to what",
+                hint=f"for example --format qcow2, which writes {name}.qcow2 here",
+            )
         file = Path(f"{name}.{format}")
     with opened(connect) as host:
         done = image_export.export(host, name, file, reporter(), format=format, compress=compress, force=force)
