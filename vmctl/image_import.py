@@ -149,7 +149,10 @@ def _failing_as_import(wish: Wish) -> Iterator[None]:
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
         kind = NoRoom if full else ImageError
-        raise kind(f"cannot import {wish.title}: {reason(error)}", hint="make room" if full else "") from error
+        hint = "make room" if full else ""
+        if error.errno == errno.ENOENT and str(wish.file) == wish.file.name:
+            hint = f"an image to be had by that name? vmctl image search {wish.file}"
+        raise kind(f"cannot import {wish.title}: {reason(error)}", hint=hint) from error
 
 
 @contextmanager

@@ -29,7 +29,7 @@ _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A catalogue's image, and whether the store has one of that name; None when the store could not be asked."""
+    """A catalogue's image, and whether the store has one from there; None when the store could not be asked."""
 
     image: Entry
     in_store: bool | None
@@ -37,10 +37,9 @@ class Found:
 
 def search(host: Host | None, users: Path, term: str) -> tuple[Found, ...]:
     """What the catalogues have under ``term``. ``users`` is the folder of the user's own."""
-    have = {manifest.name for manifest in images.list_images(host)} if host else None
+    have = {manifest.source for manifest in images.list_images(host)} if host else None
     return tuple(
-        Found(entry, None if have is None else entry.name in have)
-        for entry in catalog.search(catalog.load(users), term)
+        Found(entry, None if have is None else entry.url in have) for entry in catalog.search(catalog.load(users), term)
     )
 
 

@@ -351,6 +351,8 @@ def test_sizes_and_cut_files(shell: Shell, tmp_path: Path) -> None:
     refused(shell, tmp_path / "pipe", because="not a regular file")
     refused(shell, tmp_path, "--name", "folder", because="")
     refused(shell, tmp_path / "none", because="No such file")
+    said = shell.run("image", "import", "debian-13", check=10).stderr
+    assert "hint: an image to be had by that name? vmctl image search debian-13" in said, said
 
 
 @pytest.mark.parametrize(

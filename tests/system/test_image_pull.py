@@ -455,6 +455,10 @@ def test_search_shows_what_the_store_has(puller: Puller) -> None:
     assert row.split()[:3] == [puller.name, "debian", "99"] and " yes " in row
     assert puller.run("search", "debian-12", "-o", "name").stdout == "debian-12\n"
     assert "debian-12" in puller.run("search", "-o", "yaml").stdout
+    own = ENTRY.format(name=puller.name, url=f"{puller.web.url}/elsewhere")
+    puller.catalogue(own)
+    row = puller.run("search", puller.name).stdout.splitlines()[1]
+    assert " no " in row, "one of that name that came from elsewhere is not the catalogue's"
 
 
 def test_search_needs_no_host(puller: Puller) -> None:
