@@ -119,11 +119,10 @@ def _layer(
         vm = VM(machine, base.manifest.stem, memory_mib=recipe.memory_mib, vcpus=recipe.vcpus)
         try:
             made = creation.create(host, vm, report).vm
-            budget = readiness.default_timeout_s(made)
             goal = Goal.CLOUD_INIT if base.manifest.first_boot == "cloud-init" else Goal.SSH
-            readiness.wait_for(host, made, Goal.SSH, timeout_s=budget, report=report)
+            readiness.wait_for(host, made, Goal.SSH, timeout_s=None, report=report)
             if goal is Goal.CLOUD_INIT:  # or its package work would be in the way of ours
-                readiness.wait_for(host, made, goal, timeout_s=readiness.default_timeout_s(made, goal), report=report)
+                readiness.wait_for(host, made, goal, timeout_s=None, report=report)
             packages = _take_step(host, machine, base.manifest, recipe.steps[number], report)
             lifecycle.stop(host, machine, report, timeout_s=_STOP_TIMEOUT_S)
             overlay = next(disk.source for disk in domain.find(host.conn, machine).facts.disks)

@@ -213,16 +213,18 @@ def wait_for(
     vm: Domain,
     goal: Goal,
     *,
-    timeout_s: float,
+    timeout_s: float | None,
     report: Reporter,
     clock: Callable[[], float] = time.monotonic,
 ) -> Address | None:
-    """Wait until ``vm`` reaches ``goal``; returns its address where a stage found one.
+    """Wait until ``vm`` reaches ``goal``; returns its address where a stage found one. A ``timeout_s`` of None: the
+    default.
 
     Raises WaitTimeout, naming the stage, with evidence; WrongState when the VM stops meanwhile, for then no
     waiting helps; GuestCommandFailed when cloud-init failed, Unsupported when the guest has none.
     """
     began = clock()
+    timeout_s = default_timeout_s(vm, goal) if timeout_s is None else timeout_s
     watch = _Watch(host, vm, clock)
     _require_possible(host, vm, goal)
     for stage in _STAGES[goal]:

@@ -274,16 +274,15 @@ def test_stop_start_save_restore_reboot(shell: Shell, name: str) -> None:
     assert "stopped already" in shell.run("stop", name).stdout
     shell.run("pause", name, check=6)
 
-    assert "booted" in shell.run("start", name).stdout
-    shell.run("wait", name, "--for", "ssh")
+    told = shell.run("start", name, "--wait", "ssh")
+    assert told.stdout == f"{name}: booted; ssh at {address}\n" and f"{name}: ip" in told.stderr
     assert shell.run("exec", name, "--", "cat", "/root/kept").stdout == "kept\n"
     assert shell.json("show", name)["address"] == address
 
     shell.run("exec", name, "--", "sh", "-c", "echo in-memory >/run/memory")
     assert "saved" in shell.run("save", name).stdout
     assert shell.json("show", name)["state"] == "saved"
-    assert "saved memory" in shell.run("start", name).stdout
-    shell.run("wait", name, "--for", "ssh")
+    assert "saved memory" in shell.run("start", name, "--wait", "ssh").stdout
     assert shell.run("exec", name, "--", "cat", "/run/memory").stdout == "in-memory\n"
 
     boot_id = ["exec", name, "--", "cat", "/proc/sys/kernel/random/boot_id"]
@@ -412,6 +411,7 @@ def test_other_bad_input(shell: Shell, name: str) -> None:
     shell.run("-c", "qemu+tcp://127.0.0.1:1/system", "list", check=3)
     shell.run("frobnicate", check=2)
     shell.run("start", "no-such-vm", check=4)
+    shell.run("start", "no-such-vm", "--wait", "stopped", check=2)
 
 
 def test_a_start_that_fails_is_undone(shell: Shell, name: str, tmp_path: Path) -> None:
@@ -451,7 +451,9 @@ def test_several_names_and_globs(shell: Shell, names: Callable[[], str]) -> None
     one, two = names(), names()
     for n in (one, two):
         shell.run("create", n, "--image", "micro", "--no-start")
-    done = shell.run("start", one, "no-such-vm", two, check=14)
+    late = shell.run("start", one, "--wait", "ssh", "--timeout", "0.1", check=7)
+    assert one in late.stderr and "stage" in late.stderr, late.stderr
+    done = shell.run("start", one, "no-such-vm", two, "--wait", "running", check=14)
     assert "no-such-vm" in done.stderr and one in done.stdout and two in done.stdout
     assert shell.virsh("domstate", one) == shell.virsh("domstate", two) == "running"
     stem = os.path.commonprefix([one, two])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional, TypeVar
+from typing import Annotated, Optional, TypeVar
 
 import typer
 
@@ -18,8 +18,10 @@ from vmctl.cli.options import (
     Names,
     OutputOption,
     TimeoutOption,
+    WaitOption,
     YesOption,
     each,
+    goal_of,
     note,
     opened,
     refuse_unless_yes,
@@ -28,9 +30,6 @@ from vmctl.cli.options import (
 from vmctl.errors import SpecError
 from vmctl.spec import AccelChoice, Boot, Firmware, Graphics, Machine, NicModel, OnCrash
 from vmctl.ui import Output
-
-if TYPE_CHECKING:
-    from vmctl.readiness import Goal
 
 T = TypeVar("T")
 _MACHINE, _DEVICES, _FIRST_BOOT = "Machine", "Disks, network, folders", "First boot"
@@ -172,9 +171,7 @@ def create(
     warm: Annotated[
         bool, typer.Option("--warm", help="Go on from the running state that `vmctl image warm` has kept.")
     ] = False,
-    wait: Annotated[
-        str | None, typer.Option(metavar="GOAL", help="Wait until running, ip, ssh, agent or cloud-init.")
-    ] = None,
+    wait: WaitOption = None,
     timeout: TimeoutOption = None,
     exist_ok: Annotated[
         bool, typer.Option("--exist-ok", help="A VM of that name is no error; it is left as it is.")
@@ -237,7 +234,7 @@ def create(
         tpm=tpm,
     )
     problems += spec.problems(vm)
-    goal = _goal(wait, problems)
+    goal = _collected(problems, lambda: goal_of(wait), None)
     if no_start and wait:
         problems.append("--wait and --no-start exclude each other")
     if warm and (no_start or exist_ok or print_xml or password):
@@ -268,9 +265,8 @@ def create(
             note(f"{name} exists already, {made.vm.state}")
         where = None
         if goal is not None:
-            budget = readiness.default_timeout_s(made.vm, goal) if timeout is None else timeout
             try:
-                where = readiness.wait_for(host, made.vm, goal, timeout_s=budget, report=report)
+                where = readiness.wait_for(host, made.vm, goal, timeout_s=timeout, report=report)
             except KeyboardInterrupt:
                 ui.note(f"{name} stays, and runs; go on with `vmctl wait {name} --for {goal}`")
                 raise
@@ -296,21 +292,6 @@ def _all_collected(problems: list[str], parse: Callable[[str], T], texts: list[s
     """Those that could be parsed, with the problems of all others noted."""
     found = (_collected(problems, partial(parse, text), None) for text in texts)
     return tuple(one for one in found if one is not None)
-
-
-def _goal(wait: str | None, problems: list[str]) -> Goal | None:
-    if wait is None:
-        return None
-    from vmctl.readiness import Goal
-
-    try:
-        goal = Goal(wait)
-    except ValueError:
-        problems.append(f"--wait {wait!r} is none of running, ip, ssh, agent, cloud-init")
-        return None
-    if goal is Goal.STOPPED:
-        problems.append("--wait stopped makes no sense for a VM that is being created")
-    return goal
 
 
 def delete(

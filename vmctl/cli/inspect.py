@@ -206,9 +206,8 @@ def wait(
 
         def work(name: str) -> str:
             vm = domain.find(host.conn, name)
-            budget = readiness.default_timeout_s(vm, Goal(goal)) if timeout is None else timeout
             told = stages_of(name, report) if len(wanted) > 1 else report
-            where = readiness.wait_for(host, vm, Goal(goal), timeout_s=budget, report=told)
+            where = readiness.wait_for(host, vm, Goal(goal), timeout_s=timeout, report=told)
             return where.host if where else ""
 
         each(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vmctl.events import Reporter
     from vmctl.fleet import Fleet
     from vmctl.hosts import Host
+    from vmctl.readiness import Goal
 
 __all__ = ["each"]
 
@@ -124,6 +125,10 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Only results a
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="More progress.")]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")]
+WaitOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--wait", metavar="GOAL", help="Wait until running, ip, ssh, agent or cloud-init."),
+]
 TimeoutOption = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option(
@@ -188,6 +193,17 @@ def refuse_unless_yes(
         raise SpecError(f"cannot {verb} without being sure: there is no terminal to ask on", hint=hint)
     if not ui.confirm(question):
         raise SpecError("nothing was done")
+
+
+def goal_of(wait: str | None) -> Goal | None:
+    """What a started VM is to be waited for. Raises SpecError."""
+    if wait is None:
+        return None
+    from vmctl.readiness import Goal
+
+    if wait not in set(Goal) - {Goal.STOPPED}:
+        raise SpecError(f"--wait {wait!r} is none of running, ip, ssh, agent, cloud-init")
+    return Goal(wait)
 
 
 def on_vms(

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vmctl import ui
-from vmctl.cli.options import ConnectOption, Name, Names, TimeoutOption, on_vms, opened, reporter
+from vmctl.cli.options import ConnectOption, Name, Names, TimeoutOption, WaitOption, goal_of, on_vms, opened, reporter
+
+if TYPE_CHECKING:
+    from vmctl.hosts import Host
 
 
-def start(names: Names, connect: ConnectOption = None) -> None:
+def start(names: Names, wait: WaitOption = None, timeout: TimeoutOption = None, connect: ConnectOption = None) -> None:
     """Start VMs; one with saved memory goes on where it was. A running one is left alone."""
     from vmctl import lifecycle
 
-    report = reporter()
-    on_vms(connect, names, "start", lambda host, name: lifecycle.start(host, name, report), lambda how: how)
+    report, goal = reporter(), goal_of(wait)
+
+    def work(host: Host, name: str) -> str:
+        how = lifecycle.start(host, name, report)
+        if goal is None:
+            return how
+        from vmctl import readiness
+        from vmctl.events import stages_of
+        from vmctl.hypervisor import domain
+
+        vm = domain.find(host.conn, name)
+        where = readiness.wait_for(host, vm, goal, timeout_s=timeout, report=stages_of(name, report))
+        return f"{how}; {goal}" + (f" at {where.host}" if where else "")
+
+    on_vms(connect, names, "start", work, lambda how: how)
 
 
 def stop(
