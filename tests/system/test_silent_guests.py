@@ -148,7 +148,7 @@ def test_what_can_be_done_with_a_panicked_guest(shell: Shell, panicked: str, tmp
     assert shell.json("show", name)["why"] == "guest panicked"
     assert re.search(r"^state +crashed \(guest panicked\)", shell.run("show", name).stdout, re.MULTILINE)
     assert "Kernel panic - not syncing" in shell.run("logs", name, "-n", "60").stdout
-    shell.run("screenshot", name, "-o", str(tmp_path / "last.png"))
+    shell.run("screenshot", name, str(tmp_path / "last.png"))
     for goal in ("ssh", "agent", "running", "stopped"):
         told = shell.run("wait", name, "--for", goal, check=6, timeout=20).stderr
         assert "it is crashed (guest panicked)" in told and "last on its console" in told and "Kernel panic" in told

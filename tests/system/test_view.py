@@ -92,7 +92,7 @@ def canvas(page: Page) -> tuple[int, int, bytes]:
 
 def test_a_screenshot_shows_the_guests_text_console(shell: Shell, vm: str, tmp_path: Path) -> None:
     path = tmp_path / "screen.png"
-    assert shell.run("screenshot", vm, "-o", str(path)).stdout == f"{path}\n"
+    assert shell.run("screenshot", vm, str(path)).stdout == f"{path}\n"
     width, height, pixels = png.decode(path.read_bytes())
     assert (width, height) == (COLUMNS * CELL_W, ROWS * CELL_H)
     text = text_of(vm)
@@ -100,7 +100,7 @@ def test_a_screenshot_shows_the_guests_text_console(shell: Shell, vm: str, tmp_p
     assert reads_as(width, pixels, text)
     assert not reads_as(width, pixels, text.replace("press", "prose")), "the test cannot fail"
     assert path.stat().st_size < 60_000 and [p.name for p in tmp_path.iterdir()] == ["screen.png"]
-    assert "cannot write" in shell.run("screenshot", vm, "-o", "/no/such/folder/x.png", check=1).stderr
+    assert "cannot write" in shell.run("screenshot", vm, "/no/such/folder/x.png", check=1).stderr
 
 
 def test_a_browser_shows_the_guests_text_console_and_types_into_it(vm: str, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_browser_shows_the_guests_text_console_and_types_into_it(vm: str, tmp_
             return width == COLUMNS * CELL_W and reads_as(width, pixels, text_of(vm))
 
         wait_until(shown, what="the guest's text in the page", timeout_s=60, interval_s=0.3)
-        shell.run("screenshot", vm, "-o", str(tmp_path / "now.png"))
+        shell.run("screenshot", vm, str(tmp_path / "now.png"))
         width, height, pixels = png.decode((tmp_path / "now.png").read_bytes())
         seen = canvas(page)
         assert seen[:2] == (width, height)

@@ -45,7 +45,7 @@ COMMANDS: Mapping[str, Entry] = {
     "unshare": Entry("share", "unshare", "Take a shared folder from a guest."),
     "console": Entry("access", "console", "Open the serial console."),
     "view": Entry("view", "view", "Show the screen in a browser."),
-    "screenshot": Entry("view", "screenshot", "Save what is on the screen as PNG."),
+    "screenshot": Entry("view", "screenshot", "Save what is on the screen as PNG, by default in NAME.png."),
     "logs": Entry("inspect", "logs", "Show what the guest printed on its serial console."),
     "start": Entry("state", "start", "Start VMs, or bring them back from saved memory."),
     "stop": Entry("state", "stop", "Stop VMs by ACPI, then agent, then --force."),

@@ -41,16 +41,16 @@ def _open(url: str) -> None:
 
 def screenshot(
     name: Name,
-    output: Annotated[
+    file: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--output", "-o", metavar="FILE", help="File to write; NAME.png by default."),
+        typer.Argument(metavar="FILE", help="File to write."),
     ] = None,
     connect: ConnectOption = None,
 ) -> None:
-    """Save what is on the screen as PNG."""
+    """Save what is on the screen as PNG, by default in NAME.png."""
     from vmctl.view import screenshot as save
 
-    path = output or Path(f"{name}.png")
+    path = file or Path(f"{name}.png")
     with opened(connect) as host:
         size = save(host, name, path)
         note(ui.size(size))
