@@ -75,6 +75,14 @@ def test_every_value_has_its_place_and_marks_are_few(values: list[float], log: b
     assert 1 <= len(axis.ticks) <= 12 and all(axis.low <= one <= axis.high for one in axis.ticks)
 
 
+@given(st.floats(1e-9, 1e9), st.floats(1.0, 1e4))
+def test_an_axis_has_marks_enough_to_be_read(low: float, ratio: float) -> None:
+    rows = (("a", {"x": Point(low)}), ("b", {"x": Point(low * ratio)}))
+    axis = scale(Chart("t", "a", "s", ("x",), rows))
+    assert 3 <= len(axis.ticks) <= 9, axis
+    assert len({tick(one, "s") for one in axis.ticks}) == len(axis.ticks), "marks are told apart"
+
+
 def test_a_chart_in_letters() -> None:
     text = chart_text.text(SMALL, 70)
     lines = text.splitlines()
