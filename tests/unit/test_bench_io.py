@@ -276,6 +276,12 @@ def test_a_slowed_row_is_found_whichever_way_is_better() -> None:
     assert changes[f"{name}: read-latency"].ratio > 1.2 and changes[f"{name}: read-latency"].unit == "ns"
     assert verdicts(made(2, slowed=1.3), made(1))[f"{name}: read-iops"] is Verdict.FASTER
     assert verdicts(made(1, rounds=1), made(2, rounds=1, slowed=3))[f"{name}: read-iops"] is Verdict.UNCLEAR
+    ide, raw, nvme = made(2).rows
+    for rows, verdict in (
+        ((ide, replace(raw, measures=(), failed="it is gone"), nvme), Verdict.GONE),
+        ((ide, nvme), Verdict.LEFT_OUT),
+    ):
+        assert verdicts(made(1), replace(made(2), rows=rows))[f"{name}: read-iops"] is verdict
 
 
 def test_user_mode_is_never_compared_with_tap() -> None:

@@ -89,9 +89,20 @@ def test_few_guests_cannot_tell() -> None:
 
 def test_a_row_that_is_gone_is_a_regression() -> None:
     less = made(2)
-    less = replace(less, rows=tuple(row for row in less.rows if row.name != "cpuid"))
+    less = replace(less, rows=tuple(RowResult("cpuid", failed="x") if r.name == "cpuid" else r for r in less.rows))
     assert verdicts(made(1), less)["cpuid"] is Verdict.GONE and compare(made(1), less).regressed
     assert verdicts(less, made(1))["cpuid"] is Verdict.NEW and not compare(less, made(1)).regressed
+
+
+def test_a_row_that_nobody_asked_for_is_none() -> None:
+    """As after `--row`, or an interrupt: another row's figures are no worse for it."""
+    less = made(2)
+    less = replace(less, rows=tuple(row for row in less.rows if row.name in {"loop", "cpuid"}))
+    found = compare(made(1), less)
+    assert found.verdict == "2 not measured" and not found.regressed
+    assert verdicts(made(1), less)["in_user"] is Verdict.LEFT_OUT
+    cut = replace(made(2), rows=tuple(RowResult(r.name) if r.name == "in_user" else r for r in made(2).rows))
+    assert verdicts(made(1), cut)["in_user"] is Verdict.LEFT_OUT and not compare(made(1), cut).regressed
 
 
 def test_what_the_hosts_memory_makes_is_no_regression() -> None:
