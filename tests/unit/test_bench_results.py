@@ -140,7 +140,7 @@ def test_names_never_clash(tmp_path: Path) -> None:
     assert names == ["trap-20260102-030405", "trap-20260102-030405-2", "trap-20260102-030405-3"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"id": 1}', '{"workload": "trap", "format": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"id": 1}', '{"workload": "trap", "format": 1}', "[" * 99999])
 def test_what_is_no_result_is_refused_and_listed_as_such(tmp_path: Path, text: str) -> None:
     (tmp_path / "broken.json").write_text(text)
     with pytest.raises(SpecError):
@@ -157,6 +157,28 @@ def test_every_part_of_a_result_is_checked(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         store.find(tmp_path, "trap-1")
     assert "khz" in caught.value.message and "rows.0.runs.0.ticks.3" in caught.value.message
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity", "9" * 400, "9" * 5000, "1e-300"])
+@pytest.mark.parametrize(
+    "place", [("guests", 0, "khz"), ("rows", 1, "runs", 0, "waited_percent"), ("rows", 1, "extra")]
+)
+def test_a_number_that_is_none_of_a_measurement(tmp_path: Path, number: str, place: tuple[str | int, ...]) -> None:
+    values = made(1).to_json()
+    inner: Any = values
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = "HERE"
+    (tmp_path / "trap-1.json").write_text(json.dumps(values).replace('"HERE"', number))
+    with pytest.raises(SpecError, match="is no figure of a measurement"):
+        store.find(tmp_path, "trap-1")
+
+
+@pytest.mark.parametrize("environment", [{"load": "busy"}, {"load": ["x"]}, {"storage": "ext4"}])
+def test_conditions_that_are_shown_are_checked(tmp_path: Path, environment: dict[str, Any]) -> None:
+    store.write(tmp_path, {**made(1).to_json(), "environment": environment})
+    with pytest.raises(SpecError, match=r"environment\."):
+        store.find(tmp_path, "trap-1")
 
 
 def test_the_latest_of_none(tmp_path: Path) -> None:
