@@ -328,6 +328,8 @@ def test_the_commands(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert vmctl(["bench", "io", "--device", "floppy", "--aio", "x", "-c", "test:///default"]) == 2
     error = capsys.readouterr().err
     assert "no device is called floppy" in error and "no aio is called x" in error
+    nothing = ["bench", "net", "--path", "user", "--card", "e1000e", "-c", "test:///default"]
+    assert vmctl(nothing) == 2 and "no row is of that path and that card" in capsys.readouterr().err
     for words in (["io"], ["io", "--quick", "--iothread"]):
         assert vmctl(["bench", *words, "-c", "test:///default"]) == 8
 
