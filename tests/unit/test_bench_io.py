@@ -322,6 +322,9 @@ def test_the_commands(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "READ us" in text and "SYNC us" not in text.partition("COLUMN")[0], "columns without a figure are left out"
     assert "nvme null: skipped: no nvme here" in text and "±" in text and "26.0" in text and "4 figures" in text
+    store.write(kept, replace(made(6), head=made(6).head.with_environment(guest_kernel="6.1")).to_json())
+    assert "guest" not in text.partition("rounds")[0], "none was there to tell its kernel"
+    assert vmctl(["bench", "show", "io-6"]) == 0 and "kernel 6.1, clock ?" in capsys.readouterr().out
     assert vmctl(["bench", "compare", "io-1", "io-2"]) == 15 and "2 slower" in capsys.readouterr().out
     assert vmctl(["bench", "compare", "net-3", "net-4"]) == 2
     assert vmctl(["bench", "compare", "io-1", "net-3"]) == 2
