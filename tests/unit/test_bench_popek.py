@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,14 @@ def test_kept_shown_and_not_compared(kept: PopekResult, capsys: pytest.CaptureFi
     assert vmctl(["bench", "show", "latest"]) == 0
     text = capsys.readouterr().out
     assert "theorem 1" in text and "trap #GP" in text and "the guest ended" in text
+    page = tmp_path / "page.html"
+    assert vmctl(["bench", "report", "latest", "--html", str(page)]) == 0
+    told, written = capsys.readouterr().out, unescape(page.read_text())
+    for machine in kept.machines:
+        for one in statements(machine):
+            assert one.title in told and one.why in written
+            assert all(line in told and line in written for line in one.evidence), one
+    assert "Efficiency: one workload" in told and "<svg" in written
     assert vmctl(["bench", "compare", "latest", "latest"]) == 2
     assert "no figures that could be" in capsys.readouterr().err
     assert vmctl(["bench", "popek-goldberg", "-c", "test:///default"]) == 8
