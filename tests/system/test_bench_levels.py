@@ -203,6 +203,22 @@ def test_a_run_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     assert "there is no part nope on this host" in again
 
 
+def test_a_part_that_cannot_be_measured_is_told_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a host with no program to answer a guest's packets."""
+    shell, junit = Shell(), tmp_path / "junit.xml"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ["--only", "net", "--only", "trap-tcg", "--junit", str(junit), "-o", "json"]
+    done = shell.run("bench", "run", "--quick", "--new", *words, check=14)
+    trap, net = json.loads(done.stdout)["parts"]
+    assert trap["result"] and not trap["problem"] and net["name"] == "net" and not net["result"]
+    assert "iperf3 and sockperf missing" in net["problem"] and "cannot measure 1 of 2 parts" in done.stderr
+    assert "<testsuite name='net' tests='1' failures='1'" in junit.read_text()
+    # What came to nothing is through: the next run begins anew, and does not try for ever to go on.
+    assert "going on with" not in shell.run("bench", "run", "--quick", "--only", "net", check=14).stderr
+
+
 def test_levels_are_for_this_machine() -> None:
     elsewhere = "qemu+unix:///system?socket=/run/libvirt/libvirt-sock"
     assert "run it on that host" in Shell().run("bench", "levels", "-c", elsewhere, check=8).stderr
