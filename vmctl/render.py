@@ -101,7 +101,8 @@ class PoolView:
 class ProbeView:
     """Everything probe.xml.j2 prints: a bare-metal guest that says on its serial line what it found out.
 
-    ``words`` are its command line, ``arguments`` further ones of QEMU's; ``cpu`` is a model's name for mode custom.
+    ``words`` are its command line, ``arguments`` further ones of QEMU's; ``cpu`` is a model's name for mode custom, and
+    ``cpu_features`` are what it is to have beside; of those that KVM has not, QEMU says so in its log.
     ``cpuset`` names the host's CPUs it may use, ``weight`` its share of them against others; "" and 0: not limited.
     """
 
@@ -118,6 +119,7 @@ class ProbeView:
     initrd: str = ""
     cpuset: str = ""
     weight: int = 0
+    cpu_features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

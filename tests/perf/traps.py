@@ -2,8 +2,9 @@
 
 Usage: python tests/perf/traps.py [ACCEL] [GUESTS]      for a quiet time; ends with 1 when the aim is missed
 
-The aim: medians of nine rows in ten agree within 5 %, `bench compare` says "no change", and a row that is made slower
-(CPUID done twice, in a guest built for it) is the one that it finds.
+The aim: a run of five guests under TCG takes 20 s at most, medians of nine rows in ten agree within 5 %, `bench
+compare` says "no change", and a row that is made slower (CPUID done twice, in a guest built for it) is the one that
+it finds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from vmctl.hosts import open_host
 from vmctl.progress import reporter
 
 AGREE, ROWS = 0.05, 0.9
+LONGEST_S = 20.0  # one run under TCG
 SOURCES = Path(__file__).parents[2] / "vmctl/baremetal"
 
 
@@ -59,7 +61,8 @@ def main() -> int:
     with open_host("qemu:///system") as host, tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()
         first = trap.run(host, wanted, choice, reporter())
-        print(f"one run took {time.monotonic() - began:.1f} s (aim under TCG: 20 s)")
+        took_s = time.monotonic() - began
+        print(f"one run took {took_s:.1f} s (aim under TCG: {LONGEST_S:.0f} s)")
         second = trap.run(host, wanted, choice, reporter())
         slow = trap.run(host, wanted, choice, silent, guest=slowed(Path(folder) / "slow"))
     alike = agreement(first, second)
@@ -68,7 +71,8 @@ def main() -> int:
     found = [change.name for change in compare(second, slow).changes if change.verdict is Verdict.SLOWER]
     print(f"with CPUID done twice, slower: {', '.join(found) or 'none'}")
     print(f"load at the end: {os.getloadavg()[0]:.2f}")
-    return 0 if alike and same.verdict == "no change" and found == ["cpuid"] else 1
+    in_time = took_s <= LONGEST_S or choice is not AccelChoice.TCG or wanted.guests > 5
+    return 0 if in_time and alike and same.verdict == "no change" and found == ["cpuid"] else 1
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 
 from tests.system.conftest import REPO, VMCTL, Shell, volumes
 from vmctl import json_schema
-from vmctl.bench import store
+from vmctl.bench import levels_words, places, store
 from vmctl.bench.levels_result import WORKS, figures, levels_of
 from vmctl.bench.sheet_result import entries, sheet_of
 
@@ -155,7 +155,22 @@ def test_a_sheet_that_cannot_be(vm: str) -> None:
     assert "cannot find VM nope" in shell.run("bench", "sheet", "nope", check=4).stderr
     found = shell.json("bench", "sheet", vm, "--folder", "/nowhere")
     lines = {one["name"]: one for one in found["table"]}
-    assert "No such file" in lines["disk, write"]["skipped"] and lines["CPU"]["figure"]
+    assert lines["CPU"]["figure"]
+    for name in ("disk, write", "disk, read", "average latency", "maximal latency"):
+        assert "No such file" in lines[name]["skipped"], lines[name]
+
+
+def test_a_folder_without_room_says_so(tmp_path: Path) -> None:
+    """Every row of the disk has a reason, on a kernel whose tmpfs lets the page cache be passed by, and on others."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(tmp_path)], check=True)
+    try:
+        argv = [str(places.program()), f"sheet={tmp_path}"]
+        said = subprocess.run(argv, capture_output=True, check=True, timeout=60).stdout
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    why = levels_words.read(said).skipped
+    assert set(why) == {"disk_write", "disk_read", "disk_latency"}
+    assert "there is no room for it" in why["disk_write"] or "past the page cache" in why["disk_write"]
 
 
 def test_a_run_that_is_interrupted_goes_on(tmp_path: Path) -> None:
@@ -186,6 +201,22 @@ def test_a_run_that_is_interrupted_goes_on(tmp_path: Path) -> None:
     assert "What a trap costs" in shell.run("bench", "report", run["id"]).stdout
     again = shell.run(*words[:3], "--only", "nope", check=2).stderr
     assert "there is no part nope on this host" in again
+
+
+def test_a_part_that_cannot_be_measured_is_told_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a host with no program to answer a guest's packets."""
+    shell, junit = Shell(), tmp_path / "junit.xml"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    words = ["--only", "net", "--only", "trap-tcg", "--junit", str(junit), "-o", "json"]
+    done = shell.run("bench", "run", "--quick", "--new", *words, check=14)
+    trap, net = json.loads(done.stdout)["parts"]
+    assert trap["result"] and not trap["problem"] and net["name"] == "net" and not net["result"]
+    assert "iperf3 and sockperf missing" in net["problem"] and "cannot measure 1 of 2 parts" in done.stderr
+    assert "<testsuite name='net' tests='1' failures='1'" in junit.read_text()
+    # What came to nothing is through: the next run begins anew, and does not try for ever to go on.
+    assert "going on with" not in shell.run("bench", "run", "--quick", "--only", "net", check=14).stderr
 
 
 def test_levels_are_for_this_machine() -> None:

@@ -276,6 +276,12 @@ def test_a_slowed_row_is_found_whichever_way_is_better() -> None:
     assert changes[f"{name}: read-latency"].ratio > 1.2 and changes[f"{name}: read-latency"].unit == "ns"
     assert verdicts(made(2, slowed=1.3), made(1))[f"{name}: read-iops"] is Verdict.FASTER
     assert verdicts(made(1, rounds=1), made(2, rounds=1, slowed=3))[f"{name}: read-iops"] is Verdict.UNCLEAR
+    ide, raw, nvme = made(2).rows
+    for rows, verdict in (
+        ((ide, replace(raw, measures=(), failed="it is gone"), nvme), Verdict.GONE),
+        ((ide, nvme), Verdict.LEFT_OUT),
+    ):
+        assert verdicts(made(1), replace(made(2), rows=rows))[f"{name}: read-iops"] is verdict
 
 
 def test_user_mode_is_never_compared_with_tap() -> None:
@@ -316,12 +322,17 @@ def test_the_commands(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "READ us" in text and "SYNC us" not in text.partition("COLUMN")[0], "columns without a figure are left out"
     assert "nvme null: skipped: no nvme here" in text and "±" in text and "26.0" in text and "4 figures" in text
+    store.write(kept, replace(made(6), head=made(6).head.with_environment(guest_kernel="6.1")).to_json())
+    assert "guest" not in text.partition("rounds")[0], "none was there to tell its kernel"
+    assert vmctl(["bench", "show", "io-6"]) == 0 and "kernel 6.1, clock ?" in capsys.readouterr().out
     assert vmctl(["bench", "compare", "io-1", "io-2"]) == 15 and "2 slower" in capsys.readouterr().out
     assert vmctl(["bench", "compare", "net-3", "net-4"]) == 2
     assert vmctl(["bench", "compare", "io-1", "net-3"]) == 2
     assert vmctl(["bench", "io", "--device", "floppy", "--aio", "x", "-c", "test:///default"]) == 2
     error = capsys.readouterr().err
     assert "no device is called floppy" in error and "no aio is called x" in error
+    nothing = ["bench", "net", "--path", "user", "--card", "e1000e", "-c", "test:///default"]
+    assert vmctl(nothing) == 2 and "no row is of that path and that card" in capsys.readouterr().err
     for words in (["io"], ["io", "--quick", "--iothread"]):
         assert vmctl(["bench", *words, "-c", "test:///default"]) == 8
 

@@ -132,6 +132,12 @@ def test_two_can_be_compared_level_by_level() -> None:
         "tcg syscall": "slower",
         "tcg pipe": "slower",
     }
+    native, _container, tcg, _kvm = made().levels
+    failed = replace(made(), levels=(native, replace(tcg, rows=(), failed="it said nothing")))
+    gone = {one.name: str(one.verdict) for one in compare(made(), failed).changes}
+    assert gone["tcg syscall"] == gone["tcg pipe"] == "only before" and compare(made(), failed).regressed
+    less = compare(made(), replace(made(), levels=(native,)))
+    assert less.verdict == "2 not measured" and not less.regressed, "a level that nobody asked for"
     with pytest.raises(SpecError, match="no figures that could be"):
         kinds.rows_of(sheet().to_json())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,10 @@ def test_a_machine_that_fulfils_the_condition() -> None:
         for one in INSTRUCTIONS
     )
     assert verdicts(machine(outcomes=good))[:3] == ["yes", "yes", "yes"]
+    but_one = tuple(outcome("lar", {}, "", "the guest ended") if one.name == "lar" else one for one in good)
+    found = statements(machine(outcomes=but_one))
+    assert [one.holds for one in found[:3]] == ["unknown"] * 3, "what ended the guest may trap, or not"
+    assert found[4].holds == "unknown" and "end the guest, and no program on a CPU: LAR" in found[4].evidence
 
 
 def test_a_translator() -> None:
@@ -131,8 +136,9 @@ def test_other_results_and_memory_that_answers_are_seen() -> None:
 def test_what_could_not_be_tried_is_unknown() -> None:
     failed = tuple(outcome(one.name, {}, "", "the guest ended") for one in INSTRUCTIONS)
     one = machine(outcomes=failed, work=None, work_user=None, reach=None, ended_in_s=None)
-    assert verdicts(one)[0] == "unknown" and verdicts(one)[3:] == ["unknown"] * 3
+    assert verdicts(one) == ["unknown"] * 6
     assert verdicts(machine(ended_in_s=None))[5] == "unknown" and verdicts(machine(native_ticks=0))[3] == "unknown"
+    assert verdicts(machine(ended_in_s=None, reach=Reach(9, 1, 0)))[5] == "no", "what it got, it got"
     some = replace(one, outcomes=(*machine().outcomes[:5], *failed[5:]))
     assert any(line.startswith("not known, for they ended the guest: POPF") for line in statements(some)[0].evidence)
 
@@ -193,6 +199,14 @@ def test_kept_shown_and_not_compared(kept: PopekResult, capsys: pytest.CaptureFi
     assert vmctl(["bench", "show", "latest"]) == 0
     text = capsys.readouterr().out
     assert "theorem 1" in text and "trap #GP" in text and "the guest ended" in text
+    page = tmp_path / "page.html"
+    assert vmctl(["bench", "report", "latest", "--html", str(page)]) == 0
+    told, written = capsys.readouterr().out, unescape(page.read_text())
+    for machine in kept.machines:
+        for one in statements(machine):
+            assert one.title in told and one.why in written
+            assert all(line in told and line in written for line in one.evidence), one
+    assert "Efficiency: one workload" in told and "<svg" in written
     assert vmctl(["bench", "compare", "latest", "latest"]) == 2
     assert "no figures that could be" in capsys.readouterr().err
     assert vmctl(["bench", "popek-goldberg", "-c", "test:///default"]) == 8

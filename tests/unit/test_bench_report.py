@@ -75,6 +75,14 @@ def test_every_value_has_its_place_and_marks_are_few(values: list[float], log: b
     assert 1 <= len(axis.ticks) <= 12 and all(axis.low <= one <= axis.high for one in axis.ticks)
 
 
+@given(st.floats(1e-9, 1e9), st.floats(1.0, 1e4))
+def test_an_axis_has_marks_enough_to_be_read(low: float, ratio: float) -> None:
+    rows = (("a", {"x": Point(low)}), ("b", {"x": Point(low * ratio)}))
+    axis = scale(Chart("t", "a", "s", ("x",), rows))
+    assert 3 <= len(axis.ticks) <= 9, axis
+    assert len({tick(one, "s") for one in axis.ticks}) == len(axis.ticks), "marks are told apart"
+
+
 def test_a_chart_in_letters() -> None:
     text = chart_text.text(SMALL, 70)
     lines = text.splitlines()
@@ -265,7 +273,10 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert not first.parts
     cut = Run(first.id, first.made, first.uri, True, (), (Through("p0", "trap-1", "", 4.0),), complete=False)
     store.put(everything.folder(tmp_path) / f"{cut.id}.json", json.dumps(cut.to_json()).encode(), "keep")
-    (everything.folder(tmp_path) / "broken.json").write_text("{")
+    part = {"name": "p0", "result": "", "problem": "", "took_s": 1}
+    damaged = [{**cut.to_json(), **one} for one in ({"parts": [{**part, "took_s": "x"}]}, {"parts": 5}, {"only": None})]
+    for number, text in enumerate(["{", "[" * 99999, "[]", *map(json.dumps, damaged)]):
+        (everything.folder(tmp_path) / f"broken{number}.json").write_text(text)
     assert everything.begin(tmp_path, "qemu:///system", (), quick=True, new=False) == cut
     for other in (
         everything.begin(tmp_path, "qemu:///system", (), quick=True, new=True),

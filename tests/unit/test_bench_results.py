@@ -89,9 +89,20 @@ def test_few_guests_cannot_tell() -> None:
 
 def test_a_row_that_is_gone_is_a_regression() -> None:
     less = made(2)
-    less = replace(less, rows=tuple(row for row in less.rows if row.name != "cpuid"))
+    less = replace(less, rows=tuple(RowResult("cpuid", failed="x") if r.name == "cpuid" else r for r in less.rows))
     assert verdicts(made(1), less)["cpuid"] is Verdict.GONE and compare(made(1), less).regressed
     assert verdicts(less, made(1))["cpuid"] is Verdict.NEW and not compare(less, made(1)).regressed
+
+
+def test_a_row_that_nobody_asked_for_is_none() -> None:
+    """As after `--row`, or an interrupt: another row's figures are no worse for it."""
+    less = made(2)
+    less = replace(less, rows=tuple(row for row in less.rows if row.name in {"loop", "cpuid"}))
+    found = compare(made(1), less)
+    assert found.verdict == "2 not measured" and not found.regressed
+    assert verdicts(made(1), less)["in_user"] is Verdict.LEFT_OUT
+    cut = replace(made(2), rows=tuple(RowResult(r.name) if r.name == "in_user" else r for r in made(2).rows))
+    assert verdicts(made(1), cut)["in_user"] is Verdict.LEFT_OUT and not compare(made(1), cut).regressed
 
 
 def test_what_the_hosts_memory_makes_is_no_regression() -> None:
@@ -129,7 +140,7 @@ def test_names_never_clash(tmp_path: Path) -> None:
     assert names == ["trap-20260102-030405", "trap-20260102-030405-2", "trap-20260102-030405-3"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"id": 1}', '{"workload": "trap", "format": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"id": 1}', '{"workload": "trap", "format": 1}', "[" * 99999])
 def test_what_is_no_result_is_refused_and_listed_as_such(tmp_path: Path, text: str) -> None:
     (tmp_path / "broken.json").write_text(text)
     with pytest.raises(SpecError):
@@ -146,6 +157,28 @@ def test_every_part_of_a_result_is_checked(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         store.find(tmp_path, "trap-1")
     assert "khz" in caught.value.message and "rows.0.runs.0.ticks.3" in caught.value.message
+
+
+@pytest.mark.parametrize("number", ["1e999", "NaN", "-Infinity", "9" * 400, "9" * 5000, "1e-300"])
+@pytest.mark.parametrize(
+    "place", [("guests", 0, "khz"), ("rows", 1, "runs", 0, "waited_percent"), ("rows", 1, "extra")]
+)
+def test_a_number_that_is_none_of_a_measurement(tmp_path: Path, number: str, place: tuple[str | int, ...]) -> None:
+    values = made(1).to_json()
+    inner: Any = values
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = "HERE"
+    (tmp_path / "trap-1.json").write_text(json.dumps(values).replace('"HERE"', number))
+    with pytest.raises(SpecError, match="is no figure of a measurement"):
+        store.find(tmp_path, "trap-1")
+
+
+@pytest.mark.parametrize("environment", [{"load": "busy"}, {"load": ["x"]}, {"storage": "ext4"}])
+def test_conditions_that_are_shown_are_checked(tmp_path: Path, environment: dict[str, Any]) -> None:
+    store.write(tmp_path, {**made(1).to_json(), "environment": environment})
+    with pytest.raises(SpecError, match=r"environment\."):
+        store.find(tmp_path, "trap-1")
 
 
 def test_the_latest_of_none(tmp_path: Path) -> None:

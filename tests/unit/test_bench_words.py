@@ -82,6 +82,9 @@ def test_the_plan() -> None:
     some = trap.plan(("cpuid",), quick=True, guests=7)
     assert some.rows == (BASE, "cpuid") and some.guests == 7 and some.parts < trap.Plan().parts
     assert trap.Plan().parts * trap.Plan().part_us >= 50_000, "a batch is at least 50 ms"
+    # Half of the 20 s, and 5 s, that a run may take is for starting guests and for finding out how many calls to make.
+    for one, most_s in ((trap.Plan(), 20), (trap.QUICK, 5)):
+        assert one.guests * len(one.rows) * one.parts * one.part_us / 1e6 < 0.6 * most_s, one
     with pytest.raises(SpecError) as caught:
         trap.plan(("cpuid", "nope", "neither"), quick=False, guests=None)
     assert "nope" in caught.value.message and "neither" in caught.value.message and "cpuid" in caught.value.hint

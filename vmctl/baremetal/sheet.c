@@ -56,6 +56,7 @@ static void memory(void) {
 /* Past the page cache, and no longer than some seconds; returns the bytes that were written. */
 static unsigned long stream(const char *name, int file, char *block, unsigned long bytes, int writing) {
     unsigned long took[256], began = now_ns(), count = 0;
+    errno = 0; /* a call that moved less than it was told sets none */
     for (; count < bytes / BLOCK && count < 256 && now_ns() - began < LONGEST_NS; count++) {
         unsigned long start = now_ns();
         long moved = writing ? pwrite(file, block, BLOCK, count * BLOCK) : pread(file, block, BLOCK, count * BLOCK);
@@ -66,7 +67,8 @@ static unsigned long stream(const char *name, int file, char *block, unsigned lo
     if (count)
         say(name, BLOCK, took, count);
     else
-        printf("row %s\nskip %s\n", name, strerror(errno));
+        printf("row %s\nskip %s\n", name,
+               bytes < BLOCK ? "there is no room for it" : errno ? strerror(errno) : "it was cut short");
     return count * BLOCK;
 }
 
@@ -76,7 +78,9 @@ static void disk(const char *folder) {
     int file = open(path, O_CREAT | O_EXCL | O_RDWR | O_DIRECT, 0600);
     char *block = 0;
     if (file < 0 || posix_memalign((void **)&block, SMALL, BLOCK)) {
-        printf("row disk_write\nskip no file past the page cache in %s: %s\n", folder, strerror(errno));
+        const char *why = strerror(errno), *rows[] = {"disk_write", "disk_read", "disk_latency"};
+        for (int row = 0; row < 3; row++)
+            printf("row %s\nskip no file past the page cache in %s: %s\n", rows[row], folder, why);
         if (file >= 0)
             close(file);
         unlink(path);
@@ -87,10 +91,15 @@ static void disk(const char *folder) {
     struct statvfs room;
     unsigned long bytes = fstatvfs(file, &room) ? 0 : room.f_bavail * room.f_frsize / 4;
     bytes = stream("disk_write", file, block, bytes < MOST_BYTES ? bytes : MOST_BYTES, 1);
+    if (!bytes) {
+        printf("row disk_read\nskip nothing was written\nrow disk_latency\nskip nothing was written\n");
+        close(file);
+        return;
+    }
     stream("disk_read", file, block, bytes, 0);
     unsigned long took[LATENCIES], x = 88172645463325252UL, began = now_ns();
     int count = 0;
-    for (; bytes && count < LATENCIES && now_ns() - began < LONGEST_NS; count++) {
+    for (; count < LATENCIES && now_ns() - began < LONGEST_NS; count++) {
         x ^= x << 13, x ^= x >> 7, x ^= x << 17;
         unsigned long start = now_ns();
         if (pread(file, block, SMALL, x % (bytes / SMALL) * SMALL) != (long)SMALL)
@@ -99,6 +108,8 @@ static void disk(const char *folder) {
     }
     if (count)
         say("disk_latency", 1, took, count);
+    else
+        printf("row disk_latency\nskip %s\n", strerror(errno));
     close(file);
 }
 

@@ -69,6 +69,11 @@ class Scale:
         return min(1.0, max(0.0, place))
 
 
+# Marks within a decade, from few to many. One mark, or two, do not show how far a logarithmic axis reaches.
+_LOG_STEPS = ((1.0,), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0))
+_LEAST_TICKS = 3
+
+
 def scale(chart: Chart) -> Scale:
     """An axis with room for all of a chart."""
     values = chart.values()
@@ -81,10 +86,17 @@ def _log_scale(values: Iterable[float]) -> Scale:
     if high / low < 1.5:
         low, high = low / 1.25, high * 1.25
     ends = (low / (high / low) ** 0.03, high * (high / low) ** 0.03)
-    steps = (1.0,) if high / low > 50 else (1.0, 2.0, 5.0) if high / low > 3 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)
-    decades = range(math.floor(math.log10(ends[0])), math.ceil(math.log10(ends[1])) + 1)
-    ticks = [step * 10.0**decade for decade in decades for step in steps]
-    shown = [tick for tick in ticks if ends[0] <= tick <= ends[1]]
+    shown: list[float] = []
+    for steps in _LOG_STEPS:
+        decades = range(math.floor(math.log10(ends[0])), math.ceil(math.log10(ends[1])) + 1)
+        ticks = (step * 10.0**decade for decade in decades for step in steps)
+        shown = [tick for tick in ticks if ends[0] <= tick <= ends[1]]
+        if len(shown) >= _LEAST_TICKS:
+            break
+    else:
+        step = _step((ends[1] - ends[0]) / 8)
+        numbers = range(math.ceil(ends[0] / step), math.floor(ends[1] / step) + 1)
+        shown = [step * number for number in numbers]
     while len(shown) > 9:
         shown = shown[::2]
     return Scale(*ends, True, tuple(shown))
@@ -95,9 +107,13 @@ def _linear_scale(values: Iterable[float]) -> Scale:
     low, high = min(0.0, *found), max(0.0, *found)
     if high == low:
         high = low + 1.0
-    rough = (high - low) / 5
-    size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
+    step = _step((high - low) / 5)
     first, last = math.floor(low / step), math.ceil(high / step - 1e-9)
     ticks = tuple(step * number for number in range(first, last + 1))
     return Scale(ticks[0], ticks[-1], False, ticks)
+
+
+def _step(rough: float) -> float:
+    """The round number next to it, from above."""
+    size = 10.0 ** math.floor(math.log10(rough))
+    return next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)

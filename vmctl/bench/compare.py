@@ -32,7 +32,8 @@ class Verdict(StrEnum):
     SAME = "same"
     UNCLEAR = "unclear"  # too few guests to tell whether a difference this large is chance
     MOMENT = "as the host was"  # a difference that the state of the host's memory makes, too
-    GONE = "only before"
+    GONE = "only before"  # it was tried again, and there is a reason why it has no figure
+    LEFT_OUT = "not measured"  # nobody asked for it, or it was cut off before
     NEW = "only after"
 
 
@@ -67,7 +68,7 @@ class Comparison:
 
     @property
     def regressed(self) -> bool:
-        """Whether anything became slower, or cannot be measured any more."""
+        """Whether anything became slower, or could not be measured any more."""
         return any(change.verdict in {Verdict.SLOWER, Verdict.GONE} for change in self.changes)
 
 
@@ -109,6 +110,11 @@ def _looks(result: Rows | Measured) -> dict[str, _Looks]:
     }
 
 
+def _without(result: Rows | Measured) -> set[str]:
+    """The rows that a reason is told for."""
+    return {row.name for row in result.rows if row.skipped or row.failed}
+
+
 _SHOWN = (
     "libvirt", "qemu", "kernel", "microcode", "transparent_hugepages", "mitigations", "image", "storage",
     "guest_kernel", "guest_clock",
@@ -118,8 +124,8 @@ _SHOWN = (
 def compare(before: Rows | Measured, after: Rows | Measured, *, threshold: float = THRESHOLD) -> Comparison:
     """Judge each row. Raises SpecError when the two are unlike."""
     require_alike(before.head, after.head)
-    old, new = _looks(before), _looks(after)
-    changes = tuple(_change(name, old, new, threshold) for name in {**old, **new})
+    old, new, without = _looks(before), _looks(after), _without(after)
+    changes = tuple(_change(name, old, new, without, threshold) for name in {**old, **new})
     costs = [change.cost for change in changes if change.cost]
     environments: tuple[Mapping[str, object], ...] = (before.head.environment, after.head.environment)
     differs = tuple(
@@ -131,12 +137,16 @@ def compare(before: Rows | Measured, after: Rows | Measured, *, threshold: float
     return Comparison(before.head.id, after.head.id, _overall(changes), drift, differs, changes)
 
 
-def _change(name: str, before: Mapping[str, _Looks], after: Mapping[str, _Looks], threshold: float) -> Change:
+def _change(
+    name: str, before: Mapping[str, _Looks], after: Mapping[str, _Looks], without: set[str], threshold: float
+) -> Change:
     old, new = before.get(name), after.get(name)
     was, now = (stats.median(looks.values) if looks else 0.0 for looks in (old, new))
     unit = (old or new or _Looks((), "")).unit
     if old is None or new is None:
-        return Change(name, was, now, 0.0, 1.0, 0.5, Verdict.NEW if old is None else Verdict.GONE, unit, 0.0)
+        gone = Verdict.GONE if name.partition(": ")[0] in without else Verdict.LEFT_OUT
+        verdict = Verdict.NEW if old is None else gone
+        return Change(name, was, now, 0.0, 1.0, 0.5, verdict, unit, 0.0)
     ratio, p = now / was, stats.p_value(old.values, new.values)
     cost = 1 / ratio if new.more_is_better and ratio else ratio
     large = cost >= 1 + threshold or cost <= 1 / (1 + threshold)

@@ -59,15 +59,19 @@ def runs(place: Path) -> tuple[Run, ...]:
     found = []
     for path in folder(place).glob("*.json"):
         try:
-            found.append(_run_of(json.loads(path.read_text())))
-        except (OSError, ValueError, KeyError, TypeError):
+            found.append(_run_of(store.read(path)))
+        except (OSError, ValueError, RecursionError, KeyError, TypeError):
             continue  # of another vmctl: its results are in the list all the same
     return tuple(sorted(found, key=lambda one: (one.made, one.id)))
 
 
 def _run_of(values: Mapping[str, Any]) -> Run:
-    parts = tuple(Through(**one) for one in values["parts"])
-    return Run(**{**values, "only": tuple(values["only"]), "parts": parts})
+    parts = tuple(
+        Through(str(one["name"]), str(one["result"]), str(one["problem"]), float(one["took_s"]))
+        for one in values["parts"]
+    )
+    only, complete = tuple(map(str, values["only"])), bool(values["complete"])
+    return Run(str(values["id"]), str(values["made"]), str(values["uri"]), bool(values["quick"]), only, parts, complete)
 
 
 def find(place: Path, named: str) -> Run:

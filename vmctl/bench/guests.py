@@ -22,6 +22,7 @@ MEMORY_MIB, VCPUS = 112, 2
 GOODBYE = b"q"
 LONGEST_S = 600.0
 SLOWLY = "slow=500"  # ms between what a guest says it is about to do, and doing it
+_BESIDE = ("tsc-deadline",)  # kvm64 is a CPU of 2006, and KVM's own APIC timer is younger
 _FIRMWARE_S = 60.0  # a kernel that interprets its guests needs seconds for it
 
 
@@ -62,7 +63,9 @@ def machine(host: Host, name: str, accel: Accel, kvm: KvmFindings, kernel: str) 
         kind, mode = "qemu", "maximum"
     else:
         kind, mode = "kvm", "host-passthrough" if kvm.verdict is Verdict.WORKS else "custom"
-    return ProbeView(own_name(name), kind, "kvm64", str(host.facts.emulator), kernel, MEMORY_MIB, mode, VCPUS)
+    features = _BESIDE if mode == "custom" else ()
+    emulator = str(host.facts.emulator)
+    return ProbeView(own_name(name), kind, "kvm64", emulator, kernel, MEMORY_MIB, mode, VCPUS, cpu_features=features)
 
 
 def own_name(name: str) -> str:

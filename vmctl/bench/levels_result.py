@@ -50,6 +50,13 @@ class Level:
     failed: str = ""
     took_s: float = 0.0
 
+    def missing(self) -> tuple[RowResult, ...]:
+        """The rows that it has not, where it has not all of them for a reason."""
+        if not (self.skipped or self.failed):
+            return ()
+        there = {row.name for row in self.rows}
+        return tuple(RowResult(one.name, (), self.skipped, self.failed) for one in WORKS if one.name not in there)
+
     def ns(self, row: str) -> float | None:
         """Time of one unit, in ns, by the quickest of all parts; None where it was not measured."""
         found = next((one for one in self.rows if one.name == row and one.runs), None)
@@ -101,7 +108,7 @@ class LevelsResult:
         return tuple(
             RowResult(f"{level.name} {row.name}", row.runs, row.skipped, row.failed)
             for level in self.levels
-            for row in level.rows
+            for row in (*level.rows, *level.missing())
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from vmctl.bench.result import Head
 from vmctl.bench.traffic import Flow
 from vmctl.bench.wire import Gone
 from vmctl.choices import AccelChoice
-from vmctl.errors import GuestCommandFailed, Unsupported, WaitTimeout
+from vmctl.errors import GuestCommandFailed, SpecError, Unsupported, WaitTimeout
 from vmctl.events import Progress, Reporter, Step
 from vmctl.hosts import Host
 
@@ -47,9 +47,12 @@ class Plan:
 
 
 def plan(rows: tuple[Link, ...], *, quick: bool, rounds: int | None, length_s: int | None) -> Plan:
-    """What to do for what was asked."""
+    """What to do for what was asked. Raises SpecError where that leaves nothing to measure."""
     if quick:
         rows = tuple(link for link in rows if link.card is not Card.E1000E)
+    if not rows:
+        there = ", ".join(link.name for link in links.ALL)
+        raise SpecError("cannot measure: no row is of that path and that card", hint=f"rows: {there}")
     return Plan(rows, rounds or (1 if quick else 5), length_s or 1)
 
 

@@ -13,7 +13,7 @@ from vmctl.bench.result import TrapResult, trap_of
 from vmctl.bench.section import Case, Section, Table, facts
 from vmctl.bench.sheet_result import entries, sheet_of
 from vmctl.bench.table import Line, table
-from vmctl.bench.theorems import lines, statements
+from vmctl.bench.theorems import Statement, lines, statements
 
 Values = Mapping[str, Any]
 
@@ -95,13 +95,18 @@ def popek(results: Sequence[Values]) -> list[Section]:
         rows.append((name, {level: Point(work.ticks / native) for level, work in works if work and native}))
         header = ("instruction", "CPL 0", "CPL 3", "UMIP", "finding", "why")
         tables.append(Table(f"Sensitive instructions under {name}", header, tuple(map(tuple, lines(machine)))))
-        told_ = tuple((one.title, one.holds, one.why) for one in statements(machine))
-        tables.append(Table(f"Theorems and properties, {name}", ("statement", "holds", "why"), told_))
+        told_ = tuple(row for one in statements(machine) for row in _with_evidence(one))
+        tables.append(Table(f"Theorems and properties, {name}", ("statement", "holds", "why, and the evidence"), told_))
     title, axis = "Efficiency: one workload", "time, in times of a process's"
     chart = Chart(title, axis, units.TIMES, series, tuple(rows), mark=1.0)
     drawn = (chart,) if chart.used() else ()
     about = tuple(one for values in results for one in facts(values))
     return [Section("Popek and Goldberg", about, drawn, tuple(tables))]
+
+
+def _with_evidence(one: Statement) -> list[tuple[str, ...]]:
+    """A statement's line, and one for each piece of its evidence."""
+    return [(one.title, one.holds, one.why), *((" ", " ", f"- {line}") for line in one.evidence)]  # "" would say: none
 
 
 def popek_cases(values: Values) -> list[Case]:

@@ -14,6 +14,8 @@ from typing import Any
 from vmctl import json_schema
 from vmctl.errors import NotFound, SpecError, VmctlError, reason
 
+_NOT_READ = (OSError, ValueError, RecursionError)  # JSON can be nested deeper than its reader goes
+_MOST, _LEAST = 1e30, 1e-30  # of any unit: arithmetic goes wrong with larger and smaller ones
 _SCHEMA = Path(__file__).with_name("result.schema.json")
 LATEST = "latest"
 
@@ -89,8 +91,28 @@ def _brief(path: Path) -> Kept:
             str(values["dimensions"].get("accelerator", "")),
             bool(values["complete"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*_NOT_READ, KeyError, TypeError, AttributeError) as error:
         return Kept(path.stem, problem=f"cannot be read: {reason(error)}")
+
+
+def read(path: Path) -> Any:
+    """What a file of JSON holds, with no number that could not be one of a measurement.
+
+    Raises OSError, ValueError, RecursionError.
+    """
+    return json.loads(path.read_text(), parse_int=_whole, parse_float=_number, parse_constant=_number)
+
+
+def _whole(text: str) -> int:
+    _number(text)
+    return int(text)
+
+
+def _number(text: str) -> float:
+    found = float(text)
+    if not (found == 0 or _LEAST <= abs(found) <= _MOST):  # so that NaN is refused, too
+        raise ValueError(f"{text[:30]} is no figure of a measurement")
+    return found
 
 
 def find(place: Path, named: str) -> dict[str, Any]:
@@ -104,10 +126,10 @@ def find(place: Path, named: str) -> dict[str, Any]:
         named = readable[-1].id
     path = Path(named) if "/" in named or named.endswith(".json") else place / f"{named}.json"
     try:
-        values = json.loads(path.read_text())
+        values = read(path)
     except FileNotFoundError:
         raise NotFound(f"cannot find result {named}: there is none", hint="see `vmctl bench list`") from None
-    except (OSError, ValueError) as error:
+    except _NOT_READ as error:
         raise SpecError(
             f"cannot read result {named}: {reason(error)}", hint="is it a result of vmctl bench?"
         ) from error

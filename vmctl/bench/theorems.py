@@ -14,6 +14,8 @@ from vmctl.bench.sensitive import BY_NAME, INSTRUCTIONS, Finding, Kind, Origin, 
 
 NATIVE_RATIO = 2.0  # of cycles in the guest to those in a process: a CPU that runs the guest itself stays far below
 
+_NOT_ALL = "nothing speaks against it, but some instructions ended the guest: what else they do is not known"
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -105,10 +107,14 @@ def _sets(machine: Machine, *, user_only: bool) -> tuple[list[str], list[str]]:
     if machine.umip:
         with_umip = silent(machine, umip=True, user_only=user_only)
         evidence.append(f"without a trap, UMIP on: {', '.join(with_umip) or 'none'}")
-    unknown = [BY_NAME[one.name].mnemonic for one in machine.outcomes if one.finding == Finding.FAILED]
-    if unknown:
+    if unknown := _ended(machine):
         evidence.append(f"not known, for they ended the guest: {', '.join(unknown)}")
     return without, evidence
+
+
+def _ended(machine: Machine) -> list[str]:
+    """Mnemonics of the instructions that ended the guest: of these, nothing is known."""
+    return [BY_NAME[one.name].mnemonic for one in machine.outcomes if one.finding == Finding.FAILED]
 
 
 def _first(machine: Machine) -> Statement:
@@ -121,6 +127,8 @@ def _first(machine: Machine) -> Statement:
     title = "theorem 1, that a VMM by trap and emulate can be built: is every sensitive instruction privileged?"
     if not any(one.finding in set(Finding) - {Finding.FAILED, Finding.ABSENT} for one in machine.outcomes):
         return Statement(title, "unknown", "no instruction could be tried", tuple(evidence))
+    if not found and _ended(machine):
+        return Statement(title, "unknown", _NOT_ALL, tuple(evidence))
     if not found:
         return Statement(title, "yes", "every sensitive instruction traps in user mode", tuple(evidence))
     why = f"{len(found)} sensitive instructions do not trap in user mode, where a guest's kernel would have to run"
@@ -159,6 +167,8 @@ def _second(machine: Machine) -> Statement:
         why = "theorem 1's condition is not fulfilled" + ("; and time shows" if clocks else "")
         way = "; nesting works here by offering the hardware's help again" if machine.nested else ""
         return Statement(title, "no", why + way, tuple(evidence))
+    if _ended(machine):
+        return Statement(title, "unknown", _NOT_ALL, tuple(evidence))
     return Statement(title, "yes", "theorem 1's condition is fulfilled, and time does not show", tuple(evidence))
 
 
@@ -167,6 +177,8 @@ def _third(machine: Machine) -> Statement:
     found, evidence = _sets(machine, user_only=True)
     if not machine.outcomes:
         return Statement(title, "unknown", "no instruction could be tried", tuple(evidence))
+    if not found and _ended(machine):
+        return Statement(title, "unknown", _NOT_ALL, tuple(evidence))
     if not found:
         return Statement(title, "yes", "every instruction that is sensitive in user mode traps there", tuple(evidence))
     why = f"{len(found)} instructions are sensitive in user mode and do not trap"
@@ -219,11 +231,15 @@ def _equivalence(machine: Machine) -> Statement:
     lax = [BY_NAME[one.name].mnemonic for one in machine.outcomes if _must_trap(one) and one.finding == Finding.SILENT]
     if lax:
         evidence.append(f"do not trap though a CPU does: {', '.join(lax)}")
+    if ended := _ended(machine):
+        evidence.append(f"end the guest, and no program on a CPU: {', '.join(ended)}")
     if digests != {machine.native_digest}:
         return Statement(title, "no", "the results differ", tuple(evidence))
     if foreign or lax:
         why = "innocuous work has the same results; through silent instructions something else than the guest shows"
         return Statement(title, "no", why, tuple(evidence))
+    if ended:
+        return Statement(title, "unknown", _NOT_ALL, tuple(evidence))
     return Statement(title, "yes", "the same results, timing excepted, as the definition has it", tuple(evidence))
 
 
@@ -244,7 +260,7 @@ def _control(machine: Machine) -> Statement:
         evidence.append(
             f"a guest that forbade interrupts and looped for ever was ended by the host in {machine.ended_in_s:.2f} s"
         )
-    if len(good) < 2:
+    if len(good) < 2 and all(good):  # one that got what is not its own has it, whatever else could be tried
         return Statement(title, "unknown", "not all of it could be tried", tuple(evidence))
     holds = all(good)
     why = (

@@ -264,7 +264,7 @@ def compare(
     junit: bench_report.JunitOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Tell what became slower or faster, and exit 15 when something became slower. Needs no libvirt."""
+    """Tell what became slower or faster, and exit 15 when something became slower or failed. Needs no libvirt."""
     from vmctl.bench import compare as comparing
     from vmctl.bench import kinds, store
 

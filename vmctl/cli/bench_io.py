@@ -177,13 +177,13 @@ def _conditions(result: Measured, found: Sequence[Line]) -> list[tuple[str, str]
     head, env = result.head, result.head.environment
     rounds = max((line.samples for line in found), default=0)
     suspect = sum(line.details.get("waited_percent", 0.0) > 2.0 for line in found)
-    storage = env.get("storage") or {}
+    storage, guest = env.get("storage") or {}, env.get("guest_kernel")  # with veth and loopback alone there is no guest
     lookups: list[tuple[str, Callable[[], str]]] = [
         ("result", lambda: head.id + ("" if head.complete else " (incomplete)")),
         ("accelerator", lambda: str(head.dimensions["accelerator"])),
         ("cpu", lambda: str(head.dimensions.get("host_cpu", ""))),
         ("software", lambda: f"QEMU {env.get('qemu', '?')}, host {env.get('kernel', '?')}"),
-        ("guest", lambda: f"kernel {env.get('guest_kernel', '?')}, clock {env.get('guest_clock', '?')}"),
+        ("guest", lambda: f"kernel {guest}, clock {env.get('guest_clock', '?')}" if guest else ""),
         ("storage", lambda: f"{storage.get('filesystem', '')} on {storage.get('source', '')}" if storage else ""),
         ("rounds", lambda: f"{rounds}; a figure is the median of them, ± their median deviation"),
         (
