@@ -301,7 +301,8 @@ def test_every_dry_run_touches_nothing_and_tells_all(shell: Shell, guest: str) -
     made, gone = told_files(told, "make"), told_files(told, "delete")
     assert len(made) == 2 and all(Path(one).exists() for one in gone)
     told = shell.run("snapshot", "delete", f"{guest}.one", "--dry-run").stdout
-    assert state() == before and told.count("would merge") == 2 and told.count("would delete") == 1
+    assert state() == before and told.count("would merge") == 2 and told.count("would delete /") == 1
+    assert f"would delete snapshot {guest}.one" in told
     there = set(map(str, POOL.iterdir()))
     shell.run("snapshot", "delete", f"{guest}.one", "--yes")
     now = set(map(str, POOL.iterdir()))
@@ -310,7 +311,30 @@ def test_every_dry_run_touches_nothing_and_tells_all(shell: Shell, guest: str) -
 
 
 def told_files(text: str, verb: str) -> set[str]:
-    return {line.split()[2] for line in text.splitlines() if line.startswith(f"would {verb} ")}
+    return {line.split()[2] for line in text.splitlines() if line.startswith(f"would {verb} /")}
+
+
+def test_several_go_one_after_the_other_as_the_dry_run_told(shell: Shell, guest: str) -> None:
+    """Each is looked at as it is when the one before it is gone: its parent and its files are others then."""
+
+    def goes_as_told(*words: str) -> None:
+        told = shell.run("snapshot", *words, "--dry-run").stdout
+        there = set(map(str, POOL.iterdir()))
+        shell.run("snapshot", *words)
+        assert there - set(map(str, POOL.iterdir())) == told_files(told, "delete") | told_files(told, "merge"), told
+
+    put(guest, "one")
+    for number in range(4):
+        shell.run("snapshot", "create", f"{guest}.s{number}", *(["--no-memory"] if number else []))
+    told = shell.run("snapshot", "delete", f"{guest}.s0", f"{guest}.s9", "--yes", check=4).stderr
+    assert f"cannot find snapshot {guest}.s9" in told and names(shell, guest) == ["s0", "s1", "s2", "s3"]
+    goes_as_told("create", f"{guest}.s4", "--no-memory", "--max", "3")
+    assert names(shell, guest) == ["s2", "s3", "s4"]
+    told = shell.run("snapshot", "delete", f"{guest}.s3", f"{guest}.s3", "--dry-run").stdout
+    assert told.count("would delete snapshot") == 1
+    goes_as_told("delete", f"{guest}.s2", f"{guest}.s4", f"{guest}.s3", "--yes")
+    assert names(shell, guest) == [] and holds(shell, guest, "one")
+    assert shell.run("snapshot", "delete", "--expired", guest, "--dry-run").stdout == "nothing to delete\n"
 
 
 def test_diff_tells_how_much(shell: Shell, vm: str) -> None:
