@@ -337,6 +337,20 @@ def test_several_go_one_after_the_other_as_the_dry_run_told(shell: Shell, guest:
     assert shell.run("snapshot", "delete", "--expired", guest, "--dry-run").stdout == "nothing to delete\n"
 
 
+def test_the_dry_run_of_a_revert_knows_of_safety_and_start(shell: Shell, guest: str) -> None:
+    shell.run("snapshot", "create", f"{guest}.one")
+    told = shell.run("snapshot", "revert", f"{guest}.one", "--safety", "--dry-run")
+    assert "would lose" not in told.stdout and "snapshot " + f"{guest}.before-revert-" in told.stderr
+    assert len(told_files(told.stdout, "make")) == 5  # two layers and the memory of safety's, and two fresh layers
+    assert f"would start VM {guest}" in told.stdout and "would read /" in told.stdout
+    there = set(map(str, POOL.iterdir()))
+    shell.run("snapshot", "revert", f"{guest}.one", "--safety")
+    new = set(map(str, POOL.iterdir())) - there
+    assert len(new) == 5 - len(told_files(told.stdout, "delete")) and there <= set(map(str, POOL.iterdir()))
+    told = shell.run("snapshot", "revert", f"{guest}.one", "--no-start", "--dry-run")
+    assert "would start" not in told.stdout and "would read" not in told.stdout
+
+
 def test_diff_tells_how_much(shell: Shell, vm: str) -> None:
     shell.run("snapshot", "create", f"{vm}.one", "--no-memory", "--freeze")
     put(vm, "two", at=256)

@@ -188,7 +188,7 @@ def revert(
 
     with opened(connect) as host:
         if dry_run or not (yes or safety):
-            planned = snapshot_revert.plan(host, name)
+            planned = snapshot_revert.plan(host, name, reporter(), start=start, safety=safety)
             if dry_run:
                 lines = [*(f"would lose {one}" for one in planned.lost), *(f"would {one}" for one in planned.touches)]
                 ui.emit(planned, output, lambda: "\n".join(lines), lambda: [name])
