@@ -7,12 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import disk_chain, disk_guard, disk_guest, disk_spec, disk_xml, render, resolve
+from vmctl import disk_chain, disk_guard, disk_guest, disk_spec, disk_xml, domain_files, render, resolve
 from vmctl.choices import Aio, Bus, Cache, DiskFormat
-from vmctl.disk_find import Located, folders, locate
+from vmctl.disk_find import Located, folders, locate, require_no_overlays
 from vmctl.disk_spec import Attachment, IoLimits, Source, SourceKind, parse_source
 from vmctl.disk_xml import DiskDevice
-from vmctl.errors import Conflict, SpecError, Unsupported, WrongState, quietly
+from vmctl.errors import Conflict, NotFound, SpecError, Unsupported, WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import capabilities, devices, disks, domain, pools, snapshots, storage
@@ -286,10 +286,17 @@ def detach(
                 f"cannot detach {text}: bus {disk.bus} lets no disk go while the VM runs",
                 hint=f"vmctl stop {name}, or --next-start",
             )
+        if live and "q35" in vm.facts.machine and disk_xml.on_root_bus(disk.xml):
+            raise WrongState(
+                f"cannot detach {text}: VM {name} was started with it, where its machine lets no disk go",
+                hint=f"vmctl stop {name}, or --next-start",
+            )
         if live and disks.job(host.conn, name, disk.target) is not None:
             raise WrongState(f"cannot detach {text}: a job works on it")
         if delete and running and not live:
             raise SpecError(f"cannot delete {text}: VM {name} goes on using it")
+        if delete:
+            _require_deletable(host, found)
         when = "now" if not running or live else "its next stop and start"
         done = Unplugged(name, disk.target, disk.serial, disk.source, when, kept=not delete)
         if not dry:
@@ -297,6 +304,24 @@ def detach(
                 report(Step(f"waiting for {name} to let go of disk {disk.target}"))
             _unplug(host, vm, found, disk, live=live, timeout_s=timeout_s, delete=delete)
         return done
+
+
+def _require_deletable(host: Host, found: Located) -> None:
+    """Raise unless the disk can be deleted once its VM has let go of it: told before, not when half is done."""
+    if not found.volume:
+        raise NotFound(f"cannot delete {found.ref}: it is in no storage pool", hint="without --delete it is detached")
+    require_no_overlays(host, found, "delete")
+    for one in snapshots.snapshots(host.conn, found.owner):
+        if found.path in domain_files.named(one.xml):
+            raise Conflict(
+                f"cannot delete {found.ref}: snapshot {found.owner}.{one.name} needs it",
+                hint=f"vmctl snapshot delete {found.owner}.{one.name}",
+            )
+    if others := disk_guard.conflicts(
+        [disk_guard.Use(found.owner, disk_guard.key(found.path, local=host.conn.local), found.ref, writes=True)],
+        disk_guard.running_uses(host),
+    ):
+        raise Conflict(f"cannot delete {found.ref}: {'; '.join(others)}")
 
 
 def _unplug(

@@ -251,11 +251,15 @@ def detach(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Take a disk from its VM, which lets go of it first. The disk stays."""
-    from vmctl import disk_find, disk_plug
+    from vmctl import disk_plug
+    from vmctl.events import silent
 
     with opened(connect, events=True) as host:
         if delete and not dry_run:
-            refuse_unless_yes([f"disk {disk_find.locate(host, disk).path}"], yes=yes)
+            planned = disk_plug.detach(
+                host, disk, silent, timeout_s=timeout, next_start=next_start, delete=True, dry=True
+            )
+            refuse_unless_yes([f"disk {planned.source}"], yes=yes)
         done = disk_plug.detach(
             host, disk, reporter(), timeout_s=timeout, next_start=next_start, delete=delete, dry=dry_run
         )
