@@ -359,6 +359,12 @@ def test_every_dry_run_tells_what_it_would_touch_and_touches_nothing(shell: Shel
         told = shell.run("disk", "pool", "create", "third", "--path", "/var/lib/libvirt/third", "--dry-run").stdout
         assert "<path>/var/lib/libvirt/third</path>" in told
         assert "would delete pool second" in shell.run("disk", "pool", "delete", "second", "--dry-run").stdout
+        for dry in (["--dry-run"], []):
+            shell.run("disk", "pool", "create", "second", "--path", "/var/lib/libvirt/third", *dry, check=5)
+            assert "vmctl's own" in shell.run("disk", "pool", "delete", "vmctl", *dry, check=5).stderr
+        broken = ("--type", "fs", "--device", "/dev/nope", "--path", "/var/lib/libvirt/third/deeper")
+        assert "/dev/nope" in shell.run("disk", "pool", "create", "third", *broken, check=13).stderr
+        assert not Path("/var/lib/libvirt/third").exists()
         assert state(shell, vm) == before
     finally:
         shell.run("disk", "delete", onto, "--yes", check=None)
