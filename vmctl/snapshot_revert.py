@@ -31,7 +31,7 @@ from vmctl import (
     snapshots,
 )
 from vmctl.errors import Interrupted, NotFound, Unsupported, VmctlError, quietly
-from vmctl.events import Reporter, Step, silent
+from vmctl.events import Reporter, Step, Warned, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain
 from vmctl.hypervisor import snapshots as known
@@ -225,6 +225,7 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
     entry = Entry(host.conn.uri, vm.name, "revert", one.name, (*fresh, *found.old), nvram=nvram)
     path = snapshot_journal.begin(host, entry)
     with ExitStack() as undo:
+        undo.callback(quietly, lambda: _tell_ended(host, found, report))
         undo.callback(_settled, host, vm.name, report)
         for new, file, form in found.fresh.values():
             qcow2_overlay.make(Path(new), Path(file), form)
@@ -262,6 +263,14 @@ def _looking(host: Host) -> Iterator[list[Seen]]:
         yield seen
     finally:
         thread.join()
+
+
+def _tell_ended(host: Host, found: _Plan, report: Reporter) -> None:
+    """What was running cannot be brought back once it was ended: then at least nobody takes it for running."""
+    vm = found.vm
+    if vm.active and not domain.find(host.conn, vm.name).active:
+        again = f"vmctl snapshot revert {vm.name}.{found.one.name}, again, puts it back to the snapshot"
+        report(Warned(f"VM {vm.name} is stopped, what was in its memory lost; its disks are as they were; {again}"))
 
 
 def _keep_nvram(host: Host, found: _Plan, variables: bytes) -> None:

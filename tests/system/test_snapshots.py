@@ -351,6 +351,24 @@ def test_the_dry_run_of_a_revert_knows_of_safety_and_start(shell: Shell, guest: 
     assert "would start" not in told.stdout and "would read" not in told.stdout
 
 
+def test_a_revert_that_fails_says_that_the_vm_is_stopped(shell: Shell, guest: str) -> None:
+    put(guest, "one")
+    shell.run("snapshot", "create", f"{guest}.one")
+    put(guest, "two")
+    shell.run("exec", guest, "--", "sync")
+    memory = Path(shell.json("snapshot", "show", f"{guest}.one")["memory_file"])
+    assert memory.name not in shell.run("disk", "list").stdout, "it is no disk"
+    whole, there = memory.read_bytes(), set(POOL.iterdir())
+    memory.write_bytes(whole[: len(whole) // 2])
+    told = shell.run("snapshot", "revert", f"{guest}.one", "--yes", check=13).stderr
+    assert f"VM {guest} is stopped, what was in its memory lost; its disks are as they were" in told
+    assert shell.virsh("domstate", guest) == "shut off" and set(POOL.iterdir()) == there and not journal()
+    assert holds_off(shell, guest, "two")
+    memory.write_bytes(whole)
+    shell.run("snapshot", "revert", f"{guest}.one", "--yes")
+    assert shell.virsh("domstate", guest) == "running" and holds(shell, guest, "one")
+
+
 def test_diff_tells_how_much(shell: Shell, vm: str) -> None:
     shell.run("snapshot", "create", f"{vm}.one", "--no-memory", "--freeze")
     put(vm, "two", at=256)
