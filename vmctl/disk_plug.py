@@ -12,7 +12,7 @@ from vmctl.choices import Aio, Bus, Cache, DiskFormat
 from vmctl.disk_find import Located, folders, locate, require_no_overlays
 from vmctl.disk_spec import Attachment, IoLimits, Source, SourceKind, parse_source
 from vmctl.disk_xml import DiskDevice
-from vmctl.errors import Conflict, NotFound, SpecError, Unsupported, WrongState, quietly
+from vmctl.errors import Conflict, ImageError, NotFound, SpecError, Unsupported, WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import capabilities, devices, disks, domain, pools, snapshots, storage
@@ -172,6 +172,11 @@ def _existing(host: Host, vm: Domain, what: str, wanted: Attachment) -> tuple[re
             hint=f"vmctl disk detach {found.owner}:{found.target}, or attach it --readonly to both",
         )
     form = wanted.format or found.format
+    if wanted.format is None and form == DiskFormat.RAW and found.path.endswith(".qcow2"):
+        raise ImageError(
+            f"cannot attach {what} to VM {vm.name}: it is called qcow2 and has no header of one",
+            hint=f"vmctl disk check {what}; or --format raw, if that is what it is",
+        )
     source = parse_source(found.path)
     if form == DiskFormat.QCOW2 and host.conn.local and Path(found.path).is_file():
         disk_chain.read(found.path, form, folders(host), doing=f"attach {what} to VM {vm.name}")
