@@ -26,7 +26,8 @@ _LOCK_S = 30.0
 class Plug:
     """A disk as it was attached, or with a dry run would be.
 
-    ``guest``: what the guest calls it, "" while it cannot be told. ``there``: from when on the guest has it.
+    ``guest``: what the guest calls it, "" while it cannot be told. ``there``: from when on the guest has it. ``made``:
+    its new volume; ``added``: what the VM gets besides, for it to hang on.
     """
 
     vm: str
@@ -38,6 +39,7 @@ class Plug:
     there: str
     guest: str = ""
     made: str = ""
+    added: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ def attach(
         there = "now" if plan.live else "its next stop and start" if plan.vm.active else "its next start"
         view = plan.view
         done = Plug(plan.vm.name, view.target, view.serial, view.bus, plan.source, view.format, there)
-        done = replace(done, made=f"{plan.making.pool}/{plan.making.volume}" if plan.making else "")
+        made = f"{plan.making.pool}/{plan.making.volume}" if plan.making else ""
+        done = replace(done, made=made, added=_added(host, plan))
         with disk_guard.claimed(host, plan.vm.name, [device], f"attach {what} to VM {name}"):
             if not dry:
                 _plugged(host, plan, xml)
@@ -201,6 +204,15 @@ def _refuse_a_base(host: Host, vm: Domain, found: Located, what: str) -> None:
             f"cannot attach {what} to VM {vm.name}: {', '.join(others)} needs it as it is",
             hint=f"vmctl disk create NEW --backing {what} makes one to write to",
         )
+
+
+def _added(host: Host, plan: _Plan) -> tuple[str, ...]:
+    """What _plugged adds to the VM beside the disk."""
+    name, view = plan.vm.name, plan.view
+    texts = [domain.xml(host.conn, name, inactive=not live) for live in ((True, False) if plan.live else (False,))]
+    bare = view.bus == Bus.SCSI and not all(disk_xml.has_any_scsi_controller(text) for text in texts)
+    threadless = view.iothread and not all(view.iothread in disk_xml.iothreads(text) for text in texts)
+    return (*(("SCSI controller",) if bare else ()), *((f"I/O thread {view.iothread}",) if threadless else ()))
 
 
 def _plugged(host: Host, plan: _Plan, xml: str) -> None:

@@ -41,7 +41,9 @@ def test_a_disk_is_plugged_in_written_taken_out_and_back_with_what_was_written(s
     if bus == "scsi":
         shell.run("exec", vm, "--", "modprobe", "-a", "virtio_scsi", "sd_mod")
     before = targets(shell, vm)
-    done = shell.json("disk", "attach", vm, "32M", "--bus", bus, "--serial", f"data-{bus}")
+    words = ("disk", "attach", vm, "32M", "--bus", bus, "--serial", f"data-{bus}")
+    assert ("would add SCSI controller to VM" in shell.run(*words, "--dry-run").stdout) == (bus == "scsi")
+    done = shell.json(*words)
     assert done["there"] == "now" and done["guest"], done
     assert seen(shell, vm)[done["guest"]] == 32 << 20
     assert targets(shell, vm) == targets(shell, vm, "--inactive") == before | {done["target"]}
@@ -92,6 +94,9 @@ def test_a_dry_run_tells_and_touches_nothing(shell: Shell, vm: str) -> None:
     xml, there = shell.virsh("dumpxml", vm, "--inactive"), volumes(shell)
     told = shell.run("disk", "attach", vm, "1G", "--dry-run").stdout
     assert f"would be {vm}:vd" in told and "would make volume vmctl/" in told
+    attached = shell.run("disk", "attach", vm, "1M", "--iothread", "7", "--dry-run").stdout
+    assert f"would add I/O thread 7 to VM {vm}" in attached
+    assert "would be total_iops_sec 9" in shell.run("disk", "limit", f"{vm}:vda", "--iops", "9", "--dry-run").stdout
     for dry in (["--dry-run"], []):
         told = shell.run("disk", "detach", f"{vm}:vda", *dry, check=6).stderr
         assert "its machine lets no disk go" in told and "--next-start" in told

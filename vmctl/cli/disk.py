@@ -230,6 +230,8 @@ def attach(
             )
             if dry_run and done.made:
                 text += f"; would make volume {done.made}"
+            if dry_run and done.added:
+                text += f"; would add {' and '.join(done.added)} to VM {done.vm}"
             return f"{text}; the guest has it as {done.guest}" if done.guest else text
 
         ui.emit(done, output, told, lambda: [f"{done.vm}:{done.target}"])
@@ -293,10 +295,14 @@ def limit(
     limits = IoLimits(iops, read_iops, write_iops, _bytes(bps), _bytes(read_bps), _bytes(write_bps))
     with opened(connect) as host:
         found = disk_plug.limit(host, disk, limits, reporter(), dry=dry_run)
+        changes = dry_run and bool(limits.given())
         ui.emit(
             found,
             output,
-            lambda: "\n".join(f"{name} {value}" for name, value in found.items()) or "no limits",
+            lambda: (
+                "\n".join(f"{'would be ' if changes else ''}{name} {value}" for name, value in found.items())
+                or f"{'would have ' if changes else ''}no limits"
+            ),
             lambda: found,
         )
 
