@@ -139,7 +139,7 @@ def _planned(host: Host, vm: Domain, wish: Wish, shelf: Shelf, folder: Path, new
     if wish.freeze:
         touches.append(f"freeze the file systems of {vm.name} for a moment")
     if shelf.points and (wish.keep is not None or wish.older_than is not None):
-        spare = _pruning(shelf, wish.keep, wish.older_than, coming=1)
+        spare = _pruning(shelf, wish.keep, wish.older_than, _coming(shelf, name, plans))
         touches += [f"delete {folder}/{one}" for one in spare.delete]
         touches += [f"merge into {folder}/{one} what it needs of them" for one in spare.merge]
     consistency = "stopped" if not vm.active else "frozen" if wish.freeze else "crash"
@@ -318,11 +318,19 @@ def _stored(role: str, source: Path, made: Path, name: str, last: Manifest | Non
     return StoredFile(role, name, len(data), hashlib.sha256(data).hexdigest(), str(source), changed)
 
 
-def _pruning(shelf: Shelf, keep: int | None, older_than: timedelta | None, *, coming: int = 0) -> Pruning:
+def _coming(shelf: Shelf, name: str, plans: Collection[DiskPlan]) -> Manifest:
+    """One that is not made yet, for its place among those that are: by its name, and by what it is laid over."""
+    like = shelf.points[max(shelf.points)]
+    parents = {plan.parent for plan in plans if plan.parent}
+    disks = tuple(replace(like.disks[0], parent=parent) for parent in sorted(parents))
+    return replace(like, id=name, created=datetime.now(UTC).isoformat(timespec="seconds"), disks=disks)
+
+
+def _pruning(shelf: Shelf, keep: int | None, older_than: timedelta | None, coming: Manifest | None = None) -> Pruning:
     if keep is not None and keep < 1:
         raise SpecError("cannot prune backups: at least one must be kept")
-    left = None if keep is None else max(1, keep - coming)
-    return backup_plan.prune(shelf.points.values(), keep=left, older_than=older_than, now=datetime.now(UTC))
+    points = [*shelf.points.values(), *([coming] if coming else [])]
+    return backup_plan.prune(points, keep=keep, older_than=older_than, now=datetime.now(UTC))
 
 
 def prune(folder: Path, keep: int | None, older_than: timedelta | None, report: Reporter, *, dry: bool) -> Pruning:

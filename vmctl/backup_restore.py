@@ -65,13 +65,14 @@ def restore(host: Host, folder: Path, wish: Wish, report: Reporter, *, start: bo
         from vmctl import lifecycle  # late: only where asked
 
         lifecycle.start(host, name, report)
-    return told(planned)
+    return told(planned, start=start)
 
 
-def told(planned: Plan) -> Restored:
+def told(planned: Plan, *, start: bool) -> Restored:
     """A plan as a result."""
     paths = tuple(one.path for one in planned.volumes if one.disk)
-    return Restored(planned.name, planned.uuid, planned.manifest.id, paths, planned.touches, planned.lost)
+    touches = planned.touches + ((f"start VM {planned.name}",) if start else ())
+    return Restored(planned.name, planned.uuid, planned.manifest.id, paths, touches, planned.lost)
 
 
 def _proved(shelf: Shelf, manifest: Manifest, disk: StoredDisk) -> tuple[Layer, ...]:

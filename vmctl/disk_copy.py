@@ -276,7 +276,7 @@ def _rebase(host: Host, disk: Located, layers: Chain, base: Chain, report: Repor
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a check found in one file of a chain; ``note`` says why one was not looked at."""
+    """What a check found in one file of a chain; ``note``: why one was not looked at, or what would be done."""
 
     path: str
     result: CheckResult | None
@@ -288,16 +288,25 @@ def check(host: Host, text: str, report: Reporter, *, repair: bool, dry: bool) -
     with working_on(host, text, report) as disk:
         require_file(host, disk, "check")
         require_idle(host, disk, "check")
+        if disk.format == DiskFormat.RAW and Path(disk.path).suffix == ".qcow2":
+            # Nothing else tells what a disk is that no VM has: a broken header would pass for good raw content.
+            raise ImageError(
+                f"cannot check {text}: {disk.path} is called qcow2 and has no header of one",
+                hint="its header is destroyed: restore it from a backup; or it is raw, and has the wrong name",
+            )
         layers = chain(host, disk, "check")
-        if repair and not dry and disk.format == DiskFormat.QCOW2:
+        if repair and disk.format == DiskFormat.QCOW2:
             require_no_overlays(host, disk, "repair")
-            _repair(disk, report)
+            if not dry:
+                _repair(disk, report)
         found = []
         for layer in layers.layers:
             if layer.format == DiskFormat.RAW:
                 found.append(Checked(layer.path, None, "raw has nothing to check"))
             else:
-                found.append(Checked(layer.path, qemu_img.check(Path(layer.path), layer.format)))
+                result = qemu_img.check(Path(layer.path), layer.format)
+                mends = repair and dry and layer.path == layers.top.path and not result.clean
+                found.append(Checked(layer.path, result, "a copy that is mended would take its place" * mends))
         return tuple(found)
 
 

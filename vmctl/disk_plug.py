@@ -7,12 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import disk_chain, disk_guard, disk_guest, disk_spec, disk_xml, render, resolve
+from vmctl import disk_chain, disk_guard, disk_guest, disk_spec, disk_xml, domain_files, render, resolve
 from vmctl.choices import Aio, Bus, Cache, DiskFormat
-from vmctl.disk_find import Located, folders, locate
+from vmctl.disk_find import Located, folders, locate, require_no_overlays
 from vmctl.disk_spec import Attachment, IoLimits, Source, SourceKind, parse_source
 from vmctl.disk_xml import DiskDevice
-from vmctl.errors import Conflict, SpecError, Unsupported, WrongState, quietly
+from vmctl.errors import Conflict, ImageError, NotFound, SpecError, Unsupported, WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import capabilities, devices, disks, domain, pools, snapshots, storage
@@ -26,7 +26,8 @@ _LOCK_S = 30.0
 class Plug:
     """A disk as it was attached, or with a dry run would be.
 
-    ``guest``: what the guest calls it, "" while it cannot be told. ``there``: from when on the guest has it.
+    ``guest``: what the guest calls it, "" while it cannot be told. ``there``: from when on the guest has it. ``made``:
+    its new volume; ``added``: what the VM gets besides, for it to hang on.
     """
 
     vm: str
@@ -38,6 +39,7 @@ class Plug:
     there: str
     guest: str = ""
     made: str = ""
+    added: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ def attach(
         there = "now" if plan.live else "its next stop and start" if plan.vm.active else "its next start"
         view = plan.view
         done = Plug(plan.vm.name, view.target, view.serial, view.bus, plan.source, view.format, there)
-        done = replace(done, made=f"{plan.making.pool}/{plan.making.volume}" if plan.making else "")
+        made = f"{plan.making.pool}/{plan.making.volume}" if plan.making else ""
+        done = replace(done, made=made, added=_added(host, plan))
         with disk_guard.claimed(host, plan.vm.name, [device], f"attach {what} to VM {name}"):
             if not dry:
                 _plugged(host, plan, xml)
@@ -172,6 +175,11 @@ def _existing(host: Host, vm: Domain, what: str, wanted: Attachment) -> tuple[re
             hint=f"vmctl disk detach {found.owner}:{found.target}, or attach it --readonly to both",
         )
     form = wanted.format or found.format
+    if wanted.format is None and form == DiskFormat.RAW and found.path.endswith(".qcow2"):
+        raise ImageError(
+            f"cannot attach {what} to VM {vm.name}: it is called qcow2 and has no header of one",
+            hint=f"vmctl disk check {what}; or --format raw, if that is what it is",
+        )
     source = parse_source(found.path)
     if form == DiskFormat.QCOW2 and host.conn.local and Path(found.path).is_file():
         disk_chain.read(found.path, form, folders(host), doing=f"attach {what} to VM {vm.name}")
@@ -196,6 +204,15 @@ def _refuse_a_base(host: Host, vm: Domain, found: Located, what: str) -> None:
             f"cannot attach {what} to VM {vm.name}: {', '.join(others)} needs it as it is",
             hint=f"vmctl disk create NEW --backing {what} makes one to write to",
         )
+
+
+def _added(host: Host, plan: _Plan) -> tuple[str, ...]:
+    """What _plugged adds to the VM beside the disk."""
+    name, view = plan.vm.name, plan.view
+    texts = [domain.xml(host.conn, name, inactive=not live) for live in ((True, False) if plan.live else (False,))]
+    bare = view.bus == Bus.SCSI and not all(disk_xml.has_any_scsi_controller(text) for text in texts)
+    threadless = view.iothread and not all(view.iothread in disk_xml.iothreads(text) for text in texts)
+    return (*(("SCSI controller",) if bare else ()), *((f"I/O thread {view.iothread}",) if threadless else ()))
 
 
 def _plugged(host: Host, plan: _Plan, xml: str) -> None:
@@ -286,10 +303,17 @@ def detach(
                 f"cannot detach {text}: bus {disk.bus} lets no disk go while the VM runs",
                 hint=f"vmctl stop {name}, or --next-start",
             )
+        if live and "q35" in vm.facts.machine and disk_xml.on_root_bus(disk.xml):
+            raise WrongState(
+                f"cannot detach {text}: VM {name} was started with it, where its machine lets no disk go",
+                hint=f"vmctl stop {name}, or --next-start",
+            )
         if live and disks.job(host.conn, name, disk.target) is not None:
             raise WrongState(f"cannot detach {text}: a job works on it")
         if delete and running and not live:
             raise SpecError(f"cannot delete {text}: VM {name} goes on using it")
+        if delete:
+            _require_deletable(host, found)
         when = "now" if not running or live else "its next stop and start"
         done = Unplugged(name, disk.target, disk.serial, disk.source, when, kept=not delete)
         if not dry:
@@ -297,6 +321,24 @@ def detach(
                 report(Step(f"waiting for {name} to let go of disk {disk.target}"))
             _unplug(host, vm, found, disk, live=live, timeout_s=timeout_s, delete=delete)
         return done
+
+
+def _require_deletable(host: Host, found: Located) -> None:
+    """Raise unless the disk can be deleted once its VM has let go of it: told before, not when half is done."""
+    if not found.volume:
+        raise NotFound(f"cannot delete {found.ref}: it is in no storage pool", hint="without --delete it is detached")
+    require_no_overlays(host, found, "delete")
+    for one in snapshots.snapshots(host.conn, found.owner):
+        if found.path in domain_files.named(one.xml):
+            raise Conflict(
+                f"cannot delete {found.ref}: snapshot {found.owner}.{one.name} needs it",
+                hint=f"vmctl snapshot delete {found.owner}.{one.name}",
+            )
+    if others := disk_guard.conflicts(
+        [disk_guard.Use(found.owner, disk_guard.key(found.path, local=host.conn.local), found.ref, writes=True)],
+        disk_guard.running_uses(host),
+    ):
+        raise Conflict(f"cannot delete {found.ref}: {'; '.join(others)}")
 
 
 def _unplug(

@@ -49,6 +49,12 @@ class DiskDevice:
         return name in {self.target, self.serial, self.source} - {""}
 
 
+def on_root_bus(xml: str) -> bool:
+    """Whether a disk's XML puts it on its machine's first PCI bus, which on a q35 lets nothing be taken out."""
+    address = ET.fromstring(xml).find("address[@type='pci']")
+    return address is not None and int(address.get("bus", "0"), 0) == 0
+
+
 def source_text(source: ET.Element | None) -> str:
     """What a <source> names, as a user would write it; "" for nothing."""
     if source is None:

@@ -70,7 +70,7 @@ def list_disks(host: Host, names: Collection[str], *, pool: str = "") -> tuple[L
         found += [
             Listed("", one.name, "", "", one.format, one.capacity, one.allocation, one.pool, one.path)
             for one in sorted(loose, key=lambda volume: volume.name)
-            if one.format in set(DiskFormat) and not one.name.endswith((".log", ".iso", ".json"))
+            if one.format in set(DiskFormat) and not one.name.endswith((".log", ".iso", ".json", ".memory", ".nvram"))
         ]
     return tuple(found)
 

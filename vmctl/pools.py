@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from vmctl import render
 from vmctl.choices import PoolType
@@ -118,13 +121,35 @@ def definition(wanted: NewPool) -> str:
     return render.storage_pool(view(wanted))
 
 
+def plan_create(host: Host, wanted: NewPool) -> str:
+    """The XML of a pool that could be made. Raises SpecError, Conflict when the name is taken."""
+    text = definition(wanted)
+    pools.require_free(host.conn, wanted.name)
+    return text
+
+
 def create(host: Host, wanted: NewPool, report: Reporter, *, start: bool = True) -> PoolFacts:
     """Define a pool and start it. A folder that is not there is made; a group of volumes or a file system is not."""
     text = definition(wanted)
     build = start and wanted.type in {PoolType.DIR, PoolType.FS, PoolType.NFS}
-    pools.create(host.conn, text, wanted.name, build=build, start=start)
+    with ExitStack() as undo:
+        if build and host.conn.local:
+            undo.callback(_unmake, [one for one in _upwards(wanted.path) if not one.exists()])
+        pools.create(host.conn, text, wanted.name, build=build, start=start)
+        undo.pop_all()
     report(Step(f"pool {wanted.name} is {'active' if start else 'defined'}"))
     return pools.pool(host.conn, wanted.name)
+
+
+def _upwards(path: str) -> tuple[Path, ...]:
+    return (Path(path), *Path(path).parents)
+
+
+def _unmake(folders: Sequence[Path]) -> None:
+    """Take away those of the folders that libvirt has made and nothing lies in."""
+    for one in folders:
+        with suppress(OSError):
+            one.rmdir()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +181,8 @@ def _users(host: Host, name: str, volumes: tuple[storage.VolumeFacts, ...]) -> t
     return tuple(sorted(users))
 
 
-def delete(host: Host, name: str, report: Reporter) -> None:
-    """Stop a pool and forget it; its volumes stay where they are. Raises Conflict while a VM has a disk there."""
+def deletable(host: Host, name: str) -> ShownPool:
+    """The pool that deleting would forget. Raises Conflict while a VM has a disk there, and for vmctl's own."""
     if name in {host.settings.pool, host.settings.image_pool}:
         raise Conflict(f"cannot delete pool {name}: it is vmctl's own")
     found = show(host, name)
@@ -166,6 +191,12 @@ def delete(host: Host, name: str, report: Reporter) -> None:
             f"cannot delete pool {name}: disks of {', '.join(found.users)} are there",
             hint="vmctl disk move VM:DISK --pool OTHER",
         )
+    return found
+
+
+def delete(host: Host, name: str, report: Reporter) -> None:
+    """Stop a pool and forget it; its volumes stay where they are. Raises Conflict as deletable does."""
+    deletable(host, name)
     pools.delete(host.conn, name)
     report(Step(f"pool {name} is deleted; what was in it stays"))
 

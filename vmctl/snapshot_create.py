@@ -158,13 +158,15 @@ def taken(host: Host, vm: Domain, name: str, order: Order, report: Reporter, *, 
     if plan.mode.kind is Kind.INTERNAL:
         touches += tuple(f"write into {disk.source}" for disk in plan.devices if disk.target in plan.mode.disks)
     touches += (f"change VM {vm.name}",) if plan.overlays else ()
-    for one in plan.replaced:
-        touches += (f"delete snapshot {vm.name}.{one.name}", *snapshot_delete.planned_delete(host, vm, one).touches)
+    for gone in snapshot_delete.planned_deletes(host, vm, plan.replaced):
+        touches += gone.touches
     if not dry:
         _take(host, plan, order, report)
         for one in plan.replaced:
             if one.name != plan.ref.snapshot:
-                snapshot_delete.remove(host, vm, one, report)
+                # Read anew each time: when the one before it went, it got another parent, and perhaps another file.
+                (now,) = [other for other in snapshots.snapshots(host.conn, vm.name) if other.name == one.name]
+                snapshot_delete.remove(host, vm, now, report)
     told = plan.mode
     return Taken(vm.name, plan.ref.snapshot, told.kind, told.memory, told.why, touches)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,8 @@ from vmctl.hosts import Host
 from vmctl.hypervisor import domain, snapshots
 from vmctl.hypervisor.domain import Domain
 from vmctl.snapshot_journal import Entry
+from vmctl.snapshot_layers import View
+from vmctl.snapshot_plan import Ref
 from vmctl.snapshot_xml import Snapshot
 
 
@@ -33,18 +35,33 @@ class Deleted:
     touches: tuple[str, ...]
 
 
-def planned_delete(host: Host, vm: Domain, one: Snapshot) -> Deleted:
-    """What deleting a snapshot would do. Raises for one that cannot be deleted."""
-    _require_deletable(host, vm, one)
-    if one.kind == "internal":
-        return Deleted(vm.name, one.name, tuple(f"free its blocks in {path}" for path in sorted(one.files)))
-    seen = snapshot_layers.view(host, vm.name)
+def planned_deletes(host: Host, vm: Domain, ones: Sequence[Snapshot]) -> tuple[Deleted, ...]:
+    """What deleting snapshots one after the other would do. Raises for one that cannot be deleted."""
+    for number, one in enumerate(ones):
+        if one.kind != "internal" or all(before.kind == "internal" for before in ones[:number]):
+            _require_deletable(host, vm, one)  # what an external one before it frees is seen when that is gone
+    told: list[Deleted] = []
+    seen = snapshot_layers.view(host, vm.name) if any(one.kind != "internal" for one in ones) else None
+    for one in ones:
+        touches = [f"delete snapshot {vm.name}.{one.name}"]
+        if seen is None or one.kind == "internal":
+            touches += [f"free its blocks in {path}" for path in sorted(one.files)]
+        else:
+            seen, more = _without(host, seen, one)
+            touches += more
+        told.append(Deleted(vm.name, one.name, tuple(touches)))
+    return tuple(told)
+
+
+def _without(host: Host, seen: View, one: Snapshot) -> tuple[View, list[str]]:
+    """What is there when a snapshot is deleted, and what that touches."""
+    files = {path for other in seen.found if other.name == one.name for path in other.files}
     seen = replace(seen, found=tuple(other for other in seen.found if other.name != one.name))
-    gone, merges = snapshot_layers.plan_tidy(host, seen, one.files)
+    gone, merges = snapshot_layers.plan_tidy(host, seen, files)
     told = [f"delete {path}" for path in one.aside if Path(path).exists()]
     told += [f"merge {step.top} into {step.base}, and delete it" for step in merges]
     told += [f"delete {path}" for path in gone]
-    return Deleted(vm.name, one.name, tuple(told))
+    return snapshot_layers.tidied(seen, gone, merges), told
 
 
 def _require_deletable(host: Host, vm: Domain, one: Snapshot) -> None:
@@ -62,22 +79,32 @@ def _require_deletable(host: Host, vm: Domain, one: Snapshot) -> None:
         raise WrongState(f"cannot {doing}: VM {vm.name} has saved memory", hint=f"vmctl start {vm.name}")
 
 
-def delete(host: Host, text: str, report: Reporter, *, dry: bool = False) -> Deleted:
-    """Delete a snapshot. What other snapshots, the VM and other disks need of its files stays."""
-    ref = snapshot_verbs.refer(host, text)
-    with snapshot_layers.working_on(host, ref.vm, report) as vm:
-        one = snapshot_plan.one_of(snapshots.snapshots(host.conn, vm.name), ref)
-        told = planned_delete(host, vm, one)
-        if not dry:
-            remove(host, vm, one, report)
-        return told
+def delete(host: Host, texts: Sequence[str], report: Reporter, *, dry: bool = False) -> tuple[Deleted, ...]:
+    """Delete snapshots. What other snapshots, the VMs and other disks need of their files stays.
+
+    All are looked at before the first goes: one that is not there, or cannot go, leaves the others too.
+    """
+    refs: dict[str, list[Ref]] = {}
+    for ref in dict.fromkeys(snapshot_verbs.refer(host, text) for text in texts):
+        refs.setdefault(ref.vm, []).append(ref)
+    told: list[Deleted] = []
+    for name, here in refs.items():
+        with snapshot_layers.working_on(host, name, report) as vm:
+            found = snapshots.snapshots(host.conn, vm.name)
+            told += planned_deletes(host, vm, [snapshot_plan.one_of(found, ref) for ref in here])
+    for name, here in refs.items() if not dry else ():
+        with snapshot_layers.working_on(host, name, report) as vm:
+            for ref in here:
+                # Read anew each time: when the one before it went, it got another parent, and perhaps another file.
+                remove(host, vm, snapshot_plan.one_of(snapshots.snapshots(host.conn, vm.name), ref), report)
+    return tuple(told)
 
 
 def delete_expired(host: Host, names: Collection[str], report: Reporter, *, dry: bool = False) -> tuple[Deleted, ...]:
     """Delete the expired snapshots of the VMs that match ``names`` (none: of all)."""
     now = datetime.now(UTC)
     old = [row for row in snapshot_verbs.list_all(host, names) if row.expires is not None and row.expires <= now]
-    return tuple(delete(host, f"{row.vm}.{row.name}", report, dry=dry) for row in old)
+    return delete(host, [f"{row.vm}.{row.name}" for row in old], report, dry=dry)
 
 
 def remove(host: Host, vm: Domain, one: Snapshot, report: Reporter) -> None:

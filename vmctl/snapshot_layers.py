@@ -8,9 +8,9 @@ comes to name the lower, and the upper goes. So whatever dies in between, the ne
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmctl import (
@@ -174,6 +174,28 @@ def _spellings(seen: View, path: str) -> set[str]:
 def plan_tidy(host: Host, seen: View, layers: Collection[str]) -> tuple[tuple[str, ...], tuple[Merge, ...]]:
     """Which of these files can go, and which of the VM's own can be made one."""
     return tidy(files_of(host, seen, also=[one for one in layers if Path(one).exists()]))
+
+
+def tidied(seen: View, gone: Collection[str], merges: Sequence[Merge]) -> View:
+    """The same when these files are gone and merged."""
+    moved: dict[str, str] = {}
+    for step in merges:
+        moved = {top: step.base if base == step.top else base for top, base in moved.items()} | {step.top: step.base}
+
+    def at(path: str) -> str:
+        return moved.get(os.path.realpath(path), path) if path else path
+
+    bases = {top: at(base) for top, base in seen.seen.bases.items() if top not in moved and top not in gone}
+    named: dict[str, frozenset[str]] = {}
+    for path, names in seen.seen.named.items():
+        named[at(path)] = named.get(at(path), frozenset()) | names
+    found = tuple(
+        replace(one, disks=tuple(replace(disk, file=at(disk.file), overlay=at(disk.overlay)) for disk in one.disks))
+        for one in seen.found
+    )
+    now = tuple(replace(one, source=at(one.source)) for one in seen.now)
+    defined = tuple(replace(one, source=at(one.source)) for one in seen.defined)
+    return View(seen.vm, found, now, defined, replace(seen.seen, bases=bases, named=named))
 
 
 def tidy_up(host: Host, name: str, report: Reporter, layers: Collection[str]) -> None:

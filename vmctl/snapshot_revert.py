@@ -9,9 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from vmctl import (
@@ -30,7 +31,7 @@ from vmctl import (
     snapshots,
 )
 from vmctl.errors import Interrupted, NotFound, Unsupported, VmctlError, quietly
-from vmctl.events import Reporter, Step
+from vmctl.events import Reporter, Step, Warned, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain
 from vmctl.hypervisor import snapshots as known
@@ -39,6 +40,9 @@ from vmctl.image_users import Seen
 from vmctl.snapshot_journal import Entry
 from vmctl.snapshot_plan import OURS, Ref
 from vmctl.snapshot_xml import Snapshot
+
+if TYPE_CHECKING:
+    from vmctl.snapshot_create import Taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +137,23 @@ def _lost(host: Host, vm: Domain, one: Snapshot) -> tuple[str, ...]:
     return tuple(lost)
 
 
-def plan(host: Host, text: str) -> Reverted:
+def plan(
+    host: Host, text: str, report: Reporter = silent, *, start: bool | None = None, safety: bool = False
+) -> Reverted:
     """What a revert would give up and touch; touches nothing."""
     ref, _one = snapshots.named(host, text)
-    found = _plan(host, domain.find(host.conn, ref.vm), ref)
-    return Reverted(ref.vm, ref.snapshot, str(found.vm.state), "", found.lost, _touches(found))
+    vm = domain.find(host.conn, ref.vm)
+    found = _plan(host, vm, ref)
+    kept = _safety(host, vm, report, dry=True) if safety else None
+    if kept is not None:
+        # What it has now is the safety snapshot's then; what goes is the layer made on it a moment before.
+        layers = (one.removeprefix("make ") for one in kept.touches if one.endswith(".qcow2"))
+        found = replace(found, old=tuple(layers) if found.fresh else (), lost=())
+    touches = (*(kept.touches if kept else ()), *_touches(found, start))
+    return Reverted(ref.vm, ref.snapshot, str(vm.state), kept.name if kept else "", found.lost, touches)
 
 
-def _touches(found: _Plan) -> tuple[str, ...]:
+def _touches(found: _Plan, start: bool | None) -> tuple[str, ...]:
     told = [f"stop VM {found.vm.name}"] if found.vm.active else []
     told += [f"make {new} on {file}" for new, file, _form in found.fresh.values()]
     told += [f"change VM {found.vm.name}"]
@@ -148,7 +161,9 @@ def _touches(found: _Plan) -> tuple[str, ...]:
         told += [f"put {path} back to it" for path in sorted(found.one.files)]
     if found.one.kept and found.one.kept.nvram and found.nvram:
         told.append(f"write {found.nvram}")
-    told += [f"read {found.one.memory_file}"] if found.one.memory == "external" else []
+    told += [f"read {found.one.memory_file}"] if found.one.memory == "external" and start is not False else []
+    wakes = start is None and found.one.memory != "no" and found.one.state == "running"
+    told += [f"start VM {found.vm.name}"] if start or wakes else []
     return (*told, *(f"delete {path}" for path in found.old))
 
 
@@ -162,7 +177,7 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
         found = _plan(host, vm, ref)
         kept = ""
         if safety:
-            kept = _safety(host, vm, report)
+            kept = _safety(host, vm, report).name
             found = _plan(host, domain.find(host.conn, vm.name), ref)
         if found.one.kind == "internal" or _by_libvirt(host, found.one):
             _libvirts(host, found, report, start)
@@ -170,16 +185,16 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
             _external(host, found, report, start=start)
         state, _why = domain.state(host.conn, vm.name)
         report(Step(f"VM {vm.name} is at snapshot {ref.snapshot}, {state}"))
-        return Reverted(vm.name, ref.snapshot, str(state), kept, () if kept else found.lost, _touches(found))
+        return Reverted(vm.name, ref.snapshot, str(state), kept, () if kept else found.lost, _touches(found, start))
 
 
-def _safety(host: Host, vm: Domain, report: Reporter) -> str:
+def _safety(host: Host, vm: Domain, report: Reporter, *, dry: bool = False) -> Taken:
     there = [one.name for one in known.snapshots(host.conn, vm.name)]
     name = snapshot_plan.free_name(datetime.now(UTC), there, "before-revert")
     from vmctl import snapshot_create  # late, and so is lifecycle: a test harness reverts before each of its tests
 
     order = snapshot_create.Order(description="before a revert")
-    return snapshot_create.taken(host, vm, name, order, report).name
+    return snapshot_create.taken(host, vm, name, order, report, dry=dry)
 
 
 def _by_libvirt(host: Host, one: Snapshot) -> bool:
@@ -210,6 +225,7 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
     entry = Entry(host.conn.uri, vm.name, "revert", one.name, (*fresh, *found.old), nvram=nvram)
     path = snapshot_journal.begin(host, entry)
     with ExitStack() as undo:
+        undo.callback(quietly, lambda: _tell_ended(host, found, report))
         undo.callback(_settled, host, vm.name, report)
         for new, file, form in found.fresh.values():
             qcow2_overlay.make(Path(new), Path(file), form)
@@ -247,6 +263,14 @@ def _looking(host: Host) -> Iterator[list[Seen]]:
         yield seen
     finally:
         thread.join()
+
+
+def _tell_ended(host: Host, found: _Plan, report: Reporter) -> None:
+    """What was running cannot be brought back once it was ended: then at least nobody takes it for running."""
+    vm = found.vm
+    if vm.active and not domain.find(host.conn, vm.name).active:
+        again = f"vmctl snapshot revert {vm.name}.{found.one.name}, again, puts it back to the snapshot"
+        report(Warned(f"VM {vm.name} is stopped, what was in its memory lost; its disks are as they were; {again}"))
 
 
 def _keep_nvram(host: Host, found: _Plan, variables: bytes) -> None:

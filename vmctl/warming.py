@@ -23,6 +23,7 @@ from vmctl import (
     saved_memory,
 )
 from vmctl.at_once import at_once
+from vmctl.copies import Newcomer
 from vmctl.disk_replace import PREFIX
 from vmctl.domain_copy import File
 from vmctl.errors import Conflict, NotFound, SpecError, Unsupported, quietly
@@ -240,8 +241,8 @@ def problems(host: Host, manifest: Manifest, vm: VM) -> list[str]:
     return found
 
 
-def create(host: Host, vm: VM, report: Reporter) -> Forked:
-    """Make a VM that goes on from its image's warmed state, and see it answer. Undone when it fails."""
+def _usable(host: Host, vm: VM) -> Image:
+    """The warmed image that a VM can go on from. Raises NotFound, Unsupported with all that is in its way."""
     copies.require_local(host, vm.name, "create")
     copies.require_free(host, vm.name, [vm.name], "create")
     image = images.find(host, vm.image)
@@ -255,14 +256,38 @@ def create(host: Host, vm: VM, report: Reporter) -> Forked:
             f"cannot create VM {vm.name} from warmed image {image.manifest.stem}: {'; '.join(found)}",
             hint=f"warm it again: vmctl image warm {image.manifest.name}; or create it without --warm",
         )
+    return image
+
+
+def plan(host: Host, vm: VM) -> list[str]:
+    """What creating one would touch; touches nothing."""
+    image = _usable(host, vm)
     disk, memory = paths(host, image.manifest)
-    head = SavedMemory(memory).head()
+    new, target, _, _ = _newcomer(host, image, vm)
+    lines = [f"new running VM {new.name} ({new.uuid}), from {memory}"]
+    lines += [f"new volume {new.disks[target].volume} on {disk}"]
+    return [*lines, *(f"new volume {one.volume}" for one in new.own if one not in new.disks.values())]
+
+
+def _newcomer(host: Host, image: Image, vm: VM) -> tuple[Newcomer, str, Domain, saved_memory.Head]:
+    """The VM to make, the target of its disk, and what it is made after."""
+    head = SavedMemory(paths(host, image.manifest)[1]).head()
     model = _model(head, vm)
+    assert image.manifest.warm is not None
+    (target,) = (d.target for d in copies.writable(disk_xml.read(head.xml)))
+    seeded = image.manifest.warm.seed_size > 0
+    (new,) = copies.newcomers(host, model, [vm.name], [target], (), seeded=seeded)
+    return new, target, model, head
+
+
+def create(host: Host, vm: VM, report: Reporter) -> Forked:
+    """Make a VM that goes on from its image's warmed state, and see it answer. Undone when it fails."""
+    image = _usable(host, vm)
+    assert image.manifest.warm is not None
+    disk, memory = paths(host, image.manifest)
     with copies.held_names(host, vm.name, [vm.name], "create"), ExitStack() as undo:
         images.ensure_pools(host)
-        (target,) = (d.target for d in copies.writable(disk_xml.read(head.xml)))
-        seeded = image.manifest.warm.seed_size > 0
-        (new,) = copies.newcomers(host, model, [vm.name], [target], (), seeded=seeded)
+        new, target, model, head = _newcomer(host, image, vm)
         undo.callback(quietly, lambda: copies.discard(host, new))
         (new,) = copies.define(host, model, head.xml, [new], report)
         base = File(str(disk), "qcow2")

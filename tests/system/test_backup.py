@@ -190,6 +190,9 @@ def test_a_restore_over_the_old_vm_names_what_is_lost_and_brings_all_back(
     asked = shell.run("backup", "restore", guest, "--folder", str(store), check=2, stdin=subprocess.DEVNULL)
     assert all(path in asked.stderr for path in old) and "--yes" in asked.stderr
     dry = shell.run("backup", "restore", guest, point, "--folder", str(store), "--dry-run").stdout
+    assert "would start" not in dry
+    words = ("backup", "restore", guest, point, "--folder", str(store), "--as", "other", "--start", "--dry-run")
+    assert shell.run(*words).stdout.endswith("would start VM other\n")
     assert "would lose what VM" in dry and shell.virsh("dumpxml", guest, "--inactive") == xml
     shell.run("backup", "restore", guest, point, "--folder", str(store), "--yes")
     holds(shell, guest, data)
@@ -323,7 +326,17 @@ def test_what_is_kept_takes_over_what_it_needs(shell: Shell, guest: str, store: 
     assert verified(guest, store) == points[2:]
     assert {row["kind"] for row in shell.json("backup", "list", "--folder", str(store))} == {"full", "incremental"}
     holds(shell, restored(shell, guest, store, points[2], names()), want[: 3 * 64 * 4096] + bytes(64 * 4096))
-    # The next is an increment all the same, and --keep prunes after it.
+    # The next is an increment all the same, and --keep prunes after it, as its dry run tells.
+    told = {}
+    for keep in ("1", "2"):
+        words = ("backup", "create", guest, "--folder", str(store), "--keep", keep, "--dry-run")
+        told[keep] = [one for one in shell.json(*words)["touches"] if one.startswith(("delete", "merge"))]
+    assert [Path(one.split()[1]).name for one in told["1"][:2]] == points[2:] and len(told["1"]) == 3
+    assert told["1"][2].startswith(f"merge into {store}/{guest}/") and points[3] not in told["1"][2]
+    assert told["2"] == [
+        f"delete {store}/{guest}/{points[2]}",
+        f"merge into {store}/{guest}/{points[3]} what it needs of them",
+    ]
     made = backup(shell, guest, store, "--keep", "2")
     assert made["kind"] == "incremental" and made["pruned"] == [points[2]]
     verified(guest, store)

@@ -133,6 +133,9 @@ def test_what_cannot_be_cloned_is_refused_before_anything_changes(
     assert shell.run("clone", name, "no_name", check=2).returncode == 2
     said = shell.run("clone", name, several, "--count", "2", "--dry-run").stdout
     assert f"new VM {several}-2" in said and "is written to no more" in said and "goes on in new volume" in said
+    assert "is started" not in said
+    told = shell.json("clone", name, several, "--count", "2", "--start", "--dry-run")["touches"]
+    assert told[-2:] == [f"VM {several}-1 is started", f"VM {several}-2 is started"]
     assert (volumes(shell), shell.virsh("dumpxml", name, "--inactive")) == (before, xml)
 
 

@@ -266,10 +266,19 @@ def test_damage_is_found_and_mended_in_a_copy(shell: Shell, vm: str, disk: str) 
     damaged[block + 2 * last : block + 2 * last + 2] = b"\0\0"  # a cluster in use that counts as free
     path.write_bytes(damaged)
     assert "damaged" in shell.run("disk", "check", f"{vm}:data", check=10).stdout
+    told = shell.run("disk", "check", f"{vm}:data", "--repair", "--dry-run", check=10)
+    assert "a copy that is mended would take its place" in told.stdout and "--repair mends" in told.stderr
     assert path.read_bytes() == bytes(damaged)
     shell.run("disk", "check", f"{vm}:data", "--repair")
     clean(path)
     assert intact(shell, vm) and leftovers() == []
+    # Without its header nothing tells that one is qcow2 but its name: it is no raw disk in good order.
+    shell.run("disk", "create", "smashed", "1M")
+    smashed = path.with_name("smashed.qcow2")
+    smashed.write_bytes(b"XXXX" + smashed.read_bytes()[4:])
+    for words in (("check", "smashed"), ("attach", vm, "smashed", "--dry-run")):
+        assert "is called qcow2 and has no header of one" in shell.run("disk", *words, check=10).stderr
+    shell.run("disk", "delete", "smashed", "--yes")
 
 
 def test_without_room_nothing_changes(shell: Shell, vm: str, disk: str, tmp_path: Path) -> None:
@@ -359,6 +368,12 @@ def test_every_dry_run_tells_what_it_would_touch_and_touches_nothing(shell: Shel
         told = shell.run("disk", "pool", "create", "third", "--path", "/var/lib/libvirt/third", "--dry-run").stdout
         assert "<path>/var/lib/libvirt/third</path>" in told
         assert "would delete pool second" in shell.run("disk", "pool", "delete", "second", "--dry-run").stdout
+        for dry in (["--dry-run"], []):
+            shell.run("disk", "pool", "create", "second", "--path", "/var/lib/libvirt/third", *dry, check=5)
+            assert "vmctl's own" in shell.run("disk", "pool", "delete", "vmctl", *dry, check=5).stderr
+        broken = ("--type", "fs", "--device", "/dev/nope", "--path", "/var/lib/libvirt/third/deeper")
+        assert "/dev/nope" in shell.run("disk", "pool", "create", "third", *broken, check=13).stderr
+        assert not Path("/var/lib/libvirt/third").exists()
         assert state(shell, vm) == before
     finally:
         shell.run("disk", "delete", onto, "--yes", check=None)

@@ -14,12 +14,21 @@ import pytest
 from tests.system import pattern
 from tests.system.conftest import Shell, volumes
 from tests.system.test_interrupted import interrupted
+from tests.system.test_snapshot_faults import awake
 from vmctl import disk_xml
 
 pytestmark = pytest.mark.system
 
 DISKS, SECOND = Path("/var/lib/libvirt/vmctl/vmctl"), Path("/var/lib/libvirt/faults")
 SIZE = 8 << 20
+COUNTS: dict[tuple[str, str], int] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table() -> Iterator[None]:
+    """Prints how many faults of each kind a change of a disk survived, when all is over."""
+    yield
+    print("\n" + "\n".join(f"{change:<18} {fault:<10} {count:>3}" for (change, fault), count in sorted(COUNTS.items())))
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +112,51 @@ def test_stopped_after_every_step_the_disk_is_there_once_and_holds_what_it_held(
         assert content(now) == want, f"after {steps}"
         if undo and (now.source, now.format) != (before.source, before.format):
             shell.run("disk", *undo)
+        COUNTS[f"{change}, stopped", which] = at
     assert at >= 2 and content(disk_of(shell, vm)) == want
     if undo:
         shell.run("disk", *undo)
+
+
+LIVE = {
+    "flatten": (["flatten", DATA], ["rebase", DATA, "--onto", "fault-base"]),
+    "grow": CHANGES["grow"],
+    "move": CHANGES["move"],
+}
+
+
+@pytest.mark.parametrize("which", ["SIGKILL", "LIBVIRTD", "QEMU"])
+@pytest.mark.parametrize("change", sorted(LIVE))
+def test_while_its_vm_runs_whatever_dies_at_whatever_step(
+    shell: Shell, vm: str, tmp_path: Path, change: str, which: str
+) -> None:
+    """The VM is held at its first instruction: QEMU has the disk, and nobody else writes to it."""
+    do, undo = ([word.replace("VM", vm) for word in words] for words in LIVE[change])
+    want, at, over = content(disk_of(shell, vm)), 0, False
+    if change == "flatten":
+        shell.run("disk", *undo)
+    while not over:
+        at += 1
+        before = disk_of(shell, vm)
+        shell.virsh("start", vm, "--paused")
+        code, steps = interrupted(tmp_path, which, at, "disk", *do)
+        over = len(steps) < at if which == "SIGKILL" else not steps
+        assert code == 0 or not over, (code, steps)
+        awake(shell)
+        shell.run("doctor", "--fix", check=None)
+        state = shell.virsh("domstate", vm)
+        assert state == ("shut off" if which == "QEMU" and not over else "paused"), steps
+        if state == "paused":
+            running = {d.serial: d.source for d in disk_xml.read(shell.virsh("dumpxml", vm))}
+            assert running["data"] == disk_of(shell, vm).source, steps
+            shell.virsh("destroy", vm)
+        now = disk_of(shell, vm)
+        assert files() == {now.source}, f"after {steps}"
+        assert content(now) == want, f"after {steps}"
+        if undo and (change == "flatten" or now.source != before.source):
+            shell.run("disk", *undo)
+        COUNTS[f"{change}, running", which] = at - 1
+    assert at >= 2
 
 
 def test_a_plug_killed_after_every_step_leaves_nothing_that_does_not_go_with_the_vm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +41,9 @@ def test_a_disk_is_plugged_in_written_taken_out_and_back_with_what_was_written(s
     if bus == "scsi":
         shell.run("exec", vm, "--", "modprobe", "-a", "virtio_scsi", "sd_mod")
     before = targets(shell, vm)
-    done = shell.json("disk", "attach", vm, "32M", "--bus", bus, "--serial", f"data-{bus}")
+    words = ("disk", "attach", vm, "32M", "--bus", bus, "--serial", f"data-{bus}")
+    assert ("would add SCSI controller to VM" in shell.run(*words, "--dry-run").stdout) == (bus == "scsi")
+    done = shell.json(*words)
     assert done["there"] == "now" and done["guest"], done
     assert seen(shell, vm)[done["guest"]] == 32 << 20
     assert targets(shell, vm) == targets(shell, vm, "--inactive") == before | {done["target"]}
@@ -91,9 +94,33 @@ def test_a_dry_run_tells_and_touches_nothing(shell: Shell, vm: str) -> None:
     xml, there = shell.virsh("dumpxml", vm, "--inactive"), volumes(shell)
     told = shell.run("disk", "attach", vm, "1G", "--dry-run").stdout
     assert f"would be {vm}:vd" in told and "would make volume vmctl/" in told
-    assert "would be detached" in shell.run("disk", "detach", f"{vm}:vda", "--dry-run").stdout
+    attached = shell.run("disk", "attach", vm, "1M", "--iothread", "7", "--dry-run").stdout
+    assert f"would add I/O thread 7 to VM {vm}" in attached
+    assert "would be total_iops_sec 9" in shell.run("disk", "limit", f"{vm}:vda", "--iops", "9", "--dry-run").stdout
+    for dry in (["--dry-run"], []):
+        told = shell.run("disk", "detach", f"{vm}:vda", *dry, check=6).stderr
+        assert "its machine lets no disk go" in told and "--next-start" in told
+    assert "would be detached" in shell.run("disk", "detach", f"{vm}:vda", "--next-start", "--dry-run").stdout
     assert shell.run("disk", "create", "new", "1G", "--dry-run").stdout == "would make vmctl/new.qcow2\n"
     assert (shell.virsh("dumpxml", vm, "--inactive"), volumes(shell)) == (xml, there)
+
+
+def test_a_disk_that_cannot_be_deleted_is_not_detached_either(shell: Shell, vm: str) -> None:
+    loose = Path("/tmp/loose.qcow2")  # where QEMU's own user reaches it
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(loose), "1M"], check=True, timeout=30)
+    inside = shell.json("disk", "attach", vm, "8M")["target"]
+    shell.run("snapshot", "create", f"{vm}.one", "--internal")
+    outside = shell.json("disk", "attach", vm, str(loose))["target"]
+    for target, code, text in ((outside, 4, "it is in no storage pool"), (inside, 5, f"snapshot {vm}.one needs it")):
+        for how in (["--dry-run"], ["--yes"], []):
+            told = shell.run("disk", "detach", f"{vm}:{target}", "--delete", *how, check=code)
+            assert text in told.stderr and "waiting for" not in told.stderr
+        assert target in targets(shell, vm) & targets(shell, vm, "--inactive")
+    shell.run("snapshot", "delete", f"{vm}.one", "--yes")
+    shell.run("disk", "detach", f"{vm}:{inside}", "--delete", "--yes")
+    shell.run("disk", "detach", f"{vm}:{outside}")
+    assert loose.exists()
+    loose.unlink()
 
 
 def test_a_disk_that_is_not_there_is_told_in_our_words(shell: Shell, vm: str) -> None:
@@ -126,8 +153,6 @@ def test_what_cannot_be_attached_is_one_error_and_leaves_nothing(
     xml, there = shell.virsh("dumpxml", vm, "--inactive"), volumes(shell)
     evil = tmp_path / "evil.qcow2"
     words = ["create", "-q", "-f", "qcow2", "-u", "-b", "/etc/passwd", "-F", "raw", str(evil), "1M"]
-    import subprocess
-
     subprocess.run(["qemu-img", *words], check=True, timeout=30)
     for words, code, text in (
         ([str(evil)], 10, "/etc/passwd is in no storage pool"),

@@ -301,7 +301,8 @@ def test_every_dry_run_touches_nothing_and_tells_all(shell: Shell, guest: str) -
     made, gone = told_files(told, "make"), told_files(told, "delete")
     assert len(made) == 2 and all(Path(one).exists() for one in gone)
     told = shell.run("snapshot", "delete", f"{guest}.one", "--dry-run").stdout
-    assert state() == before and told.count("would merge") == 2 and told.count("would delete") == 1
+    assert state() == before and told.count("would merge") == 2 and told.count("would delete /") == 1
+    assert f"would delete snapshot {guest}.one" in told
     there = set(map(str, POOL.iterdir()))
     shell.run("snapshot", "delete", f"{guest}.one", "--yes")
     now = set(map(str, POOL.iterdir()))
@@ -310,7 +311,62 @@ def test_every_dry_run_touches_nothing_and_tells_all(shell: Shell, guest: str) -
 
 
 def told_files(text: str, verb: str) -> set[str]:
-    return {line.split()[2] for line in text.splitlines() if line.startswith(f"would {verb} ")}
+    return {line.split()[2] for line in text.splitlines() if line.startswith(f"would {verb} /")}
+
+
+def test_several_go_one_after_the_other_as_the_dry_run_told(shell: Shell, guest: str) -> None:
+    """Each is looked at as it is when the one before it is gone: its parent and its files are others then."""
+
+    def goes_as_told(*words: str) -> None:
+        told = shell.run("snapshot", *words, "--dry-run").stdout
+        there = set(map(str, POOL.iterdir()))
+        shell.run("snapshot", *words)
+        assert there - set(map(str, POOL.iterdir())) == told_files(told, "delete") | told_files(told, "merge"), told
+
+    put(guest, "one")
+    for number in range(4):
+        shell.run("snapshot", "create", f"{guest}.s{number}", *(["--no-memory"] if number else []))
+    told = shell.run("snapshot", "delete", f"{guest}.s0", f"{guest}.s9", "--yes", check=4).stderr
+    assert f"cannot find snapshot {guest}.s9" in told and names(shell, guest) == ["s0", "s1", "s2", "s3"]
+    goes_as_told("create", f"{guest}.s4", "--no-memory", "--max", "3")
+    assert names(shell, guest) == ["s2", "s3", "s4"]
+    told = shell.run("snapshot", "delete", f"{guest}.s3", f"{guest}.s3", "--dry-run").stdout
+    assert told.count("would delete snapshot") == 1
+    goes_as_told("delete", f"{guest}.s2", f"{guest}.s4", f"{guest}.s3", "--yes")
+    assert names(shell, guest) == [] and holds(shell, guest, "one")
+    assert shell.run("snapshot", "delete", "--expired", guest, "--dry-run").stdout == "nothing to delete\n"
+
+
+def test_the_dry_run_of_a_revert_knows_of_safety_and_start(shell: Shell, guest: str) -> None:
+    shell.run("snapshot", "create", f"{guest}.one")
+    told = shell.run("snapshot", "revert", f"{guest}.one", "--safety", "--dry-run")
+    assert "would lose" not in told.stdout and "snapshot " + f"{guest}.before-revert-" in told.stderr
+    assert len(told_files(told.stdout, "make")) == 5  # two layers and the memory of safety's, and two fresh layers
+    assert f"would start VM {guest}" in told.stdout and "would read /" in told.stdout
+    there = set(map(str, POOL.iterdir()))
+    shell.run("snapshot", "revert", f"{guest}.one", "--safety")
+    new = set(map(str, POOL.iterdir())) - there
+    assert len(new) == 5 - len(told_files(told.stdout, "delete")) and there <= set(map(str, POOL.iterdir()))
+    told = shell.run("snapshot", "revert", f"{guest}.one", "--no-start", "--dry-run")
+    assert "would start" not in told.stdout and "would read" not in told.stdout
+
+
+def test_a_revert_that_fails_says_that_the_vm_is_stopped(shell: Shell, guest: str) -> None:
+    put(guest, "one")
+    shell.run("snapshot", "create", f"{guest}.one")
+    put(guest, "two")
+    shell.run("exec", guest, "--", "sync")
+    memory = Path(shell.json("snapshot", "show", f"{guest}.one")["memory_file"])
+    assert memory.name not in shell.run("disk", "list").stdout, "it is no disk"
+    whole, there = memory.read_bytes(), set(POOL.iterdir())
+    memory.write_bytes(whole[: len(whole) // 2])
+    told = shell.run("snapshot", "revert", f"{guest}.one", "--yes", check=13).stderr
+    assert f"VM {guest} is stopped, what was in its memory lost; its disks are as they were" in told
+    assert shell.virsh("domstate", guest) == "shut off" and set(POOL.iterdir()) == there and not journal()
+    assert holds_off(shell, guest, "two")
+    memory.write_bytes(whole)
+    shell.run("snapshot", "revert", f"{guest}.one", "--yes")
+    assert shell.virsh("domstate", guest) == "running" and holds(shell, guest, "one")
 
 
 def test_diff_tells_how_much(shell: Shell, vm: str) -> None:

@@ -26,9 +26,13 @@ def test_a_warmed_image_from_making_to_removal(shell: Shell, names: Callable[[],
     (row,) = [line for line in shell.run("image", "list").stdout.splitlines() if line.startswith("micro ")]
     assert "warm" in row and "512 MiB, 1 vCPU" in shell.run("image", "show", "micro").stdout
     shell.run("image", "verify", "micro")
+    plan = shell.run("create", one, "--image", "micro", "--warm", "--dry-run").stdout.splitlines()
+    assert plan[0].startswith(f"new running VM {one} (") and volumes(shell) == before
     for name in (one, two):
         made = shell.run("create", name, "--image", "micro", "--warm", "--label", f"is={name}", timeout=240)
         assert made.stdout == f"{name}\n"
+    new = {volume for volume in volumes(shell) - before if volume.startswith(f"{one}-")}
+    assert {line.split()[2] for line in plan[1:]} == new
     told = [who(shell, name) for name in (one, two)]
     assert [each[:2] for each in told] == [[one, one], [two, two]]
     for which in range(2, 5):

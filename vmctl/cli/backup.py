@@ -228,7 +228,7 @@ def restore(
         place = backup_store.vm_folder(_root(folder, host), vm)
         planned = backup_origin.plan(host, place, wish)
         if dry_run:
-            done = backup_restore.told(planned)
+            done = backup_restore.told(planned, start=start)
         else:
             if planned.lost:
                 refuse_unless_yes(planned.lost, yes=yes)

@@ -38,8 +38,9 @@ def clone(
     report = reporter()
     with opened(connect) as host:
         if dry_run:
-            for line in cloning.plan(host, name, names, full=full).lines:
-                ui.say(line)
+            lines = cloning.plan(host, name, names, full=full).lines
+            lines += [f"VM {one} is started" for one in names if start]
+            ui.emit({"touches": lines}, output, lambda: "\n".join(lines), lambda: list(names))
             return
         made = cloning.clone(host, name, names, report, full=full)
         if start:
@@ -68,8 +69,8 @@ def fork(
     names = copies.numbered(new or f"{name}-fork", count)
     with opened(connect) as host:
         if dry_run:
-            for line in forking.plan(host, name, names).lines:
-                ui.say(line)
+            lines = forking.plan(host, name, names).lines
+            ui.emit({"touches": lines}, output, lambda: "\n".join(lines), lambda: list(names))
             return
         made = forking.fork(host, name, names, reporter())
         rows = [(one.name, one.address) for one in made]

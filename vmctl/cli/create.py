@@ -177,7 +177,10 @@ def create(
         bool, typer.Option("--exist-ok", help="A VM of that name is no error; it is left as it is.")
     ] = False,
     print_xml: Annotated[
-        bool, typer.Option("--print-xml", "--dry-run", help="Print the domain XML; change nothing.")
+        bool,
+        typer.Option(
+            "--print-xml", "--dry-run", help="Print the domain XML, or with --warm what would be made; change nothing."
+        ),
     ] = False,
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
@@ -237,8 +240,8 @@ def create(
     goal = _collected(problems, lambda: goal_of(wait), None)
     if no_start and wait:
         problems.append("--wait and --no-start exclude each other")
-    if warm and (no_start or exist_ok or print_xml or password):
-        problems.append("--warm makes a new running VM: not with --no-start, --exist-ok, --dry-run or --password")
+    if warm and (no_start or exist_ok or password):
+        problems.append("--warm makes a new running VM: not with --no-start, --exist-ok or --password")
     if problems:
         raise SpecError("cannot create VM", problems=problems)
     if password:  # asked for only when the rest is in order
@@ -247,12 +250,16 @@ def create(
 
     report = reporter()
     with opened(connect) as host:
-        if print_xml:
+        if print_xml and not warm:
             ui.write(creation.preview(host, vm))
             return
         if warm:
             from vmctl import warming
 
+            if print_xml:
+                lines = warming.plan(host, vm)
+                ui.emit({"touches": lines}, output, lambda: "\n".join(lines), lambda: [name])
+                return
             gone_on = warming.create(host, vm, report)
             ui.emit({**ui.jsonable(gone_on), "existed": False}, output, lambda: name, lambda: [name])
             return

@@ -230,6 +230,8 @@ def attach(
             )
             if dry_run and done.made:
                 text += f"; would make volume {done.made}"
+            if dry_run and done.added:
+                text += f"; would add {' and '.join(done.added)} to VM {done.vm}"
             return f"{text}; the guest has it as {done.guest}" if done.guest else text
 
         ui.emit(done, output, told, lambda: [f"{done.vm}:{done.target}"])
@@ -251,11 +253,15 @@ def detach(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Take a disk from its VM, which lets go of it first. The disk stays."""
-    from vmctl import disk_find, disk_plug
+    from vmctl import disk_plug
+    from vmctl.events import silent
 
     with opened(connect, events=True) as host:
         if delete and not dry_run:
-            refuse_unless_yes([f"disk {disk_find.locate(host, disk).path}"], yes=yes)
+            planned = disk_plug.detach(
+                host, disk, silent, timeout_s=timeout, next_start=next_start, delete=True, dry=True
+            )
+            refuse_unless_yes([f"disk {planned.source}"], yes=yes)
         done = disk_plug.detach(
             host, disk, reporter(), timeout_s=timeout, next_start=next_start, delete=delete, dry=dry_run
         )
@@ -289,10 +295,14 @@ def limit(
     limits = IoLimits(iops, read_iops, write_iops, _bytes(bps), _bytes(read_bps), _bytes(write_bps))
     with opened(connect) as host:
         found = disk_plug.limit(host, disk, limits, reporter(), dry=dry_run)
+        changes = dry_run and bool(limits.given())
         ui.emit(
             found,
             output,
-            lambda: "\n".join(f"{name} {value}" for name, value in found.items()) or "no limits",
+            lambda: (
+                "\n".join(f"{'would be ' if changes else ''}{name} {value}" for name, value in found.items())
+                or f"{'would have ' if changes else ''}no limits"
+            ),
             lambda: found,
         )
 

@@ -143,13 +143,15 @@ def check(
             if one.result is None:
                 rows.append((one.path, one.note, "", ""))
             else:
-                verdict = "clean" if one.result.clean else "damaged"
+                verdict = "clean" if one.result.clean else "damaged" + (f"; {one.note}" if one.note else "")
                 rows.append((one.path, verdict, str(one.result.corruptions), str(one.result.leaks)))
         header = ("FILE", "RESULT", "CORRUPTIONS", "LOST CLUSTERS")
         ui.emit(found, output, lambda: ui.columns(header, rows), lambda: [one.path for one in found])
         if bad:
             hint = (
-                "vmctl disk check --repair mends what can be, in a copy" if not repair else "restore it from a backup"
+                "restore it from a backup"
+                if repair and not dry_run
+                else "vmctl disk check --repair mends what can be, in a copy"
             )
             raise ImageError(f"cannot call {disk} whole: {', '.join(bad)} is damaged", hint=hint)
 

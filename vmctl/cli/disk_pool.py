@@ -77,10 +77,10 @@ def create(
     wanted = pools.NewPool(
         name, type, path, devices, host_name, port, export, iqn, initiator, source_name, format, user, secret
     )
-    if dry_run:
-        ui.write(pools.definition(wanted))
-        return
     with opened(connect) as host:
+        if dry_run:
+            ui.write(pools.plan_create(host, wanted))
+            return
         made = pools.create(host, wanted, reporter(), start=not no_start)
         ui.emit(made, output, lambda: made.name, lambda: [made.name])
 
@@ -115,7 +115,7 @@ def delete(
     from vmctl import pools
 
     with opened(connect) as host:
-        found = pools.show(host, name)
+        found = pools.deletable(host, name)
         lines = [f"pool {name}; its {len(found.volumes)} volumes stay in {found.pool.path or found.pool.source}"]
         if dry_run:
             ui.say(f"would delete {lines[0]}")

@@ -188,7 +188,7 @@ def revert(
 
     with opened(connect) as host:
         if dry_run or not (yes or safety):
-            planned = snapshot_revert.plan(host, name)
+            planned = snapshot_revert.plan(host, name, reporter(), start=start, safety=safety)
             if dry_run:
                 lines = [*(f"would lose {one}" for one in planned.lost), *(f"would {one}" for one in planned.touches)]
                 ui.emit(planned, output, lambda: "\n".join(lines), lambda: [name])
@@ -227,7 +227,7 @@ def delete(
         def each(*, dry: bool) -> list[Deleted]:
             if expired:
                 return list(snapshot_delete.delete_expired(host, names or (), reporter(), dry=dry))
-            return [snapshot_delete.delete(host, one, reporter(), dry=dry) for one in names or ()]
+            return list(snapshot_delete.delete(host, names or (), reporter(), dry=dry))
 
         if not dry_run and not yes:
             lines = [f"snapshot {one.vm}.{one.name}" for one in each(dry=True)]
@@ -237,7 +237,7 @@ def delete(
 
         def told() -> str:
             if dry_run:
-                return "\n".join(f"would {what}" for one in done for what in one.touches)
+                return "\n".join(f"would {what}" for one in done for what in one.touches) or "nothing to delete"
             return "\n".join(f"{one.vm}.{one.name}" for one in done)
 
         ui.emit(done, output, told, lambda: [f"{one.vm}.{one.name}" for one in done])

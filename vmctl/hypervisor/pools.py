@@ -77,11 +77,8 @@ def ceph_login(conn: Connection, name: str) -> tuple[str, str]:
     return (auth.get("username", ""), secret.get("uuid", "")) if auth is not None and secret is not None else ("", "")
 
 
-def create(conn: Connection, xml: str, name: str, *, build: bool, start: bool) -> None:
-    """Define a pool, checked against libvirt's schema, and start it; nothing is left of one that does not start.
-
-    ``build``: make what it lies in, such as its folder. Raises Conflict when the name is taken.
-    """
+def require_free(conn: Connection, name: str) -> None:
+    """Raise Conflict when there is a pool of that name."""
     with calling(f"create storage pool {name}"):
         try:
             conn.handle.storagePoolLookupByName(name)
@@ -90,6 +87,15 @@ def create(conn: Connection, xml: str, name: str, *, build: bool, start: bool) -
                 raise
         else:
             raise Conflict(f"cannot create storage pool {name}: it exists already", hint=f"vmctl disk pool show {name}")
+
+
+def create(conn: Connection, xml: str, name: str, *, build: bool, start: bool) -> None:
+    """Define a pool, checked against libvirt's schema, and start it; nothing is left of one that does not start.
+
+    ``build``: make what it lies in, such as its folder. Raises Conflict when the name is taken.
+    """
+    require_free(conn, name)
+    with calling(f"create storage pool {name}"):
         made = conn.handle.storagePoolDefineXML(xml, libvirt.VIR_STORAGE_POOL_DEFINE_VALIDATE)
         try:
             if build:
