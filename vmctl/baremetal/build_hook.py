@@ -29,7 +29,7 @@ _FLAGS = (
     "-Wl,--build-id=none -Wl,-s"
 ).split()
 _GUEST_FLAGS = "-Wl,-n -Wl,-T,link.ld -Wl,--no-warn-rwx-segments".split()
-_TIMEOUT_S = 120
+_TIMEOUT_S = 900  # as builder/tools.py has it for a program that hung
 
 
 def compile_guests(folder: Path) -> None:

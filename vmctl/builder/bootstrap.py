@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmctl.builder.debs import Deb
-from vmctl.builder.tools import run, running
+from vmctl.builder.tools import HUNG_S, run, running
 from vmctl.errors import ImageError
 from vmctl.events import Progress, Reporter, Step
 
-_QUERY_TIMEOUT_S = 30
 _TIMEOUT_S = 1800
 _AR_MAGIC = b"!<arch>\n"
 # As root mmdebstrap mounts the host's /dev, /proc and /sys into the new system. Nobody who clears its folder away after
@@ -95,7 +94,7 @@ def _index(debs: Sequence[Deb], paths: Sequence[Path], repository: Path, report:
     for deb, path in zip(debs, paths, strict=True):
         name = f"{deb.sha256}.deb"
         (repository / name).symlink_to(path)
-        control = run(["dpkg-deb", "-f", path], what=f"read package {deb.name}", timeout_s=_QUERY_TIMEOUT_S)
+        control = run(["dpkg-deb", "-f", path], what=f"read package {deb.name}", timeout_s=HUNG_S)
         place = f"Filename: ./{name}\nSize: {deb.size}\nSHA256: {deb.sha256}\n"
         records.append(control.decode().rstrip("\n") + "\n" + place)
     (repository / "Packages").write_text("\n".join(records))

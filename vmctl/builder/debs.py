@@ -20,13 +20,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from vmctl.builder.recipe import Package
-from vmctl.builder.tools import ToolFailed, run
+from vmctl.builder.tools import HUNG_S, ToolFailed, run
 from vmctl.errors import ImageError
 from vmctl.events import Progress, Reporter, Step, Warned
 
 _LISTS_FRESH_S = 24 * 3600
 _UPDATE_TIMEOUT_S = 300
-_QUERY_TIMEOUT_S = 60
 _DOWNLOAD_TIMEOUT_S = 600
 _URI_LINE = re.compile(r"'(?P<uri>[^']+)' (?P<file>\S+) (?P<size>\d+) SHA256:(?P<sha256>[0-9a-f]{64})")
 _PACKAGE_URI = re.compile(r"^'[^']+' ([^_\s]+)_", re.MULTILINE)
@@ -87,7 +86,7 @@ class Apt:
 
     def _query(self, tool: str, *words: str) -> str:
         command = [tool, *self._options, *words]
-        return run(command, what="find Debian packages", timeout_s=_QUERY_TIMEOUT_S, cwd=self._folder).decode()
+        return run(command, what="find Debian packages", timeout_s=HUNG_S, cwd=self._folder).decode()
 
     def refresh(self, report: Reporter, *, now: Callable[[], float] = time.time) -> None:
         """Bring the package lists up to date when they are a day old.
@@ -219,9 +218,7 @@ def members(path: Path, package: Package) -> Iterator[tuple[str, tarfile.TarInfo
     Read from dpkg-deb's tar stream: nothing is unpacked to disk, so owners, modes and umask of the builder
     cannot come in, nor can a member's path lead outside.
     """
-    stream = run(
-        ["dpkg-deb", "--fsys-tarfile", path], what=f"unpack package {package.name}", timeout_s=_QUERY_TIMEOUT_S
-    )
+    stream = run(["dpkg-deb", "--fsys-tarfile", path], what=f"unpack package {package.name}", timeout_s=HUNG_S)
     unused = set(package.globs)
     with tarfile.open(fileobj=io.BytesIO(stream)) as archive:
         for member in archive:

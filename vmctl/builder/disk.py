@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vmctl.builder.tools import run
+from vmctl.builder.tools import HUNG_S, run
 from vmctl.errors import ImageError
 
 SECTOR = 512
@@ -18,7 +18,6 @@ _BIOS_BOOT = "21686148-6449-6E6F-744E-656564454649"
 _ESP = "C12A7328-F81F-11D2-BA4B-00A0C93EC93B"
 _ROOT_X86_64 = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"
 _NAMESPACE = uuid.UUID("3b0ab1bb-7c57-5d2a-9a59-2d9b2f6c7a10")
-_TIMEOUT_S = 120
 # Offsets in boot.img and diskboot.img, the first sectors of GRUB (include/grub/i386/pc/boot.h in its source).
 _KERNEL_SECTOR = 0x5C
 _DRIVE_CHECK = 0x66
@@ -90,14 +89,14 @@ def make_esp(files: Mapping[str, bytes], image: Path, *, name: str, size_mib: in
     env = {"SOURCE_DATE_EPOCH": str(epoch), "TZ": "UTC", "MTOOLS_SKIP_CHECK": "1", "MTOOLSRC": "/dev/null"}
     what = "make the EFI system partition"
     mformat: list[str | Path] = ["mformat", "-i", image, "-N", f"{fat_serial(name):08x}", "-v", "EFI", "::"]
-    run(mformat, what=what, timeout_s=_TIMEOUT_S, env=env)
+    run(mformat, what=what, timeout_s=HUNG_S, env=env)
     folders = sorted({str(parent) for path in files for parent in PurePosixPath(path).parents if str(parent) != "."})
-    run(["mmd", "-i", image, *(f"::{folder}" for folder in folders)], what=what, timeout_s=_TIMEOUT_S, env=env)
+    run(["mmd", "-i", image, *(f"::{folder}" for folder in folders)], what=what, timeout_s=HUNG_S, env=env)
     for path in sorted(files):
         source = image.with_suffix(".part")
         source.write_bytes(files[path])
         os.utime(source, (epoch, epoch))
-        run(["mcopy", "-m", "-i", image, source, f"::{path}"], what=what, timeout_s=_TIMEOUT_S, env=env)
+        run(["mcopy", "-m", "-i", image, source, f"::{path}"], what=what, timeout_s=HUNG_S, env=env)
         source.unlink()
 
 
@@ -123,7 +122,7 @@ def assemble(
     with image.open("wb") as file:
         file.truncate(layout.size_mib << 20)
     table = layout.table(name).encode()
-    run(["sfdisk", "-q", "--no-reread", "--no-tell-kernel", image], what="partition the disk", timeout_s=_TIMEOUT_S,
+    run(["sfdisk", "-q", "--no-reread", "--no-tell-kernel", image], what="partition the disk", timeout_s=HUNG_S,
         stdin=table, env={"SOURCE_DATE_EPOCH": str(epoch)})  # fmt: skip
     first, rest = grub_sectors(boot, core, layout.bios.start_mib * _MIB_SECTORS)
     if len(rest) > layout.bios.size_mib << 20:

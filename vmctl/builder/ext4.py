@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vmctl.builder.tools import run
+from vmctl.builder.tools import HUNG_S, run
 from vmctl.builder.tree import Entry, Kind, Tree
 from vmctl.errors import ImageError
 
 _TYPE = {Kind.FOLDER: 0o040000, Kind.FILE: 0o100000, Kind.LINK: 0o120000}
 # Not random, or no two builds were equal; the guest may change it with tune2fs.
 _NAMESPACE = uuid.UUID("6f9d1c52-2d0e-5d33-9d4e-0d0a8f6b7c11")
-_TIMEOUT_S = 120
 
 
 def _quoted(path: str) -> str:
@@ -107,12 +106,12 @@ def make(tree: Tree, image: Path, shape: Shape, *, epoch: int) -> None:
     run(
         ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-i", str(shape.inode_ratio), "-m", "1",
          "-J", f"size={shape.journal_mib}", "-O", features, "-L", shape.label, "-U", str(own), "-E", options, image],
-        what="make the file system", timeout_s=_TIMEOUT_S, env=fake,
+        what="make the file system", timeout_s=HUNG_S, env=fake,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="contents-", dir=image.parent) as folder:
         script = Path(folder) / "script"
         script.write_text("\n".join(_script(tree, Path(folder), epoch)) + "\n")
-        run(["debugfs", "-w", "-f", script, image], what="fill the file system", timeout_s=_TIMEOUT_S, env=fake)
+        run(["debugfs", "-w", "-f", script, image], what="fill the file system", timeout_s=HUNG_S, env=fake)
     _check(tree, image, fake)
 
 
@@ -127,12 +126,10 @@ def _size(entry: Entry) -> int:
 
 def _check(tree: Tree, image: Path, env: dict[str, str]) -> None:
     # debugfs exits 0 whatever its commands did: ask the result.
-    run(["e2fsck", "-f", "-n", image], what="check the file system", timeout_s=_TIMEOUT_S, env=env)
+    run(["e2fsck", "-f", "-n", image], what="check the file system", timeout_s=HUNG_S, env=env)
     files = [path for path, entry in tree.sorted() if entry.kind is Kind.FILE]
     request = "".join(f"stat {_quoted('/' + path)}\n" for path in files).encode()
-    listing = run(
-        ["debugfs", "-f", "-", image], what="check the file system", timeout_s=_TIMEOUT_S, env=env, stdin=request
-    )
+    listing = run(["debugfs", "-f", "-", image], what="check the file system", timeout_s=HUNG_S, env=env, stdin=request)
     sizes = [
         int(line.rpartition(b"Size:")[2]) for line in listing.splitlines() if b"Size:" in line and b"User:" in line
     ]

@@ -9,13 +9,12 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from vmctl.builder.tools import run
+from vmctl.builder.tools import HUNG_S, run
 from vmctl.errors import ImageError
 
 _LZ4_LEGACY = b"\x02\x21\x4c\x18"
 _XZ = b"\xfd7zXZ"
 _SIGNATURE_MARK = b"~Module signature appended~\n"
-_TIMEOUT_S = 60
 
 
 def unpack(bzimage: bytes) -> bytes:
@@ -33,7 +32,7 @@ def unpack(bzimage: bytes) -> bytes:
     # The last four bytes are the unpacked size, which is not part of the frame.
     (size,) = struct.unpack("<I", payload[-4:])
     if payload.startswith(_LZ4_LEGACY):  # Debian's cloud kernel
-        kernel = run(["lz4", "-d", "-c"], what="unpack the kernel", timeout_s=_TIMEOUT_S, stdin=payload[:-4])
+        kernel = run(["lz4", "-d", "-c"], what="unpack the kernel", timeout_s=HUNG_S, stdin=payload[:-4])
     elif payload.startswith(_XZ):  # and its generic one
         kernel = _unxz(payload[:-4])
     else:
@@ -149,6 +148,6 @@ def compile_static(sources: Sequence[Path], headers: Path, epoch: int) -> bytes:
         run(
             ["gcc", "-std=gnu11", "-O2", "-static", "-s", "-fno-ident", *options, "-Wl,--build-id=none", "-o", out,
              *sources],
-            what="compile the guest's init", timeout_s=_TIMEOUT_S, env={"SOURCE_DATE_EPOCH": str(epoch)},
+            what="compile the guest's init", timeout_s=HUNG_S, env={"SOURCE_DATE_EPOCH": str(epoch)},
         )  # fmt: skip
         return out.read_bytes()

@@ -34,6 +34,8 @@ PACKAGE_OF = {
 _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 _STDERR_TAIL = 300
 _GRACE_S = 20
+# A program that takes seconds has hung after so long, also on an emulated machine, where all takes twenty times that.
+HUNG_S = 900
 
 
 class ToolFailed(ImageError):
