@@ -260,10 +260,11 @@ def add(host: Host, new: NewImage, report: Reporter) -> Manifest:
 
 def renew(host: Host, present: Manifest, report: Reporter, again: Manifest | None = None) -> Manifest:
     """Make the plain name mean this image again, under the lock of ``making``, where a newer one has taken it."""
-    for text in name_taken(present, list_images(host)):
+    known = list_images(host)
+    for text in name_taken(present, known):
         report(Warned(text))
     report(Step(f"image {present.stem} is in the store already, unchanged"))
-    shadowed = find(host, present.name).manifest != present
+    shadowed = next(m for m in known if m.name == present.name) != present
     # The plain name means this one again; and what an older vmctl did not yet write down is added. One that was taken
     # unchecked stays so, whatever was checked since; one that was checked is not doubted by a copy that was not.
     kept = replace(again or present, tags=present.tags, warm=present.warm, built=_now() if shadowed else present.built)

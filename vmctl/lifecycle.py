@@ -140,7 +140,7 @@ def stop(host: Host, name: str, report: Reporter, *, timeout_s: float | None = N
 
 
 def _asked_stop(host: Host, vm: Domain, way: Stopped, timeout_s: float) -> bool:
-    if way is Stopped.AGENT and not domain.agent_connected(host.conn, vm.name):
+    if way is Stopped.AGENT and agent.state(host.conn, vm.name) is not agent.AgentState.CONNECTED:
         return _ended(host, vm.name, timeout_s)  # no agent to ask: give the button's work the rest of the time
     deadline = time.monotonic() + timeout_s
     while True:

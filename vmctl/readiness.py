@@ -19,7 +19,8 @@ from vmctl.events import Reporter, StageBegan, StageDone, Warned
 from vmctl.guest import Address, address, console_tail, execute, panic_line
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, inventory, network
-from vmctl.hypervisor.agent import Ping
+from vmctl.hypervisor.agent import AgentState, Ping
+from vmctl.hypervisor.agent import state as agent_state
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.hypervisor.network import Lease
 from vmctl.spec import Accel
@@ -102,7 +103,7 @@ class _Watch:
     def agent(self) -> bool:
         self.look()
         self.ping = self.ping or Ping(self.host.conn, self.vm.name)
-        return domain.agent_connected(self.host.conn, self.vm.name) and self.ping(_PING_S)
+        return agent_state(self.host.conn, self.vm.name) is AgentState.CONNECTED and self.ping(_PING_S)
 
     def ip(self) -> bool:
         """Whether the guest uses its address: it answers there, be it with a refusal, or holds a fresh lease."""

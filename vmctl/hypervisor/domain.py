@@ -309,13 +309,6 @@ def set_record(conn: Connection, name: str, element: str, *, only_live: bool = F
         dom.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, element, record.PREFIX, record.NAMESPACE, flags)
 
 
-def agent_connected(conn: Connection, name: str) -> bool:
-    """Whether the guest has opened the agent's channel. Needs nothing from the guest at the time of asking."""
-    with calling(f"ask for the agent of VM {name}"):
-        text = handle(conn, name).XMLDesc()
-    return "name='org.qemu.guest_agent.0' state='connected'" in text
-
-
 def require(domain: Domain, allowed: frozenset[State], doing: str, hint: str = "") -> None:
     """Raise WrongState unless the domain is in one of the ``allowed`` states."""
     if domain.state not in allowed:
