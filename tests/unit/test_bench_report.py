@@ -274,7 +274,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     first = everything.begin(tmp_path, "qemu:///system", (), quick=True, new=False)
     assert not first.parts
     cut = Run(first.id, first.made, first.uri, True, (), (Through("p0", "trap-1", "", 4.0),), complete=False)
-    store.put(everything.folder(tmp_path) / f"{cut.id}.json", json.dumps(cut.to_json()).encode(), "keep")
+    store.write(everything.folder(tmp_path), cut.to_json())
     part = {"name": "p0", "result": "", "problem": "", "took_s": 1}
     damaged = [{**cut.to_json(), **one} for one in ({"parts": [{**part, "took_s": "x"}]}, {"parts": 5}, {"only": None})]
     for number, text in enumerate(["{", "[" * 99999, "[]", *map(json.dumps, damaged)]):

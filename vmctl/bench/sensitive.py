@@ -136,8 +136,6 @@ def finding(instruction: Instruction, kernel: Try, user: Try) -> Finding:
         return Finding.FAULTY
     if user.trapped:
         return Finding.PRIVILEGED
-    if instruction.kind is Kind.CONTROL:
-        return Finding.SILENT
     as_on_cpu = user.value == (kernel.value if instruction.shows is None else instruction.shows)
     if instruction.kind is Kind.NONE:
         return Finding.INNOCUOUS if as_on_cpu else Finding.UNPROVED

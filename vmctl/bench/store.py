@@ -72,9 +72,10 @@ def put(path: Path, data: bytes, doing: str, *, mode: int = 0o600) -> None:
             with suppress(OSError):
                 Path(name).unlink()
             raise
-    except FileNotFoundError as error:
-        raise NotFound(f"cannot {doing}: there is no folder {path.parent}", hint=f"mkdir -p {path.parent}") from error
     except OSError as error:
+        if not path.parent.exists():
+            what = f"there is no folder {path.parent}"
+            raise NotFound(f"cannot {doing}: {what}", hint=f"mkdir -p {path.parent}") from error
         raise VmctlError(f"cannot {doing}: {reason(error, path=True)}", hint=f"is {path.parent} writable?") from error
 
 
