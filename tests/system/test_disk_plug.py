@@ -66,7 +66,7 @@ def test_a_disk_is_plugged_in_written_taken_out_and_back_with_what_was_written(s
 def test_a_guest_that_does_not_show_the_disk_is_told_of(shell: Shell, vm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk_guest, "SEE_S", 1.0)
     heard: list[Event] = []
-    shell.run("exec", vm, "--", "sh", "-c", "modprobe -a virtio_scsi sd_mod; modprobe -r sd_mod")
+    shell.run("exec", vm, "--", "sh", "-c", "modprobe -a virtio_scsi sd_mod; rmmod sd_mod")
     with open_host(None) as host:
         done = disk_plug.attach(host, vm, "1M", Attachment(Bus.SCSI, serial="unseen"), heard.append, dry=False)
     assert done.there == "now" and not done.guest
