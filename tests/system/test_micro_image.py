@@ -31,6 +31,13 @@ def test_what_is_in_it(shared_vm: GuestVM) -> None:
     assert shared_vm.run("cat", "/etc/machine-id").stdout.strip()
 
 
+def test_an_emulated_guest_copies_by_words(shell: Shell, shared_vm: GuestVM) -> None:
+    """TCG does `rep movsb` byte by byte, and whoever is told of ERMS takes it for the quickest way."""
+    flags = shared_vm.run("cat", "/proc/cpuinfo").stdout.decode().split()
+    emulated = shell.json("show", shared_vm.name)["accel"] == "tcg"
+    assert "rep_good" in flags and not (emulated and "erms" in flags)
+
+
 def test_binary_data_survives_the_way_in_and_out(shared_vm: GuestVM) -> None:
     data = bytes(range(256)) * 4096
     assert shared_vm.run("cat", data=data).stdout == data

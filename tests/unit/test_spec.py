@@ -185,7 +185,10 @@ def test_a_record_of_a_newer_schema_is_left_alone() -> None:
 
 def test_cpu_follows_the_accelerator() -> None:
     assert view(VM("web1", "micro"), Accel.KVM).cpu_mode == "host-passthrough"
-    assert view(VM("web1", "micro"), Accel.TCG).cpu_mode == "maximum"
+    emulated = view(VM("web1", "micro"), Accel.TCG)
+    assert emulated.cpu_mode == "maximum" and emulated.cpu_without == ("erms",), "rep movsb, byte by byte"
+    assert view(VM("web1", "micro", cpu="max"), Accel.TCG).cpu_without == ()
+    assert view(VM("web1", "micro"), Accel.KVM).cpu_without == ()
     assert view(VM("web1", "micro", cpu="kvm64"), Accel.KVM).cpu_model == "kvm64"
 
 

@@ -77,7 +77,9 @@ def create(
     cpu: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="CPU model; default: the host's on KVM, max on TCG.", rich_help_panel=_MACHINE
+            metavar="MODEL",
+            help="CPU model; default: the host's on KVM, max on TCG, without ERMS.",
+            rich_help_panel=_MACHINE,
         ),
     ] = None,
     machine: Annotated[Machine, typer.Option(help="Machine type.", rich_help_panel=_MACHINE)] = Machine.Q35,
