@@ -9,6 +9,7 @@ from typing import NamedTuple
 from vmctl.hypervisor.states import State
 
 _SKEW_S = 2.0
+_CUT_OFF = frozenset({"post-copy failed", "post-copy", "migration"})
 
 
 class Problem(NamedTuple):
@@ -132,18 +133,18 @@ def version(text: str) -> tuple[int, ...]:
 
 def _state(facts: Facts) -> Iterator[Problem]:
     vm = facts.vm
+    recover = f"vmctl migrate {vm.name} --to {facts.target.name} --recover"
     if vm.state is State.SAVED:
         yield Problem(f"{vm.name} is saved, and its memory lies on {facts.source.name}", f"vmctl start {vm.name}")
     elif vm.state in {State.CRASHED, State.CREATING, State.STOPPING, State.SUSPENDED}:
         yield Problem(
             f"{vm.name} is {vm.state}{f' ({vm.why})' if vm.why else ''}", f"vmctl reset, or delete, {vm.name}"
         )
-    elif vm.state is State.PAUSED and vm.why in {"I/O error", "post-copy failed", "post-copy", "migration"}:
-        yield Problem(
-            f"{vm.name} is paused ({vm.why})", "vmctl migrate --recover" if "post" in vm.why else "mend that first"
-        )
+    elif vm.state is State.PAUSED and vm.why in {"I/O error", *_CUT_OFF}:
+        yield Problem(f"{vm.name} is paused ({vm.why})", recover if vm.why in _CUT_OFF else "mend that first")
     if facts.live and vm.busy:
-        yield Problem(f"another job of {vm.name} is under way", "wait for it, or cancel it")
+        what = f"another job of {vm.name} is under way"
+        yield Problem(what, f"wait for it, or cancel it; of a migration, {recover} sees the end")
     for target in vm.disk_jobs:
         yield Problem(f"a job on disk {target} of {vm.name} is under way", "wait for it, or cancel it")
     if not facts.live and not vm.persistent:
@@ -163,7 +164,9 @@ def _identity(facts: Facts) -> Iterator[Problem]:
     for name, uuid in there.vms.items():
         if uuid == vm.uuid:
             what = f"{there.name} has a VM of the same UUID already: {name}"
-            yield Problem(what, f"vmctl migrate {vm.name} --recover looks at both hosts and ends what was cut off")
+            yield Problem(
+                what, f"vmctl migrate {vm.name} --to {there.name} --recover looks at both and ends what was cut off"
+            )
 
 
 def _machine(facts: Facts) -> Iterator[Problem]:

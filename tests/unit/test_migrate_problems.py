@@ -92,3 +92,9 @@ def test_all_at_once_and_stopped_ones_ask_less() -> None:
     assert len(fatal(problems(bad))) == 9
     off = replace(bad, vm=replace(bad.vm, state=State.STOPPED), live=False, peer_problem="")
     assert len(fatal(problems(off))) == 4
+
+
+@pytest.mark.parametrize("why", ["migration", "post-copy", "post-copy failed"])
+def test_what_was_cut_off_names_the_way_on(why: str) -> None:
+    facts = replace(FINE, vm=replace(VM, state=State.PAUSED, why=why, busy=True))
+    assert [one.mend for one in problems(facts) if "vmctl migrate web --to h2 --recover" not in one.mend] == []
