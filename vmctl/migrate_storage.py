@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,6 +13,7 @@ from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.hypervisor import storage
 from vmctl.hypervisor.domain import Domain
+from vmctl.hypervisor.folders import folder_as_pool
 from vmctl.locks import held
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import MARK, File, Make, Role, digest
@@ -34,8 +35,14 @@ def made(ends: Ends, makes: Sequence[Make], report: Reporter) -> Iterator[ExitSt
         if makes:
             images.ensure_pools(ends.target)
         for one in makes:
-            _make(ends, one, undo, report)
+            _make(ends, one, partial(_others, ends.target, makes), undo, report)
         yield undo
+
+
+def _others(target: Host, makes: Sequence[Make]) -> set[str]:
+    """Who else on the target needs what VMs share of these files: of an image, its kernel too."""
+    shared = [one.file.path for one in makes if _public(one.file)]
+    return set(image_users.needed(target.conn).by(*shared)) - {one.file.leaf for one in makes}
 
 
 def _mark(file: File) -> File:
@@ -68,22 +75,21 @@ def clear_marked(target: Host, files: Sequence[File]) -> list[str]:
 
 def _names(host: Host, folder: str) -> tuple[str, ...]:
     try:
-        with storage.folder_as_pool(host.conn, folder, lambda name: _pool_xml(folder, name)) as pool:
+        with folder_as_pool(host.conn, folder, lambda name: _pool_xml(folder, name)) as pool:
             storage.refresh(host.conn, pool)
             return storage.volume_names(host.conn, pool)
     except NotFound:
         return ()
 
 
-def _make(ends: Ends, make: Make, undo: ExitStack, report: Reporter) -> None:
+def _make(ends: Ends, make: Make, others: Callable[[], set[str]], undo: ExitStack, report: Reporter) -> None:
     file, target = make.file, ends.target
     with _alone(target, file, report), _pool(target, file) as pool:
         storage.refresh(target.conn, pool)
         mark, names = _mark(file).leaf, storage.volume_names(target.conn, pool)
+        undo.callback(lambda: quietly(lambda: _unmake(target, file, others, report)))
         if _public(file) and file.leaf in names and digest(target, file) == digest(ends.source, file):
-            storage.delete_volume(target.conn, pool, mark)  # another move has made it since, or a killed one had
-            return
-        undo.callback(lambda: quietly(lambda: _unmake(target, file, report)))
+            return  # another move has made it since, or a killed one had
         if mark in names:  # a killed one was here
             storage.delete_volume(target.conn, pool, file.leaf)
         else:
@@ -103,7 +109,7 @@ def _view(make: Make) -> render.VolumeView:
 
 
 def _pool(host: Host, file: File) -> AbstractContextManager[str]:
-    return storage.folder_as_pool(host.conn, file.folder, lambda name: _pool_xml(file.folder, name))
+    return folder_as_pool(host.conn, file.folder, lambda name: _pool_xml(file.folder, name))
 
 
 @contextmanager
@@ -139,9 +145,9 @@ def _fill(source: Host, target: Host, file: File, pool: str, report: Reporter) -
     storage.refresh(target.conn, pool)  # what it is, libvirt sees by its content
 
 
-def _unmake(target: Host, file: File, report: Reporter) -> None:
+def _unmake(target: Host, file: File, others: Callable[[], set[str]], report: Reporter) -> None:
     with _alone(target, file, report):
-        if file.leaf + MARK in _names(target, file.folder):
+        if file.leaf + MARK in _names(target, file.folder) and not (_public(file) and others()):
             remove(target, file)
             remove(target, _mark(file))
 

@@ -261,7 +261,17 @@ def test_two_of_one_image_at_once(pair: Pair, vm: str, two: tuple[str, str]) -> 
     second = pair.machine("h2")
     second.run("sh", "-c", "rm -f /var/lib/libvirt/vmctl/vmctl-images/*; virsh pool-refresh vmctl-images")
     pair.bed.limit("100mbit")
-    running = [pair.begin("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay") for name in two]
+    words = ("--to", "h2", "--copy-storage", "overlay")
+    running = [pair.begin("-c", "h1", "migrate", name, *words) for name in two]
+    until(lambda: any(".kernel" in path.name for path in second.images.iterdir()), "both have the base image")
+    for one in running:
+        one.send_signal(signal.SIGINT)
+    for one in running:
+        one.communicate(timeout=60)
+    assert [one.returncode for one in running] == [130, 130]
+    assert not [*second.images.iterdir()] and pair.files("h2") == set(), "the last one takes away what they share"
+
+    running = [pair.begin("-c", "h1", "migrate", name, *words) for name in two]
     said = [one.communicate(timeout=120) for one in running]
     assert [one.returncode for one in running] == [0, 0], said
     assert "waiting for another move" in said[0][1] + said[1][1]
