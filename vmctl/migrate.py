@@ -10,7 +10,7 @@ from functools import partial
 
 from vmctl import host_ssh, migrate_facts, migrate_settle, migrate_storage, migrate_watch
 from vmctl.choices import Accel
-from vmctl.errors import Interrupted, PreflightFailed, SpecError, VmctlError, WrongState, quietly
+from vmctl.errors import Interrupted, PreflightFailed, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.guest import address, known_hosts
 from vmctl.hosts import Host, holding
@@ -90,7 +90,8 @@ def _look(ends: Ends, name: str, wish: Wish) -> Found:
     )
 
 
-def _wish_problems(wish: Wish) -> list[str]:
+def wish_problems(wish: Wish) -> list[str]:
+    """What of a wish goes with no other part of it, all of it."""
     found = []
     if wish.way is Way.TUNNELLED and wish.parallel:
         found.append("a tunnelled migration has one connection: no --parallel")
@@ -114,8 +115,6 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
 
     Raises PreflightFailed before anything is changed; MigrationFailed and Interrupted, which say where the VM is then.
     """
-    if found := _wish_problems(wish):
-        raise SpecError(f"cannot migrate VM {name}", problems=found)
     source, target = ends.source, ends.target
     with ExitStack() as locks:
         for host in {one.lock_scope: one for one in (source, target)}.values():

@@ -249,7 +249,7 @@ def _storage(facts: Facts) -> Iterator[Problem]:
                 yield Problem(
                     f"{what} has cache mode unsafe: not all of it may be on the disk", "cache=none, or stop it"
                 )
-            for user in need.users:
+            for user in need.users if here.uuid != there.uuid else ():
                 yield Problem(f"{what} is in use on {there.name}, by running VM {user}", "stop that one")
             continue
         if not facts.copy:

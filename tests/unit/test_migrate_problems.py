@@ -69,6 +69,11 @@ def test_each(said: str, vm: dict[str, Any], there: dict[str, Any], both: dict[s
     assert found.mend or "same UUID" in found.what
 
 
+def test_one_host_is_told_once() -> None:
+    facts = replace(FINE, target=replace(THERE, uuid="a"), needs=(DiskNeed("d", "/p/x", True, users=("web",)),))
+    assert len(problems(facts)) == 1
+
+
 def test_notes_keep_nobody_from_it() -> None:
     facts = replace(
         FINE,
