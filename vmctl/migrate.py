@@ -87,6 +87,7 @@ def _look(ends: Ends, name: str, wish: Wish) -> Found:
         way=wish.way,
         copying=wish.copying,
         postcopy=wish.policy.postcopy,
+        tls=wish.tls,
     )
 
 

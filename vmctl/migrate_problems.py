@@ -108,6 +108,8 @@ class Facts:
     live: bool = True
     copy: bool = False
     postcopy: bool = False
+    certificates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # that QEMU lacks, by host
+    cards: frozenset[str] = frozenset()  # the target's network interfaces; empty: not known
     userfaults: bool = True  # whether QEMU on the target may wait for pages that are not there yet
 
 
@@ -193,13 +195,16 @@ def _machine(facts: Facts) -> Iterator[Problem]:
 
 
 def _devices(facts: Facts) -> Iterator[Problem]:
-    vm = facts.vm
-    if facts.live:
-        for device in vm.host_devices:
-            yield Problem(f"{vm.name} has a device of its host: {device}", "detach it, or stop the VM first")
-        for share in vm.shares:
-            mend = f"vmctl unshare {vm.name}, or stop it first"
-            yield Problem(f"{vm.name} has a folder of its host mounted: {share}", mend)
+    vm, there = facts.vm, facts.target.name
+    for device in vm.host_devices:
+        what, mend = f"{vm.name} has a device of its host: {device}", "detach it, or stop the VM first"
+        yield Problem(what, mend) if facts.live else Problem(f"{what}; on {there} it must be there, too", note=True)
+    for share in vm.shares:
+        what, mend = (
+            f"{vm.name} has a folder of its host mounted: {share}",
+            f"vmctl unshare {vm.name}, or stop it first",
+        )
+        yield Problem(what, mend) if facts.live else Problem(f"{what}; on {there} it is that one's folder", note=True)
     if vm.snapshots:
         yield Problem(f"{vm.name} has {vm.snapshots} snapshots, which libvirt does not move", "vmctl snapshot delete")
     if vm.checkpoints:
@@ -235,6 +240,9 @@ def _networks(facts: Facts) -> Iterator[Problem]:
         if name in facts.source.nat or name in there.nat:
             what = f"network {name} is behind NAT on each host: {vm.name} gets another address there, by its next DHCP"
             yield Problem(what, "a bridged network keeps addresses", note=True)
+    for name in dict.fromkeys(vm.bridges):
+        if facts.live and facts.cards and name not in facts.cards:
+            yield Problem(f"{there.name} has no bridge {name}", f"make it there as it is on {facts.source.name}")
 
 
 def _storage(facts: Facts) -> Iterator[Problem]:
@@ -284,6 +292,10 @@ def _way(facts: Facts) -> Iterator[Problem]:
     if facts.peer_problem:
         what = f"libvirt on {here.name} does not reach {there.name}: {facts.peer_problem}"
         yield Problem(what, facts.peer_mend)
+    for name, lacking in facts.certificates.items():
+        if lacking and facts.live:
+            what = f"QEMU on {name} has no {', '.join(lacking)}, by which --tls encrypts"
+            yield Problem(what, "vmctl host setup USER@MACHINE --tls gives it some")
     if facts.back_problem:
         yield Problem(f"the way back, {there.name} to {here.name}, is closed: {facts.back_problem}", note=True)
     if facts.skew_s is not None and abs(facts.skew_s) > _SKEW_S:

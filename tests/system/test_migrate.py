@@ -131,6 +131,17 @@ def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_pat
         pair.machine("h1").mend_from(second)
         second.virsh("undefine", vm)
         second.virsh("net-start", "lan")
+    unencrypted = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--tls", "--check", check=11).stderr
+    assert "QEMU on h1 has no ca-cert.pem" in unencrypted and "QEMU on h2 has no ca-cert.pem, server-c" in unencrypted
+    first = pair.machine("h1")
+    first.run("ip", "link", "add", "br9", "type", "bridge")
+    first.virsh("attach-interface", vm, "bridge", "br9", "--model", "virtio", "--mac", "52:54:00:00:00:09", "--live")
+    try:
+        assert "h2 has no bridge br9" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", check=11).stderr
+    finally:
+        first.virsh("detach-interface", vm, "bridge", "--mac", "52:54:00:00:00:09", "--live")
+        until(lambda: "br9" not in first.virsh("domiflist", vm), "it is unplugged")
+        first.run("ip", "link", "del", "br9")
     assert "are one host" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h1", check=11).stderr
     assert pair.vmctl("-c", "h1", "migrate", "nope", "--to", "h2", check=4).stderr.startswith("cannot find VM nope")
     pair.vmctl("-c", "h1", "migrate", vm, "--to", "h9", check=4)

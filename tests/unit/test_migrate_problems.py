@@ -50,7 +50,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("h2 has no network lan", {}, {"networks": {}}, {}),
     ("network lan on h2 is down", {}, {"networks": {"lan": False}}, {}),
     ("libvirt on h1 does not reach h2: refused", {}, {}, {"peer_problem": "refused", "peer_mend": "keys"}),
+    ("h2 has no bridge br9", {"bridges": ("br0", "br9")}, {}, {"cards": frozenset({"lo", "br0"})}),
     ("may not handle page faults", {}, {}, {"postcopy": True, "userfaults": False}),
+    ("QEMU on h2 has no ca-cert.pem", {}, {}, {"certificates": {"h1": (), "h2": ("ca-cert.pem",)}}),
     # of storage
     ("is on h1 only", {}, {}, {"needs": (DiskNeed("disk vda", "/p/x", False),)}),
     ("cache mode unsafe", {}, {}, {"needs": (DiskNeed("disk vda", "/p/x", True, cache="unsafe"),)}),
@@ -97,6 +99,7 @@ def test_all_at_once_and_stopped_ones_ask_less() -> None:
     assert len(fatal(problems(bad))) == 9
     off = replace(bad, vm=replace(bad.vm, state=State.STOPPED), live=False, peer_problem="")
     assert len(fatal(problems(off))) == 4
+    assert "on h2 it is that one's folder" in problems(off)[-1].what
 
 
 @pytest.mark.parametrize("why", ["migration", "post-copy", "post-copy failed"])
