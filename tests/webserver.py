@@ -122,8 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self, page: Page, request: Request, data: bytes, *, whole: bool) -> None:
         for at in range(0, len(data), 65536):
             part = data[at : at + 65536]
+            request.sent += len(part)  # before the client can have it, and a test look
             self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part) if page.chunked else part)
-            request.sent += len(part)
         if page.chunked and whole and not page.endless:
             self.wfile.write(b"0\r\n\r\n")
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import backup_copy, backup_index, backup_manifest, backup_store, disk_header, qemu_img, qemu_nbd
+from vmctl import backup_copy, backup_index, backup_manifest, backup_store, disk_header, qemu_nbd
 from vmctl.backup_copy import Copy, Sink
 from vmctl.backup_index import CLUSTER, ZEROS, Index
 from vmctl.backup_manifest import Manifest, StoredDisk
@@ -19,6 +19,7 @@ from vmctl.backup_store import Shelf
 from vmctl.disk_header import Window
 from vmctl.errors import ImageError
 from vmctl.nbd import DEPTH, Export
+from vmctl.qemu_img_run import Source
 
 _MOST_DISK = 1 << 50
 
@@ -74,7 +75,7 @@ def opened(folder: Path, manifest: Manifest, disk: StoredDisk) -> Iterator[tuple
                 f"cannot trust {path}: it is not what was backed up",
                 hint="it was changed, cut short or damaged after the backup was made",
             )
-        tree = qemu_img.Source(handle, "qcow2").options()
+        tree = Source(handle, "qcow2").options()
         with qemu_nbd.served(tree, what=what, handles=(handle,), depth=True) as place:
             yield place
     finally:

@@ -23,7 +23,7 @@ from vmctl import (
 from vmctl.accel import Decision
 from vmctl.config import Settings
 from vmctl.deletion import remove
-from vmctl.errors import Conflict, SpecError, VmctlError, quietly
+from vmctl.errors import Conflict, HypervisorError, ImageError, SpecError, VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.guest import private_key
 from vmctl.hosts import Host, holding
@@ -274,8 +274,17 @@ def _make_volumes(host: Host, planned: Plan, undo: ExitStack) -> None:
     for number, disk in enumerate(vm.disks, 1):
         if disk.size_mib is not None:
             views.append(render.VolumeView(f"{prefix}-disk{number}.qcow2", disk.size_mib * _MIB, disk.format))
-    for view in views:
-        _make_volume(host, pool, view, undo)
+    try:
+        for view in views:
+            _make_volume(host, pool, view, undo)
+    except HypervisorError as error:
+        storage.refresh(host.conn, host.settings.image_pool)  # libvirt lists a file until it looks again
+        if planned.image.disk in images.files(host, planned.image.manifest):
+            raise
+        raise ImageError(
+            f"cannot create VM {vm.name}: image {planned.image.manifest.stem} has lost its disk",
+            hint=f"`vmctl image verify {planned.image.manifest.stem}` tells all of it; build, pull or import it again",
+        ) from error
 
 
 def _make_volume(host: Host, pool: str, view: render.VolumeView, undo: ExitStack) -> None:

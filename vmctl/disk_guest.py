@@ -10,7 +10,7 @@ from vmctl.hypervisor.agent import AgentState
 from vmctl.wait import wait_until
 
 _LOOK_S = 60.0  # a guest that boots under emulation on a busy host takes its time
-_SEE_S = 20.0
+SEE_S = 20.0
 _GROW_S = 600.0
 
 # A disk is known by the serial vmctl gave it: virtio-blk and NVMe show it in a file, SCSI and SATA in page 0x80 of the
@@ -90,7 +90,7 @@ def device(host: Host, name: str, serial: str) -> str:
     return out
 
 
-def seen(host: Host, name: str, serial: str, *, timeout_s: float = _SEE_S) -> str:
+def seen(host: Host, name: str, serial: str, *, timeout_s: float) -> str:
     """Wait until the guest has the disk, and return its name there; "" when it does not come, or cannot be asked."""
     if not serial or not answers(host, name):
         return ""

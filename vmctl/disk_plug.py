@@ -13,7 +13,7 @@ from vmctl.disk_find import Located, folders, locate, require_no_overlays
 from vmctl.disk_spec import Attachment, IoLimits, Source, SourceKind, parse_source
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, ImageError, NotFound, SpecError, Unsupported, WrongState, quietly
-from vmctl.events import Reporter, Step
+from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import capabilities, devices, disks, domain, pools, snapshots, storage
 from vmctl.hypervisor.domain import Domain, State
@@ -75,9 +75,18 @@ def attach(
                 _plugged(host, plan, xml)
     if dry:
         return done
-    if plan.live:
-        report(Step(f"{name} has disk {view.target}; waiting for its guest to see it"))
-    return replace(done, guest=disk_guest.seen(host, name, view.serial)) if plan.live else done
+    return replace(done, guest=_seen(host, plan, report)) if plan.live else done
+
+
+def _seen(host: Host, plan: _Plan, report: Reporter) -> str:
+    name, view = plan.vm.name, plan.view
+    report(Step(f"{name} has disk {view.target}; waiting for its guest to see it"))
+    if guest := disk_guest.seen(host, name, view.serial, timeout_s=disk_guest.SEE_S):
+        return guest
+    if view.serial and disk_guest.answers(host, name):
+        within = f"within {disk_guest.SEE_S:.0f} s"
+        report(Warned(f"{name}'s guest does not show disk {view.target} {within}", f"has it a driver for {view.bus}?"))
+    return ""
 
 
 def preview(host: Host, name: str, what: str, wanted: Attachment) -> str:

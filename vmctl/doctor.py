@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -193,12 +194,13 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
         and not v.startswith(disk_replace.PREFIX)  # a folder that work is done in: the next check
     ]
     if orphans:
+        named = [f"{host.settings.pool}/{volume}" for volume in orphans]
         findings.append(
             Finding(
                 "volumes",
                 "warning",
                 f"no VM knows of {', '.join(orphans)} in pool {host.settings.pool}",
-                f"look at them, then: virsh vol-delete --pool {host.settings.pool} NAME",
+                f"look at each, then: {'; '.join(f'vmctl disk delete {shlex.quote(one)}' for one in named[:3])}",
             )
         )
     return findings or [Finding("creations", "ok", "no creation was cut off, no volume is orphaned")]

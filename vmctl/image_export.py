@@ -17,6 +17,7 @@ from vmctl.hosts import Host
 from vmctl.hypervisor import storage
 from vmctl.images import Image
 from vmctl.manifest import Manifest
+from vmctl.qemu_img_run import Source
 from vmctl.workspace import workspace
 
 FORMATS = ("qcow2", "raw", "vmdk", "vdi", "vhdx", "ova", "box")
@@ -150,7 +151,7 @@ def _converted(
     target, size = folder / f"disk.{format}", manifest.virtual_size
     with written_as_it_grows(target):
         qemu_img.copy(
-            qemu_img.Source(handle, manifest.format),
+            Source(handle, manifest.format),
             target,
             format,
             what=f"export image {manifest.stem}",

@@ -29,6 +29,7 @@ from vmctl.events import Progress, Reporter, Step, Warned, bytes_in_words
 from vmctl.hosts import Host
 from vmctl.manifest import NAME, Manifest, NewImage
 from vmctl.plain_disk import Piece, PlainDisk, TooMuch, raw_pieces
+from vmctl.qemu_img_run import Limits, Source, too_large
 
 BOOTS = ("bios", "uefi", "uefi-secure")
 _CHECKSUM = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
@@ -235,7 +236,7 @@ def _taken(handle: int, disk: Enclosed, folder: Path, wish: Wish, report: Report
     asked = wish.format or disk.format
     header = _header(Window(handle, disk.size, disk.start), wish, asked)
     whole = not disk.start and disk.size == os.fstat(handle).st_size
-    source = qemu_img.Source(handle, header.format, disk.start, 0 if whole else disk.size)
+    source = Source(handle, header.format, disk.start, 0 if whole else disk.size)
     if not _known_plain(source, header):  # no byte of a raw disk says anything, and qemu-img does not come to see it
         _agreed(source, header, what)
     report(Step(f"{wish.short} is {header.format}, {bytes_in_words(header.virtual_size)}"))
@@ -256,11 +257,11 @@ def _header(window: Window, wish: Wish, asked: str) -> DiskHeader:
     return header
 
 
-def _known_plain(source: qemu_img.Source, header: DiskHeader) -> bool:
+def _known_plain(source: Source, header: DiskHeader) -> bool:
     return header.format == "raw" and not source.size
 
 
-def _agreed(source: qemu_img.Source, header: DiskHeader, what: str) -> None:
+def _agreed(source: Source, header: DiskHeader, what: str) -> None:
     """Raise ImageError unless qemu-img sees what our own parser has seen."""
     seen = qemu_img.inspect(source, what=what)
     if (seen.format, seen.virtual_size, seen.backing_file) != (header.format, header.virtual_size, ""):
@@ -270,9 +271,7 @@ def _agreed(source: qemu_img.Source, header: DiskHeader, what: str) -> None:
         )
 
 
-def _copied(
-    source: qemu_img.Source, header: DiskHeader, folder: Path, wish: Wish, limits: qemu_img.Limits, report: Reporter
-) -> Copied:
+def _copied(source: Source, header: DiskHeader, folder: Path, wish: Wish, limits: Limits, report: Reporter) -> Copied:
     what, target = f"import {wish.title}", folder / "disk.qcow2"
     deadline = time.monotonic() + limits.wall_s
 
@@ -285,9 +284,9 @@ def _copied(
         try:
             runs = plain.runs(limits.file_size)
         except TooMuch as error:
-            raise qemu_img.too_large(what, limits) from error
+            raise too_large(what, limits) from error
         if (size := qcow2_stream.file_size(header.virtual_size, runs)) > limits.file_size:
-            raise qemu_img.too_large(what, limits)
+            raise too_large(what, limits)
         found = qcow2_stream.write(plain, runs, target, lambda done: moved(done, size))
         return Copied(target, found, image_inside.look_by(plain.read))
     size = header.virtual_size
@@ -298,7 +297,7 @@ def _copied(
     return Copied(target, "", image_inside.look(target))
 
 
-def _plain(source: qemu_img.Source, header: DiskHeader, what: str) -> PlainDisk | None:
+def _plain(source: Source, header: DiskHeader, what: str) -> PlainDisk | None:
     """The disk, where all it holds lies as it is in the file; of others, qemu-img makes the copy."""
     if _known_plain(source, header):
         pieces = raw_pieces(source.handle, header.virtual_size)
@@ -309,12 +308,12 @@ def _plain(source: qemu_img.Source, header: DiskHeader, what: str) -> PlainDisk 
     return PlainDisk(source.handle, header.virtual_size, pieces)
 
 
-def _limits(folder: Path, size: int) -> qemu_img.Limits:
+def _limits(folder: Path, size: int) -> Limits:
     """What a copy of ``size`` bytes may grow to: compressed clusters can be bombs, as archives can."""
     free, dense = _room(folder), max(archives.FREE_OF_RATIO, archives.HIGHEST_RATIO * size)
     if dense < free:
-        return qemu_img.Limits(file_size=dense, allowed=f"allowed to a file of {size >> 10} KiB")
-    return qemu_img.Limits(file_size=free)
+        return Limits(file_size=dense, allowed=f"allowed to a file of {size >> 10} KiB")
+    return Limits(file_size=free)
 
 
 def _login(wish: Wish, disk: Enclosed, inside: Inside | None) -> Login:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import re
-import selectors
-import signal
 import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vmctl.errors import ImageError, NoRoom
+from vmctl.errors import ImageError
+from vmctl.qemu_img_run import STDERR_TAIL, Limits, Source, run, run_limited
 
 _QUICK_TIMEOUT_S = 60
 _COPY_TIMEOUT_S = 3600
-STDERR_TAIL = 300
-_MOST_SAID = 16 << 20
-_UNLIMITED = 1 << 62
-_FULL = "No space left on device"
-_FREE = "that are free"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +29,6 @@ class ImageInfo:
     snapshots: int = 0
 
 
-def _run(words: Sequence[str], *, what: str, timeout_s: float) -> bytes:
-    try:
-        done = subprocess.run(
-            ["qemu-img", *words], check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=timeout_s
-        )
-    except FileNotFoundError as error:
-        raise ImageError(f"cannot {what}: qemu-img is missing", hint="apt-get install qemu-utils") from error
-    except subprocess.TimeoutExpired as error:
-        raise ImageError(f"cannot {what}: qemu-img did not end in {timeout_s:.0f} s") from error
-    except subprocess.CalledProcessError as error:
-        tail = error.stderr.decode(errors="replace").strip()[-STDERR_TAIL:]
-        raise ImageError(f"cannot {what}: {tail or f'qemu-img exit status {error.returncode}'}") from error
-    return done.stdout
-
-
 def create(path: Path, format: str, size: int | None, *, backing: Path | None = None, backing_format: str = "") -> None:
     """Make an empty image of ``size`` bytes, or an overlay on ``backing``, whose format must then be given.
 
@@ -64,7 +40,7 @@ def create(path: Path, format: str, size: int | None, *, backing: Path | None = 
     if backing is not None:
         words += ["-b", str(backing), "-F", backing_format]
     words += [str(path)] if size is None else [str(path), str(size)]
-    _run(words, what=f"create image {path}", timeout_s=_QUICK_TIMEOUT_S)
+    run(words, what=f"create image {path}", timeout_s=_QUICK_TIMEOUT_S)
 
 
 def convert(source: Path, source_format: str, target: Path, target_format: str, *, compress: bool = False) -> None:
@@ -75,60 +51,15 @@ def convert(source: Path, source_format: str, target: Path, target_format: str, 
     words = ["convert", "-q", "-f", source_format, "-O", target_format]
     if compress:
         words.append("-c")
-    _run([*words, str(source), str(target)], what=f"convert image {source}", timeout_s=_COPY_TIMEOUT_S)
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A disk to read, alone: ``size`` bytes (0: all) from ``start`` of the file open as ``handle``, no backing file.
-
-    It is read by its descriptor, so that nobody can put another file in its place once its header has been read.
-    """
-
-    handle: int
-    format: str
-    start: int = 0
-    size: int = 0
-
-    def options(self) -> str:
-        """qemu-img's name for it, which leaves nothing to guess."""
-        file: dict[str, Any] = {"driver": "file", "filename": f"/proc/self/fd/{self.handle}"}
-        if self.size:
-            file = {"driver": "raw", "offset": self.start, "size": self.size, "file": file}
-        tree: dict[str, Any] = {"driver": self.format, "file": file}
-        if self.format in {"qcow2", "vmdk"}:
-            tree["backing"] = None
-        return "json:" + json.dumps(tree)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a qemu-img that reads a file of unknown origin may use: memory and file size in bytes, CPU and wall time.
-
-    ``allowed`` says which MiB those of ``file_size`` are.
-    """
-
-    memory: int = 2 << 30
-    cpu_s: int = 3600
-    file_size: int = _UNLIMITED
-    wall_s: float = 3600.0
-    allowed: str = _FREE
-
-    def words(self) -> list[str]:
-        """The command in front of qemu-img. It also dies with us, which a plain child would not."""
-        return [
-            *("setpriv", "--pdeathsig", "KILL", "prlimit", "--core=0", f"--as={self.memory}", f"--cpu={self.cpu_s}"),
-            f"--fsize={self.file_size}",
-        ]
+    run([*words, str(source), str(target)], what=f"convert image {source}", timeout_s=_COPY_TIMEOUT_S)
 
 
 LOOKING = Limits(memory=1 << 30, cpu_s=30, file_size=0, wall_s=60.0)
-_PROGRESS = re.compile(rb"\((\d+)\.(\d+)/100%\)")
 
 
 def inspect(source: Source, *, what: str, limits: Limits = LOOKING) -> ImageInfo:
     """What qemu-img says of a disk, under limits."""
-    shown = _limited(["info", "--output=json", source.options()], source, limits, what)
+    shown = run_limited(["info", "--output=json", source.options()], source, limits, what)
     return _info(json.loads(shown))
 
 
@@ -137,22 +68,12 @@ def plain_extents(source: Source, *, what: str, limits: Limits = LOOKING) -> tup
     if source.size:
         return None  # where in the file a part of it is, qemu-img says of some formats only
     try:
-        shown = _extents(_limited(["map", "--output=json", source.options()], source, limits, what))
+        shown = _extents(run_limited(["map", "--output=json", source.options()], source, limits, what))
     except (ImageError, ValueError, KeyError):
         return None  # a copy of it tells what is wrong
     if any(e.depth or (e.offset is None if e.data and not e.zero else not e.zero) for e in shown):
         return None
     return tuple(e for e in shown if not e.zero)
-
-
-def too_large(what: str, limits: Limits) -> ImageError:
-    """The error of a result that the limits do not allow."""
-    return _told(what, f"the result takes more than the {limits.file_size >> 20} MiB {limits.allowed}")
-
-
-def _told(what: str, reason: str) -> ImageError:
-    full = reason == _FULL or reason.endswith(_FREE)
-    return (NoRoom if full else ImageError)(f"cannot {what}: {reason}", hint="make room" if full else "")
 
 
 def copy(
@@ -179,83 +100,13 @@ def copy(
         words += ["-o", options]
     if compress:
         words += ["-c", "-W"]  # out of order: clusters are compressed side by side
-    _limited([*words, source.options(), str(target)], source, limits or Limits(), what, moved)
-
-
-def _limited(
-    words: Sequence[str],
-    source: Source,
-    limits: Limits,
-    what: str,
-    moved: Callable[[float], None] = lambda _share: None,
-) -> bytes:
-    """Run qemu-img under limits and return its output but for progress, which ``moved`` hears."""
-    try:
-        process = subprocess.Popen(
-            [*limits.words(), "qemu-img", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            pass_fds=(source.handle,),
-            # One arena: each thread's own would count 64 MiB against the limit.
-            env=os.environ | {"MALLOC_ARENA_MAX": "1", "LC_ALL": "C"},
-        )
-    except FileNotFoundError as error:
-        raise ImageError(f"cannot {what}: {error.filename} is missing", hint="apt-get install util-linux") from error
-    with process:
-        try:
-            output, errors = _listen(process, limits, what, moved)
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            raise
-    if code:
-        raise _failed(what, code, limits, errors)
-    return output
-
-
-def _listen(
-    process: subprocess.Popen[bytes], limits: Limits, what: str, moved: Callable[[float], None]
-) -> tuple[bytes, bytes]:
-    """All a process says, until it has closed both its ends. Raises ImageError when the time is over."""
-    deadline = time.monotonic() + limits.wall_s
-    said = {process.stdout: bytearray(), process.stderr: bytearray()}
-    with selectors.DefaultSelector() as waiting:
-        for pipe in said:
-            assert pipe is not None
-            waiting.register(pipe, selectors.EVENT_READ)
-        while waiting.get_map():
-            if not (ready := waiting.select(max(0.0, deadline - time.monotonic()))):
-                raise ImageError(f"cannot {what}: qemu-img did not end in {limits.wall_s:.0f} s")
-            for key, _ in ready:
-                data = os.read(key.fd, 65536)
-                if not data:
-                    waiting.unregister(key.fileobj)
-                elif told := _PROGRESS.findall(data):
-                    moved((int(told[-1][0]) + int(told[-1][1]) / 100) / 100)
-                else:
-                    kept = said[key.fileobj]  # type: ignore[index]
-                    kept += data
-                    del kept[:-_MOST_SAID]
-    return bytes(said[process.stdout]), bytes(said[process.stderr])
-
-
-def _failed(what: str, code: int, limits: Limits, errors: bytes) -> ImageError:
-    tail = errors.decode(errors="replace").strip()[-STDERR_TAIL:]
-    # A write cut off in its middle, by the limit or the disk's end, goes on unaligned: an "Invalid argument".
-    told = (errno.EFBIG, errno.EINVAL, errno.ENOSPC)
-    writing = "error while" in tail and "error while reading" not in tail
-    if code == -signal.SIGXFSZ or (writing and any(os.strerror(number) in tail for number in told)):
-        return too_large(what, limits) if limits.file_size < _UNLIMITED else _told(what, _FULL)
-    if code in {-signal.SIGXCPU, -signal.SIGKILL}:
-        return _told(what, f"qemu-img used more than {limits.cpu_s} s of CPU time, or was killed")
-    return _told(what, tail or f"qemu-img exit status {code}")
+    run_limited([*words, source.options(), str(target)], source, limits or Limits(), what, moved)
 
 
 def info(path: Path, format: str, *, in_use: bool = False) -> ImageInfo:
     """Sizes and backing file of an image that is known to be of ``format``, ``in_use`` by a running VM or not."""
     words = ["info", *(["-U"] if in_use else []), "-f", format, "--output=json", str(path)]
-    shown = _run(words, what=f"inspect image {path}", timeout_s=_QUICK_TIMEOUT_S)
+    shown = run(words, what=f"inspect image {path}", timeout_s=_QUICK_TIMEOUT_S)
     return _info(json.loads(shown))
 
 
@@ -290,7 +141,7 @@ class Extent:
 def extents(path: Path, format: str) -> tuple[Extent, ...]:
     """Where all blocks of a disk are. Follows its backing chain, which must be known to be good."""
     words = ["map", "-U", "-f", format, "--output=json", str(path)]
-    return _extents(_run(words, what=f"map disk {path}", timeout_s=_COPY_TIMEOUT_S))
+    return _extents(run(words, what=f"map disk {path}", timeout_s=_COPY_TIMEOUT_S))
 
 
 def _extents(shown: bytes) -> tuple[Extent, ...]:
@@ -360,7 +211,7 @@ def copy_known(
     handle = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         limits = Limits(memory=8 << 30, cpu_s=86400, wall_s=86400.0)
-        _limited([*words, str(source), str(target)], Source(handle, source_format), limits, what, moved)
+        run_limited([*words, str(source), str(target)], Source(handle, source_format), limits, what, moved)
     finally:
         os.close(handle)
     made = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
@@ -373,25 +224,25 @@ def copy_known(
 def require_equal(one: Path, one_format: str, other: Path, other_format: str, *, what: str) -> None:
     """Read two disks, both with chains known to be good, and raise ImageError unless a guest would read the same."""
     words = ["compare", "-f", one_format, "-F", other_format, str(one), str(other)]
-    _run(words, what=f"{what}: the copy is not what was copied", timeout_s=_COPY_TIMEOUT_S)
+    run(words, what=f"{what}: the copy is not what was copied", timeout_s=_COPY_TIMEOUT_S)
 
 
 def resize(path: Path, format: str, size: int, *, shrink: bool = False) -> None:
     """Give an image that nobody uses ``size`` bytes."""
     words = ["resize", "-q", "-f", format, *(["--shrink"] if shrink else []), str(path), str(size)]
-    _run(words, what=f"resize disk {path}", timeout_s=_QUICK_TIMEOUT_S)
+    run(words, what=f"resize disk {path}", timeout_s=_QUICK_TIMEOUT_S)
 
 
 def rebase(path: Path, format: str, backing: Path | None, backing_format: str, *, what: str) -> None:
     """Base an overlay on another file (None: on none), its content unchanged: what differs is copied into it first."""
     onto = ["-b", "" if backing is None else str(backing), *(["-F", backing_format] if backing else [])]
-    _run(["rebase", "-q", "-f", format, *onto, str(path)], what=what, timeout_s=_COPY_TIMEOUT_S)
+    run(["rebase", "-q", "-f", format, *onto, str(path)], what=what, timeout_s=_COPY_TIMEOUT_S)
 
 
 def repoint(path: Path, format: str, backing: Path, backing_format: str, *, what: str) -> None:
     """Base an overlay on another file that reads the same as its base; nothing is copied or looked at."""
     words = ["rebase", "-q", "-u", "-f", format, "-b", str(backing), "-F", backing_format, str(path)]
-    _run(words, what=what, timeout_s=_QUICK_TIMEOUT_S)
+    run(words, what=what, timeout_s=_QUICK_TIMEOUT_S)
 
 
 def commit(
@@ -405,7 +256,7 @@ def commit(
     try:
         limits = Limits(memory=8 << 30, cpu_s=86400, wall_s=86400.0)
         words = ["commit", "-p", "-d", "-f", format, "-b", str(base), str(path)]
-        _limited(words, Source(handle, format), limits, what, moved)
+        run_limited(words, Source(handle, format), limits, what, moved)
     finally:
         os.close(handle)
 
@@ -414,7 +265,7 @@ def bitmaps(path: Path, format: str) -> dict[str, bool]:
     """The dirty bitmaps that an image that nobody uses carries, and whether each can be trusted."""
     if format != "qcow2":
         return {}
-    shown = _run(
+    shown = run(
         ["info", "-f", format, "--output=json", str(path)], what=f"inspect image {path}", timeout_s=_QUICK_TIMEOUT_S
     )
     data = json.loads(shown).get("format-specific", {}).get("data", {})
@@ -424,16 +275,16 @@ def bitmaps(path: Path, format: str) -> dict[str, bool]:
 def add_bitmap(path: Path, name: str) -> None:
     """Let a qcow2 that nobody uses mark from now on what is written to it."""
     words = ["bitmap", "--add", "-g", "65536", "-f", "qcow2", str(path), name]
-    _run(words, what=f"mark changes of {path}", timeout_s=_QUICK_TIMEOUT_S)
+    run(words, what=f"mark changes of {path}", timeout_s=_QUICK_TIMEOUT_S)
 
 
 def remove_bitmap(path: Path, name: str) -> None:
     """Take a bitmap from a qcow2 that nobody uses."""
     words = ["bitmap", "--remove", "-f", "qcow2", str(path), name]
-    _run(words, what=f"drop a bitmap of {path}", timeout_s=_QUICK_TIMEOUT_S)
+    run(words, what=f"drop a bitmap of {path}", timeout_s=_QUICK_TIMEOUT_S)
 
 
 def merge_bitmap(path: Path, source: str, target: str) -> None:
     """Mark in bitmap ``target`` what ``source`` marks, and let it go on marking; of a qcow2 that nobody uses."""
     words = ["bitmap", "--merge", source, "--enable", "-f", "qcow2", str(path), target]
-    _run(words, what=f"merge bitmaps of {path}", timeout_s=_QUICK_TIMEOUT_S)
+    run(words, what=f"merge bitmaps of {path}", timeout_s=_QUICK_TIMEOUT_S)

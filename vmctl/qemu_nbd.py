@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vmctl.errors import ImageError
-from vmctl.qemu_img import STDERR_TAIL, Limits
+from vmctl.qemu_img_run import STDERR_TAIL, Limits
 from vmctl.wait import wait_until
 
 _START_TIMEOUT_S = 60.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -305,6 +306,15 @@ def test_a_bridge_left_by_a_crash_is_avoided_and_removed(shell: Shell, name: str
         shell.virsh("net-destroy", "vmctl", check=False)
         shell.virsh("net-undefine", "vmctl", check=False)
     shell.run("create", name, "--image", "micro", "--no-start")
+
+
+def test_doctor_tells_of_volumes_that_no_vm_has_and_how_to_be_rid_of_one(shell: Shell, name: str) -> None:
+    shell.run("disk", "create", f"vmctl/{name}.qcow2", "1M")
+    (finding,) = [one for one in shell.json("doctor") if one["name"] == "volumes"]
+    assert finding["result"] == "warning" and f"{name}.qcow2" in finding["detail"]
+    (mend,) = [one for one in finding["mend"].partition(": ")[2].split("; ") if name in one]
+    shell.run(*shlex.split(mend.removeprefix("vmctl ")), "--yes")
+    assert name not in json.dumps(shell.json("doctor"))
 
 
 def test_doctor_finds_and_clears_a_cut_off_creation(shell: Shell, name: str, tmp_path: Path) -> None:

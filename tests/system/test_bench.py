@@ -284,8 +284,13 @@ def test_the_instructions_do_under_tcg_what_a_cpu_does(theory: dict[str, Any]) -
     always = "sgdt sidt sldt smsw str pushf popf lar lsl verr verw pop_fs mov_cs ret_far cpuid rdtsc".split()
     assert silent >= set(always) and machine["umip"]
     assert {n for n in silent if found[n]["tries"]["umip"]["trap"] == 13} == {"sgdt", "sidt", "sldt", "smsw", "str"}
-    for name in "hlt cli mov_from_cr0 in rdmsr lgdt swapgs rdtsc_tsd".split():
+    for name in "hlt cli mov_from_cr0 in rdmsr lgdt swapgs rdtsc_tsd xsetbv".split():
         assert found[name]["tries"]["user"]["trap"] == 13 and found[name]["finding"] == "privileged", name
+    assert found["clac"]["tries"]["user"]["trap"] == 6 and found["clac"]["finding"] == "privileged"
+    shown = {"syscall": "0x8", "rdpkru": "0xfffffff0"}  # the kernel's CS; the rights that the kernel had set
+    for name, value in shown.items():
+        assert found[name]["tries"]["user"]["value"] == found[name]["tries"]["kernel"]["value"] == value, name
+    assert silent >= {"rdfsbase", "wrgsbase", "wrpkru", *shown} and found["rdfsbase"]["tries"]["user"]["value"]
     result = popek_of(theory)
     assert popek.sound(result.machines) == []
     assert not {one["name"] for one in found.values() if one["finding"] == "silent, and not the guest's"}

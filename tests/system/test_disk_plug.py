@@ -11,7 +11,11 @@ import pytest
 
 from tests.system import pattern
 from tests.system.conftest import Shell, volumes
-from vmctl import disk_xml
+from vmctl import disk_guest, disk_plug, disk_xml
+from vmctl.choices import Bus
+from vmctl.disk_spec import Attachment
+from vmctl.events import Event, Warned
+from vmctl.hosts import open_host
 
 pytestmark = pytest.mark.system
 
@@ -57,6 +61,18 @@ def test_a_disk_is_plugged_in_written_taken_out_and_back_with_what_was_written(s
     assert pattern.holds(shell, vm, f"/dev/{again['guest']}", data, at=100)
     shell.run("disk", "detach", f"{vm}:{again['target']}", "--delete", "--yes")
     assert not Path(out["source"]).exists()
+
+
+def test_a_guest_that_does_not_show_the_disk_is_told_of(shell: Shell, vm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_guest, "SEE_S", 1.0)
+    heard: list[Event] = []
+    shell.run("exec", vm, "--", "sh", "-c", "modprobe -a virtio_scsi sd_mod; rmmod sd_mod")
+    with open_host(None) as host:
+        done = disk_plug.attach(host, vm, "1M", Attachment(Bus.SCSI, serial="unseen"), heard.append, dry=False)
+    assert done.there == "now" and not done.guest
+    assert Warned(f"{vm}'s guest does not show disk {done.target} within 1 s", "has it a driver for scsi?") in heard
+    shell.run("exec", vm, "--", "modprobe", "sd_mod")
+    shell.run("disk", "detach", f"{vm}:unseen", "--delete", "--yes")
 
 
 def test_a_guest_that_does_not_let_go_keeps_the_disk_and_the_wait_is_bounded(shell: Shell, vm: str, name: str) -> None:

@@ -104,7 +104,7 @@ def test_an_image_from_elsewhere_that_takes_a_name_says_so(
     assert later.stdout.strip() != first and "from now on" not in later.stderr
 
 
-def test_a_single_bit_is_found(shell: Shell, stored: Callable[[], str]) -> None:
+def test_a_single_bit_is_found(shell: Shell, name: str, stored: Callable[[], str]) -> None:
     stem = stored()
     shell.run("image", "verify", stem, "micro")
     assert {m["name"] for m in shell.json("image", "verify")} >= {"kept", "micro"}
@@ -122,7 +122,9 @@ def test_a_single_bit_is_found(shell: Shell, stored: Callable[[], str]) -> None:
     assert f"{stem}.json is not what it was" in shell.run("image", "verify", stem, check=10).stderr
     (STORE / f"{stem}.json").write_bytes(text)
     file.unlink()
-    shell.virsh("pool-refresh", "vmctl-images")
+    lost = shell.run("create", name, "--image", stem, check=10).stderr
+    assert f"cannot create VM {name}: image {stem} has lost its disk\nhint: `vmctl image verify {stem}`" in lost
+    assert f"{name}-" not in shell.virsh("vol-list", "vmctl") and name not in shell.run("list").stdout
     assert f"{stem}.qcow2 is missing" in shell.run("image", "verify", stem, check=10).stderr
     shell.run("image", "verify", "none", check=4)
 

@@ -75,6 +75,7 @@ def test_no_trap_is_not_yet_a_proof() -> None:
     assert finding(mov_cs, Try(value=8), Try(value=0x23)) is Finding.SILENT
     assert finding(mov_cs, Try(value=8), Try(value=0x33)) is Finding.FOREIGN, "a selector that is not the guest's"
     assert finding(hlt, Try(value=0), Try(value=0)) is Finding.SILENT
+    assert finding(BY_NAME["syscall"], Try(value=8), Try(value=0x33)) is Finding.FOREIGN, "led to a kernel that is none"
     assert finding(add, Try(value=42), Try(value=42)) is Finding.INNOCUOUS
     assert finding(add, Try(value=42), Try(value=41)) is Finding.UNPROVED
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -198,6 +199,7 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_commands(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(kept / "pipe.json")
     assert vmctl(["bench", "list", "-o", "name"]) == 0
     assert capsys.readouterr().out.split() == ["trap-1", "trap-2", "trap-3", "trap-4"]
     assert vmctl(["bench", "show", "trap-1", "-o", "json"]) == 0

@@ -18,6 +18,7 @@ from vmctl.errors import ImageError
 from vmctl.events import silent
 from vmctl.plain_disk import Piece, PlainDisk, TooMuch, raw_pieces
 from vmctl.qcow2_writer import CLUSTER
+from vmctl.qemu_img_run import Limits, Source
 
 _MOST = 1 << 40
 # What qemu-img makes of a raw disk, and how.
@@ -67,7 +68,7 @@ def test_a_copy_is_what_qemu_reads(tmp_path: Path, form: str, options: str, size
     try:
         pieces: Sequence[Piece] = raw_pieces(handle, source.stat().st_size)
         if form != "raw":
-            extents = qemu_img.plain_extents(qemu_img.Source(handle, form), what="map")
+            extents = qemu_img.plain_extents(Source(handle, form), what="map")
             assert extents is not None
             pieces = [Piece(e.start, e.length, e.offset or 0) for e in extents]
             assert all(e.offset for e in extents)
@@ -109,7 +110,7 @@ def test_of_a_damaged_one_no_more_and_nothing_else_than_qemu_reads(tmp_path: Pat
     while compared < 10:
         source.write_bytes(damaged(form, sound, rng))
         with source.open("rb") as file:
-            seen = qemu_img.Source(file.fileno(), form)
+            seen = Source(file.fileno(), form)
             if (extents := qemu_img.plain_extents(seen, what="map")) is None:
                 continue
             copied(
@@ -129,12 +130,10 @@ def test_what_does_not_lie_plain(tmp_path: Path) -> None:
     for words in (["-c", "-O", "qcow2"], ["-O", "vmdk", "-o", "subformat=streamOptimized"], ["-O", "vhdx"]):
         subprocess.run(["qemu-img", "convert", "-f", "raw", *words, raw, source], check=True)
         with source.open("rb") as file:
-            assert (
-                qemu_img.plain_extents(qemu_img.Source(file.fileno(), words[words.index("-O") + 1]), what="x") is None
-            )
+            assert qemu_img.plain_extents(Source(file.fileno(), words[words.index("-O") + 1]), what="x") is None
     with raw.open("rb") as file:  # a part of a file, and no qcow2 at all
-        assert qemu_img.plain_extents(qemu_img.Source(file.fileno(), "raw", 512, 512), what="x") is None
-        assert qemu_img.plain_extents(qemu_img.Source(file.fileno(), "qcow2"), what="x") is None
+        assert qemu_img.plain_extents(Source(file.fileno(), "raw", 512, 512), what="x") is None
+        assert qemu_img.plain_extents(Source(file.fileno(), "qcow2"), what="x") is None
 
 
 def test_pieces_anywhere_in_the_file(tmp_path: Path) -> None:
@@ -220,12 +219,12 @@ def test_what_fails_ends_it(tmp_path: Path, writing: bool) -> None:
 @pytest.mark.parametrize(
     ("limits", "said"),
     [
-        (qemu_img.Limits(wall_s=0.0), "did not end in 0 s"),
-        (qemu_img.Limits(cpu_s=1), "more than 1 s of CPU time"),
-        (qemu_img.Limits(file_size=1 << 20, allowed="allowed"), "more than the 1 MiB allowed"),
+        (Limits(wall_s=0.0), "did not end in 0 s"),
+        (Limits(cpu_s=1), "more than 1 s of CPU time"),
+        (Limits(file_size=1 << 20, allowed="allowed"), "more than the 1 MiB allowed"),
     ],
 )
-def test_qemu_img_is_held_to_its_limits(tmp_path: Path, limits: qemu_img.Limits, said: str) -> None:
+def test_qemu_img_is_held_to_its_limits(tmp_path: Path, limits: Limits, said: str) -> None:
     """Whatever it is given to read: a file of unknown origin may be made so that a copy of it has no end."""
     source = tmp_path / "source"
     source.write_bytes(random.Random(1).randbytes(96 << 20))
@@ -233,7 +232,7 @@ def test_qemu_img_is_held_to_its_limits(tmp_path: Path, limits: qemu_img.Limits,
     try:
         with pytest.raises(ImageError, match=f"cannot import it: .*{said}"):
             qemu_img.copy(
-                qemu_img.Source(handle, "raw"),
+                Source(handle, "raw"),
                 tmp_path / "target",
                 "qcow2",
                 what="import it",
@@ -249,9 +248,9 @@ def test_the_copy_of_our_own_ends_in_time_too(tmp_path: Path) -> None:
     source = tmp_path / "source"
     filled(source, 40 << 20)
     wish, handle = image_import.Wish(source), os.open(source, os.O_RDONLY)
-    header, late = DiskHeader("raw", 40 << 20), qemu_img.Limits(wall_s=-1.0, file_size=1 << 40)
+    header, late = DiskHeader("raw", 40 << 20), Limits(wall_s=-1.0, file_size=1 << 40)
     try:
         with pytest.raises(ImageError, match="the copy did not end in"):
-            image_import._copied(qemu_img.Source(handle, "raw"), header, tmp_path, wish, late, silent)
+            image_import._copied(Source(handle, "raw"), header, tmp_path, wish, late, silent)
     finally:
         os.close(handle)

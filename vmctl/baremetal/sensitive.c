@@ -10,8 +10,20 @@
 
 enum {
     CR4_TSD = 1 << 2,
+    CR4_PCE = 1 << 8,
+    CR4_FSGSBASE = 1 << 16,
     CR4_OSXSAVE = 1 << 18,
+    CR4_PKE = 1 << 22,
     OPEN_VECTOR = 0x82
+};
+
+enum {
+    EFER = 0xc0000080,
+    STAR,
+    LSTAR,
+    SYSCALL_MASK = 0xc0000084,
+    FS_BASE = 0xc0000100,
+    EFER_SYSCALL = 1
 };
 
 volatile u64 value, scratch[2];
@@ -25,7 +37,7 @@ static volatile u64 ticks_before;
     static void name(void) {                                                                                         \
         __asm__ volatile("lea 9f(%%rip), %%rax; mov %%rax, resume(%%rip);" code "9:" ::"D"(&value), "S"(scratch),    \
                          "b"(cr0_copy)                                                                               \
-                         : "rax", "rcx", "rdx", "memory", "cc");                                                     \
+                         : "rax", "rcx", "rdx", "r10", "r11", "memory", "cc");                                                     \
     }
 #define TELL "mov %%rax, (%%rdi);"
 #define TELL_ZERO_FLAG "setz %%al; movzbl %%al, %%eax;" TELL
@@ -78,6 +90,12 @@ ATTEMPT(rdtsc, "rdtsc; shl $32, %%rdx; or %%rdx, %%rax;" TELL)
 ATTEMPT(rdtscp, "rdtscp; shl $32, %%rdx; or %%rdx, %%rax;" TELL)
 ATTEMPT(rdpid, "rdpid %%rax;" TELL)
 ATTEMPT(xgetbv, "xor %%ecx, %%ecx; xgetbv; shl $32, %%rdx; or %%rdx, %%rax;" TELL)
+ATTEMPT(rdpmc, "xor %%ecx, %%ecx; rdpmc; shl $32, %%rdx; or %%rdx, %%rax;" TELL)
+ATTEMPT(syscall, "mov %%cs, %%r10d; syscall;")
+ATTEMPT(rdfsbase, "rdfsbase %%rax;" TELL)
+ATTEMPT(wrgsbase, "rdgsbase %%rax; wrgsbase %%rax; xor %%eax, %%eax;" TELL)
+ATTEMPT(rdpkru, "xor %%ecx, %%ecx; rdpkru; mov %%eax, %%eax;" TELL)
+ATTEMPT(wrpkru, "xor %%ecx, %%ecx; xor %%edx, %%edx; mov $0x55555550, %%eax; wrpkru; xor %%eax, %%eax;" TELL)
 
 /* Privileged by design. */
 ATTEMPT(hlt, "hlt; xor %%eax, %%eax;" TELL)
@@ -100,6 +118,9 @@ ATTEMPT(wbinvd, "wbinvd; xor %%eax, %%eax;" TELL)
 ATTEMPT(in, "in $0x80, %%al; xor %%eax, %%eax;" TELL)
 ATTEMPT(out, "xor %%eax, %%eax; out %%al, $0x80;" TELL)
 ATTEMPT(swapgs, "swapgs; swapgs; xor %%eax, %%eax;" TELL)
+ATTEMPT(xsetbv, "xor %%ecx, %%ecx; xgetbv; xsetbv; xor %%eax, %%eax;" TELL)
+ATTEMPT(clac, "clac; xor %%eax, %%eax;" TELL)
+ATTEMPT(invpcid, "movq $0, (%%rsi); movq $0, 8(%%rsi); mov $2, %%eax; invpcid (%%rsi), %%rax; xor %%eax, %%eax;" TELL)
 
 /* Innocuous. */
 ATTEMPT(add, "mov $40, %%eax; add $2, %%eax;" TELL)
@@ -112,6 +133,13 @@ struct interrupted {
 
 /* What INT pushes tells the level. */
 __attribute__((interrupt)) static void on_open_vector(struct interrupted *frame) { value = frame->cs; }
+
+/* Where SYSCALL leads: the level that it is at now is told, and it is left for the one in r10, not by SYSRET, which is one
+ * more thing that an accelerator may not have. */
+void syscall_entry(void);
+__asm__(".globl syscall_entry; syscall_entry: mov %cs, %eax; mov %rax, (%rdi); test $3, %r10d; jz 1f;"
+        "mov %rsp, %rax; push $0x1b; push %rax; push %r11; push $0x23; push %rcx; iretq;"
+        "1: push %r11; popfq; jmp *%rcx");
 
 static const char *open_vector(void) {
     gate(OPEN_VECTOR, on_open_vector);
@@ -180,10 +208,6 @@ static const char *has_rdtscp(void) {
     return before_ticks();
 }
 
-static const char *has_rdpid(void) {
-    return cpuid(0, 0).a >= 7 && cpuid(7, 0).c >> 22 & 1 ? 0 : "this CPU has no RDPID";
-}
-
 static const char *has_xgetbv(void) {
     if (!(cpuid(1, 0).c >> 26 & 1))
         return "this CPU has no XSAVE";
@@ -192,6 +216,67 @@ static const char *has_xgetbv(void) {
 }
 
 static void xsave_off(void) { cr4_toggle(CR4_OSXSAVE); }
+
+static struct leaf features(void) { return cpuid(0, 0).a >= 7 ? cpuid(7, 0) : (struct leaf){0, 0, 0, 0}; }
+
+static const char *has_rdpid(void) { return features().c >> 22 & 1 ? 0 : "this CPU has no RDPID"; }
+
+static const char *has_smap(void) { return features().b >> 20 & 1 ? 0 : "this CPU has no SMAP"; }
+
+static const char *has_invpcid(void) { return features().b >> 10 & 1 ? 0 : "this CPU has no INVPCID"; }
+
+static const char *has_fsgsbase(void) {
+    if (!(features().b & 1))
+        return "this CPU has no FSGSBASE";
+    cr4_toggle(CR4_FSGSBASE);
+    wrmsr(FS_BASE, (u64)scratch);
+    return 0;
+}
+
+static void fsgsbase_off(void) {
+    wrmsr(FS_BASE, 0);
+    cr4_toggle(CR4_FSGSBASE);
+}
+
+/* Rights to the pages of keys that no page here has. */
+static const char *has_pkru(void) {
+    if (!(features().c >> 3 & 1))
+        return "this CPU has no protection keys";
+    cr4_toggle(CR4_PKE);
+    __asm__ volatile("wrpkru" ::"a"(0xfffffff0), "c"(0), "d"(0));
+    return 0;
+}
+
+static void pkru_off(void) { cr4_toggle(CR4_PKE); }
+
+/* Counter 0 is not set going: each reading of it is alike. */
+static const char *has_counters(void) {
+    int intels = cpuid(0, 0).a >= 0xa && cpuid(0xa, 0).a & 0xff;
+    int amds = cpuid(0x80000000, 0).a >= 0x80000001 && cpuid(0x80000001, 0).c >> 23 & 1;
+    return intels || amds ? 0 : "this CPU tells of no performance counter";
+}
+
+static const char *counters_open(void) {
+    const char *why_not = has_counters();
+    if (!why_not)
+        cr4_toggle(CR4_PCE);
+    return why_not;
+}
+
+static void counters_closed(void) { cr4_toggle(CR4_PCE); }
+
+/* CS and SS of the kernel at 0x08; all flags are kept. */
+static const char *has_syscall(void) {
+    if (cpuid(0x80000000, 0).a < 0x80000001 || !(cpuid(0x80000001, 0).d >> 11 & 1))
+        return "this CPU has no SYSCALL";
+    wrmsr(EFER, rdmsr(EFER) | EFER_SYSCALL);
+    wrmsr(STAR, (u64)0x08 << 32);
+    wrmsr(LSTAR, (u64)syscall_entry);
+    wrmsr(SYSCALL_MASK, 0);
+    return 0;
+}
+
+static void syscall_off(void) { wrmsr(EFER, rdmsr(EFER) & ~(u64)EFER_SYSCALL); }
 
 const struct attempt attempts[] = {
     {"sgdt", sgdt, 0, 0},
@@ -220,6 +305,12 @@ const struct attempt attempts[] = {
     {"rdtscp", rdtscp, has_rdtscp, between_ticks},
     {"rdpid", rdpid, has_rdpid, 0},
     {"xgetbv", xgetbv, has_xgetbv, xsave_off},
+    {"rdpmc_pce", rdpmc, counters_open, counters_closed},
+    {"syscall", syscall, has_syscall, syscall_off},
+    {"rdfsbase", rdfsbase, has_fsgsbase, fsgsbase_off},
+    {"wrgsbase", wrgsbase, has_fsgsbase, fsgsbase_off},
+    {"rdpkru", rdpkru, has_pkru, pkru_off},
+    {"wrpkru", wrpkru, has_pkru, pkru_off},
     {"hlt", hlt, alarm, alarm_off},
     {"cli", cli, 0, 0},
     {"sti", sti, 0, 0},
@@ -240,6 +331,10 @@ const struct attempt attempts[] = {
     {"in", in, 0, 0},
     {"out", out, 0, 0},
     {"swapgs", swapgs, 0, 0},
+    {"rdpmc", rdpmc, has_counters, 0},
+    {"xsetbv", xsetbv, has_xgetbv, xsave_off},
+    {"clac", clac, has_smap, 0},
+    {"invpcid", invpcid, has_invpcid, 0},
     {"add", add, 0, 0},
     {"mul", mul, 0, 0},
     {"xchg", xchg, 0, 0},

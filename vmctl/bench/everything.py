@@ -5,7 +5,6 @@ A run is a file that names the result of each part that is through; the results 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -57,7 +56,7 @@ def folder(place: Path) -> Path:
 def runs(place: Path) -> tuple[Run, ...]:
     """All runs that can be read, oldest first."""
     found = []
-    for path in folder(place).glob("*.json"):
+    for path in store.files(folder(place)):
         try:
             found.append(_run_of(store.read(path)))
         except (OSError, ValueError, RecursionError, KeyError, TypeError):
@@ -93,7 +92,7 @@ def begin(place: Path, uri: str, only: Sequence[str], *, quick: bool, new: bool)
 
 
 def _keep(place: Path, run_: Run) -> None:
-    store.put(folder(place) / f"{run_.id}.json", json.dumps(run_.to_json()).encode(), "keep the run")
+    store.write(folder(place), run_.to_json(), "run")
 
 
 class Clock:

@@ -112,8 +112,16 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     Instruction("rdtscp", "RDTSCP", _NEW, _READS, True, "the real time"),
     Instruction("rdpid", "RDPID", _NEW, _READS, True, "the real TSC_AUX"),
     Instruction("xgetbv", "XGETBV", _NEW, _READS, True, "the real XCR0"),
+    Instruction("rdpmc_pce", "RDPMC, CR4.PCE", _NEW, _READS, True, "a real counter, once the kernel allows it"),
+    Instruction("syscall", "SYSCALL", _NEW, _CONTROL, False, "enters the kernel that the real LSTAR names"),
+    Instruction("rdfsbase", "RDFSBASE", _NEW, _READS, False, "the real FS base"),
+    Instruction(
+        "wrgsbase", "WRGSBASE", _NEW, _CONTROL, False, "changes the real GS base, which the kernel is entered with"
+    ),
+    Instruction("rdpkru", "RDPKRU", _NEW, _READS, False, "the real rights to pages, by their keys"),
+    Instruction("wrpkru", "WRPKRU", _NEW, _CONTROL, False, "changes them, for the kernel too"),
     *_privileged("hlt cli sti mov_from_cr0 mov_to_cr0 mov_from_cr3 mov_from_cr8 mov_from_dr7 lmsw clts lgdt lidt lldt"),
-    *_privileged("rdmsr wrmsr invlpg wbinvd in out swapgs"),
+    *_privileged("rdmsr wrmsr invlpg wbinvd in out swapgs rdpmc xsetbv clac invpcid"),
     Instruction("add", "ADD", Origin.INNOCUOUS, _NONE, False, "the same everywhere"),
     Instruction("mul", "MUL", Origin.INNOCUOUS, _NONE, False, "the same everywhere"),
     Instruction("xchg", "XCHG", Origin.INNOCUOUS, _NONE, False, "the same everywhere"),
@@ -128,8 +136,6 @@ def finding(instruction: Instruction, kernel: Try, user: Try) -> Finding:
         return Finding.FAULTY
     if user.trapped:
         return Finding.PRIVILEGED
-    if instruction.kind is Kind.CONTROL:
-        return Finding.SILENT
     as_on_cpu = user.value == (kernel.value if instruction.shows is None else instruction.shows)
     if instruction.kind is Kind.NONE:
         return Finding.INNOCUOUS if as_on_cpu else Finding.UNPROVED

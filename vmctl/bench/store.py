@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,17 +50,18 @@ def new_id(place: Path, workload: str, made: str) -> str:
     return next(name for name in names if not (place / f"{name}.json").exists())
 
 
-def write(place: Path, values: Mapping[str, Any]) -> Path:
-    """Keep a result, in place of an earlier state of it. Raises VmctlError."""
+def write(place: Path, values: Mapping[str, Any], what: str = "result") -> Path:
+    """Keep a result, or a run of many, in place of an earlier state of it. Raises VmctlError."""
     path = place / f"{values['id']}.json"
-    put(path, json.dumps(values).encode(), "keep the result")
+    with suppress(OSError):  # which is told of below
+        place.mkdir(parents=True, exist_ok=True)
+    put(path, json.dumps(values).encode(), f"keep the {what}")
     return path
 
 
 def put(path: Path, data: bytes, doing: str, *, mode: int = 0o600) -> None:
-    """Write a file whole, in the place of another one. Raises VmctlError."""
+    """Write a file whole, in the place of another one. Raises VmctlError, NotFound without the folder."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
         try:
             with os.fdopen(handle, "wb") as file:
@@ -72,12 +73,20 @@ def put(path: Path, data: bytes, doing: str, *, mode: int = 0o600) -> None:
                 Path(name).unlink()
             raise
     except OSError as error:
+        if not path.parent.exists():
+            what = f"there is no folder {path.parent}"
+            raise NotFound(f"cannot {doing}: {what}", hint=f"mkdir -p {path.parent}") from error
         raise VmctlError(f"cannot {doing}: {reason(error, path=True)}", hint=f"is {path.parent} writable?") from error
+
+
+def files(place: Path) -> Iterator[Path]:
+    """What may be results and runs, there; a pipe of such a name would be waited for."""
+    return (path for path in place.glob("*.json") if not path.is_fifo())
 
 
 def kept(place: Path) -> tuple[Kept, ...]:
     """All results of the folder, oldest first."""
-    found = [_brief(path) for path in place.glob("*.json")]
+    found = [_brief(path) for path in files(place)]
     return tuple(sorted(found, key=lambda one: (one.made, one.id)))
 
 

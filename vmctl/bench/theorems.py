@@ -119,11 +119,10 @@ def _ended(machine: Machine) -> list[str]:
 
 def _first(machine: Machine) -> Statement:
     found, evidence = _sets(machine, user_only=False)
-    count = sum(BY_NAME[one.name].origin is Origin.PRIVILEGED for one in machine.outcomes)
-    trapped = sum(
-        BY_NAME[one.name].origin is Origin.PRIVILEGED and one.finding == Finding.PRIVILEGED for one in machine.outcomes
-    )
-    evidence.append(f"{trapped} of {count} instructions that are privileged by design do trap")
+    there = [one for one in machine.outcomes if one.finding != Finding.ABSENT]
+    designed = [one.finding for one in there if BY_NAME[one.name].origin is Origin.PRIVILEGED]
+    trapped = designed.count(Finding.PRIVILEGED)
+    evidence.append(f"{trapped} of {len(designed)} instructions that are privileged by design do trap")
     title = "theorem 1, that a VMM by trap and emulate can be built: is every sensitive instruction privileged?"
     if not any(one.finding in set(Finding) - {Finding.FAILED, Finding.ABSENT} for one in machine.outcomes):
         return Statement(title, "unknown", "no instruction could be tried", tuple(evidence))
