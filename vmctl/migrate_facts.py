@@ -80,6 +80,7 @@ def gather(
             postcopy=postcopy,
             certificates=ways.certificates if tls else {},
             cards=frozenset(ways.cards),
+            unasked=ways.unasked,
             userfaults=ways.userfaults is not False or target.facts.qemu_user in {None, "0"},
         ),
         vm,
@@ -197,6 +198,7 @@ class Ways(NamedTuple):
     userfaults: bool | None = None
     certificates: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # which each host lacks for --tls
     cards: tuple[str, ...] = ()  # of the target
+    unasked: bool = False  # the source is not reached by SSH: nobody knows whether it reaches the target
 
 
 class Asking:
@@ -243,5 +245,6 @@ class Asking:
             for at, one in enumerate(told)
             if isinstance(one, SeenFrom)
         }
+        unasked = way is not Way.DIRECT and 0 not in self._threads
         cards = there.cards if isinstance(there, SeenFrom) else ()
-        return Ways("" if way is Way.DIRECT else why[0], why[1], skew, faults, lacking, cards)
+        return Ways("" if way is Way.DIRECT else why[0], why[1], skew, faults, lacking, cards, unasked)

@@ -104,6 +104,7 @@ class Facts:
     peer_problem: str = ""
     peer_mend: str = ""
     back_problem: str = ""
+    unasked: bool = False  # whether the source cannot be asked if it reaches the target
     skew_s: float | None = None
     live: bool = True
     copy: bool = False
@@ -292,6 +293,9 @@ def _way(facts: Facts) -> Iterator[Problem]:
     if facts.peer_problem:
         what = f"libvirt on {here.name} does not reach {there.name}: {facts.peer_problem}"
         yield Problem(what, facts.peer_mend)
+    if facts.unasked:
+        what = f"whether libvirt on {here.name} reaches {there.name} cannot be asked: {here.name} is not reached by SSH"
+        yield Problem(what, "--direct needs no such way", note=True)
     for name, lacking in facts.certificates.items():
         if lacking and facts.live:
             what = f"QEMU on {name} has no {', '.join(lacking)}, by which --tls encrypts"

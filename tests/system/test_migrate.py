@@ -134,6 +134,8 @@ def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_pat
     unencrypted = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--tls", "--check", check=11).stderr
     assert "QEMU on h1 has no ca-cert.pem" in unencrypted and "QEMU on h2 has no ca-cert.pem, server-c" in unencrypted
     first = pair.machine("h1")
+    unasked = pair.json("-c", first.tcp_uri, "migrate", vm, "--to", "h2", "--check")
+    assert "is not reached by SSH" in unasked[0]["what"] and unasked[0]["note"]
     first.run("ip", "link", "add", "br9", "type", "bridge")
     first.virsh("attach-interface", vm, "bridge", "br9", "--model", "virtio", "--mac", "52:54:00:00:00:09", "--live")
     try:

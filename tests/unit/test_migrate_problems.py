@@ -82,9 +82,10 @@ def test_notes_keep_nobody_from_it() -> None:
         vm=replace(VM, checkpoints=("c1",)),
         target=replace(THERE, libvirt="8.0.0", nat=frozenset({"lan"})),
         back_problem="refused",
+        unasked=True,
         skew_s=-3.0,
     )
-    assert len(problems(facts)) == 5 and fatal(problems(facts)) == ()
+    assert len(problems(facts)) == 6 and fatal(problems(facts)) == ()
 
 
 def test_all_at_once_and_stopped_ones_ask_less() -> None:
