@@ -134,31 +134,47 @@ def unreached(asked: Fleet, entry: HostEntry, uri: str) -> str:
 
 
 class SeenFrom(NamedTuple):
-    """What a host says: why libvirt there does not reach another, how far its clock is ahead of this machine's, and
-    whether programs of others than root may handle page faults themselves; None: not said."""
+    """What a host says: why libvirt there does not reach another, how far its clock is ahead of this machine's,
+    whether programs of others than root may handle page faults themselves (None: not said), which certificates QEMU
+    lacks there, and its network interfaces."""
 
     problem: str
     skew_s: float
     userfaults: bool | None = None
+    certificates: tuple[str, ...] = ()
+    cards: tuple[str, ...] = ()
 
 
 def seen_from(asked: Fleet, entry: HostEntry, uri: str) -> SeenFrom:
-    """Ask it over one SSH session. Raises HostUnreachable."""
+    """Ask it over one SSH session, as root where that may be: its libvirtd is root. Raises HostUnreachable."""
     seconds = f"{_ASK_S - 3:.0f}"
     before = time.time()
-    answer = host_ssh.run(entry, asked.folders.runtime, "sh", "-c", _LOOK, "sh", seconds, uri, timeout_s=_ASK_S)
+    argv = ("sh", "-c", _AS_ROOT, "sh", _LOOK, seconds, uri)
+    answer = host_ssh.run(entry, asked.folders.runtime, *argv, timeout_s=_ASK_S)
     after = time.time()
-    clock, faults, *_ = [*answer.out.splitlines(), "", ""]
-    userfaults = None if not faults.strip() else faults.strip() != "0"
+    clock, faults, lacking, cards, *_ = [*answer.out.splitlines(), "", "", "", ""]
     skew = 0.0
     if clock.replace(".", "").isdigit() and not before <= float(clock) <= after:
         skew = float(clock) - (after if float(clock) > after else before)
-    if answer.code == 0:
-        return SeenFrom("", skew, userfaults)
-    words = [line.removeprefix("error: ") for line in answer.err.splitlines() if line.strip()]
-    return SeenFrom(words[-1] if words else f"no answer within {seconds} s", skew, userfaults)
+    problem = ""
+    if answer.code:
+        words = [line.removeprefix("error: ") for line in answer.err.splitlines() if line.strip()]
+        problem = words[-1] if words else f"no answer within {seconds} s"
+    userfaults = None if not faults.strip() else faults.strip() != "0"
+    return SeenFrom(problem, skew, userfaults, tuple(lacking.split()), tuple(cards.split()))
 
 
+_AS_ROOT = """script=$1; shift
+[ "$(id -u)" = 0 ] || ! sudo -n true 2>/dev/null || exec sudo -n -H sh -c "$script" sh "$@"
+exec sh -c "$script" sh "$@"
+"""
 _LOOK = """date +%s.%N
 cat /proc/sys/vm/unprivileged_userfaultfd 2>/dev/null || echo
+conf=/etc/libvirt/qemu.conf
+folder=$(sed -n 's/^ *[md][a-z]*_tls_x509_cert_dir *= *"\\([^"]*\\)".*/\\1/p' $conf 2>/dev/null | tail -n 1)
+for file in ca-cert server-cert server-key; do
+    [ -e $conf ] && [ ! -r $conf ] || [ -e "${folder:-/etc/pki/qemu}/$file.pem" ] || printf '%s.pem ' $file
+done
+echo
+cd /sys/class/net 2>/dev/null && echo * || echo
 exec timeout "$1" virsh -q -c "$2" uri"""

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from vmctl import host_ssh, images, networks
 from vmctl.config import HostEntry
-from vmctl.errors import HostUnreachable, Unsupported, VmctlError
-from vmctl.events import Reporter, Step
+from vmctl.errors import Unsupported, VmctlError
+from vmctl.events import Reporter, Step, Warned, silent
 from vmctl.fleet import Fleet, called
 from vmctl.hypervisor import network, storage
 
@@ -46,7 +46,13 @@ echo "libvirt=$([ -S /run/libvirt/libvirt-sock ] && echo yes || echo no)"
 _AS_ROOT = '[ "$(id -u)" = 0 ] && exec sh -c "$1"; exec sudo -n -H sh -c "$1"'
 _PEER_LOOK = r"""
 ssh-keygen -y -f ~/.ssh/id_ed25519 </dev/null 2>/dev/null || echo none
-cat ~/.ssh/authorized_keys 2>/dev/null; echo ---; cat ~/.ssh/known_hosts 2>/dev/null; :
+cat "$(getent passwd "$user" | cut -d : -f 6)/.ssh/authorized_keys" 2>/dev/null; echo ---
+cat ~/.ssh/known_hosts 2>/dev/null; :
+"""
+_LET_IN = r"""
+umask 077; folder=$(getent passwd "$user" | cut -d : -f 6)/.ssh; file=$folder/authorized_keys; mkdir -p "$folder"
+[ -z "$(tail -c 1 "$file" 2>/dev/null)" ] || echo >>"$file"
+printf '%s\n' "$key" >>"$file"; chown "$user:" "$folder" "$file"
 """
 
 
@@ -168,13 +174,18 @@ def furnish(fleet: Fleet, entry: HostEntry, report: Reporter) -> None:
 # --- who may log in to whom ------------------------------------------------------------------------------------
 
 
-def peers(fleet: Fleet, entry: HostEntry) -> tuple[tuple[HostEntry, Change], ...]:
+def peers(fleet: Fleet, entry: HostEntry, report: Reporter = silent) -> tuple[tuple[HostEntry, Change], ...]:
     """What lets its root reach the other known hosts by their peer URIs, and theirs it: a change and where it is made.
 
-    Hosts that are not reached by SSH, or do not answer, are left out.
+    Hosts that are not reached by SSH, or do not answer, are left out, and told.
     """
-    others = [one for one in fleet.settings.hosts.values() if called(one) != called(entry) and one.host_key]
-    homes = {called(one): home for one in (entry, *others) if (home := _home(fleet, one)) is not None}
+    others = [one for one in fleet.settings.hosts.values() if called(one) != called(entry)]
+    homes: dict[str, _Home] = {}
+    for one in (entry, *others):
+        try:
+            homes[called(one)] = _home(fleet, one)
+        except VmctlError as error:
+            report(Warned(f"{called(one)} is left out of --peers: {error.message}"))
     if called(entry) not in homes:
         return ()
     found: list[tuple[HostEntry, Change]] = []
@@ -191,30 +202,38 @@ def peers(fleet: Fleet, entry: HostEntry) -> tuple[tuple[HostEntry, Change], ...
 
 @dataclass(frozen=True, slots=True)
 class _Home:
+    """Root's key, "none" without; whom the user lets in that others log in as; and whom root knows."""
+
     key: str
+    user: str
     lets_in: str
     knows: str
 
 
-def _home(fleet: Fleet, entry: HostEntry) -> _Home | None:
-    try:
-        said = as_root(fleet, entry, _PEER_LOOK, timeout_s=_LOOK_S).out
-    except HostUnreachable:
-        return None
+def _home(fleet: Fleet, entry: HostEntry) -> _Home:
+    """Raises VmctlError for one that others do not reach by SSH, or whose key is not pinned, HostUnreachable."""
+    if not entry.host_key or not host_ssh.by_ssh(host_ssh.elsewhere(entry)):
+        why = "its SSH host key is not pinned" if host_ssh.by_ssh(entry.uri) else "it is not reached by SSH"
+        raise VmctlError(why)
+    user = host_ssh.place(host_ssh.elsewhere(entry)).user or "root"
+    said = as_root(fleet, entry, f"user={shlex.quote(user)}{_PEER_LOOK}", timeout_s=_LOOK_S).out
     key, _, rest = said.partition("\n")
     lets_in, _, knows = rest.partition("---\n")
-    return _Home(key.strip(), lets_in, knows)
+    return _Home(key.strip(), user, lets_in, knows)
 
 
 def _introduce(one: HostEntry, other: HostEntry, mine: _Home, theirs: _Home) -> list[tuple[HostEntry, Change]]:
-    """What is missing for ``one`` to log in to ``other``."""
+    """What is missing for ``one`` to log in to ``other``. A key that is yet to be made is let in at the next look."""
     found = []
-    address = host_ssh.place(host_ssh.elsewhere(other)).host
+    address = host_ssh.known_as(host_ssh.place(host_ssh.elsewhere(other)))
     line = f"{address} {other.host_key}"
     if line not in mine.knows and not (address in mine.knows and other.host_key in mine.knows):
         script = f"mkdir -p -m 700 ~/.ssh; echo {shlex.quote(line)} >>~/.ssh/known_hosts"
         found.append((one, Change(f"{called(one)} knows the host key of {called(other)}", script)))
-    if mine.key != "none" and " ".join(mine.key.split()[:2]) not in theirs.lets_in:
-        script = f"mkdir -p -m 700 ~/.ssh; umask 077; echo {shlex.quote(mine.key)} >>~/.ssh/authorized_keys"
-        found.append((other, Change(f"{called(other)} lets root of {called(one)} in", script)))
+    what = f"{called(other)} lets root of {called(one)} in" + (f", as {theirs.user}" if theirs.user != "root" else "")
+    if mine.key == "none":
+        found.append((other, Change(what, "")))
+    elif " ".join(mine.key.split()[:2]) not in theirs.lets_in:
+        script = f"user={shlex.quote(theirs.user)}; key={shlex.quote(mine.key)}{_LET_IN}"
+        found.append((other, Change(what, script)))
     return found

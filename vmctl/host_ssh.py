@@ -89,10 +89,14 @@ def checked_key(text: str) -> str:
     raise SpecError(f"cannot use SSH host key {text[:40]!r}: it is none", hint="as in a .pub file: ssh-ed25519 AAAA…")
 
 
+def known_as(there: Place) -> str:
+    """What known_hosts calls it."""
+    return there.host if there.port in {0, 22} else f"[{there.host}]:{there.port}"
+
+
 def known(there: Place) -> str:
     """The key that the user's own known_hosts has for it; "" for none."""
-    name = there.host if there.port in {0, 22} else f"[{there.host}]:{there.port}"
-    said = _said(["ssh-keygen", "-F", name], timeout_s=_CONNECT_S)
+    said = _said(["ssh-keygen", "-F", known_as(there)], timeout_s=_CONNECT_S)
     return next(iter(_best_first(line for line in said.splitlines() if line and line[0] not in "#@")), "")
 
 

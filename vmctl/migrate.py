@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from vmctl import host_ssh, migrate_facts, migrate_storage, migrate_watch
+from vmctl import host_ssh, migrate_facts, migrate_settle, migrate_storage, migrate_watch
 from vmctl.choices import Accel
-from vmctl.errors import Interrupted, MigrationFailed, PreflightFailed, SpecError, VmctlError, WrongState, quietly
+from vmctl.errors import Interrupted, PreflightFailed, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.guest import address, known_hosts
 from vmctl.hosts import Host, holding
@@ -20,15 +20,10 @@ from vmctl.hypervisor.migration import Copying, Orders, Way
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_facts import Found
 from vmctl.migrate_files import File, nvram
-from vmctl.migrate_outcome import CUT_OFF, Seen, Where, judge
+from vmctl.migrate_outcome import Where
 from vmctl.migrate_policy import Policy
 from vmctl.migrate_problems import Problem, fatal, problems
-from vmctl.migrate_watch import Run
 from vmctl.outage import Probe
-from vmctl.wait import pause
-
-_SETTLE_S, _STILL_S = 40.0, 4.0
-_LOOK_S = 0.5
 
 
 class Mode(StrEnum):
@@ -92,10 +87,12 @@ def _look(ends: Ends, name: str, wish: Wish) -> Found:
         way=wish.way,
         copying=wish.copying,
         postcopy=wish.policy.postcopy,
+        tls=wish.tls,
     )
 
 
-def _wish_problems(wish: Wish) -> list[str]:
+def wish_problems(wish: Wish) -> list[str]:
+    """What of a wish goes with no other part of it, all of it."""
     found = []
     if wish.way is Way.TUNNELLED and wish.parallel:
         found.append("a tunnelled migration has one connection: no --parallel")
@@ -119,8 +116,6 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
 
     Raises PreflightFailed before anything is changed; MigrationFailed and Interrupted, which say where the VM is then.
     """
-    if found := _wish_problems(wish):
-        raise SpecError(f"cannot migrate VM {name}", problems=found)
     source, target = ends.source, ends.target
     with ExitStack() as locks:
         for host in {one.lock_scope: one for one in (source, target)}.values():
@@ -192,9 +187,14 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
         domain.define(ends.target.conn, text, name=vm.name)
         undo.callback(lambda: quietly(lambda: domain.undefine(ends.target.conn, vm.name, keep_nvram=True)))
         domain.set_autostart(ends.target.conn, vm.name, on=vm.autostart)
+        whole = undo.pop_all()  # what is there goes again only as long as the VM is here
+    try:
         if not wish.keep:
             domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))
-        undo.pop_all()
+    except (VmctlError, KeyboardInterrupt, Interrupted):
+        if domain.find_or_none(ends.source.conn, vm.uuid) is not None:
+            whole.close()
+        raise
     migrate_storage.unmark(ends.target, looked.look.makes)
     _clear_source(ends, looked, wish, report)
     here, there = ends.names
@@ -217,11 +217,11 @@ def _clear_source(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
     left = [*(need.path for need in looked.facts.needs if not need.shared), *looked.look.obsolete]
     try:
         if left:
-            migrate_storage.clear_source(ends.source, looked.vm, looked.files, left, report)
+            migrate_storage.clear_source(ends, looked.vm, looked.files, left, report)
         known_hosts(ends.source, looked.vm.name).unlink(missing_ok=True)
     except VmctlError as error:
-        name = looked.vm.name
-        report(Warned(f"{ends.names[0]} still has files of {name}: {error.message}", f"vmctl migrate {name} --recover"))
+        name, again = looked.vm.name, migrate_settle.again(looked.vm.name, ends.names[1])
+        report(Warned(f"{ends.names[0]} still has files of {name}: {error.message}", again))
 
 
 # --- running -------------------------------------------------------------------------------------------------
@@ -269,23 +269,29 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
         with _probe(ends.source, looked) as probe:
             answering = probe is not None and probe.answers()
             ends.asking().back()  # it has no say in this, and is told of at the end
+            ordered = orders(ends, vm, wish, looked.look.disks)
             began = time.monotonic()
-            run = migrate_watch.run(ends, vm.name, orders(ends, vm, wish, looked.look.disks), wish.policy, report)
+            made = undo.pop_all()  # from here on it goes only once it is known that the VM does not need it there
+            run = migrate_watch.run(ends, vm.name, ordered, wish.policy, report)
             took = time.monotonic() - began
-            where, seen = settle(ends, vm.uuid)
+            where, seen = migrate_settle.settled(ends, vm, run, report)
             if probe is not None and answering and where is Where.MOVED:
-                pause(0.2)  # for the first answer from there
-        if where is not Where.MOVED:
-            if where not in {Where.STAYED, Where.HALF}:
-                undo.pop_all()  # the VM may need those files there
-            elif where is Where.HALF:
-                quietly(lambda: domain.resume(ends.source.conn, vm.name))
-                where, seen = settle(ends, vm.uuid)
-        else:
-            undo.pop_all()
+                migrate_settle.linger(run)
+    stayed = where in {Where.STAYED, Where.HALF}
+    if where is Where.HALF:
+        quietly(lambda: domain.resume(ends.source.conn, vm.name))
+    if stayed and seen[1].known:  # else its marks stay, for --recover
+        made.close()
+    if where is Where.HALF:
+        where, seen = migrate_settle.settled(ends, vm, run, report)
     if where is not Where.MOVED:
-        raise _failed(ends, vm.name, run, where, seen)
-    end_on_target(ends, looked, wish, report)
+        raise migrate_settle.failed(ends, vm.name, run, where, seen)
+    try:
+        end_on_target(ends, looked, wish, report)
+    except (KeyboardInterrupt, Interrupted) as early:
+        text = f"{f'{early}' or 'interrupted'}; it runs on {there}, and {here} may still have files of it"
+        again = migrate_settle.again(vm.name, there)
+        raise Interrupted(f"cannot migrate VM {vm.name}: {text}", hint=again) from early
     for late in migrate_facts.notes_of(ends.asking().answer(wish.way), looked.facts):
         report(Warned(late.what, late.mend))
     if run.interrupted and not run.postcopy:
@@ -318,65 +324,6 @@ def _take_away(ends: Ends, file: File) -> None:
     migrate_storage.remove(ends.target, file)
 
 
-def settle(ends: Ends, uuid: str) -> tuple[Where, tuple[Seen, Seen]]:
-    """Where it is, from both hosts, once they have come to an end with it, as far as they do in time."""
-    began = changed = time.monotonic()
-    before: tuple[Seen, Seen] | None = None
-    while True:
-        seen, now = ends.seen(uuid), time.monotonic()
-        where = judge(*seen)
-        if seen != before:
-            before, changed = seen, now
-        ended = where in {Where.MOVED, Where.STAYED} and not (seen[0].there and seen[1].there)
-        ended = ended or where is Where.LOST or (where is Where.POSTCOPY and CUT_OFF in {seen[0].why, seen[1].why})
-        if ended or now - began >= _SETTLE_S:
-            return where, seen
-        # A libvirtd that died leaves its VM paused, for it cannot know; nobody else is going to settle that.
-        if where in {Where.MOVED, Where.HALF} and now - changed >= _STILL_S and not _busy(ends, uuid):
-            return where, seen
-        pause(_LOOK_S)
-
-
-def _busy(ends: Ends, uuid: str) -> bool:
-    """Whether the source still works at it, or does not say."""
-    try:
-        return migration.busy(ends.source.conn, uuid)
-    except VmctlError:
-        return True
-
-
-def _failed(ends: Ends, name: str, run: Run, where: Where, seen: tuple[Seen, Seen]) -> MigrationFailed | Interrupted:
-    """The error for a VM that did not move, which says where it is."""
-    here, there = ends.names
-    states = f"on {here} it is {seen[0].told}, on {there} {seen[1].told}"
-    again = f"vmctl migrate {name} --to {there} --recover"
-    why = run.failure or "libvirt gave no reason"
-    if where in {Where.STAYED, Where.HALF}:
-        text = (
-            f"{name} runs on {here} as before"
-            if where is Where.HALF or seen[0].runs
-            else f"{name} is on {here} as before"
-        )
-        if not seen[1].known:
-            return MigrationFailed(
-                f"cannot migrate VM {name}: {why}; {text}, {there} cannot be asked",
-                hint=f"{again} clears up there, later",
-            )
-        if run.interrupted:
-            return Interrupted(f"cannot migrate VM {name}: {run.interrupted}; {text}")
-        return MigrationFailed(f"cannot migrate VM {name}: {why}; {text}")
-    hints = {
-        Where.POSTCOPY: f"{again} goes on with it, once both reach each other; neither host must be restarted before",
-        Where.TWICE: "stop one of them at once: two guests on one disk destroy it",
-        Where.LOST: f"its memory is gone, its disks are not: vmctl stop {name} --force where it still is, and start it "
-        "where it is defined",
-    }
-    hint = hints.get(where, f"{again}, once both answer")
-    if where is Where.UNKNOWN and not seen[0].known and not seen[1].there:
-        hint += f"; if {here} has lost power, its memory is gone with that"
-    return MigrationFailed(f"cannot migrate VM {name}: {why}; it is {where}: {states}", hint=hint)
-
-
 def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> None:
     """It runs there: what is left of it here goes, but for what was asked to stay."""
     vm = looked.vm
@@ -392,6 +339,6 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
             domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))
     except VmctlError as error:
         text = f"{ends.names[0]} still has a definition of {vm.name}: {error.message}"
-        report(Warned(text, f"vmctl migrate {vm.name} --to {ends.names[1]} --recover"))
+        report(Warned(text, migrate_settle.again(vm.name, ends.names[1])))
         return
     _clear_source(ends, looked, wish, report)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from vmctl import host_check, host_ssh, migrate_files
 from vmctl.at_once import beside
 from vmctl.config import HostEntry
 from vmctl.errors import NotFound, VmctlError
-from vmctl.fleet import Fleet
+from vmctl.fleet import Fleet, called
 from vmctl.host_check import SeenFrom
 from vmctl.hosts import Host
 from vmctl.hypervisor import capabilities, connection, disks, domain, migration, network, node
@@ -33,11 +34,19 @@ class Found:
 
 
 def gather(
-    source: Host, target: Host, name: str, asking: Asking, *, way: Way, copying: Copying, postcopy: bool
+    source: Host,
+    target: Host,
+    name: str,
+    asking: Asking,
+    *,
+    way: Way,
+    copying: Copying,
+    postcopy: bool,
+    tls: bool = False,
 ) -> Found:
     """Ask both, at once. Raises NotFound for a VM that is not there, HostUnreachable."""
-    if postcopy:
-        asking.back()  # whether it may
+    if postcopy or tls:
+        asking.back()  # whether it may, and can
 
     def there() -> tuple[HostSide, dict[str, tuple[str, ...]]]:
         return side(target), migrate_files.in_use(target)
@@ -52,6 +61,8 @@ def gather(
     free = migration.free_huge_pages(target.conn, facts.huge_pages_kib) if facts.huge_pages_kib else 0
     theirs = replace(theirs, huge_pages_free=free, space=dict(look.space))
     cpu = _cpu(source, target, vm) if live else Cpu(None, "")
+    if live and facts.bridges:
+        asking.back()  # whether it has them
     ways = asking.answer(way) if live else Ways()
     return Found(
         Facts(
@@ -67,6 +78,9 @@ def gather(
             live=live,
             copy=copying is not Copying.NONE,
             postcopy=postcopy,
+            certificates=ways.certificates if tls else {},
+            cards=frozenset(ways.cards),
+            unasked=ways.unasked,
             userfaults=ways.userfaults is not False or target.facts.qemu_user in {None, "0"},
         ),
         vm,
@@ -116,6 +130,7 @@ def vm_facts(host: Host, vm: Domain) -> VmFacts:
         emulator=(root.findtext("devices/emulator") or "").strip(),
         memory_mib=vm.facts.memory_mib,
         nics=tuple(one.get("network", "") for one in root.iterfind("devices/interface/source") if one.get("network")),
+        bridges=tuple(one.get("bridge", "") for one in root.iterfind("devices/interface[@type='bridge']/source")),
         host_devices=tuple(_device(one) for one in devices),
         shares=tuple(_share(one) for one in root.iterfind("devices/filesystem")),
         huge_pages_kib=0 if pages is None else int("2048" if page is None else page.get("size", "2048")),
@@ -181,6 +196,9 @@ class Ways(NamedTuple):
     back: str = ""
     skew_s: float | None = None
     userfaults: bool | None = None
+    certificates: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # which each host lacks for --tls
+    cards: tuple[str, ...] = ()  # of the target
+    unasked: bool = False  # the source is not reached by SSH: nobody knows whether it reaches the target
 
 
 class Asking:
@@ -222,4 +240,11 @@ class Asking:
         skew = skews[0] - skews[1] if len(skews) == 2 else None
         there = told[1]
         faults = there.userfaults if isinstance(there, SeenFrom) else None
-        return Ways("" if way is Way.DIRECT else why[0], why[1], skew, faults)
+        lacking = {
+            called(self._entries[at]): tuple(name for name in one.certificates if at or name.startswith("ca-"))
+            for at, one in enumerate(told)
+            if isinstance(one, SeenFrom)
+        }
+        unasked = way is not Way.DIRECT and 0 not in self._threads
+        cards = there.cards if isinstance(there, SeenFrom) else ()
+        return Ways("" if way is Way.DIRECT else why[0], why[1], skew, faults, lacking, cards, unasked)

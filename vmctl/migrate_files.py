@@ -13,6 +13,7 @@ from vmctl.errors import NotFound, VmctlError, quietly
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, storage
 from vmctl.hypervisor.domain import Domain
+from vmctl.hypervisor.folders import PASSING, folder_as_pool
 from vmctl.hypervisor.migration import Copying
 from vmctl.hypervisor.storage import VolumeFacts
 from vmctl.migrate_problems import DiskNeed
@@ -80,14 +81,14 @@ def _known(host: Host, vm: Domain, shown: ExitStack) -> dict[str, VolumeFacts]:
 
     Those are shown as pools until ``shown`` is closed: without, not even the size of a disk is known.
     """
-    known = {one.path: one for one in storage.all_volumes(host.conn)}
+    known = {one.path: one for one in storage.all_volumes(host.conn) if not one.pool.startswith(PASSING)}
     wanted = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=not vm.active)} | {nvram(vm)}
     looked: set[str] = {"", "/dev"}
     while folders := {path.rpartition("/")[0] for path in wanted if path[:1] == "/" and path not in known} - looked:
         looked |= folders
         for folder in folders:
             with suppress(NotFound):
-                pool = shown.enter_context(storage.folder_as_pool(host.conn, folder, _pool_xml(folder)))
+                pool = shown.enter_context(folder_as_pool(host.conn, folder, _pool_xml(folder)))
                 known |= {one.path: one for one in storage.volumes(host.conn, pool)}
         wanted |= {known[path].backing for path in wanted if path in known}
     return known
@@ -157,7 +158,7 @@ def _shared(source: Host, target: Host, folder: str) -> bool:
     token, name = secrets.token_hex(16).encode(), f"vmctl-token-{secrets.token_hex(8)}"
     view = render.VolumeView(name, len(token), "raw", mode="0600")
     try:
-        with storage.folder_as_pool(source.conn, folder, _pool_xml(folder)) as pool:
+        with folder_as_pool(source.conn, folder, _pool_xml(folder)) as pool:
             storage.create_volume(source.conn, pool, render.volume(view), name=name)
             try:
                 storage.upload_bytes(source.conn, pool, name, token)
@@ -170,7 +171,7 @@ def _shared(source: Host, target: Host, folder: str) -> bool:
 
 def _reads(target: Host, folder: str, name: str) -> bytes:
     try:
-        with storage.folder_as_pool(target.conn, folder, _pool_xml(folder)) as pool:
+        with folder_as_pool(target.conn, folder, _pool_xml(folder)) as pool:
             storage.refresh(target.conn, pool)
             found = storage.download(target.conn, pool, name)
     except NotFound:
@@ -180,7 +181,7 @@ def _reads(target: Host, folder: str, name: str) -> bytes:
 
 
 def _refresh(target: Host, folder: str) -> None:
-    with storage.folder_as_pool(target.conn, folder, _pool_xml(folder)) as pool:
+    with folder_as_pool(target.conn, folder, _pool_xml(folder)) as pool:
         storage.refresh(target.conn, pool)
 
 
@@ -296,7 +297,7 @@ def _judged(
 def _there(target: Host, one: File) -> tuple[bool, int | None]:
     """Whether the folder is missing there, and the size of the file of that name; None for none, or a half made one."""
     try:
-        with storage.folder_as_pool(target.conn, one.folder, _pool_xml(one.folder)) as pool:
+        with folder_as_pool(target.conn, one.folder, _pool_xml(one.folder)) as pool:
             storage.refresh(target.conn, pool)
             names = storage.volume_names(target.conn, pool)
             if one.leaf not in names or one.leaf + MARK in names:
@@ -310,7 +311,7 @@ def _space(target: Host, folders: Iterable[str]) -> dict[str, int]:
     found = {}
     for folder in dict.fromkeys(folders):
         try:
-            with storage.folder_as_pool(target.conn, folder, _pool_xml(folder)) as pool:
+            with folder_as_pool(target.conn, folder, _pool_xml(folder)) as pool:
                 storage.refresh(target.conn, pool)
                 found[folder] = storage.pool_space(target.conn, pool).available
         except NotFound:
@@ -327,6 +328,6 @@ def digest(host: Host, one: File) -> str:
             said = None
         if said is not None and said.code == 0:
             return said.out.split()[0].lstrip("\\")
-    with storage.folder_as_pool(host.conn, one.folder, _pool_xml(one.folder)) as pool:
+    with folder_as_pool(host.conn, one.folder, _pool_xml(one.folder)) as pool:
         storage.refresh(host.conn, pool)
         return storage.sha256(host.conn, pool, one.leaf)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from vmctl.hypervisor.states import State
 
 _SKEW_S = 2.0
+_CUT_OFF = frozenset({"post-copy failed", "post-copy", "migration"})
 
 
 class Problem(NamedTuple):
@@ -103,10 +104,13 @@ class Facts:
     peer_problem: str = ""
     peer_mend: str = ""
     back_problem: str = ""
+    unasked: bool = False  # whether the source cannot be asked if it reaches the target
     skew_s: float | None = None
     live: bool = True
     copy: bool = False
     postcopy: bool = False
+    certificates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # that QEMU lacks, by host
+    cards: frozenset[str] = frozenset()  # the target's network interfaces; empty: not known
     userfaults: bool = True  # whether QEMU on the target may wait for pages that are not there yet
 
 
@@ -132,18 +136,18 @@ def version(text: str) -> tuple[int, ...]:
 
 def _state(facts: Facts) -> Iterator[Problem]:
     vm = facts.vm
+    recover = f"vmctl migrate {vm.name} --to {facts.target.name} --recover"
     if vm.state is State.SAVED:
         yield Problem(f"{vm.name} is saved, and its memory lies on {facts.source.name}", f"vmctl start {vm.name}")
     elif vm.state in {State.CRASHED, State.CREATING, State.STOPPING, State.SUSPENDED}:
         yield Problem(
             f"{vm.name} is {vm.state}{f' ({vm.why})' if vm.why else ''}", f"vmctl reset, or delete, {vm.name}"
         )
-    elif vm.state is State.PAUSED and vm.why in {"I/O error", "post-copy failed", "post-copy", "migration"}:
-        yield Problem(
-            f"{vm.name} is paused ({vm.why})", "vmctl migrate --recover" if "post" in vm.why else "mend that first"
-        )
+    elif vm.state is State.PAUSED and vm.why in {"I/O error", *_CUT_OFF}:
+        yield Problem(f"{vm.name} is paused ({vm.why})", recover if vm.why in _CUT_OFF else "mend that first")
     if facts.live and vm.busy:
-        yield Problem(f"another job of {vm.name} is under way", "wait for it, or cancel it")
+        what = f"another job of {vm.name} is under way"
+        yield Problem(what, f"wait for it, or cancel it; of a migration, {recover} sees the end")
     for target in vm.disk_jobs:
         yield Problem(f"a job on disk {target} of {vm.name} is under way", "wait for it, or cancel it")
     if not facts.live and not vm.persistent:
@@ -163,7 +167,9 @@ def _identity(facts: Facts) -> Iterator[Problem]:
     for name, uuid in there.vms.items():
         if uuid == vm.uuid:
             what = f"{there.name} has a VM of the same UUID already: {name}"
-            yield Problem(what, f"vmctl migrate {vm.name} --recover looks at both hosts and ends what was cut off")
+            yield Problem(
+                what, f"vmctl migrate {vm.name} --to {there.name} --recover looks at both and ends what was cut off"
+            )
 
 
 def _machine(facts: Facts) -> Iterator[Problem]:
@@ -190,13 +196,16 @@ def _machine(facts: Facts) -> Iterator[Problem]:
 
 
 def _devices(facts: Facts) -> Iterator[Problem]:
-    vm = facts.vm
-    if facts.live:
-        for device in vm.host_devices:
-            yield Problem(f"{vm.name} has a device of its host: {device}", "detach it, or stop the VM first")
-        for share in vm.shares:
-            mend = f"vmctl unshare {vm.name}, or stop it first"
-            yield Problem(f"{vm.name} has a folder of its host mounted: {share}", mend)
+    vm, there = facts.vm, facts.target.name
+    for device in vm.host_devices:
+        what, mend = f"{vm.name} has a device of its host: {device}", "detach it, or stop the VM first"
+        yield Problem(what, mend) if facts.live else Problem(f"{what}; on {there} it must be there, too", note=True)
+    for share in vm.shares:
+        what, mend = (
+            f"{vm.name} has a folder of its host mounted: {share}",
+            f"vmctl unshare {vm.name}, or stop it first",
+        )
+        yield Problem(what, mend) if facts.live else Problem(f"{what}; on {there} it is that one's folder", note=True)
     if vm.snapshots:
         yield Problem(f"{vm.name} has {vm.snapshots} snapshots, which libvirt does not move", "vmctl snapshot delete")
     if vm.checkpoints:
@@ -232,6 +241,9 @@ def _networks(facts: Facts) -> Iterator[Problem]:
         if name in facts.source.nat or name in there.nat:
             what = f"network {name} is behind NAT on each host: {vm.name} gets another address there, by its next DHCP"
             yield Problem(what, "a bridged network keeps addresses", note=True)
+    for name in dict.fromkeys(vm.bridges):
+        if facts.live and facts.cards and name not in facts.cards:
+            yield Problem(f"{there.name} has no bridge {name}", f"make it there as it is on {facts.source.name}")
 
 
 def _storage(facts: Facts) -> Iterator[Problem]:
@@ -246,7 +258,7 @@ def _storage(facts: Facts) -> Iterator[Problem]:
                 yield Problem(
                     f"{what} has cache mode unsafe: not all of it may be on the disk", "cache=none, or stop it"
                 )
-            for user in need.users:
+            for user in need.users if here.uuid != there.uuid else ():
                 yield Problem(f"{what} is in use on {there.name}, by running VM {user}", "stop that one")
             continue
         if not facts.copy:
@@ -281,6 +293,13 @@ def _way(facts: Facts) -> Iterator[Problem]:
     if facts.peer_problem:
         what = f"libvirt on {here.name} does not reach {there.name}: {facts.peer_problem}"
         yield Problem(what, facts.peer_mend)
+    if facts.unasked:
+        what = f"whether libvirt on {here.name} reaches {there.name} cannot be asked: {here.name} is not reached by SSH"
+        yield Problem(what, "--direct needs no such way", note=True)
+    for name, lacking in facts.certificates.items():
+        if lacking and facts.live:
+            what = f"QEMU on {name} has no {', '.join(lacking)}, by which --tls encrypts"
+            yield Problem(what, "vmctl host setup USER@MACHINE --tls gives it some")
     if facts.back_problem:
         yield Problem(f"the way back, {there.name} to {here.name}, is closed: {facts.back_problem}", note=True)
     if facts.skew_s is not None and abs(facts.skew_s) > _SKEW_S:

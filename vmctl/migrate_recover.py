@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmctl import migrate, migrate_facts, migrate_files, migrate_storage
+from vmctl import migrate, migrate_facts, migrate_files, migrate_settle, migrate_storage
 from vmctl.errors import MigrationFailed, VmctlError
 from vmctl.events import Reporter, Status, Step, Warned
 from vmctl.hosts import holding
@@ -36,11 +36,11 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         vm = domain.find_or_none(ends.source.conn, name) or domain.find(ends.target.conn, name)
         began = time.monotonic()
         _await_job(ends, vm, wish, report)
-        where, seen = migrate.settle(ends, vm.uuid)
+        where, seen = migrate_settle.settle(ends, vm.uuid)
         if where is Where.POSTCOPY:
             report(Step(f"{name}: going on with its post-copy"))
             _resume_postcopy(ends, vm, wish)
-            where, seen = migrate.settle(ends, vm.uuid)
+            where, seen = migrate_settle.settle(ends, vm.uuid)
         here, there = ends.names
         if where is Where.MOVED:
             looked = _looked(ends, vm, wish)

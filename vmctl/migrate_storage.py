@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 
 from vmctl import image_users, images, render
-from vmctl.errors import ImageError, NotFound, quietly
-from vmctl.events import Progress, Reporter, Warned
+from vmctl.errors import Conflict, ImageError, NotFound, quietly
+from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.hypervisor import storage
 from vmctl.hypervisor.domain import Domain
+from vmctl.hypervisor.folders import folder_as_pool
+from vmctl.locks import held
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import MARK, File, Make, Role, digest
+
+_MADE_S = 3600.0  # as long as a base image may take over a slow link
 
 
 def _pool_xml(folder: str, name: str) -> str:
@@ -30,8 +35,14 @@ def made(ends: Ends, makes: Sequence[Make], report: Reporter) -> Iterator[ExitSt
         if makes:
             images.ensure_pools(ends.target)
         for one in makes:
-            _make(ends, one, undo, report)
+            _make(ends, one, partial(_others, ends.target, makes), undo, report)
         yield undo
+
+
+def _others(target: Host, makes: Sequence[Make]) -> set[str]:
+    """Who else on the target needs what VMs share of these files: of an image, its kernel too."""
+    shared = [one.file.path for one in makes if _public(one.file)]
+    return set(image_users.needed(target.conn).by(*shared)) - {one.file.leaf for one in makes}
 
 
 def _mark(file: File) -> File:
@@ -45,54 +56,83 @@ def unmark(target: Host, makes: Sequence[Make]) -> None:
 
 
 def clear_marked(target: Host, files: Sequence[File]) -> list[str]:
-    """Delete what a killed migration left of these files, and return their paths."""
+    """Delete what a killed migration left of these files, and return their paths.
+
+    What others are based on comes last: by then nobody needs it but another VM, which is there with it, so it is whole.
+    """
+    local = [file for file in reversed(files) if not file.network]
+    names = {folder: _names(target, folder) for folder in {file.folder for file in local}}
     found = []
-    for folder in dict.fromkeys(file.folder for file in files if not file.network):
-        for name in _names(target, folder):
-            marked = [file for file in files if file.folder == folder and file.leaf + MARK == name]
-            for file in marked:
-                remove(target, file)
-                remove(target, _mark(file))
-                found.append(file.path)
+    for file in local:
+        if file.leaf + MARK not in names[file.folder]:
+            continue
+        if not (_public(file) and image_users.needed(target.conn).by(file.path)):
+            remove(target, file)
+            found.append(file.path)
+        remove(target, _mark(file))
     return found
 
 
 def _names(host: Host, folder: str) -> tuple[str, ...]:
     try:
-        with storage.folder_as_pool(host.conn, folder, lambda name: _pool_xml(folder, name)) as pool:
+        with folder_as_pool(host.conn, folder, lambda name: _pool_xml(folder, name)) as pool:
             storage.refresh(host.conn, pool)
             return storage.volume_names(host.conn, pool)
     except NotFound:
         return ()
 
 
-def _make(ends: Ends, make: Make, undo: ExitStack, report: Reporter) -> None:
-    file, source, target = make.file, ends.source, ends.target
-    undo.callback(lambda: quietly(lambda: _unmake(ends.target, file)))
-    with storage.folder_as_pool(target.conn, file.folder, lambda name: _pool_xml(file.folder, name)) as pool:
-        if make.empty:
-            view = render.VolumeView(
-                file.leaf, file.capacity, file.format, backing=make.backing, backing_format=make.backing_format
-            )
-        else:
-            view = render.VolumeView(file.leaf, file.size, "raw", mode="0644" if _public(file) else "0600")
-        mark = render.VolumeView(file.leaf + MARK, 1, "raw")
+def _make(ends: Ends, make: Make, others: Callable[[], set[str]], undo: ExitStack, report: Reporter) -> None:
+    file, target = make.file, ends.target
+    with _alone(target, file, report), _pool(target, file) as pool:
         storage.refresh(target.conn, pool)
-        if mark.name in storage.volume_names(target.conn, pool):  # a killed one was here
+        mark, names = _mark(file).leaf, storage.volume_names(target.conn, pool)
+        undo.callback(lambda: quietly(lambda: _unmake(target, file, others, report)))
+        if _public(file) and file.leaf in names and digest(target, file) == digest(ends.source, file):
+            return  # another move has made it since, or a killed one had
+        if mark in names:  # a killed one was here
             storage.delete_volume(target.conn, pool, file.leaf)
         else:
-            storage.create_volume(target.conn, pool, render.volume(mark), name=mark.name)
-        storage.create_volume(target.conn, pool, render.volume(view), name=file.leaf)
+            storage.create_volume(target.conn, pool, render.volume(render.VolumeView(mark, 1, "raw")), name=mark)
+        storage.create_volume(target.conn, pool, render.volume(_view(make)), name=file.leaf)
         if not make.empty:
-            _fill(source, target, file, pool, report)
+            _fill(ends.source, target, file, pool, report)
+
+
+def _view(make: Make) -> render.VolumeView:
+    file = make.file
+    if not make.empty:
+        return render.VolumeView(file.leaf, file.size, "raw", mode="0644" if _public(file) else "0600")
+    return render.VolumeView(
+        file.leaf, file.capacity, file.format, backing=make.backing, backing_format=make.backing_format
+    )
+
+
+def _pool(host: Host, file: File) -> AbstractContextManager[str]:
+    return folder_as_pool(host.conn, file.folder, lambda name: _pool_xml(file.folder, name))
+
+
+@contextmanager
+def _alone(target: Host, file: File, report: Reporter) -> Iterator[None]:
+    """Keep other moves of this user's from making, or taking away, a file that they need as well."""
+    with ExitStack() as stack:
+        if _public(file):
+            lock = partial(held, target.folders.runtime, f"{file.path} on {target.lock_scope}")
+            try:
+                stack.enter_context(lock())
+            except Conflict:
+                report(Step(f"{file.told} {file.leaf}: waiting for another move, which makes it on {target.name}"))
+                stack.enter_context(lock(timeout_s=_MADE_S))
+        yield
 
 
 def _public(file: File) -> bool:
+    """Whether VMs share it."""
     return file.role in {Role.BASE, Role.KERNEL, Role.INITRD}
 
 
 def _fill(source: Host, target: Host, file: File, pool: str, report: Reporter) -> None:
-    with storage.folder_as_pool(source.conn, file.folder, lambda name: _pool_xml(file.folder, name)) as there:
+    with _pool(source, file) as there:
         sent = storage.transfer(
             source.conn,
             (there, file.leaf),
@@ -105,31 +145,40 @@ def _fill(source: Host, target: Host, file: File, pool: str, report: Reporter) -
     storage.refresh(target.conn, pool)  # what it is, libvirt sees by its content
 
 
-def _unmake(target: Host, file: File) -> None:
-    if file.leaf + MARK in _names(target, file.folder):
-        remove(target, file)
-        remove(target, _mark(file))
+def _unmake(target: Host, file: File, others: Callable[[], set[str]], report: Reporter) -> None:
+    with _alone(target, file, report):
+        if file.leaf + MARK in _names(target, file.folder) and not (_public(file) and others()):
+            remove(target, file)
+            remove(target, _mark(file))
 
 
 def remove(host: Host, file: File) -> None:
     """Delete a file of a host; one that is gone is no error."""
     try:
-        with storage.folder_as_pool(host.conn, file.folder, lambda name: _pool_xml(file.folder, name)) as pool:
+        with _pool(host, file) as pool:
             storage.refresh(host.conn, pool)
             storage.delete_volume(host.conn, pool, file.leaf)
     except NotFound:
         return
 
 
-def clear_source(source: Host, vm: Domain, found: Sequence[File], left: Sequence[str], report: Reporter) -> None:
-    """Delete what was the VM's own on its old host and lies on no shared storage: ``left``. Others' disks stay."""
-    record = vm.facts.record
+_COPIED = frozenset({Role.DISK, Role.READONLY, Role.NVRAM})
+
+
+def clear_source(ends: Ends, vm: Domain, found: Sequence[File], left: Sequence[str], report: Reporter) -> None:
+    """Delete what was the VM's own on its old host and lies on no shared storage: ``left``. Others' disks stay, and so
+    does what the target has not, whatever became of it there: it is all there is."""
+    record, source, target = vm.facts.record, ends.source, ends.target
     own = {owned.volume for owned in record.owned} if record else set()
     needed = image_users.needed(source.conn)
+    there = {folder: _names(target, folder) for folder in {one.folder for one in found if one.path in left}}
     for one in found:
         if one.path not in left or one.role in {Role.BASE, Role.KERNEL, Role.INITRD}:
             continue
         if one.role is Role.READONLY and one.leaf not in own:
+            continue
+        if one.role in _COPIED and one.leaf not in there[one.folder]:
+            report(Warned(f"kept {one.path} on {source.name}: {target.name} has no such file"))
             continue
         users = set(needed.by(one.path)) - {vm.name, one.leaf}
         if users:

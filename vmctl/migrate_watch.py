@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -70,7 +71,8 @@ def run(ends: Ends, name: str, orders: Orders, policy: Policy, report: Reporter)
             outcome.failure = outcome.failure or why
             if not outcome.postcopy:
                 migration.abort(source.conn, name)
-            worker.join(_ABORT_S)
+            with suppress(KeyboardInterrupt, Interrupted):  # where the VM is must be asked all the same
+                worker.join(_ABORT_S)
             outcome.hung = worker.is_alive()
             return outcome
 

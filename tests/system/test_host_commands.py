@@ -175,3 +175,32 @@ def test_setup_shows_what_it_changes_and_changes_it_once(here: Shell, bed: Testb
     assert {"vmctl", "vmctl-images"} <= set(pools) and "vmctl" in second.virsh("net-list", "--name").split()
     checked = {(one["host"], one["name"]): one["result"] for one in here.json("host", "check")}
     assert checked["h2", "reaches h1"] == checked["h1", "reaches h2"] == "ok"
+
+
+def test_setup_by_a_user_who_becomes_root(here: Shell, bed: Testbed) -> None:
+    """The others' roots log in as that user, too; and it is root there whose libvirt must reach them."""
+    first, third = bed.machines[0], bed.machines[2]
+    script = """
+        echo 'admin:x:5000:5000::/run/admin:/bin/sh' >>/etc/passwd
+        echo 'admin:*:19000:0:99999:7:::' >>/etc/shadow
+        sed 's/^\\(libvirt\\|kvm\\):.*/&,admin/; s/:,/:/' /etc/group >/run/group
+        { cat /run/group; echo 'admin:x:5000:'; } >/etc/group
+        mkdir -p /run/admin/.ssh; printf '# a line without an end' >/run/admin/.ssh/authorized_keys
+        chown -R admin:admin /run/admin
+        mount -t tmpfs -o mode=0750 tmpfs /etc/sudoers.d
+        echo 'admin ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/admin; chmod 440 /etc/sudoers.d/admin"""
+    third.run("sh", "-e", "-c", script)
+    for machine in (first, third):
+        machine.run("sh", "-c", "rm -f ~/.ssh/id_ed25519* ~/.ssh/known_hosts")
+    here.run("host", "add", "h1", first.ssh_uri, "--host-key", first.host_key)
+    here.run("host", "add", "t", bed.machines[1].tcp_uri, "--insecure", "--no-check")
+    words = ("host", "setup", f"admin@{third.address}", "--name", "h3", "--keyfile", str(bed.key), "--peers")
+    words += ("--host-key", third.host_key)
+    shown = here.run(*words, "--dry-run")
+    for line in ("h3 lets root of h1 in, as admin", "h1 lets root of h3 in", "h3 knows the host key of h1"):
+        assert f"+ {line}\n" in shown.stdout, "what waits for a key that is yet to be made is told, too"
+    assert "t is left out of --peers: it is not reached by SSH" in shown.stderr
+    here.run(*words, "--yes")
+    assert here.run(*words, "--yes").stdout == "h3: nothing to change\n"
+    checked = {(one["host"], one["name"]): one["result"] for one in here.json("host", "check", "h1", "h3")}
+    assert checked["h3", "reaches h1"] == checked["h1", "reaches h3"] == "ok"

@@ -135,6 +135,22 @@ def test_drain_goes_on_where_it_was_left(fleet: Fleet) -> None:
     assert fleet.run("host", "drain", "h2", "--yes").stdout == "nothing to move\n"
 
 
+def test_several_at_once_with_files_in_a_folder_that_is_no_pool(fleet: Fleet) -> None:
+    names = ("a", "b", "c", "d")
+    for name in names:
+        fleet.define("h1", name, start=False)
+        folder = "/var/lib/libvirt/loose"
+        disk = f"{folder}/{name}.raw"
+        fleet.machines["h1"].run("sh", "-c", f"mkdir -p {folder}; truncate -s 1M {disk}")
+        fleet.machines["h1"].virsh("attach-disk", name, disk, "vda", "--config", "--subdriver", "raw")
+    fleet.machines["h2"].run("mkdir", "-p", folder)
+    fleet.run("host", "drain", "h1", "--avoid", "h3", "--copy-storage", "full", "--at-once", "4", "--yes")
+    assert fleet.where() == dict.fromkeys(names, "h2")
+    assert fleet.machines["h1"].run("ls", folder).stdout == ""
+    assert fleet.machines["h2"].run("ls", folder).stdout.split() == [f"{name}.raw" for name in names]
+    assert "look" not in fleet.machines["h1"].virsh("pool-list", "--all") + fleet.machines["h2"].virsh("pool-list")
+
+
 def test_consolidate(fleet: Fleet) -> None:
     for number, host in enumerate(("h1", "h1", "h1", "h2", "h3")):
         fleet.define(host, f"v{number}")

@@ -131,10 +131,22 @@ def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_pat
         pair.machine("h1").mend_from(second)
         second.virsh("undefine", vm)
         second.virsh("net-start", "lan")
+    unencrypted = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--tls", "--check", check=11).stderr
+    assert "QEMU on h1 has no ca-cert.pem" in unencrypted and "QEMU on h2 has no ca-cert.pem, server-c" in unencrypted
+    first = pair.machine("h1")
+    unasked = pair.json("-c", first.tcp_uri, "migrate", vm, "--to", "h2", "--check")
+    assert "is not reached by SSH" in unasked[0]["what"] and unasked[0]["note"]
+    first.run("ip", "link", "add", "br9", "type", "bridge")
+    first.virsh("attach-interface", vm, "bridge", "br9", "--model", "virtio", "--mac", "52:54:00:00:00:09", "--live")
+    try:
+        assert "h2 has no bridge br9" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", check=11).stderr
+    finally:
+        first.virsh("detach-interface", vm, "bridge", "--mac", "52:54:00:00:00:09", "--live")
+        until(lambda: "br9" not in first.virsh("domiflist", vm), "it is unplugged")
+        first.run("ip", "link", "del", "br9")
     assert "are one host" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h1", check=11).stderr
     assert pair.vmctl("-c", "h1", "migrate", "nope", "--to", "h2", check=4).stderr.startswith("cannot find VM nope")
     pair.vmctl("-c", "h1", "migrate", vm, "--to", "h9", check=4)
-    assert pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--tunnelled", "--parallel", "2", check=2)
     assert pair.where(vm) == {"h1": "running"}
 
 
@@ -211,7 +223,9 @@ def test_limits_that_change_on_the_way(pair: Pair) -> None:
         process = pair.begin("-c", "h1", "migrate", name, "--to", "h2", "--bandwidth", "1M")
         until(lambda: sending(pair, name), "the migration sends")
         assert pair.machine("h1").virsh("migrate-getspeed", name) == "1"
-        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--adjust", "--bandwidth", "900M", "--downtime", "700")
+        adjust = ("--adjust", "--bandwidth", "900M", "--downtime", "700")
+        (adjusted,) = pair.json("-c", "h1", "migrate", name, "--to", "h2", *adjust)
+        assert adjusted == {"vm": name, "bandwidth": 900 << 20, "downtime_ms": 700}
         assert pair.machine("h1").virsh("migrate-getmaxdowntime", name) == "700"
         _, said = process.communicate(timeout=40)  # at 1 MiB/s it would take more than a minute
         assert process.returncode == 0, said

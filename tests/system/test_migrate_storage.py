@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.faults.phases import Hold, Phase, install
 from tests.system.migrating import Pair, guest, pair_fixture, until
+from vmctl.wait import pause
 
 pytestmark = pytest.mark.system
 
@@ -204,3 +206,96 @@ def test_cut_off_it_stays_and_the_target_is_clean(pair: Pair, vm: str, number: s
     pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
     assert read(pair, "h2", vm) == digest
     assert not [name for name in pair.files("h2") if name.endswith(".migrating")]
+
+
+def test_interrupted_while_both_are_asked_where_it_is(pair: Pair, vm: str) -> None:
+    """It runs on h2 already, which does not answer just then: its disks there are the only ones that it writes to."""
+    first, second = pair.machine("h1"), pair.machine("h2")
+    install(first)
+    first.kill("libvirtd")
+    first.start("libvirtd")
+    before = of(vm, pair.files("h1"))
+    hold = Hold(Phase.CONFIRM, first, second, vm)
+    process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    assert hold.enter(lambda: process.poll() is not None, 0)
+    second.kill("libvirtd", signal.SIGSTOP)
+    try:
+        hold.release()
+        for _ in range(4):  # while it is sent, while that is ended, and while both are asked
+            pause(1)
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        pause(1)  # whatever it does next, it asks h2
+    finally:
+        second.kill("libvirtd", signal.SIGCONT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "no file of it was deleted" in said and "--recover" in said, said
+    until(lambda: pair.where(vm) == {"h2": "running"}, "the source has come to an end with it")
+    assert before <= of(vm, pair.files("h2")) and of(vm, pair.files("h1")) == before
+
+    # What is there no more, for whatever reason, is not deleted here, where it is all that is left.
+    (top,) = [name for name in before if name.endswith(".qcow2")]
+    second.run("mv", f"/var/lib/libvirt/vmctl/vmctl/{top}", "/var/lib/libvirt/vmctl/away")
+    said = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover").stderr
+    assert f"{top} on h1: h2 has no such file" in said and of(vm, pair.files("h1")) == {top}
+    second.run("mv", "/var/lib/libvirt/vmctl/away", f"/var/lib/libvirt/vmctl/vmctl/{top}")
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+    assert of(vm, pair.files("h1")) == set()
+    assert before <= of(vm, pair.files("h2")) and not [name for name in pair.files("h2") if "migrating" in name]
+
+
+@pytest.fixture
+def two(pair: Pair) -> Iterator[tuple[str, str]]:
+    """Two stopped VMs of one image."""
+    names = ("m-one", "m-two")
+    for name in names:
+        pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    yield names
+    for name in names:
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
+def test_two_of_one_image_at_once(pair: Pair, vm: str, two: tuple[str, str]) -> None:
+    """Both find that its files are not there; one makes them, the other waits."""
+    second = pair.machine("h2")
+    second.run("sh", "-c", "rm -f /var/lib/libvirt/vmctl/vmctl-images/*; virsh pool-refresh vmctl-images")
+    pair.bed.limit("100mbit")
+    words = ("--to", "h2", "--copy-storage", "overlay")
+    running = [pair.begin("-c", "h1", "migrate", name, *words) for name in two]
+    until(lambda: any(".kernel" in path.name for path in second.images.iterdir()), "both have the base image")
+    for one in running:
+        one.send_signal(signal.SIGINT)
+    for one in running:
+        one.communicate(timeout=60)
+    assert [one.returncode for one in running] == [130, 130]
+    assert not [*second.images.iterdir()] and pair.files("h2") == set(), "the last one takes away what they share"
+
+    running = [pair.begin("-c", "h1", "migrate", name, *words) for name in two]
+    said = [one.communicate(timeout=120) for one in running]
+    assert [one.returncode for one in running] == [0, 0], said
+    assert "waiting for another move" in said[0][1] + said[1][1]
+    for name in two:
+        assert pair.where(name) == {"h2": "shut off"}
+        (top,) = [file for file in of(name, pair.files("h2")) if file.endswith(".qcow2")]
+        second.run("qemu-img", "check", "-q", f"/var/lib/libvirt/vmctl/vmctl/{top}")
+
+
+def test_a_base_that_others_have_stays(pair: Pair, vm: str, two: tuple[str, str]) -> None:
+    """A move whose vmctl was killed, and that went on without, leaves its mark at files that the VM needs there."""
+    second, name = pair.machine("h2"), two[0]
+    pair.vmctl("-c", "h1", "migrate", two[1], "--to", "h2", "--copy-storage", "overlay")
+    (base,) = second.images.glob("micro-*.qcow2")
+    was = base.stat().st_ino
+
+    def marked() -> None:
+        base.with_name(f"{base.name}.migrating").write_text("")
+        second.virsh("pool-refresh", "vmctl-images")
+
+    marked()
+    pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay")
+    assert base.stat().st_ino == was and not base.with_name(f"{base.name}.migrating").exists()
+    pair.vmctl("-c", "h2", "migrate", name, "--to", "h1", "--copy-storage", "overlay")
+    marked()
+    pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay", "--recover")
+    assert base.stat().st_ino == was and not base.with_name(f"{base.name}.migrating").exists()

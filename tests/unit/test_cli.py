@@ -323,3 +323,23 @@ def test_an_option_behind_the_name_is_not_run_in_the_guest(capsys: pytest.Captur
     assert run(["-c", "test:///default", verb, "test", "--user", "bob", "--", "id"]) == 2
     said = capsys.readouterr().err
     assert "cannot run '--user' in a guest: options stand before the VM's name" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "--check --tunnelled --copy-storage full --parallel 2",
+            "one connection: no --parallel; a tunnelled migration",
+        ),
+        ("--check --postcopy --held", "--postcopy goes with no --held"),
+        ("--check --recover", "of --check, --adjust and --recover goes one at a time"),
+        ("--direct --tunnelled --compress --parallel 2", "--direct goes with no --tunnelled; --compress goes with"),
+        ("--bandwidth 100K", "cannot migrate at 100K a second: libvirt limits to whole MiB"),
+    ],
+)
+@pytest.mark.parametrize("target", ["nowhere", "auto"])
+def test_what_cannot_be_meant_of_a_migration_is_said_before_any_host_is_asked(
+    capsys: pytest.CaptureFixture[str], line: str, said: str, target: str
+) -> None:
+    assert said in told(capsys, "migrate", "web1", "--to", target, *line.split())[0]

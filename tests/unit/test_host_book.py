@@ -97,6 +97,8 @@ def test_the_way_there_knows_the_pinned_key_alone(folders: Folders) -> None:
 
 
 def test_keys() -> None:
+    assert host_ssh.known_as(host_ssh.place("qemu+ssh://root@h/system")) == "h"
+    assert host_ssh.known_as(host_ssh.place("qemu+ssh://root@h:2222/system")) == "[h]:2222"
     assert host_ssh.checked_key(f"one,10.0.0.1 {KEY} root@one") == KEY
     assert host_ssh.fingerprint(KEY).startswith("SHA256:") and "=" not in host_ssh.fingerprint(KEY)
     for wrong in ("", "ssh-ed25519", "ssh-ed25519 !!", "hello world"):

@@ -50,7 +50,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("h2 has no network lan", {}, {"networks": {}}, {}),
     ("network lan on h2 is down", {}, {"networks": {"lan": False}}, {}),
     ("libvirt on h1 does not reach h2: refused", {}, {}, {"peer_problem": "refused", "peer_mend": "keys"}),
+    ("h2 has no bridge br9", {"bridges": ("br0", "br9")}, {}, {"cards": frozenset({"lo", "br0"})}),
     ("may not handle page faults", {}, {}, {"postcopy": True, "userfaults": False}),
+    ("QEMU on h2 has no ca-cert.pem", {}, {}, {"certificates": {"h1": (), "h2": ("ca-cert.pem",)}}),
     # of storage
     ("is on h1 only", {}, {}, {"needs": (DiskNeed("disk vda", "/p/x", False),)}),
     ("cache mode unsafe", {}, {}, {"needs": (DiskNeed("disk vda", "/p/x", True, cache="unsafe"),)}),
@@ -69,15 +71,21 @@ def test_each(said: str, vm: dict[str, Any], there: dict[str, Any], both: dict[s
     assert found.mend or "same UUID" in found.what
 
 
+def test_one_host_is_told_once() -> None:
+    facts = replace(FINE, target=replace(THERE, uuid="a"), needs=(DiskNeed("d", "/p/x", True, users=("web",)),))
+    assert len(problems(facts)) == 1
+
+
 def test_notes_keep_nobody_from_it() -> None:
     facts = replace(
         FINE,
         vm=replace(VM, checkpoints=("c1",)),
         target=replace(THERE, libvirt="8.0.0", nat=frozenset({"lan"})),
         back_problem="refused",
+        unasked=True,
         skew_s=-3.0,
     )
-    assert len(problems(facts)) == 5 and fatal(problems(facts)) == ()
+    assert len(problems(facts)) == 6 and fatal(problems(facts)) == ()
 
 
 def test_all_at_once_and_stopped_ones_ask_less() -> None:
@@ -92,3 +100,10 @@ def test_all_at_once_and_stopped_ones_ask_less() -> None:
     assert len(fatal(problems(bad))) == 9
     off = replace(bad, vm=replace(bad.vm, state=State.STOPPED), live=False, peer_problem="")
     assert len(fatal(problems(off))) == 4
+    assert "on h2 it is that one's folder" in problems(off)[-1].what
+
+
+@pytest.mark.parametrize("why", ["migration", "post-copy", "post-copy failed"])
+def test_what_was_cut_off_names_the_way_on(why: str) -> None:
+    facts = replace(FINE, vm=replace(VM, state=State.PAUSED, why=why, busy=True))
+    assert [one.mend for one in problems(facts) if "vmctl migrate web --to h2 --recover" not in one.mend] == []

@@ -58,7 +58,7 @@ def setup(
     wanted = host_setup.changes(found)
     extra = host_setup.furnishings(fleet, entry) if found.libvirt else ("storage pools", "network")
     new = chosen not in fleet.settings.hosts
-    others = host_setup.peers(fleet, entry) if peers else ()
+    others = host_setup.peers(fleet, entry, report) if peers else ()
     certificates = host_tls.wanted(fleet, entry) if tls else ()
     lines = [*(one.what for one in wanted), *extra, *certificates, *(change.what for _, change in others)]
     lines += [f"host {chosen} in the config file"] if new else []

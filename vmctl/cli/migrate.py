@@ -112,11 +112,9 @@ def migrate(
     """
     from vmctl.config import AUTO
     from vmctl.hypervisor.migration import Copying, Way
-    from vmctl.migrate import Wish
+    from vmctl.migrate import Wish, wish_problems
     from vmctl.migrate_policy import Policy
 
-    if direct and tunnelled:
-        raise SpecError("cannot migrate: --direct goes with no --tunnelled")
     wish = Wish(
         way=Way.DIRECT if direct else Way.TUNNELLED if tunnelled else Way.PEER,
         live=live,
@@ -134,8 +132,13 @@ def migrate(
         compress=compress,
         parallel=parallel,
         tls=tls,
-        bandwidth=_bytes(bandwidth),
+        bandwidth=_rate(bandwidth),
     )
+    found = ["--direct goes with no --tunnelled"] if direct and tunnelled else []
+    if check + adjust + recover > 1:
+        found.append("of --check, --adjust and --recover goes one at a time")
+    if found := [*found, *wish_problems(wish)]:
+        raise SpecError("cannot migrate", problems=found)
     if to == AUTO:
         from vmctl.cli import host_plan
 
@@ -147,29 +150,36 @@ def migrate(
     with _ends(connect, to) as ends:
         if not (adjust or recover):  # those have to do with hosts that may be down
             ends.open()
-        found = _wanted(ends, names, recover=recover)
+        wanted = _wanted(ends, names, recover=recover)
         if adjust:
-            _adjust(ends, found, _bytes(bandwidth), downtime)
+            _adjust(ends, wanted, wish.bandwidth, downtime, output)
         elif check:
-            _check(ends, found, wish, output)
+            _check(ends, wanted, wish, output)
         else:
-            _move(ends, found, wish, output, recover=recover)
+            _move(ends, wanted, wish, output, recover=recover)
 
 
-def _adjust(ends: Ends, names: tuple[str, ...], bandwidth: int, downtime: int | None) -> None:
+def _adjust(ends: Ends, names: tuple[str, ...], bandwidth: int, downtime: int | None, output: Output) -> None:
     from vmctl import migrate as verb
 
     if not bandwidth and downtime is None:
         raise SpecError("cannot adjust: nothing to change is given", hint="--bandwidth, --downtime")
     for name in names:
         verb.adjust(ends.source, name, bandwidth=bandwidth, downtime_ms=downtime)
-        ui.say(f"{name}: adjusted")
+    rows = [{"vm": name, "bandwidth": bandwidth or None, "downtime_ms": downtime} for name in names]
+    ui.emit(rows, output, lambda: "\n".join(f"{name}: adjusted" for name in names), lambda: names)
 
 
-def _bytes(text: str | None) -> int:
+def _rate(text: str | None) -> int:
+    """Bytes a second; 0 for no limit."""
     from vmctl.disk_spec import parse_bytes
 
-    return parse_bytes(text) if text else 0
+    if text is None:
+        return 0
+    found = parse_bytes(text)
+    if found < 1 << 20:
+        raise SpecError(f"cannot migrate at {text} a second: libvirt limits to whole MiB", hint="--bandwidth 1M")
+    return found
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -309,33 +308,6 @@ def sha256(conn: Connection, pool: str, name: str) -> str:
     digest = hashlib.sha256()
     read(conn, pool, name, digest.update)
     return digest.hexdigest()
-
-
-@contextmanager
-def folder_as_pool(conn: Connection, folder: str, xml: Callable[[str], str]) -> Iterator[str]:
-    """The name of a pool that shows a folder: the one that is there, else one for the time of the block.
-
-    Raises NotFound where there is no such folder.
-    """
-    try:
-        found = conn.handle.storagePoolLookupByTargetPath(folder)
-        if found.isActive():
-            yield str(found.name())
-            return
-    except libvirt.libvirtError as error:
-        if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
-            with calling(f"look up folder {folder}"):
-                raise
-    name = f"vmctl-look-{os.urandom(6).hex()}"
-    try:
-        made = conn.handle.storagePoolCreateXML(xml(name), 0)
-    except libvirt.libvirtError as error:
-        raise NotFound(f"cannot look into {folder}: {error.get_error_message()}") from error
-    try:
-        yield name
-    finally:
-        with suppress(libvirt.libvirtError):
-            made.destroy()
 
 
 def download(conn: Connection, pool: str, name: str) -> bytes:
