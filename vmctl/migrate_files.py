@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from vmctl import host_ssh, images, render
 from vmctl.errors import NotFound, VmctlError, quietly
+from vmctl.folder_pools import shown
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, storage
 from vmctl.hypervisor.domain import Domain
-from vmctl.hypervisor.folders import PASSING, folder_as_pool
+from vmctl.hypervisor.folders import PASSING
 from vmctl.hypervisor.migration import Copying
 from vmctl.hypervisor.storage import VolumeFacts
 from vmctl.migrate_problems import DiskNeed
@@ -72,14 +73,14 @@ def nvram(vm: Domain) -> str:
 
 def files(host: Host, vm: Domain) -> tuple[File, ...]:
     """All that the VM needs, each once; what others are based on comes before them."""
-    with ExitStack() as shown:
-        return _files(host, vm, _known(host, vm, shown))
+    with ExitStack() as looks:
+        return _files(host, vm, _known(host, vm, looks))
 
 
-def _known(host: Host, vm: Domain, shown: ExitStack) -> dict[str, VolumeFacts]:
+def _known(host: Host, vm: Domain, looks: ExitStack) -> dict[str, VolumeFacts]:
     """The volumes of all pools by path, and what lies in the folders of the VM's disks that are no pools.
 
-    Those are shown as pools until ``shown`` is closed: without, not even the size of a disk is known.
+    Those are shown as pools until ``looks`` is closed: without, not even the size of a disk is known.
     """
     known = {one.path: one for one in storage.all_volumes(host.conn) if not one.pool.startswith(PASSING)}
     wanted = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=not vm.active)} | {nvram(vm)}
@@ -88,7 +89,7 @@ def _known(host: Host, vm: Domain, shown: ExitStack) -> dict[str, VolumeFacts]:
         looked |= folders
         for folder in folders:
             with suppress(NotFound):
-                pool = shown.enter_context(folder_as_pool(host.conn, folder, _pool_xml(folder)))
+                pool = looks.enter_context(shown(host, folder))
                 known |= {one.path: one for one in storage.volumes(host.conn, pool)}
         wanted |= {known[path].backing for path in wanted if path in known}
     return known
@@ -145,10 +146,6 @@ def _below(host: Host, top: File, known: Mapping[str, VolumeFacts], told: Sequen
 # --- one folder or two --------------------------------------------------------------------------------------
 
 
-def _pool_xml(folder: str) -> Callable[[str], str]:
-    return lambda name: render.pool(name, folder)
-
-
 def shared_folders(source: Host, target: Host, folders: Iterable[str]) -> frozenset[str]:
     """Those of the folders that both hosts see: a file with a random content made on one is read on the other."""
     return frozenset(folder for folder in dict.fromkeys(folders) if _shared(source, target, folder))
@@ -158,7 +155,7 @@ def _shared(source: Host, target: Host, folder: str) -> bool:
     token, name = secrets.token_hex(16).encode(), f"vmctl-token-{secrets.token_hex(8)}"
     view = render.VolumeView(name, len(token), "raw", mode="0600")
     try:
-        with folder_as_pool(source.conn, folder, _pool_xml(folder)) as pool:
+        with shown(source, folder) as pool:
             storage.create_volume(source.conn, pool, render.volume(view), name=name)
             try:
                 storage.upload_bytes(source.conn, pool, name, token)
@@ -171,7 +168,7 @@ def _shared(source: Host, target: Host, folder: str) -> bool:
 
 def _reads(target: Host, folder: str, name: str) -> bytes:
     try:
-        with folder_as_pool(target.conn, folder, _pool_xml(folder)) as pool:
+        with shown(target, folder) as pool:
             storage.refresh(target.conn, pool)
             found = storage.download(target.conn, pool, name)
     except NotFound:
@@ -181,7 +178,7 @@ def _reads(target: Host, folder: str, name: str) -> bytes:
 
 
 def _refresh(target: Host, folder: str) -> None:
-    with folder_as_pool(target.conn, folder, _pool_xml(folder)) as pool:
+    with shown(target, folder) as pool:
         storage.refresh(target.conn, pool)
 
 
@@ -297,7 +294,7 @@ def _judged(
 def _there(target: Host, one: File) -> tuple[bool, int | None]:
     """Whether the folder is missing there, and the size of the file of that name; None for none, or a half made one."""
     try:
-        with folder_as_pool(target.conn, one.folder, _pool_xml(one.folder)) as pool:
+        with shown(target, one.folder) as pool:
             storage.refresh(target.conn, pool)
             names = storage.volume_names(target.conn, pool)
             if one.leaf not in names or one.leaf + MARK in names:
@@ -311,7 +308,7 @@ def _space(target: Host, folders: Iterable[str]) -> dict[str, int]:
     found = {}
     for folder in dict.fromkeys(folders):
         try:
-            with folder_as_pool(target.conn, folder, _pool_xml(folder)) as pool:
+            with shown(target, folder) as pool:
                 storage.refresh(target.conn, pool)
                 found[folder] = storage.pool_space(target.conn, pool).available
         except NotFound:
@@ -328,6 +325,6 @@ def digest(host: Host, one: File) -> str:
             said = None
         if said is not None and said.code == 0:
             return said.out.split()[0].lstrip("\\")
-    with folder_as_pool(host.conn, one.folder, _pool_xml(one.folder)) as pool:
+    with shown(host, one.folder) as pool:
         storage.refresh(host.conn, pool)
         return storage.sha256(host.conn, pool, one.leaf)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
 from vmctl import image_users, images, render
 from vmctl.errors import Conflict, ImageError, NotFound, quietly
 from vmctl.events import Progress, Reporter, Step, Warned
+from vmctl.folder_pools import shown
 from vmctl.hosts import Host
 from vmctl.hypervisor import storage
 from vmctl.hypervisor.domain import Domain
-from vmctl.hypervisor.folders import folder_as_pool
 from vmctl.locks import held
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import MARK, File, Make, Role, digest
 
 _MADE_S = 3600.0  # as long as a base image may take over a slow link
-
-
-def _pool_xml(folder: str, name: str) -> str:
-    return render.pool(name, folder)
 
 
 @contextmanager
@@ -75,7 +71,7 @@ def clear_marked(target: Host, files: Sequence[File]) -> list[str]:
 
 def _names(host: Host, folder: str) -> tuple[str, ...]:
     try:
-        with folder_as_pool(host.conn, folder, lambda name: _pool_xml(folder, name)) as pool:
+        with shown(host, folder) as pool:
             storage.refresh(host.conn, pool)
             return storage.volume_names(host.conn, pool)
     except NotFound:
@@ -84,7 +80,7 @@ def _names(host: Host, folder: str) -> tuple[str, ...]:
 
 def _make(ends: Ends, make: Make, others: Callable[[], set[str]], undo: ExitStack, report: Reporter) -> None:
     file, target = make.file, ends.target
-    with _alone(target, file, report), _pool(target, file) as pool:
+    with _alone(target, file, report), shown(target, file.folder) as pool:
         storage.refresh(target.conn, pool)
         mark, names = _mark(file).leaf, storage.volume_names(target.conn, pool)
         undo.callback(lambda: quietly(lambda: _unmake(target, file, others, report)))
@@ -108,10 +104,6 @@ def _view(make: Make) -> render.VolumeView:
     )
 
 
-def _pool(host: Host, file: File) -> AbstractContextManager[str]:
-    return folder_as_pool(host.conn, file.folder, lambda name: _pool_xml(file.folder, name))
-
-
 @contextmanager
 def _alone(target: Host, file: File, report: Reporter) -> Iterator[None]:
     """Keep other moves of this user's from making, or taking away, a file that they need as well."""
@@ -132,7 +124,7 @@ def _public(file: File) -> bool:
 
 
 def _fill(source: Host, target: Host, file: File, pool: str, report: Reporter) -> None:
-    with _pool(source, file) as there:
+    with shown(source, file.folder) as there:
         sent = storage.transfer(
             source.conn,
             (there, file.leaf),
@@ -155,7 +147,7 @@ def _unmake(target: Host, file: File, others: Callable[[], set[str]], report: Re
 def remove(host: Host, file: File) -> None:
     """Delete a file of a host; one that is gone is no error."""
     try:
-        with _pool(host, file) as pool:
+        with shown(host, file.folder) as pool:
             storage.refresh(host.conn, pool)
             storage.delete_volume(host.conn, pool, file.leaf)
     except NotFound:
