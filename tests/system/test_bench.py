@@ -99,9 +99,11 @@ def test_the_rate_is_the_kernels_own(whole: dict[str, Any]) -> None:
 
 def test_a_whole_batch_is_fifty_milliseconds(tmp_path: Path) -> None:
     found = measured(Plan(guests=1, rows=("loop", "cpuid", "cr3_reload")))
+    batch = 0.05 * found.guests[0].khz * 1000
     for row in found.rows:
         (run,) = row.runs
-        assert sum(run.ticks) >= 0.05 * found.guests[0].khz * 1000 and len(run.ticks) >= 20, row.name
+        # Where others had the CPU for most of each part, twice the time is enough.
+        assert sum(run.ticks) >= batch and (len(run.ticks) >= 20 or sum(run.ticks) >= 2 * batch), (row.name, run.ticks)
 
 
 def test_kept_listed_shown_and_checked(shell: Shell, whole: dict[str, Any]) -> None:
