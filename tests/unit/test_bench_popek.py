@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -25,6 +26,7 @@ from vmctl.cli import run as vmctl
 
 SOURCE = (Path(popek.__file__).parents[1] / "baremetal/sensitive.c").read_text()
 GP = Try(vector=13)
+JUDGED = (("rdpid", "skipped"), ("lar", "failure"))
 UMIP = {"sgdt", "sidt", "sldt", "smsw", "str"}
 
 
@@ -76,6 +78,8 @@ def test_no_trap_is_not_yet_a_proof() -> None:
     assert finding(mov_cs, Try(value=8), Try(value=0x33)) is Finding.FOREIGN, "a selector that is not the guest's"
     assert finding(hlt, Try(value=0), Try(value=0)) is Finding.SILENT
     assert finding(BY_NAME["syscall"], Try(value=8), Try(value=0x33)) is Finding.FOREIGN, "led to a kernel that is none"
+    assert finding(BY_NAME["wrgsbase"], Try(value=0x1000), Try(value=0)) is Finding.FOREIGN, "the kernel saw no change"
+    assert finding(BY_NAME["wrpkru"], Try(value=0), Try(value=0)) is Finding.FOREIGN, "nor here"
     assert finding(add, Try(value=42), Try(value=42)) is Finding.INNOCUOUS
     assert finding(add, Try(value=42), Try(value=41)) is Finding.UNPROVED
 
@@ -201,7 +205,12 @@ def test_kept_shown_and_not_compared(kept: PopekResult, capsys: pytest.CaptureFi
     text = capsys.readouterr().out
     assert "theorem 1" in text and "trap #GP" in text and "the guest ended" in text
     page = tmp_path / "page.html"
-    assert vmctl(["bench", "report", "latest", "--html", str(page)]) == 0
+    xml = tmp_path / "junit.xml"
+    assert vmctl(["bench", "report", "latest", "--html", str(page), "--junit", str(xml)]) == 0
+    suite = ET.parse(xml).getroot()[0]
+    skipped, failed = (suite.find(f"testcase[@name='kvm {name}']/{what}") for name, what in JUDGED)
+    assert skipped is not None and skipped.attrib["message"] == "this CPU has none"
+    assert failed is not None and (suite.attrib["skipped"], suite.attrib["failures"]) == ("1", "1")
     told, written = capsys.readouterr().out, unescape(page.read_text())
     for machine in kept.machines:
         for one in statements(machine):

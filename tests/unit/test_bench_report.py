@@ -6,6 +6,7 @@ import io
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,8 @@ def test_the_report_command(kept: Path, tmp_path: Path, capsys: pytest.CaptureFi
     told = capsys.readouterr().err
     assert "cannot write /proc/none/r.html: there is no folder /proc/none\nhint: mkdir -p /proc/none" in told
     assert vmctl(["bench", "report", "--html", "/proc/r.html"]) == 1
+    assert vmctl(["bench", "report", "--html", str(tmp_path)]) == 2
+    assert f"cannot write {tmp_path}: it is a folder" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.png", "r.xml", "vmctl"]
 
 
@@ -236,6 +239,17 @@ def test_a_regression_is_a_failed_test_case(kept: Path, tmp_path: Path) -> None:
         case.attrib["name"] for case in ET.parse(path).getroot().iter("testcase") if case.find("failure") is not None
     ]
     assert failed == ["cpuid"]
+
+
+def test_a_run_is_told_before_its_file_is_written(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may have taken long, and the file may be impossible."""
+    done = Run("run-1", "2026-01-01", "test:///default", True, (), (Through("p0", "trap-1", "", 4.0),), complete=True)
+    monkeypatch.setattr(everything, "run", lambda *_args, **_options: done)
+    assert vmctl(["bench", "run", "--junit", "/proc/none/x.xml", "-c", "test:///default"]) == 4
+    out, err = capsys.readouterr()
+    assert "trap-1" in out and "kept as run-1" in err and "there is no folder /proc/none" in err
 
 
 def test_a_report_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +289,9 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert not first.parts
     cut = Run(first.id, first.made, first.uri, True, (), (Through("p0", "trap-1", "", 4.0),), complete=False)
     store.write(everything.folder(tmp_path), cut.to_json())
+    two = replace(cut, id="run-two", only=("p0", "p1"))
+    store.write(everything.folder(tmp_path), two.to_json())
+    assert everything.begin(tmp_path, "qemu:///system", ("p1", "p0"), quick=True, new=False) == two, "the same parts"
     part = {"name": "p0", "result": "", "problem": "", "took_s": 1}
     damaged = [{**cut.to_json(), **one} for one in ({"parts": [{**part, "took_s": "x"}]}, {"parts": 5}, {"only": None})]
     for number, text in enumerate(["{", "[" * 99999, "[]", *map(json.dumps, damaged)]):

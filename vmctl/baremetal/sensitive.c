@@ -23,6 +23,7 @@ enum {
     LSTAR,
     SYSCALL_MASK = 0xc0000084,
     FS_BASE = 0xc0000100,
+    GS_BASE,
     EFER_SYSCALL = 1
 };
 
@@ -93,7 +94,7 @@ ATTEMPT(xgetbv, "xor %%ecx, %%ecx; xgetbv; shl $32, %%rdx; or %%rdx, %%rax;" TEL
 ATTEMPT(rdpmc, "xor %%ecx, %%ecx; rdpmc; shl $32, %%rdx; or %%rdx, %%rax;" TELL)
 ATTEMPT(syscall, "mov %%cs, %%r10d; syscall;")
 ATTEMPT(rdfsbase, "rdfsbase %%rax;" TELL)
-ATTEMPT(wrgsbase, "rdgsbase %%rax; wrgsbase %%rax; xor %%eax, %%eax;" TELL)
+ATTEMPT(wrgsbase, "mov $0x1000, %%eax; wrgsbase %%rax; xor %%eax, %%eax;" TELL)
 ATTEMPT(rdpkru, "xor %%ecx, %%ecx; rdpkru; mov %%eax, %%eax;" TELL)
 ATTEMPT(wrpkru, "xor %%ecx, %%ecx; xor %%edx, %%edx; mov $0x55555550, %%eax; wrpkru; xor %%eax, %%eax;" TELL)
 
@@ -238,6 +239,13 @@ static void fsgsbase_off(void) {
     cr4_toggle(CR4_FSGSBASE);
 }
 
+/* What was written counts when the kernel sees it. */
+static void gs_seen(void) {
+    value = rdmsr(GS_BASE);
+    wrmsr(GS_BASE, 0);
+    fsgsbase_off();
+}
+
 /* Rights to the pages of keys that no page here has. */
 static const char *has_pkru(void) {
     if (!(features().c >> 3 & 1))
@@ -248,6 +256,12 @@ static const char *has_pkru(void) {
 }
 
 static void pkru_off(void) { cr4_toggle(CR4_PKE); }
+
+static void pkru_seen(void) {
+    if (value != ~0UL)
+        rdpkru();
+    pkru_off();
+}
 
 /* Counter 0 is not set going: each reading of it is alike. */
 static const char *has_counters(void) {
@@ -308,9 +322,9 @@ const struct attempt attempts[] = {
     {"rdpmc_pce", rdpmc, counters_open, counters_closed},
     {"syscall", syscall, has_syscall, syscall_off},
     {"rdfsbase", rdfsbase, has_fsgsbase, fsgsbase_off},
-    {"wrgsbase", wrgsbase, has_fsgsbase, fsgsbase_off},
+    {"wrgsbase", wrgsbase, has_fsgsbase, gs_seen},
     {"rdpkru", rdpkru, has_pkru, pkru_off},
-    {"wrpkru", wrpkru, has_pkru, pkru_off},
+    {"wrpkru", wrpkru, has_pkru, pkru_seen},
     {"hlt", hlt, alarm, alarm_off},
     {"cli", cli, 0, 0},
     {"sti", sti, 0, 0},

@@ -84,7 +84,8 @@ def find(place: Path, named: str) -> Run:
 def begin(place: Path, uri: str, only: Sequence[str], *, quick: bool, new: bool) -> Run:
     """The last run, where it was cut off and asked for the same on the same host; or a new one."""
     if not new:
-        last = [one for one in runs(place) if (one.uri, one.quick, one.only) == (uri, quick, tuple(only))]
+        asked = (uri, quick, set(only))
+        last = [one for one in runs(place) if (one.uri, one.quick, set(one.only)) == asked]
         if last and not last[-1].complete:
             return last[-1]
     made = datetime.now(UTC).isoformat(timespec="seconds")

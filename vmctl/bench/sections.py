@@ -11,6 +11,7 @@ from vmctl.bench.levels_result import BY_NAME, LevelsResult, figures, levels_of,
 from vmctl.bench.popek_result import popek_of
 from vmctl.bench.result import TrapResult, trap_of
 from vmctl.bench.section import Case, Section, Table, facts
+from vmctl.bench.sensitive import Finding
 from vmctl.bench.sheet_result import entries, sheet_of
 from vmctl.bench.table import Line, table
 from vmctl.bench.theorems import Statement, lines, statements
@@ -115,8 +116,8 @@ def popek_cases(values: Values) -> list[Case]:
         Case(
             f"{machine.accelerator} {one.name}",
             one.finding,
-            one.note if one.finding == "skipped" else "",
-            one.note if one.finding == "ended the guest" else "",
+            one.note if one.finding == Finding.ABSENT else "",
+            one.note if one.finding == Finding.FAILED else "",
         )
         for machine in popek_of(values).machines
         for one in machine.outcomes

@@ -116,10 +116,16 @@ INSTRUCTIONS: tuple[Instruction, ...] = (
     Instruction("syscall", "SYSCALL", _NEW, _CONTROL, False, "enters the kernel that the real LSTAR names"),
     Instruction("rdfsbase", "RDFSBASE", _NEW, _READS, False, "the real FS base"),
     Instruction(
-        "wrgsbase", "WRGSBASE", _NEW, _CONTROL, False, "changes the real GS base, which the kernel is entered with"
+        "wrgsbase",
+        "WRGSBASE",
+        _NEW,
+        _CONTROL,
+        False,
+        "changes the real GS base, which the kernel is entered with",
+        0x1000,
     ),
     Instruction("rdpkru", "RDPKRU", _NEW, _READS, False, "the real rights to pages, by their keys"),
-    Instruction("wrpkru", "WRPKRU", _NEW, _CONTROL, False, "changes them, for the kernel too"),
+    Instruction("wrpkru", "WRPKRU", _NEW, _CONTROL, False, "changes them, for the kernel too", 0x55555550),
     *_privileged("hlt cli sti mov_from_cr0 mov_to_cr0 mov_from_cr3 mov_from_cr8 mov_from_dr7 lmsw clts lgdt lidt lldt"),
     *_privileged("rdmsr wrmsr invlpg wbinvd in out swapgs rdpmc xsetbv clac invpcid"),
     Instruction("add", "ADD", Origin.INNOCUOUS, _NONE, False, "the same everywhere"),

@@ -60,7 +60,7 @@ def write(place: Path, values: Mapping[str, Any], what: str = "result") -> Path:
 
 
 def put(path: Path, data: bytes, doing: str, *, mode: int = 0o600) -> None:
-    """Write a file whole, in the place of another one. Raises VmctlError, NotFound without the folder."""
+    """Write a file whole, in the place of another. Raises VmctlError, of it NotFound and SpecError about folders."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
         try:
@@ -73,6 +73,8 @@ def put(path: Path, data: bytes, doing: str, *, mode: int = 0o600) -> None:
                 Path(name).unlink()
             raise
     except OSError as error:
+        if path.is_dir():
+            raise SpecError(f"cannot {doing}: it is a folder", hint=f"{path}/FILE") from error
         if not path.parent.exists():
             what = f"there is no folder {path.parent}"
             raise NotFound(f"cannot {doing}: {what}", hint=f"mkdir -p {path.parent}") from error

@@ -86,8 +86,6 @@ def run(
 
     with opened(connect) as host:
         done = everything.run(host, reporter(), only or (), quick=quick, new=new)
-    if junit:
-        _write_junit(junit, done)
     rows = [[one.name, one.result, f"{one.took_s:.1f} s", one.problem] for one in done.parts]
     ui.emit(
         done,
@@ -96,6 +94,8 @@ def run(
         lambda: [one.result for one in done.parts if one.result],
     )
     note(f"kept as {done.id}; `vmctl bench report {done.id}` shows it")
+    if junit:  # last: where it cannot be written, what took so long has been told
+        _write_junit(junit, done)
     failures = {one.name: VmctlError(one.problem) for one in done.parts if one.problem}
     if failures:
         raise PartialFailure(f"cannot measure {len(failures)} of {len(done.parts)} parts", failures=failures)
