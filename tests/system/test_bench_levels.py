@@ -16,6 +16,7 @@ from vmctl import json_schema
 from vmctl.bench import levels_words, places, store
 from vmctl.bench.levels_result import WORKS, figures, levels_of
 from vmctl.bench.sheet_result import entries, sheet_of
+from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
 
@@ -148,6 +149,28 @@ def test_the_sheet_of_a_vm(vm: str, via: str) -> None:
     asked = shell.run("exec", vm, "--", "sh", "-c", "cut -d. -f1 /proc/uptime; ls -A /tmp /var/tmp").stdout.split()
     assert 0 <= int(asked[0]) - values["uptime"] < 60
     assert not [one for one in asked if "sheet" in one or one.startswith("tmp.")], "nothing of it is left in the guest"
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
+def test_a_sheet_that_is_cut_off_leaves_nothing_in_the_guest(vm: str, by: signal.Signals) -> None:
+    shell = Shell()
+    shell.run("wait", vm, "--for", "ssh")
+
+    def inside(script: str) -> list[str]:
+        return shell.run("exec", vm, "--", "sh", "-c", script).stdout.splitlines()
+
+    def at_work() -> bool:
+        return any("sheet=/var/tmp" in line for line in inside("ps"))
+
+    process = subprocess.Popen([*VMCTL, "bench", "sheet", vm], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(at_work, what="program in the guest", timeout_s=60)
+        process.send_signal(by)
+        process.wait(30)
+    finally:
+        process.kill()
+    wait_until(lambda: not at_work(), what="its end", timeout_s=60)
+    assert not [one for one in inside("ls -A /tmp /var/tmp") if one.startswith("tmp.") or "sheet" in one]
 
 
 def test_a_sheet_that_cannot_be(vm: str) -> None:

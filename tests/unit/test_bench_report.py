@@ -23,6 +23,7 @@ from vmctl.bench import chart_text, drawing, drawing_png, everything, junit, kin
 from vmctl.bench.chart import Chart, Point, scale
 from vmctl.bench.everything import Clock, Run, Through
 from vmctl.bench.parts import Part
+from vmctl.bench.section import Case
 from vmctl.bench.units import si, tick, times
 from vmctl.cli import run as vmctl
 from vmctl.errors import SpecError
@@ -197,9 +198,12 @@ def test_junit(tmp_path: Path) -> None:
     junit.write(path, [junit.of_result(result), junit.problem("io", "no image", "2026-01-01T00:00:00+00:00")])
     root = ET.parse(path).getroot()
     suite, other = root.findall("testsuite")
-    assert (suite.attrib["tests"], suite.attrib["failures"], suite.attrib["skipped"]) == ("6", "1", "1")
+    assert (suite.attrib["tests"], suite.attrib["failures"], suite.attrib["skipped"]) == ("9", "1", "1")
     failure = suite.find("testcase[@name='kvm']/failure")
     assert failure is not None and failure.attrib["message"] == "it said <?>"
+    assert suite.findtext("testcase[@name='shares weight 4']/system-out") == "60.0 % of 57.1 % promised"
+    none = junit.of_result({**result, "shares": {"window_s": 0, "skipped": "no cgroups", "shares": []}})
+    assert none.cases[-1] == Case("shares", skipped="no cgroups")
     assert other.find("testcase/failure") is not None and path.stat().st_mode & 0o044
 
 

@@ -201,9 +201,10 @@ def _shares(result: LevelsResult) -> tuple[Chart, Table]:
 
 
 def levels_cases(values: Values) -> list[Case]:
-    """Each row on each level as a test case; a level that is not there is one of its own."""
+    """Each row on each level as a test case, and each share; a level that is not there is one of its own."""
     found: list[Case] = []
-    for level in levels_of(values).levels:
+    result = levels_of(values)
+    for level in result.levels:
         if not level.rows:
             found.append(Case(level.name, skipped=level.skipped, failed=level.failed))
         for row in level.rows:
@@ -212,6 +213,10 @@ def levels_cases(values: Values) -> list[Case]:
             found.append(Case(f"{level.name} {row.name}", figure, row.skipped))
         if level.rows and level.failed:
             found.append(Case(level.name, failed=level.failed))
+    if result.shares and result.shares.skipped:
+        found.append(Case("shares", skipped=result.shares.skipped))
+    for weight, promised, got in result.shares.lines() if result.shares else ():
+        found.append(Case(f"shares weight {weight}", f"{100 * got:.1f} % of {100 * promised:.1f} % promised"))
     return found
 
 
