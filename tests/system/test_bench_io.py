@@ -154,6 +154,11 @@ def test_what_cannot_be_had_is_skipped_with_its_reason(shell: Shell, folder: Pat
         assert len(found[name]["measures"]) == len(fio.JOBS) and not found[name]["skipped"], found[name]
 
 
+def test_a_folder_that_is_none(shell: Shell) -> None:
+    told = shell.run("bench", "io", "--quick", "--folder", "/nonexistent", check=4).stderr
+    assert "cannot measure in /nonexistent: there is no such folder\nhint: --folder" in told
+
+
 def test_a_file_system_without_direct_io(shell: Shell, tmp_path: Path) -> None:
     """ramfs is one on every kernel."""
     subprocess.run(["mount", "-t", "ramfs", "none", str(tmp_path)], check=True)

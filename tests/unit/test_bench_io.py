@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from vmctl.bench.wire import Declined
 from vmctl.builder import recipe
 from vmctl.choices import Accel
 from vmctl.cli import run as vmctl
-from vmctl.errors import GuestCommandFailed, SpecError
+from vmctl.errors import GuestCommandFailed, SpecError, VmctlError
 from vmctl.resources import image_recipes_dir, recipe_source
 
 SAID = Path(__file__).with_name("said")  # by the tools, in real runs
@@ -90,6 +91,17 @@ def test_a_chain_has_its_data_in_the_last_file_and_a_new_top_each_time(tmp_path:
     (raw,) = files.of("disk0", RAW)
     assert raw.stat().st_size == raw.stat().st_blocks * 512 == 1 << 20, "no holes"
     assert files.of("disk2", Setup(Device.IDE, Backend.NULL)) == ()
+
+
+def test_a_disk_that_has_no_room_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Filled to the last byte, the file system would stop the VMs that have their disks there."""
+    free = shutil.disk_usage(tmp_path)._replace(free=3 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
+    files = Files(tmp_path, 4 << 20)
+    for backend in (Backend.RAW, Backend.QCOW2, Backend.CHAIN_1):
+        with pytest.raises(VmctlError, match="a disk of 4 MiB has no room, 3 MiB are free"):
+            files.of("disk0", replace(RAW, backend=backend))
+    assert list(tmp_path.iterdir()) == [] and Files(tmp_path, 3 << 20).of("disk0", RAW)
 
 
 def test_what_qemu_refuses_is_laid_to_its_row() -> None:

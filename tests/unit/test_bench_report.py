@@ -226,6 +226,8 @@ def test_the_report_command(kept: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert set(Page(html.read_text()).data) == {"trap-3", "levels-1", "sheet-1"}
     assert Image.open(png).width > 1000 and ET.parse(xml).getroot().findall("testsuite")
     assert vmctl(["bench", "report", "sheet-1", "--png", str(tmp_path / "none.png")]) == 4
+    assert vmctl(["bench", "show", "run-1"]) == 4
+    assert "hint: a run: `vmctl bench report run-1`" in capsys.readouterr().err
     assert vmctl(["bench", "report", "nope"]) == 4 and vmctl(["bench", "report", "run-nope"]) == 4
     assert vmctl(["bench", "report", "--html", "/proc/none/r.html"]) == 4
     told = capsys.readouterr().err

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from vmctl import qemu_img
 from vmctl.bench.setups import Backend, Setup
+from vmctl.errors import VmctlError
 
 _BLOCK = 1 << 20
 
 
 class Files:
-    """Files in a folder, made when they are first asked for. ``size`` in bytes, of whole MiB. Raises OSError."""
+    """Files in a folder, made when they are first asked for. ``size`` in bytes, of whole MiB. Raises OSError,
+    VmctlError without room.
+    """
 
     def __init__(self, folder: Path, size: int) -> None:
         self._folder, self.size = folder, size
@@ -38,6 +42,7 @@ class Files:
     def _raw(self, name: str) -> Path:
         path = self._folder / f"{name}.raw"
         if not path.exists():
+            self._require_room()
             with path.open("wb") as file:
                 for _ in range(self.size // _BLOCK):
                     file.write(os.urandom(_BLOCK))
@@ -47,8 +52,17 @@ class Files:
     def _qcow2(self, name: str) -> Path:
         path = self._folder / f"{name}.qcow2"
         if not path.exists():
-            qemu_img.convert(self._raw("data"), "raw", path, "qcow2")
+            data = self._raw("data")
+            self._require_room()
+            qemu_img.convert(data, "raw", path, "qcow2")
         return path
+
+    def _require_room(self) -> None:
+        """Raise VmctlError where there is none for one disk more: VMs may have theirs there, and would stop."""
+        free = shutil.disk_usage(self._folder).free
+        if free < self.size:
+            need = f"a disk of {self.size >> 20} MiB has no room, {free >> 20} MiB are free"
+            raise VmctlError(f"cannot measure in {self._folder.parent}: {need}", hint="--size, or --folder elsewhere")
 
     def _chain(self, depth: int) -> list[Path]:
         """That many files, each on the next; only the last has data, so that reading goes all the way down."""

@@ -15,7 +15,7 @@ from vmctl.bench import environment, guests, machine, store
 from vmctl.bench.machine import Board, Clock
 from vmctl.bench.result import Head
 from vmctl.choices import Accel, AccelChoice
-from vmctl.errors import Unsupported, VmctlError, reason
+from vmctl.errors import NotFound, Unsupported, VmctlError, reason
 from vmctl.events import Reporter, Warned
 from vmctl.hosts import Host, decide_accel
 from vmctl.workspace import workspace
@@ -39,7 +39,7 @@ def prepared(
     """The host to oneself, and a guest's board with an empty folder that is gone afterwards.
 
     ``more`` are the workload's own dimensions.
-    Raises Unsupported where no kernel can be started, NotFound without the image, Conflict while another measures.
+    Raises Unsupported where no kernel can be started, NotFound without image or folder, Conflict when not alone.
     """
     if not (host.conn.qemu and host.conn.local):
         raise Unsupported(
@@ -56,6 +56,8 @@ def prepared(
     if decision.chosen is Accel.TCG and decision.requested is not AccelChoice.TCG:
         report(Warned(f"measuring with TCG: {decision.reason}", "vmctl host info"))
     parent = folder or _usual_folder(host)
+    if not parent.is_dir():
+        raise NotFound(f"cannot measure in {parent}: there is no such folder", hint="--folder names another place")
     try:
         with guests.alone(host), workspace(parent, _WORKSPACE) as place:
             board = Board(

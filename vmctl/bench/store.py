@@ -139,7 +139,8 @@ def find(place: Path, named: str) -> dict[str, Any]:
     try:
         values = read(path)
     except FileNotFoundError:
-        raise NotFound(f"cannot find result {named}: there is none", hint="see `vmctl bench list`") from None
+        hint = f"a run: `vmctl bench report {named}`" if named.startswith("run-") else "see `vmctl bench list`"
+        raise NotFound(f"cannot find result {named}: there is none", hint=hint) from None
     except _NOT_READ as error:
         raise SpecError(
             f"cannot read result {named}: {reason(error)}", hint="is it a result of vmctl bench?"
