@@ -104,6 +104,9 @@ def test_a_machine_that_fulfils_the_condition() -> None:
     but_one = tuple(outcome("lar", {}, "", "the guest ended") if one.name == "lar" else one for one in good)
     found = statements(machine(outcomes=but_one))
     assert [one.holds for one in found[:3]] == ["unknown"] * 3, "what ended the guest may trap, or not"
+    clac = tuple(outcome("clac", {}, "", "the guest ended") if one.name == "clac" else one for one in good)
+    evidence = statements(machine(outcomes=clac))[0].evidence
+    assert "23 of 23 instructions that are privileged by design do trap" in evidence, "of CLAC it is not known"
     assert found[4].holds == "unknown" and "end the guest, and no program on a CPU: LAR" in found[4].evidence
 
 

@@ -119,10 +119,11 @@ def _ended(machine: Machine) -> list[str]:
 
 def _first(machine: Machine) -> Statement:
     found, evidence = _sets(machine, user_only=False)
-    there = [one for one in machine.outcomes if one.finding != Finding.ABSENT]
-    designed = [one.finding for one in there if BY_NAME[one.name].origin is Origin.PRIVILEGED]
-    trapped = designed.count(Finding.PRIVILEGED)
-    evidence.append(f"{trapped} of {len(designed)} instructions that are privileged by design do trap")
+    tried = [one for one in machine.outcomes if one.finding not in {Finding.ABSENT, Finding.FAILED}]
+    designed = [one.finding for one in tried if BY_NAME[one.name].origin is Origin.PRIVILEGED]
+    if designed:
+        trapped = designed.count(Finding.PRIVILEGED)
+        evidence.append(f"{trapped} of {len(designed)} instructions that are privileged by design do trap")
     title = "theorem 1, that a VMM by trap and emulate can be built: is every sensitive instruction privileged?"
     if not any(one.finding in set(Finding) - {Finding.FAILED, Finding.ABSENT} for one in machine.outcomes):
         return Statement(title, "unknown", "no instruction could be tried", tuple(evidence))
