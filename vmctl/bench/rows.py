@@ -144,7 +144,7 @@ ROWS: tuple[Row, ...] = (
     Row("int", "software interrupt and back", _NONE, _CPU, _HELPER, "the guest's own affair"),
     Row("touch_first", "first write to a page", "EPT violation", _KERNEL, _HELPER, "the host's allocator finds memory"),
     Row("touch_again", "write to a page touched before", _NONE, _CPU, _HELPER, "a TLB miss and no more"),
-    Row("vmcall", "hypercall of Intel's", "VMCALL", _KERNEL, _HELPER, "valid under KVM only"),
+    Row("vmcall", "hypercall of Intel's", "VMCALL", _KERNEL, _HELPER, "valid under KVM only", "vmcall"),
     Row("vmmcall", "hypercall of AMD's", "VMMCALL", _KERNEL, _HELPER, "valid under KVM only"),
     Row("self_ipi", "interrupt oneself", "APIC write or WRMSR", _KERNEL, _DEVICE, "none at all with APICv"),
     Row("timer_wake", "sleep 50 us by the APIC timer", "HLT, timer", _KERNEL, _DEVICE, "net: how late one wakes"),
