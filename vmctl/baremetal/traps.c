@@ -47,16 +47,27 @@ static u64 enough_calls(void (*once)(void)) {
     }
 }
 
-static void measure(const struct row *row) {
-    static u64 took[MOST_PARTS];
-    u64 calls = row->calls ? row->calls : enough_calls(row->once);
-    u64 sum = 0, count = 0, batch = parts * part_ticks;
-    lost = 0;
-    /* A batch whose parts turn out short goes on until it is long enough; one whose parts turn out long ends early. */
-    while (count < FEWEST_PARTS || (count < parts && sum < LONGEST * batch) || (count < MOST_PARTS && sum < batch)) {
+static u64 took[MOST_PARTS];
+
+/* A batch, and how many parts it has: one whose parts turn out short goes on, one whose parts turn out long ends early. */
+static u64 batch_of(const struct row *row, u64 calls, u64 *sum) {
+    u64 count = 0, batch = parts * part_ticks;
+    *sum = lost = 0;
+    while (count < FEWEST_PARTS || (count < parts && *sum < LONGEST * batch) || (count < MOST_PARTS && *sum < batch)) {
         if (row->calls && count == row->parts())
             break;
-        sum += took[count++] = timed(row->once, calls);
+        *sum += took[count++] = timed(row->once, calls);
+    }
+    return count;
+}
+
+static void measure(const struct row *row) {
+    u64 sum, calls = row->calls ? row->calls : enough_calls(row->once);
+    u64 count = batch_of(row, calls, &sum);
+    /* Others had the CPU when the calls were counted: too few of them make a part. */
+    while (!row->calls && !lost && sum < parts * part_ticks) {
+        calls = calls * parts * part_ticks / sum + 1;
+        count = batch_of(row, calls, &sum);
     }
     if (lost) {
         print("wrong ");
