@@ -26,9 +26,11 @@ _TIDY_S = 2.0
 _FREEZE_S = 30.0
 _TRIM_S = 300.0
 _POLL_S = 0.05
+_UNKNOWN = 255
 # An answer beyond 4 MiB cannot pass libvirt's protocol; one beyond 10 MiB makes libvirt give up the agent until the
 # guest restarts (9.0). So nothing is asked for in one piece: files in the guest hold what goes in and comes out.
 _CHUNK = 1 << 20
+_MOST_PIECES = 8  # of a stream, before the clock is looked at again
 _PIECE = 1 << 16  # what is written at once: some agents stop answering at requests of half a MiB
 _USER = r"[A-Za-z_][A-Za-z0-9_.@-]{0,63}"
 _START = 'd=$1; shift; exec "$@" <"$d/in" >"$d/out" 2>"$d/err"'
@@ -50,9 +52,15 @@ class _Asked:
             self.silent = True
             raise
         except GuestCommandFailed as error:
-            if not command.startswith("guest-fsfreeze") and self("guest-fsfreeze-status") == "frozen":
+            if not command.startswith("guest-fsfreeze") and self._frozen():
                 error.hint = f"vmctl thaw {self.name}"
             raise
+
+    def _frozen(self) -> bool:
+        try:
+            return bool(self("guest-fsfreeze-status") == "frozen")
+        except VmctlError:
+            return False
 
     def tidy(self, command: str, **arguments: object) -> None:
         """Clear up behind what was asked, as far as an agent does that still answers."""
@@ -108,13 +116,14 @@ class _Stream:
         self._ask, self._sink = ask, sink
         self.handle: int = ask("guest-file-open", path=path, mode="r")
 
-    def drain(self) -> None:
-        """Hand over what has come since."""
-        while True:
+    def drain(self) -> bool:
+        """Hand over what has come since; whether that is all, for what prints faster than it is read has no end."""
+        for _ in range(_MOST_PIECES):
             got = self._ask("guest-file-read", handle=self.handle, count=_CHUNK)
             if not got["count"]:
-                return
+                return True
             self._sink(base64.b64decode(got["buf-b64"]))
+        return False
 
 
 def execute(
@@ -171,9 +180,8 @@ def _feed(ask: _Asked, path: str, source: int) -> None:
 def _followed(ask: _Asked, pid: int, streams: Sequence[_Stream], word: str, timeout_s: float) -> int:
     def ended() -> Mapping[str, Any] | None:
         status: Mapping[str, Any] = ask("guest-exec-status", pid=pid)
-        for stream in streams:
-            stream.drain()  # after the status: what was written before the end is there then
-        return status if status["exited"] else None
+        all_read = [stream.drain() for stream in streams]  # after the status: what was written before the end is there
+        return status if status["exited"] and all(all_read) else None
 
     try:
         status = wait_until(ended, what="", timeout_s=timeout_s, interval_s=_POLL_S)
@@ -185,7 +193,7 @@ def _followed(ask: _Asked, pid: int, streams: Sequence[_Stream], word: str, time
             after_s=error.after_s,
             hint=f"it goes on as process {pid} of the guest; --timeout SECONDS waits longer",
         ) from error
-    return 128 + int(status["signal"]) if "signal" in status else int(status["exitcode"])
+    return 128 + int(status["signal"]) if "signal" in status else int(status.get("exitcode", _UNKNOWN))
 
 
 def freeze(host: Host, name: str) -> int:
@@ -305,7 +313,7 @@ def glance(host: Host, name: str, *, active: bool) -> Glance:
 
 
 def addresses(interfaces: Sequence[Mapping[str, Any]]) -> tuple[GuestAddress, ...]:
-    """The addresses that reach further than the guest's own loopback. What a guest says is taken as text only."""
+    """The addresses that reach further than the guest's own loopback."""
     return tuple(
         GuestAddress(
             str(one.get("name", "")), str(one.get("hardware-address", "")), f"{ip['ip-address']}/{ip['prefix']}"

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from vmctl import ovf
 from vmctl.errors import ImageError
-from vmctl.tar_reader import BLOCK, FREE_OF_RATIO, GZIP, HIGHEST_RATIO, Malformed, Member, members
+from vmctl.tar_reader import BLOCK, FREE_OF_RATIO, GZIP, HIGHEST_RATIO, Malformed, Member, NoTar, members
 
 __all__ = ["FREE_OF_RATIO", "HIGHEST_RATIO", "Enclosed", "is_archive", "open_disk"]
 
@@ -73,7 +73,10 @@ def open_disk(
         wanted = _wanted(file, most_bytes)
         return _take(file, path, folder, wanted, most_bytes, moved)
     except (Malformed, ovf.BadDescriptor) as error:
-        raise ImageError(f"cannot {what}: {error}") from error
+        file.seek(0)
+        packed = isinstance(error, NoTar) and file.read(len(GZIP)) == GZIP
+        hint = "if it is a disk image, unpack it first: gzip -d" if packed else ""
+        raise ImageError(f"cannot {what}: {error}", hint=hint) from error
 
 
 def _wanted(file: IO[bytes], most_bytes: int) -> _Wanted:

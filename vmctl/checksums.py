@@ -32,13 +32,13 @@ class Checksum:
 
 def parse(text: str) -> Checksum:
     """Read "sha256:HEX" or "sha512:HEX". Raises SpecError."""
-    kind, _, digits = text.partition(":")
-    if len(digits) != _LENGTHS.get(kind, -1) or not re.fullmatch("[0-9a-fA-F]*", digits):
+    kind, _, digits = text.lower().partition(":")
+    if len(digits) != _LENGTHS.get(kind, -1) or not re.fullmatch("[0-9a-f]*", digits):
         raise SpecError(
             f"cannot read checksum {text!r}: it is neither sha256: with 64 nor sha512: with 128 hexadecimal digits",
             hint="--checksum sha256:HEX, sha512:HEX, or the URL of a checksum file",
         )
-    return Checksum(kind, digits.lower())
+    return Checksum(kind, digits)
 
 
 def file_name(url: str) -> str:

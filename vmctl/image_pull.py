@@ -115,6 +115,8 @@ def _entry(host: Host, what: str, name: str) -> Entry:
         except NotFound as error:
             if Path(what).is_file():
                 error.hint = f"it is a file here: vmctl image import {what}"
+            elif images.has_recipe(what):
+                error.hint = f"it is built, not pulled: vmctl image build {what}"
             raise
         name = name or entry.name
     else:

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl.errors import VmctlError
+from vmctl.errors import SpecError, VmctlError
 from vmctl.locks import held
 
 _KEYGEN_TIMEOUT_S = 20
+_LONGEST_PASSWORD = 256  # openssl cuts a longer one off, and says so where nobody looks
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,12 @@ def new_host_key(comment: str) -> KeyPair:
 
 
 def password_hash(password: str) -> str:
-    """The password as crypt(5)'s SHA-512, which every Linux guest knows. It never stands in a command line."""
+    """The password as crypt(5)'s SHA-512, which every Linux guest knows. It never stands in a command line.
+
+    Raises SpecError for one that is too long.
+    """
+    if len(password.encode()) > _LONGEST_PASSWORD:
+        raise SpecError(f"cannot take the password: it is longer than {_LONGEST_PASSWORD} bytes")
     try:
         done = subprocess.run(
             ["openssl", "passwd", "-6", "-stdin"],

@@ -175,7 +175,7 @@ def run(
         if terminal is not None:
             channel.get_pty(terminal.kind, terminal.columns, terminal.rows)
         try:
-            channel.exec_command(command)
+            channel.exec_command(os.fsencode(command))  # a file's name need not be UTF-8
             if stdin is None:
                 channel.shutdown_write()
             else:

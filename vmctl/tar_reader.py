@@ -34,6 +34,10 @@ class Malformed(Exception):
     """The archive breaks a rule; the text says which."""
 
 
+class NoTar(Malformed):
+    """It does not even look like one."""
+
+
 class _Plain:
     """The file itself; what is not wanted is sought over."""
 
@@ -221,7 +225,7 @@ def _number(field: bytes) -> int:
     try:
         return int(text or b"0", 8)
     except ValueError as error:
-        raise Malformed("it is no tar archive, or a broken one") from error
+        raise NoTar("it is no tar archive, or a broken one") from error
 
 
 def _header(block: bytes) -> tuple[bytes, int]:
@@ -230,7 +234,7 @@ def _header(block: bytes) -> tuple[bytes, int]:
         raise Malformed("it is cut short")
     told = _number(block[148:156])
     if told != sum(block[:148]) + 8 * 32 + sum(block[156:]):
-        raise Malformed("it is no tar archive, or a broken one")
+        raise NoTar("it is no tar archive, or a broken one")
     kind = block[156:157]
     size = _number(block[124:136])
     if size < 0 or size >= 1 << 62:

@@ -70,6 +70,51 @@ def test_a_command_that_runs_too_long_is_left_and_named(shell: Shell, vm: str) -
     shell.run("exec", "--timeout", "3", vm, "--", "true", check=2)
 
 
+def test_a_command_that_prints_faster_than_it_is_read_runs_too_long_as_well(shell: Shell, vm: str) -> None:
+    told = timed(shell, "exec", "--via", "agent", "--timeout", "2", vm, "--", "yes", check=7, within_s=60)
+    assert "yes" in told and "it goes on as process" in told
+    shell.run("exec", vm, "--", "killall", "yes")
+
+
+# Answers to everything with what stands in /tmp/answer; libvirt wants to know its own number again first.
+_FALSE_AGENT = """#!/bin/sh
+exec 3<>/dev/virtio-ports/org.qemu.guest_agent.0
+while read -r line <&3; do
+    case $line in
+    *guest-sync*) echo "{\\"return\\": $(echo "$line" | sed 's/.*"id": *\\([0-9]*\\).*/\\1/')}" >&3 ;;
+    *) echo "{\\"return\\": $(cat /tmp/answer)}" >&3 ;;
+    esac
+done
+"""
+
+
+def test_an_agent_that_lies_is_one_clear_error_and_rules_no_terminal(shell: Shell, vm: str) -> None:
+    """Whoever is root in a guest answers in the agent's place, and one guest must not end a command about many."""
+    answer = """{"paths": [{"path": "\\u001b[31m/", "error": "\\u0007"}]}"""
+    script = f"""set -e
+cat >/tmp/false <<'END'
+{_FALSE_AGENT}END
+chmod 755 /tmp/false
+echo '{answer}' >/tmp/answer
+mv /usr/sbin/qemu-ga /root/qemu-ga.true
+mv /tmp/false /usr/sbin/qemu-ga
+kill $(pidof qemu-ga)"""
+    shell.run("exec", vm, "--", "sh", "-c", script)
+    try:
+        shell.run("wait", vm, "--for", "agent")
+        assert shell.run("trim", vm).stdout == f"{vm}: \\x1b[31m/ \\x07\n"
+        for verb, asked in (("freeze", "guest-fsfreeze-status"), ("time-sync", "guest-get-time")):
+            said = shell.run(verb, vm, check=9).stderr
+            assert f"VM {vm}: its guest agent's answer to {asked} makes no sense" in said
+        assert "guest-exec makes no sense" in shell.run("exec", "--via", "agent", vm, "--", "true", check=9).stderr
+        shown = shell.json("show", vm)
+        assert shown["agent_state"] == "answers" and shown["addresses"] == []
+    finally:
+        back = "mv /root/qemu-ga.true /usr/sbin/qemu-ga; kill $(pidof qemu-ga)"
+        shell.run("exec", vm, "--", "sh", "-c", back)
+    shell.run("wait", vm, "--for", "agent")
+
+
 def test_freeze_holds_writers_and_thaw_lets_them_go(shell: Shell, vm: str) -> None:
     assert shell.run("freeze", vm).stdout == f"{vm}: 1 file system frozen\n"
     try:

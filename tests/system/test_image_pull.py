@@ -371,6 +371,7 @@ def test_a_url_with_each_form_of_checksum(puller: Puller) -> None:
 
 def test_names_and_urls_that_cannot_be(puller: Puller) -> None:
     assert "cannot find image no-such-image" in puller.refused(4, "no-such-image")
+    assert "it is built, not pulled: vmctl image build micro" in puller.refused(4, "micro")
     assert "cannot call an image 'A/B'" in puller.refused(2, puller.name, "--name", "A/B")
     assert "it is no http or https URL" in puller.refused(2, "file:///etc/passwd")
     assert puller.web.requests == [] and puller.pulls() == {}

@@ -79,6 +79,12 @@ def test_exec_keeps_words_apart(shell: Shell, vm: str) -> None:
     )
 
 
+def test_exec_takes_words_that_are_no_text(shell: Shell, vm: str) -> None:
+    """A file's name need not be UTF-8."""
+    count = 'printf %s "$1" | od -An -tx1'
+    assert shell.run("exec", vm, "--", "sh", "-c", count, "sh", os.fsdecode(b"\xff")).stdout == " ff\n"
+
+
 def test_exec_without_a_reader_does_not_hang(shell: Shell, vm: str) -> None:
     done = shell.run("exec", vm, "--", "true", stdin=subprocess.PIPE, timeout=30)
     assert done.stdout == ""

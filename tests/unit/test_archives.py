@@ -63,6 +63,18 @@ def content(disk: Enclosed) -> bytes:
         return file.read(disk.size)
 
 
+def test_a_packed_disk_is_told_from_a_broken_archive(tmp_path: Path) -> None:
+    packed, broken = tmp_path / "a.img.gz", tmp_path / "a.ova"
+    packed.write_bytes(gzip.compress(DISK))
+    with pytest.raises(ImageError, match="no tar archive") as refused:
+        taken(packed, tmp_path / "out")
+    assert "gzip -d" in refused.value.hint
+    broken.write_bytes(b"x" * 257 + b"ustar" + b"x" * 250)
+    with pytest.raises(ImageError, match="no tar archive") as refused:
+        taken(broken, tmp_path / "out")
+    assert refused.value.hint == ""
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_a_box(tmp_path: Path, mode: str) -> None:
     disk = taken(box(tmp_path / "a.box", member("Vagrantfile", b"x"), mode=mode), tmp_path / "out")

@@ -65,4 +65,4 @@ def test_a_checksum_given_wrong_is_bad_input(text: str) -> None:
 
 
 def test_a_checksum_given_right() -> None:
-    assert checksums.parse("sha256:" + A.upper()) == Checksum("sha256", A)
+    assert checksums.parse("SHA256:" + A.upper()) == Checksum("sha256", A)

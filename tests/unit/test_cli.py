@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import select
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from vmctl import seed
 from vmctl.cli import many, run, words
 from vmctl.cli.app import COMMANDS, command
 from vmctl.errors import Conflict, Interrupted, PartialFailure, SpecError
@@ -120,6 +122,37 @@ def private_key(folder: Path) -> Path:
     path = folder / "id"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True)
     return path
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["wait", "x", "--timeout", "nan"], "'nan' is not a number"),
+        (["image", "pull", "http://127.0.0.1/x", "--stall-timeout", "nan"], "'nan' is not a number"),
+        (["image", "pull", "http://127.0.0.1/x", "--stall-timeout", "inf"], "inf is not in the range"),
+    ],
+)
+def test_a_time_that_would_never_pass_is_refused(
+    capsys: pytest.CaptureFixture[str], line: list[str], said: str
+) -> None:
+    assert said in told(capsys, *line)[0]
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # of stdin, as the locale has it
+@pytest.mark.parametrize("line", [["passwd", "test"], ["create", "x", "--image", "micro", "--password"]])
+def test_a_password_that_is_no_text_is_bad_input(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, line: list[str], errors: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), "utf-8", errors))
+    assert told(capsys, *line) == ["cannot take the password: it is not UTF-8"]
+
+
+def test_a_password_is_never_cut_short(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """openssl would take the first 256 bytes, and nobody could log in with the whole."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x" * 257 + b"\n")))
+    said = told(capsys, "create", "x", "--image", "micro", "--password")
+    assert said == ["cannot take the password: it is longer than 256 bytes"]
+    assert seed.password_hash("x" * 256).startswith("$6$")
 
 
 def test_nothing_of_a_private_key_is_quoted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -130,6 +130,18 @@ def test_encryption_is_refused(tmp_path: Path) -> None:
         check(tmp_path / "e.qcow2")
 
 
+def test_encryption_that_is_told_twice_is_said_once(tmp_path: Path) -> None:
+    """LUKS: the header has a number for it, and an extension."""
+    disk = tmp_path / "e.qcow2"
+    qemu_img("create", "-f", "qcow2", disk, "1M")
+    with disk.open("r+b") as file:
+        for at, words in ((32, struct.pack(">I", 2)), (112, struct.pack(">IIQQQ", 0x0537BE77, 16, 0, 0, 0))):
+            file.seek(at)
+            file.write(words)
+    with pytest.raises(ImageError, match=": it is encrypted$"):
+        check(disk)
+
+
 @pytest.mark.parametrize(
     ("at", "new", "reason"),
     [

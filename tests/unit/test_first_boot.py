@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from vmctl import cloud_init, render, spec, user_data
-from vmctl.cli.first_boot import read_user_data
+from vmctl.cli.first_boot import read_text, read_user_data
 from vmctl.cloud_init import Status
 from vmctl.errors import SpecError
 from vmctl.seed_disk import WENT_ON, first_boot_is_kept, tells_that_first_boot_is_over
@@ -51,6 +51,13 @@ def test_a_template_that_cannot_be_filled_in_is_bad_input(tmp_path: Path, text: 
     path.write_text(text)
     with pytest.raises(SpecError, match=f"cannot fill in user-data {path}.*{said}"):
         read_user_data([path], [], "web1")
+
+
+def test_an_empty_file_is_not_taken_for_none(tmp_path: Path) -> None:
+    (tmp_path / "n.yaml").write_text("\n")
+    with pytest.raises(SpecError, match=f"cannot use network-config {tmp_path}/n.yaml: it is empty"):
+        read_text(tmp_path / "n.yaml", "network-config")
+    assert read_text(None, "network-config") == ""
 
 
 def test_variables_need_user_data() -> None:

@@ -35,7 +35,7 @@ def thaw(names: Names, connect: ConnectOption = None) -> None:
 
 
 def _trimmed(parts: Sequence[Trimmed]) -> str:
-    return ", ".join(f"{p.path} {p.error or ui.size(p.trimmed)}" for p in parts) or "nothing to trim"
+    return ", ".join(ui.visible(f"{p.path} {p.error or ui.size(p.trimmed)}") for p in parts) or "nothing to trim"
 
 
 def trim(names: Names, connect: ConnectOption = None) -> None:
@@ -54,8 +54,11 @@ def passwd(
 ) -> None:
     """Set a user's password in the guest. It is asked for, or is the first line of a stdin that is no terminal."""
     from vmctl import agent
+    from vmctl.cli.first_boot import taking_password
 
-    password = _password(f"New password of {user} in {name}")
+    with taking_password():
+        password = _password(f"New password of {user} in {name}")
+        password.encode()
     with opened(connect) as host:
         agent.set_password(host, name, user, password)
         note(f"the password of {user} in {name} is set")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from math import isnan
 from typing import Any
 
 import typer
@@ -71,7 +72,10 @@ def _gathering(param: Any) -> None:
 
     def process_value(ctx: Any, value: Any) -> Any:
         try:
-            return plain(ctx, value)
+            found = plain(ctx, value)
+            if isinstance(found, float) and isnan(found):  # it is below and above no bound, and no time ever passes it
+                raise typer.BadParameter(f"{value!r} is not a number")
+            return found
         except typer.BadParameter as error:
             error.ctx, error.param = error.ctx or ctx, error.param or param
             words = error.format_message().rstrip(".")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from vmctl import spec, ui
@@ -38,8 +39,13 @@ def read_keys(given: Sequence[str]) -> tuple[str, ...]:
 
 
 def read_text(path: Path | None, what: str) -> str:
-    """The content of an optional file, "" without one."""
-    return "" if path is None else _text(path, what)
+    """The content of an optional file, "" without one. An empty one says nothing, which nobody means who gives it."""
+    if path is None:
+        return ""
+    text = _text(path, what)
+    if not text.strip():
+        raise SpecError(f"cannot use {what} {path}: it is empty")
+    return text
 
 
 def read_user_data(paths: Sequence[Path], variables: Sequence[str], name: str) -> tuple[str, ...]:
@@ -74,14 +80,24 @@ def read_password() -> str:
     """A password from the terminal, asked twice and unseen, or the first line of stdin; as a crypt(5) hash."""
     from vmctl import seed
 
-    if ui.interactive():
-        import getpass
+    with taking_password():
+        if ui.interactive():
+            import getpass
 
-        password = getpass.getpass("Password: ")
-        if password != getpass.getpass("Again: "):
-            raise SpecError("cannot take the password: the two differ")
-    else:
-        password = sys.stdin.readline().rstrip("\n")
-    if not password:
-        raise SpecError("cannot take an empty password", hint="type it at the prompt, or give it on stdin")
-    return seed.password_hash(password)
+            password = getpass.getpass("Password: ")
+            if password != getpass.getpass("Again: "):
+                raise SpecError("cannot take the password: the two differ")
+        else:
+            password = sys.stdin.readline().rstrip("\n")
+        if not password:
+            raise SpecError("cannot take an empty password", hint="type it at the prompt, or give it on stdin")
+        return seed.password_hash(password)
+
+
+@contextmanager
+def taking_password() -> Iterator[None]:
+    """Bytes that are no text, where a password is read or put to use, as bad input."""
+    try:
+        yield
+    except UnicodeError as error:
+        raise SpecError("cannot take the password: it is not UTF-8") from error

@@ -173,7 +173,8 @@ def pull(
         str, typer.Option("--max-size", metavar="SIZE", help="Largest download; default: 64G, by name the catalogue's.")
     ] = "",
     stall_timeout: Annotated[
-        float, typer.Option("--stall-timeout", metavar="SECONDS", min=0.1, help="Longest time without a byte.")
+        float,
+        typer.Option("--stall-timeout", metavar="SECONDS", min=0.1, max=86400.0, help="Longest time without a byte."),
     ] = 30.0,
     tries: Annotated[
         int, typer.Option("--tries", metavar="N", min=1, help="Tries in a row that may bring nothing new.")

@@ -108,7 +108,7 @@ def check(window: Window, *, what: str, asked: str = "", most_bytes: int = DEFAU
         found = examine(window, asked)
     except Unreadable as error:
         raise ImageError(f"cannot {what}: {error}", hint=error.hint) from error
-    problems = list(found.problems)
+    problems = list(dict.fromkeys(found.problems))
     if found.virtual_size <= 0 and not problems:
         problems.append("it is empty")
     if found.virtual_size > most_bytes:

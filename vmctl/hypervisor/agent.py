@@ -19,7 +19,7 @@ from typing import Any
 import libvirt
 
 from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, WrongState
-from vmctl.hypervisor import domain
+from vmctl.hypervisor import answers, domain
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling, translated
 from vmctl.hypervisor.waiting import Waiting
@@ -85,7 +85,8 @@ def call(
 ) -> Any:
     """The agent's answer to ``command``, as parsed JSON. ``doing`` ("freeze") and the name make the error's text.
 
-    Raises WaitTimeout when the agent does not answer in time, GuestCommandFailed when it refuses.
+    Raises WaitTimeout when the agent does not answer in time, GuestCommandFailed when it refuses, or answers what no
+    agent would.
     """
     text = json.dumps({"execute": command} | ({"arguments": dict(arguments)} if arguments else {}))
     with calling(f"{doing} VM {name}"):
@@ -104,7 +105,22 @@ def call(
     if answer is None:
         conn.leave_apart()
         raise _unanswered(name, doing, time.monotonic() - began)
-    return json.loads(answer)["return"]
+    return _read(answer, command, name, doing)
+
+
+def _read(answer: str, command: str, name: str, doing: str) -> Any:
+    """What an answer says, once it has the form it should have: whoever rules the guest may answer anything."""
+    try:
+        found = json.loads(answer)["return"]
+        sound = answers.is_sound(command, found)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise GuestCommandFailed(
+            f"cannot {doing} VM {name}: its guest agent's answer to {command} makes no sense",
+            hint="is that QEMU's guest agent? SSH and the console do not need it",
+        )
+    return found
 
 
 def _ask(handle: Any, text: str, deadline_s: float) -> str:
