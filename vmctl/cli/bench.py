@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -12,7 +11,6 @@ from vmctl.choices import AccelChoice
 from vmctl.cli import bench_io, bench_levels, bench_report
 from vmctl.cli.command import Command, group
 from vmctl.cli.options import ConnectOption, OutputOption, note, opened, reporter
-from vmctl.errors import SpecError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -270,8 +268,6 @@ def compare(
     from vmctl.bench import compare as comparing
     from vmctl.bench import kinds, store
 
-    if threshold is not None and math.isnan(threshold):  # which is beyond no limit, and which nothing exceeds
-        raise SpecError("cannot compare: a threshold is a number", hint="--threshold 5")
     found_ones = [store.find(_place(), name) for name in (before, after)]
     old, new = (kinds.rows_of(one) for one in found_ones)
     found = comparing.compare(old, new, threshold=(threshold or _THRESHOLDS.get(found_ones[0]["workload"], 5.0)) / 100)
