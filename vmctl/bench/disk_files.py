@@ -59,8 +59,8 @@ class Files:
 
     def _require_room(self) -> None:
         """Raise VmctlError where there is none for one disk more: VMs may have theirs there, and would stop."""
-        free = shutil.disk_usage(self._folder).free
-        if free < self.size:
+        total, _, free = shutil.disk_usage(self._folder)
+        if total and free < self.size:  # some, as ramfs, do not say
             need = f"a disk of {self.size >> 20} MiB has no room, {free >> 20} MiB are free"
             raise VmctlError(f"cannot measure in {self._folder.parent}: {need}", hint="--size, or --folder elsewhere")
 
