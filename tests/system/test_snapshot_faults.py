@@ -416,6 +416,11 @@ def test_of_a_running_vm(guest: Guest, tmp_path: Path, op: str, fault: str) -> N
         awake(shell)
         lost = guest.lost_by_libvirt()
         steps += shell.run("doctor", "--fix", check=None).stdout.splitlines()
+        if fault == "LIBVIRTD" and any("lost sight of a job" in one for one in steps):
+            # libvirt 9.0 again: of a commit that is switched over it may drop the job and keep its mark.
+            shell.run("stop", guest.name, "--force")
+            shell.run("start", guest.name)
+            steps = shell.run("doctor", "--fix", check=None).stdout.splitlines()
         died = shell.virsh("domstate", guest.name) != "running"
         assert not died or lost or fault == "QEMU" or op.startswith("revert"), steps
         stopped = shell.virsh("domstate", guest.name) == "shut off"

@@ -232,10 +232,16 @@ def commit(conn: Connection, name: str, target: str, base: str, top: str, moved:
     doing = f"commit {top} of VM {name}"
     dom = domain.handle(conn, name)
     active = find(conn, name, target, inactive=False).source == top
-    with calling(doing):
-        if (dom.blockJobInfo(target, 0) or {}).get("type") in _COMMITS:  # one that a killed vmctl left
-            dom.blockJobAbort(target, 0)
-        dom.blockCommit(target, base, top, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0)
+    try:
+        with calling(doing):
+            if (dom.blockJobInfo(target, 0) or {}).get("type") in _COMMITS:  # one that a killed vmctl left
+                dom.blockJobAbort(target, 0)
+            dom.blockCommit(target, base, top, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0)
+    except HypervisorError as error:
+        if error.code == libvirt.VIR_ERR_BLOCK_COPY_ACTIVE:
+            # libvirt 9.0 that is killed while it switches a commit over drops the job when it is back, not its mark.
+            error.hint = f"libvirt has lost sight of a job that was cut off: stop and start {name}, then it can be done"
+        raise
     try:
         _until(conn, name, target, doing, moved, ready=active)
         if active:
