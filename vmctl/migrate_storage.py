@@ -19,6 +19,7 @@ from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import MARK, File, Make, Role, digest
 
 _MADE_S = 3600.0  # as long as a base image may take over a slow link
+_UNMADE_S = 3.0  # who holds it for longer still makes it
 
 
 @contextmanager
@@ -80,10 +81,11 @@ def _names(host: Host, folder: str) -> tuple[str, ...]:
 
 def _make(ends: Ends, make: Make, others: Callable[[], set[str]], undo: ExitStack, report: Reporter) -> None:
     file, target = make.file, ends.target
+    # Also when the wait for another move is cut off: that one may have been, too, and have left the file to us.
+    undo.callback(lambda: quietly(lambda: _unmake(target, file, others, report)))
     with _alone(target, file, report), shown(target, file.folder) as pool:
         storage.refresh(target.conn, pool)
         mark, names = _mark(file).leaf, storage.volume_names(target.conn, pool)
-        undo.callback(lambda: quietly(lambda: _unmake(target, file, others, report)))
         if _public(file) and file.leaf in names and digest(target, file) == digest(ends.source, file):
             return  # another move has made it since, or a killed one had
         if mark in names:  # a killed one was here
@@ -105,7 +107,7 @@ def _view(make: Make) -> render.VolumeView:
 
 
 @contextmanager
-def _alone(target: Host, file: File, report: Reporter) -> Iterator[None]:
+def _alone(target: Host, file: File, report: Reporter, *, timeout_s: float = _MADE_S) -> Iterator[None]:
     """Keep other moves of this user's from making, or taking away, a file that they need as well."""
     with ExitStack() as stack:
         if _public(file):
@@ -114,7 +116,7 @@ def _alone(target: Host, file: File, report: Reporter) -> Iterator[None]:
                 stack.enter_context(lock())
             except Conflict:
                 report(Step(f"{file.told} {file.leaf}: waiting for another move, which makes it on {target.name}"))
-                stack.enter_context(lock(timeout_s=_MADE_S))
+                stack.enter_context(lock(timeout_s=timeout_s))
         yield
 
 
@@ -138,7 +140,7 @@ def _fill(source: Host, target: Host, file: File, pool: str, report: Reporter) -
 
 
 def _unmake(target: Host, file: File, others: Callable[[], set[str]], report: Reporter) -> None:
-    with _alone(target, file, report):
+    with _alone(target, file, report, timeout_s=_UNMADE_S):
         if file.leaf + MARK in _names(target, file.folder) and not (_public(file) and others()):
             remove(target, file)
             remove(target, _mark(file))

@@ -266,7 +266,6 @@ def test_two_of_one_image_at_once(pair: Pair, vm: str, two: tuple[str, str]) -> 
     until(lambda: any(".kernel" in path.name for path in second.images.iterdir()), "both have the base image")
     for one in running:
         one.send_signal(signal.SIGINT)
-    for one in running:
         one.communicate(timeout=60)
     assert [one.returncode for one in running] == [130, 130]
     assert not [*second.images.iterdir()] and pair.files("h2") == set(), "the last one takes away what they share"
