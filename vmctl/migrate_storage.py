@@ -31,8 +31,14 @@ def made(ends: Ends, makes: Sequence[Make], report: Reporter) -> Iterator[ExitSt
     with ExitStack() as undo:
         if makes:
             images.ensure_pools(ends.target)
+        others = partial(_others, ends.target, makes)
+        shared = [one.file for one in makes if _public(one.file)]
         for one in makes:
-            _make(ends, one, partial(_others, ends.target, makes), undo, report)
+            if not _public(one.file):
+                # Once a disk of ours is there, another move that is cut off leaves all that both need to us.
+                while shared:
+                    _on_undo(undo, ends.target, shared.pop(), others, report)
+            _make(ends, one, others, undo, report)
         yield undo
 
 
@@ -81,9 +87,8 @@ def _names(host: Host, folder: str) -> tuple[str, ...]:
 
 def _make(ends: Ends, make: Make, others: Callable[[], set[str]], undo: ExitStack, report: Reporter) -> None:
     file, target = make.file, ends.target
-    # Also when the wait for another move is cut off: that one may have been, too, and have left the file to us.
-    undo.callback(lambda: quietly(lambda: _unmake(target, file, others, report)))
     with _alone(target, file, report), shown(target, file.folder) as pool:
+        _on_undo(undo, target, file, others, report)
         storage.refresh(target.conn, pool)
         mark, names = _mark(file).leaf, storage.volume_names(target.conn, pool)
         if _public(file) and file.leaf in names and digest(target, file) == digest(ends.source, file):
@@ -137,6 +142,10 @@ def _fill(source: Host, target: Host, file: File, pool: str, report: Reporter) -
     if digest(target, file) != sent:
         raise ImageError(f"cannot copy {file.path} to {target.name}: what arrived has another SHA-256")
     storage.refresh(target.conn, pool)  # what it is, libvirt sees by its content
+
+
+def _on_undo(undo: ExitStack, target: Host, file: File, others: Callable[[], set[str]], report: Reporter) -> None:
+    undo.callback(lambda: quietly(lambda: _unmake(target, file, others, report)))
 
 
 def _unmake(target: Host, file: File, others: Callable[[], set[str]], report: Reporter) -> None:
