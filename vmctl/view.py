@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import mimetypes
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vmctl.errors import Conflict, Unsupported, VmctlError, reason
+from vmctl.errors import Conflict, SpecError, Unsupported, VmctlError, reason
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, screen
 from vmctl.hypervisor.domain import State
@@ -33,7 +34,13 @@ def _screen(host: Host, name: str, doing: str) -> Screen:
 
 
 def screenshot(host: Host, name: str, path: Path) -> int:
-    """Write what is on the screen to ``path`` as PNG; returns its size in bytes. It appears there only when whole."""
+    """Write what is on the screen to ``path`` as PNG; returns its size in bytes. It appears there only when whole.
+
+    Raises SpecError for a name that says another kind of picture.
+    """
+    kind = mimetypes.guess_type(path.name)[0] or ""
+    if kind.startswith("image/") and kind != "image/png":
+        raise SpecError(f"cannot write {path}: a screenshot is PNG, not {kind}", hint=f"{path.with_suffix('.png')}")
     _screen(host, name, "take a picture of")
     data = png(*screen.picture(host.conn, name))
     try:

@@ -101,6 +101,8 @@ def test_a_screenshot_shows_the_guests_text_console(shell: Shell, vm: str, tmp_p
     assert not reads_as(width, pixels, text.replace("press", "prose")), "the test cannot fail"
     assert path.stat().st_size < 60_000 and [p.name for p in tmp_path.iterdir()] == ["screen.png"]
     assert "cannot write" in shell.run("screenshot", vm, "/no/such/folder/x.png", check=1).stderr
+    refused = shell.run("screenshot", vm, str(tmp_path / "screen.jpg"), check=2)
+    assert "a screenshot is PNG, not image/jpeg" in refused.stderr and not (tmp_path / "screen.jpg").exists()
 
 
 def test_a_browser_shows_the_guests_text_console_and_types_into_it(vm: str, tmp_path: Path) -> None:
