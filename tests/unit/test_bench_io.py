@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import random
 import shutil
+import subprocess
+import threading
+import tty
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +27,7 @@ from vmctl.bench.machine import Board, Clock, Refused, argv
 from vmctl.bench.measured import Measure, Measured, Row, Sample, lines, measured_of
 from vmctl.bench.result import Head
 from vmctl.bench.setups import Aio, Backend, Cache, Device, Setup
-from vmctl.bench.wire import Declined
+from vmctl.bench.wire import Declined, telling
 from vmctl.builder import recipe
 from vmctl.choices import Accel
 from vmctl.cli import run as vmctl
@@ -124,6 +131,7 @@ def test_qemus_command_line(tmp_path: Path) -> None:
 def test_fio_is_told_every_job_and_marks_them() -> None:
     text = fio.job_file("/dev/vdb", length_ms=250, seed=7, direct=False, marks="/dev/marks")
     assert text.count("exec_prerun=(echo begin ") == text.count("exec_postrun=(echo end ") == len(fio.JOBS)
+    assert f"exec_prerun={telling('begin read-latency', '/dev/marks')}\n" in text
     assert "direct=0" in text and "runtime=250ms" in text and "randseed=7" in text and ";" not in text
     assert "exec_" not in fio.job_file("/x", length_ms=250, seed=7, direct=True)
     assert "number_ios=500" in fio.counted_file("/x", 500) and "time_based" not in fio.counted_file("/x", 500)
@@ -194,18 +202,50 @@ def test_what_iperf3_and_sockperf_say_is_read() -> None:
                 traffic.read(flow, text)
 
 
-def test_a_client_is_run_again_until_its_server_is_there(tmp_path: Path) -> None:
-    import subprocess
+@contextmanager
+def heard(answer: Callable[[str], None] = lambda word: None) -> Iterator[tuple[str, list[str]]]:
+    """A port as a guest has it, and the words that were told there; each is answered when ``answer`` is through."""
+    ours, theirs = pty.openpty()
+    tty.setraw(theirs)
+    words: list[str] = []
 
+    def listen() -> None:
+        with open(ours, "rb", buffering=0, closefd=False) as port:
+            while (word := port.readline().decode().strip()) != "over":
+                words.append(word)
+                answer(word)
+                os.write(ours, b"\n")
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    try:
+        yield os.ttyname(theirs), words
+    finally:
+        os.write(theirs, b"over\n")
+        thread.join()
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_guest_goes_on_when_its_word_was_heard(tmp_path: Path) -> None:
+    """Also with the redirection that fio puts behind it."""
+
+    def late(word: str) -> None:
+        (tmp_path / "heard").write_text(word)
+
+    with heard(late) as (port, words):
+        line = f"{telling('begin a', port)} 1> said 2>&1 && cat heard"
+        done = subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout == "begin a" and words == ["begin a"] and (tmp_path / "said").read_text() == ""
+
+
+def test_a_client_is_run_again_until_its_server_is_there(tmp_path: Path) -> None:
     flow = replace(
         traffic.FLOWS[0], name="x", words=lambda to, seconds: ("sh", "-c", "echo $$ >> t; [ $(wc -l < t) = 3 ]")
     )
-    done = subprocess.run(["sh", "-c", traffic.script(flow, "h", 1, "marks")], cwd=tmp_path, check=True)
-    assert (
-        done.returncode == 0
-        and (tmp_path / "marks").read_text() == "end x\n"
-        and len((tmp_path / "t").read_text().split()) == 3
-    )
+    with heard() as (port, words):
+        subprocess.run(["sh", "-c", traffic.script(flow, "h", 1, port)], cwd=tmp_path, check=True)
+    assert words == ["begin x"] * 3 + ["end x"] and len((tmp_path / "t").read_text().split()) == 3
     never = replace(flow, words=lambda to, seconds: ("sh", "-c", "echo no; exit 1"))
     failed = subprocess.run(["sh", "-c", traffic.script(never, "h", 1)], cwd=tmp_path, check=False, capture_output=True)
     assert failed.returncode == 1 and failed.stderr == b"no\n"

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vmctl.bench.wire import telling
 from vmctl.errors import GuestCommandFailed
 
 BLOCK = 4096
@@ -45,19 +46,19 @@ JOBS = (
     ),
 )  # fmt: skip
 BY_NAME = {job.name: job for job in JOBS}
-_MARKED = (("pre", "echo begin"), ("post", "echo end"))
+_MARKED = (("pre", "begin"), ("post", "end"))
 
 
 def job_file(path: str, *, length_ms: int, seed: int, direct: bool, marks: str = "") -> str:
     """What fio is told: every job on that disk or file, one after the other.
 
-    Each says on ``marks`` when it begins and when it has ended.
+    Each tells at ``marks`` when it begins and when it has ended.
     """
     lines = [*_common(path, seed, direct=direct), "time_based", f"runtime={length_ms}ms"]
     for job in JOBS:
         lines += [f"[{job.name}]", *job.words]
-        if marks:  # in brackets, for fio puts another redirection behind it; a semicolon would begin a comment
-            lines += [f"exec_{word}run=({says} {job.name} > {marks})" for word, says in _MARKED]
+        if marks:
+            lines += [f"exec_{when}run={telling(f'{word} {job.name}', marks)}" for when, word in _MARKED]
     return "\n".join(lines) + "\n"
 
 

@@ -123,8 +123,9 @@ class Guest:
         return {"guest_kernel": kernel, "guest_clock": ticks}
 
     def run(self, script: str, *, timeout_s: float, marked: Callable[[str], None] | None = None) -> str:
-        """What a shell script in the guest prints; ``marked`` hears each line that it writes to MARKS, when it does.
+        """What a shell script in the guest prints; ``marked`` hears each word that it tells at MARKS (wire.telling).
 
+        The guest goes on only then: on a busy host it might else be through with a job before it was known to begin.
         Nothing is asked of the guest while it runs. Raises GuestCommandFailed, Gone, WaitTimeout.
         """
         whole = f"({script}\n); code=$?; echo {_END} > {MARKS}; exit $code"
@@ -141,6 +142,7 @@ class Guest:
         while (line := self._marks.next(deadline)) != _END:
             if marked:
                 marked(line)
+            self._marks.send(b"\n")
 
         def ended() -> dict[str, Any] | None:
             status: dict[str, Any] = self._agent.ask("guest-exec-status", {"pid": pid})

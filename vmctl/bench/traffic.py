@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vmctl.bench.links import PING_PORT, TCP_PORT
+from vmctl.bench.wire import telling
 from vmctl.errors import GuestCommandFailed
 
 PARALLEL = 4
@@ -103,7 +104,7 @@ BY_NAME = {flow.name: flow for flow in FLOWS}
 
 def script(flow: Flow, to: str, seconds: int, marks: str = "") -> str:
     """A shell script that runs a flow's client, again while the server is not ready, and prints what it says."""
-    begin, end = (f"echo {word} {flow.name} > {marks}; " if marks else "" for word in ("begin", "end"))
+    begin, end = (f"{telling(f'{word} {flow.name}', marks)}; " if marks else "" for word in ("begin", "end"))
     client = shlex.join(flow.words(to, seconds))
     return (
         f"for turn in 1 2 3 4 5; do {begin}if {client} > found 2>&1; then {end}cat found; exit 0; fi; sleep 0.3; done; "

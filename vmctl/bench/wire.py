@@ -20,6 +20,14 @@ class Declined(VmctlError):
     """The other end would not do it."""
 
 
+def telling(word: str, port: str) -> str:
+    """What a guest's shell does to say a word at a port and go on when it was heard: when it is answered by a line.
+
+    One command in brackets and without a semicolon: fio puts a redirection behind, and takes a semicolon for a comment.
+    """
+    return f"(echo {word} >&0 && read -r heard) <>{port}"
+
+
 class Lines:
     """Whole lines from one end of a socket pair; QEMU inherits the other."""
 
