@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vmctl import qemu_img
-from vmctl.builder import bootstrap, cpio, debs, disk, ext4, kept, kernel, rootfs
+from vmctl.builder import bootstrap, bytecode, cpio, debs, disk, ext4, kept, kernel, rootfs
 from vmctl.builder.tools import require
 from vmctl.builder.tree import Entry, Kind, Tree
 from vmctl.errors import ImageError, reason
@@ -152,6 +152,7 @@ class _Build:
             self.report(Step("taking the system apart"))
             tree = rootfs.read(system, Path(folder))
             system.unlink()
+            bytecode.date(tree)
             self._settle(tree)
             self._direct(tree)
             self._disk(tree)
