@@ -36,6 +36,8 @@ admin socket = {folder}/$name.asok
 log file = {folder}/$name.log
 pid file = {folder}/$name.pid
 """
+# A race of Ceph's own with authentication off: a program may ask before it was told which cluster it is in.
+_TOO_EARLY = ("wrong fsid", "problem getting command descriptions")
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,14 @@ class Cluster:
     def run(self, *words: str) -> str:
         """What one of Ceph's commands prints."""
         env = os.environ | {"CEPH_CONF": str(self.folder / "ceph.conf")}
-        done = subprocess.run(
-            words, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
-        )
+
+        def once() -> subprocess.CompletedProcess[str] | None:
+            done = subprocess.run(
+                words, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
+            )
+            return None if any(word in done.stderr for word in _TOO_EARLY) else done
+
+        done = wait_until(once, what=f"an answer to {words}", timeout_s=60)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout
 

@@ -170,10 +170,14 @@ def test_a_guest_elsewhere_is_heard_over_its_console(shell: Shell, far: Host, tm
 
 def written() -> dict[str, int]:
     """When verdicts on hosts elsewhere were written down."""
-    return {one.name: one.stat().st_mtime_ns for one in (Path.home() / ".cache/vmctl").glob("accel-at-*.json")}
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "vmctl"
+    return {one.name: one.stat().st_mtime_ns for one in folder.glob("accel-at-*.json")}
 
 
-def test_kvm_elsewhere_is_judged_by_a_guest_that_ran_there(shell: Shell, name: str) -> None:
+def test_kvm_elsewhere_is_judged_by_a_guest_that_ran_there(
+    shell: Shell, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # test hosts side by side share the usual one
     here = shell.json("host", "info", "--refresh")["accel"]["kvm"]
     there = Shell(ELSEWHERE)
     before = volumes(shell)
