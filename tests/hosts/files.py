@@ -41,8 +41,8 @@ ROOT = """user = "root"
 group = "root"
 clear_emulator_capabilities = 0
 """
-# The exchange of keys that OpenSSH prefers since 9.0, sntrup761, costs each client 60 ms of a processor, this one 5: in a
-# testbed, several hosts and all their clients share the processors of one machine, and nobody listens.
+# The exchange of keys that OpenSSH prefers since 9.0, sntrup761, costs each client 60 ms of a processor, this one 5: in
+# a testbed, several hosts and all their clients share the processors of one machine, and nobody listens.
 SSHD = """Port 22
 KexAlgorithms curve25519-sha256
 ListenAddress {address}
