@@ -106,6 +106,33 @@ def shelf(folder: Path) -> Shelf:
     return Shelf(folder, points, damaged)
 
 
+def seen_wanting(shelf: Shelf, manifest: Manifest) -> str:
+    """What names and sizes show to be wrong with a backup or with what it is laid over; "" for nothing.
+
+    Costs a look at each file. What is in them is not read: that is for verify.
+    """
+    try:
+        for disk in manifest.disks:
+            for layer, stored in backup_manifest.chain(shelf.points, manifest.id, disk.target):
+                folder = shelf.folder / layer.id
+                _require_size(folder / stored.file, stored.file_size)
+                _require_size(folder / stored.index, backup_index.packed_size(stored.clusters))
+        for one in manifest.files:
+            _require_size(shelf.folder / manifest.id / one.file, one.size)
+    except ImageError as error:
+        return error.message
+    return ""
+
+
+def _require_size(path: Path, size: int) -> None:
+    with telling_os_errors(f"read {path}"):
+        about = path.lstat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ImageError(f"cannot read {path}: it is no plain file")
+    if about.st_size != size:
+        raise ImageError(f"cannot trust {path}: it has {about.st_size} bytes, and {size} were backed up")
+
+
 def open_plain(path: Path) -> int:
     """A descriptor of a plain file, no link followed in its place. Raises OSError, ImageError."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
