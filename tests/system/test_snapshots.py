@@ -488,3 +488,5 @@ def test_the_variables_of_uefi_are_kept_and_put_back(shell: Shell, off: str, tmp
     shell.run("snapshot", "revert", f"{off}.live", "--yes")
     assert nvram.read_bytes()[:3] != b"one" and shell.virsh("domstate", off) == "running"
     assert shell.json("snapshot", "show", f"{off}.one")["nvram"].endswith(".nvram")
+    told = shell.run("delete", off, "--dry-run").stdout.splitlines()
+    assert {f"snapshot {off}.one", f"snapshot {off}.live", f"file {nvram}"} <= set(told)
