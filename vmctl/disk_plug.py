@@ -8,14 +8,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import disk_chain, disk_guard, disk_guest, disk_spec, disk_xml, render, resolve
+from vmctl import disk_chain, disk_guard, disk_guest, disk_journal, disk_spec, disk_xml, render, resolve
 from vmctl.choices import Aio, Bus, Cache, DiskFormat
 from vmctl.disk_find import Located, folders, locate
+from vmctl.disk_journal import Entry
 from vmctl.disk_spec import Attachment, Source, SourceKind, parse_source
 from vmctl.errors import (
     Conflict,
     HypervisorError,
     ImageError,
+    Interrupted,
     NotFound,
     SpecError,
     Unsupported,
@@ -74,6 +76,8 @@ def attach(
     if host.conn.local and host.conn.qemu and what.startswith("/dev/"):
         _require_device(what, name)
     with holding(host, name, timeout_s=_LOCK_S):
+        if not dry:
+            disk_journal.settle(host, name, report)
         plan = _planned(host, name, what, wanted, next_start=next_start)
         xml = render.attached_disk(plan.view)
         (device,) = disk_xml.read(f"<domain><devices>{xml}</devices></domain>")
@@ -84,7 +88,7 @@ def attach(
         done = replace(done, made=made, added=_added(host, plan))
         with disk_guard.claimed(host, plan.vm.name, [device], f"attach {what} to VM {name}"):
             if not dry:
-                _plugged(host, plan, xml)
+                _journalled(host, plan, xml, report)
     if dry:
         return done
     return replace(done, guest=_seen(host, plan, report)) if plan.live else done
@@ -257,6 +261,21 @@ def _added(host: Host, plan: _Plan) -> tuple[str, ...]:
     bare = view.bus == Bus.SCSI and not all(disk_xml.has_any_scsi_controller(text) for text in texts)
     threadless = view.iothread and not all(view.iothread in disk_xml.iothreads(text) for text in texts)
     return (*(("SCSI controller",) if bare else ()), *((f"I/O thread {view.iothread}",) if threadless else ()))
+
+
+def _journalled(host: Host, plan: _Plan, xml: str, report: Reporter) -> None:
+    """Plug in; killed in the middle, the journal says what the running VM has and its definition has not."""
+    made = plan.source if plan.making is not None else ""
+    name, view = plan.vm.name, plan.view
+    disk_journal.begin(host, Entry(host.conn.uri, name, view.target, "", made, view.format, plug=xml))
+    try:
+        _plugged(host, plan, xml)
+    finally:
+        try:
+            disk_journal.settle(host, name, report)
+        except (KeyboardInterrupt, Interrupted):
+            disk_journal.settle(host, name, report)
+            raise
 
 
 def _plugged(host: Host, plan: _Plan, xml: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from vmctl import disk_guard, disk_spec, disk_xml, domain_files, render
+from vmctl import disk_guard, disk_journal, disk_spec, disk_xml, domain_files, render
 from vmctl.disk_find import Located, locate, require_no_overlays, waits
 from vmctl.disk_spec import IoLimits
 from vmctl.disk_xml import DiskDevice
@@ -50,6 +50,8 @@ def detach(
         domain.require_persistent(vm, "detach a disk from")
         if vm.state is State.SAVED:
             raise WrongState(f"cannot detach {text}: VM {name} is saved", hint=f"vmctl start {name} first")
+        if not dry:
+            disk_journal.settle(host, name, report)
         found = locate(host, text)
         disk = found.disk
         assert disk is not None
