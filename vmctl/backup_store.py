@@ -40,7 +40,16 @@ class Shelf:
         return self.points[max(self.points)] if self.points else None
 
     def point(self, wanted: str) -> Manifest:
-        """The backup that ``wanted`` names: its id, the beginning of one, or "latest". Raises NotFound, ImageError."""
+        """The backup that ``wanted`` names: its id, the beginning of one, or "latest". Raises NotFound, ImageError.
+
+        The one before a damaged one is not the latest: restored for it, the VM would lose more than was asked about.
+        """
+        newest = max([*self.points, *self.damaged], default="")
+        if wanted == "latest" and newest in self.damaged:
+            raise ImageError(
+                f"cannot use backup {newest}, the latest: {self.damaged[newest]}",
+                hint=f"the one before it that can be read is {self.last.id}; name it" if self.last else "",
+            )
         if wanted in self.damaged:
             raise ImageError(f"cannot use backup {wanted}: {self.damaged[wanted]}")
         if wanted == "latest" and self.last is not None:

@@ -24,6 +24,7 @@ from vmctl import (
     backup_list,
     backup_manifest,
     backup_plan,
+    backup_store,
     backup_verify,
     digest,
     qemu_nbd,
@@ -216,6 +217,17 @@ def test_pruning_keeps_a_whole_one_where_the_newest_is_broken(tmp_path: Path, il
     # What a broken one is laid over is the last of it that can still be had.
     left = [manifest(2).id, below.id, newest.id] if ill == "parent" else [below.id, newest.id]
     assert sorted(one.name for one in folder.iterdir()) == left == list(done.keep)
+
+
+def test_the_one_before_a_damaged_one_is_not_the_latest(tmp_path: Path) -> None:
+    folder = tmp_path / "web1"
+    _shelved(folder, manifest(1), manifest(2))
+    assert backup_store.shelf(folder).point("latest").id == manifest(2).id
+    (folder / manifest(2).id / backup_manifest.NAME).write_text("{")
+    with pytest.raises(ImageError, match="the latest") as told:
+        backup_store.shelf(folder).point("latest")
+    assert manifest(1).id in told.value.hint
+    assert backup_store.shelf(folder).point(manifest(1).id).id == manifest(1).id
 
 
 def test_pruning_refuses_where_none_is_whole(tmp_path: Path) -> None:

@@ -69,11 +69,14 @@ def translated(error: libvirt.libvirtError, doing: str) -> VmctlError:
     code, domain = error.get_error_code(), error.get_error_domain()
     text = f"cannot {doing}: {(error.get_error_message() or 'no reason given').strip()}"
     if code in _ABSENT:
-        return NotFound(text)
+        return NotFound(text, hint="vmctl disk pool list" if code == libvirt.VIR_ERR_NO_STORAGE_POOL else "")
     if code in _TAKEN:
         return Conflict(text)
     if code == libvirt.VIR_ERR_OPERATION_INVALID:
-        return WrongState(text)
+        pool = domain == libvirt.VIR_FROM_STORAGE
+        return WrongState(
+            text, hint="vmctl disk pool list shows which are active; virsh pool-start starts one" if pool else ""
+        )
     if code in _UNSUPPORTED:
         return Unsupported(text)
     if code in _UNREACHABLE or (
