@@ -32,7 +32,7 @@ from vmctl.backup_store import Shelf
 from vmctl.backup_take import Order
 from vmctl.choices import Compression
 from vmctl.disk_xml import DiskDevice
-from vmctl.errors import NotFound, SpecError, Unsupported, VmctlError, WrongState
+from vmctl.errors import ImageError, NotFound, SpecError, Unsupported, VmctlError, WrongState
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import backup, disks, domain, pools
@@ -102,6 +102,7 @@ def create(host: Host, name: str, wish: Wish, report: Reporter, *, dry: bool) ->
             manifest = _make(host, vm, wish, shelf, made, newest.below, report, began)
             size = backup_store.size(folder / manifest.id, seen)
             pruned = _prune_now(backup_store.shelf(folder), wish.keep, wish.older_than, report)
+            _tell_broken(pruned, report)
         return replace(made, size=size, kind=manifest.kind, pruned=pruned.delete, took_s=time.monotonic() - began)
 
 
@@ -330,23 +331,41 @@ def _pruning(shelf: Shelf, keep: int | None, older_than: timedelta | None, comin
     if keep is not None and keep < 1:
         raise SpecError("cannot prune backups: at least one must be kept")
     points = [*shelf.points.values(), *([coming] if coming else [])]
-    return backup_plan.prune(points, keep=keep, older_than=older_than, now=datetime.now(UTC))
+    looked = {name: backup_store.seen_wanting(shelf, one) for name, one in shelf.points.items()}
+    broken = {name: why for name, why in looked.items() if why}
+    if broken and len(broken) == len(points):
+        raise ImageError(
+            f"cannot prune backups in {shelf.folder}: none that could be kept is whole: {broken[max(broken)]}",
+            hint=f"vmctl backup verify {shelf.folder.name} tells what of each is left",
+        )
+    return backup_plan.prune(points, keep=keep, older_than=older_than, now=datetime.now(UTC), broken=broken)
 
 
 def prune(folder: Path, keep: int | None, older_than: timedelta | None, report: Reporter, *, dry: bool) -> Pruning:
     """Delete the backups of a VM that are neither among the newest ``keep`` nor younger than ``older_than``.
 
-    One that is kept takes over first what it needs of those that go. Raises SpecError without a rule, Conflict.
+    One that is kept takes over first what it needs of those that go. One of which a file is missing or not as long as
+    it was is not counted as kept. Raises SpecError without a rule, Conflict, and ImageError where none is whole.
     """
     if keep is None and older_than is None:
         raise SpecError("cannot prune backups: nothing says which", hint="--keep 7, --older-than 30d, or both")
     if not folder.is_dir():
         raise NotFound(f"cannot prune backups: there is no {folder}")
     if dry:
-        return _pruning(backup_store.shelf(folder), keep, older_than)
+        found = _pruning(backup_store.shelf(folder), keep, older_than)
+        _tell_broken(found, report)
+        if found.delete:
+            looked = "the files of what is kept are there and as long as they were"
+            report(Step(f"{looked}; vmctl backup verify {folder.name} reads them"))
+        return found
     with backup_store.locked(folder, shared=False), backup_store.telling_os_errors(f"prune backups in {folder}"):
         backup_store.clear_half_made(folder)
         return _prune_now(backup_store.shelf(folder), keep, older_than, report)
+
+
+def _tell_broken(found: Pruning, report: Reporter) -> None:
+    for name, why in found.broken.items():
+        report(Warned(f"backup {name} is not counted as one that is kept: {why}"))
 
 
 def _prune_now(shelf: Shelf, keep: int | None, older_than: timedelta | None, report: Reporter) -> Pruning:

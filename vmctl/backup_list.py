@@ -46,7 +46,7 @@ def list_backups(root: Path, names: Collection[str]) -> tuple[Listed, ...]:
             size = backup_store.size(shelf.folder / name, seen)
             needs = {m.id for d in one.disks for m, _ in _chain_or_nothing(shelf, name, d.target)} - {name}
             missing = sorted(p for p in one.parents if p not in shelf.points)
-            problem = f"backup {', '.join(missing)} is missing" if missing else ""
+            problem = f"backup {', '.join(missing)} is missing" if missing else backup_store.seen_wanting(shelf, one)
             words = (one.created, one.kind, one.consistency, size, len(one.disks), tuple(sorted(needs)), problem)
             found.append(Listed(vm, name, *words))
     if names and (absent := sorted(set(names) - {one.vm for one in found})):

@@ -106,7 +106,7 @@ def plan(host: Host, folder: Path, wish: Wish) -> Plan:
         old.uuid if old else resolve.identity(host.conn.host, name, taken | {manifest.uuid}) if fresh else manifest.uuid
     )
     pool = wish.pool or host.settings.pool
-    where = images.pool_path(host, pool) if pool == host.settings.pool else pools.pool(host.conn, pool).path
+    where = images.pool_path(host, pool) if pool == host.settings.pool else _folder(host, pool)
     if not where:
         raise SpecError(f"cannot restore into pool {pool}: it has no folder")
     prefix = resolve.volume_prefix(name, uuid)
@@ -167,6 +167,13 @@ def _lost(host: Host, old: Domain | None, manifest: Manifest) -> tuple[str, ...]
     if old.state is State.SAVED:
         lines.append(f"the saved memory of VM {old.name}")
     return (*lines, f"the definition of VM {old.name} as it is now")
+
+
+def _folder(host: Host, pool: str) -> str:
+    found = pools.pool(host.conn, pool)
+    if not found.active:
+        raise WrongState(f"cannot restore into pool {pool}: it is not active", hint=f"virsh pool-start {pool}")
+    return found.path
 
 
 def _volumes(host: Host, manifest: Manifest, prefix: str, folder: str, pool: str) -> tuple[Volume, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
 
@@ -100,28 +100,59 @@ def _obstacle(disk: DiskNow, last: Manifest, dirty: Mapping[str, int] | None, uu
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """What is pruned. ``delete``: backups that go. ``merge``: those kept that take over what they need of them."""
+    """What is pruned. ``delete``: backups that go. ``merge``: those kept that take over what they need of them.
+
+    ``broken``: those of ``keep`` that cannot be restored, and why: they are not counted.
+    """
 
     delete: tuple[str, ...]
     merge: tuple[str, ...]
     keep: tuple[str, ...]
+    broken: Mapping[str, str] = field(default_factory=dict)
 
 
-def prune(points: Collection[Manifest], *, keep: int | None, older_than: timedelta | None, now: datetime) -> Pruning:
+def prune(
+    points: Collection[Manifest],
+    *,
+    keep: int | None,
+    older_than: timedelta | None,
+    now: datetime,
+    broken: Mapping[str, str],
+) -> Pruning:
     """Which backups go: all but the newest ``keep``, and of those only what is older than ``older_than``.
 
-    The newest stays in any case. A kept one that is laid over one that goes takes its content over.
+    Of ``broken`` ones (by id: why) none counts as kept: the newest whole one stays in any case. A kept one that is
+    laid over one that goes takes its content over, which a broken one cannot: what that is laid over stays with it.
     """
     ordered = sorted(points, key=lambda one: one.id)
-    doomed: set[str] = set()
-    for position, one in enumerate(ordered[:-1]):
-        spare = keep is None or position < len(ordered) - max(1, keep)
-        old = older_than is None or now - datetime.fromisoformat(one.created) > older_than
-        if spare and old and (keep is not None or older_than is not None):
-            doomed.add(one.id)
+    whole = [one.id for one in ordered if one.id not in broken]
+    fewest = max(1, keep or 0)
+    oldest = whole[-fewest] if len(whole) >= fewest and not (keep is None and older_than is None) else ""
+    doomed = {
+        one.id
+        for one in ordered
+        if one.id < oldest and (older_than is None or now - datetime.fromisoformat(one.created) > older_than)
+    }
+    for one in reversed(ordered):  # children before what they are laid over
+        if one.id in broken and one.id not in doomed:
+            doomed -= _below(one, points)
     kept = [one for one in ordered if one.id not in doomed]
     merge = tuple(one.id for one in kept if one.parents & doomed)
-    return Pruning(tuple(sorted(doomed)), merge, tuple(one.id for one in kept))
+    why = {one.id: broken[one.id] for one in kept if one.id in broken}
+    return Pruning(tuple(sorted(doomed)), merge, tuple(one.id for one in kept), why)
+
+
+def _below(one: Manifest, points: Collection[Manifest]) -> set[str]:
+    """The backups that one is laid over, directly or not."""
+    known = {other.id: other for other in points}
+    found: set[str] = set()
+    ahead = [one.id]
+    while ahead:
+        at = known.get(ahead.pop())
+        more = at.parents - found if at else frozenset()
+        found |= more
+        ahead += more
+    return found
 
 
 def needless(checkpoints: Mapping[str, tuple[str, str]], needed: Mapping[str, Collection[str]]) -> tuple[str, ...]:

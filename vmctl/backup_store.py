@@ -40,7 +40,16 @@ class Shelf:
         return self.points[max(self.points)] if self.points else None
 
     def point(self, wanted: str) -> Manifest:
-        """The backup that ``wanted`` names: its id, the beginning of one, or "latest". Raises NotFound, ImageError."""
+        """The backup that ``wanted`` names: its id, the beginning of one, or "latest". Raises NotFound, ImageError.
+
+        The one before a damaged one is not the latest: restored for it, the VM would lose more than was asked about.
+        """
+        newest = max([*self.points, *self.damaged], default="")
+        if wanted == "latest" and newest in self.damaged:
+            raise ImageError(
+                f"cannot use backup {newest}, the latest: {self.damaged[newest]}",
+                hint=f"the one before it that can be read is {self.last.id}; name it" if self.last else "",
+            )
         if wanted in self.damaged:
             raise ImageError(f"cannot use backup {wanted}: {self.damaged[wanted]}")
         if wanted == "latest" and self.last is not None:
@@ -104,6 +113,33 @@ def shelf(folder: Path) -> Shelf:
         except UnicodeDecodeError:
             damaged[name] = f"cannot read {path}: it is no text"
     return Shelf(folder, points, damaged)
+
+
+def seen_wanting(shelf: Shelf, manifest: Manifest) -> str:
+    """What names and sizes show to be wrong with a backup or with what it is laid over; "" for nothing.
+
+    Costs a look at each file. What is in them is not read: that is for verify.
+    """
+    try:
+        for disk in manifest.disks:
+            for layer, stored in backup_manifest.chain(shelf.points, manifest.id, disk.target):
+                folder = shelf.folder / layer.id
+                _require_size(folder / stored.file, stored.file_size)
+                _require_size(folder / stored.index, backup_index.packed_size(stored.clusters))
+        for one in manifest.files:
+            _require_size(shelf.folder / manifest.id / one.file, one.size)
+    except ImageError as error:
+        return error.message
+    return ""
+
+
+def _require_size(path: Path, size: int) -> None:
+    with telling_os_errors(f"read {path}"):
+        about = path.lstat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ImageError(f"cannot read {path}: it is no plain file")
+    if about.st_size != size:
+        raise ImageError(f"cannot trust {path}: it has {about.st_size} bytes, and {size} were backed up")
 
 
 def open_plain(path: Path) -> int:

@@ -10,7 +10,7 @@ from vmctl import disk_journal, forgotten, identity, image_users, resolve, snaps
 from vmctl.events import Reporter, Warned
 from vmctl.guest import known_hosts
 from vmctl.hosts import Host, holding
-from vmctl.hypervisor import domain, storage
+from vmctl.hypervisor import domain, snapshots, storage
 from vmctl.hypervisor.domain import Domain
 from vmctl.lifecycle import power_off
 from vmctl.locks import held
@@ -21,7 +21,7 @@ _SHARED_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Doomed:
-    """What a delete destroys: the VM, the volumes that are its own, and the ``files`` of its snapshots.
+    """What a delete destroys: the VM, the volumes that are its own, its ``snapshots`` and the ``files`` of those.
 
     ``vm`` None: only left-overs are there.
     """
@@ -30,12 +30,16 @@ class Doomed:
     vm: Domain | None
     volumes: tuple[Owned, ...]
     files: tuple[str, ...] = ()
+    snapshots: tuple[str, ...] = ()
 
     @property
     def lines(self) -> list[str]:
         """What to show before asking."""
         what = [f"VM {self.name} ({self.vm.state})"] if self.vm else [f"left-overs of VM {self.name}"]
         files = [f"file {path}" for path in self.files]
+        if self.vm is not None and self.vm.facts.nvram:
+            files.append(f"file {self.vm.facts.nvram}")
+        what += [f"snapshot {self.name}.{one}" for one in self.snapshots]
         return [*what, *(f"volume {owned.volume}" for owned in self.volumes), *files]
 
 
@@ -44,7 +48,8 @@ def doomed(host: Host, name: str) -> Doomed:
     vm = domain.find_or_none(host.conn, name)
     if vm is not None:
         files = _of_snapshots(host, vm)
-        return Doomed(vm.name, vm, _deletable(host, vm, files), files)
+        named = tuple(one.name for one in snapshots.snapshots(host.conn, vm.name))
+        return Doomed(vm.name, vm, _deletable(host, vm, files), files, named)
     volumes = _leftovers(host, name)
     if not volumes:
         raise domain.absent(host.conn, name)
@@ -106,6 +111,7 @@ def delete(host: Host, name: str, report: Reporter) -> None:
     Works on what a killed create or delete left, too. Raises Conflict while another vmctl works on that name.
     """
     with holding(host, name):
+        disk_journal.settle(host, name, report)  # once the VM is gone nobody can tell whose the files were
         snapshot_settle.settle(host, name, report)
         what = doomed(host, name)
         if what.vm is not None:

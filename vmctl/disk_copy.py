@@ -168,12 +168,13 @@ def convert(
         new, before = _free_name(old.parent, stem, form), _allocated(disk.path)
         touches = (f"make {new}", *(() if keep else (f"delete {old}",)))
         touches += (f"change VM {disk.owner}",) if disk.vm else ()
+        if not disk.live:
+            _refuse_snapshots(disk, "convert")
         if not dry:
             what, size = f"convert {disk.ref} to {form}", layers.top.virtual_size
             if disk.live:
                 disk_replace.live(host, disk, new, form, size, None, report, doing=what, keep=keep, bandwidth=bandwidth)
             else:
-                _refuse_snapshots(disk, "convert")
 
                 def make(path: Path) -> None:
                     _copied(disk, path, form, None, what, share_reporter(report, what, size))
@@ -215,17 +216,19 @@ def flatten(host: Host, text: str, report: Reporter, *, dry: bool) -> Rewritten:
         before, how = _allocated(disk.path), "live" if disk.live else "stopped"
         if layers.base is None:
             return _told(disk, disk.path, disk.format, before, (), "flat already", dry=True)
+        touches = (f"rewrite {disk.path}, which is based on {layers.base.path} no longer",)
+        if not disk.live:
+            _refuse_snapshots(disk, "flatten")
         if not dry:
             what = f"flatten {disk.ref}"
             if disk.live:
                 disks.pull(host.conn, disk.owner, disk.target, "", disk_replace.job_reporter(report, what))
             else:
-                _refuse_snapshots(disk, "flatten")
                 moved = share_reporter(report, what, layers.top.virtual_size)
                 disk_replace.in_place(
                     disk, lambda path: _copied(disk, path, disk.format, None, what, moved), doing=what
                 )
-        return _told(disk, disk.path, disk.format, before, (f"rewrite {disk.path}",), how, dry=dry)
+        return _told(disk, disk.path, disk.format, before, touches, how, dry=dry)
 
 
 def rebase(host: Host, text: str, onto: str, report: Reporter, *, dry: bool) -> Rewritten:
@@ -251,9 +254,13 @@ def rebase(host: Host, text: str, onto: str, report: Reporter, *, dry: bool) -> 
                 f"cannot rebase {text} onto {onto}: VM {disk.owner} is running, and {onto} is not below it now",
                 hint=f"vmctl stop {disk.owner}",
             )
+        if not disk.live:
+            _refuse_snapshots(disk, "rebase")
         if not dry:
             _rebase(host, disk, layers, base, report)
-        return _told(disk, disk.path, disk.format, before, (f"rewrite {disk.path}",), how, dry=dry)
+        return _told(
+            disk, disk.path, disk.format, before, (f"rewrite {disk.path}, based on {below.path}",), how, dry=dry
+        )
 
 
 def _rebase(host: Host, disk: Located, layers: Chain, base: Chain, report: Reporter) -> None:
@@ -263,7 +270,6 @@ def _rebase(host: Host, disk: Located, layers: Chain, base: Chain, report: Repor
             moved = disk_replace.job_reporter(report, what)
             disks.pull(host.conn, disk.owner, disk.target, base.top.path, moved)
         return
-    _refuse_snapshots(disk, "rebase")
     old = (layers.base.path, layers.base.format) if layers.base else None
     size = layers.top.virtual_size
 

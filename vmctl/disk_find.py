@@ -95,6 +95,8 @@ def _by_file(host: Host, ref: Ref, text: str) -> Located:
         path, form = facts.path, facts.format
     elif host.conn.local and not Path(path).exists():
         raise NotFound(f"cannot find disk {text}: there is no such file")
+    elif host.conn.local and Path(path).is_dir():
+        raise SpecError(f"cannot use {text} as a disk: it is a folder")
     users = [(vm, disk) for vm, disk in _attached_to(host, path, f"{pool}/{volume}") if not disk.readonly]
     if len({vm for vm, _ in users}) == 1:
         vm, disk = users[0]
@@ -126,6 +128,14 @@ def _attached_to(host: Host, path: str, volume: str) -> list[tuple[str, DiskDevi
     return [(vm, disk) for vm, _, devices in everything for disk in devices if disk.source and same(disk)]
 
 
+def waits(host: Host, disk: Located) -> bool:
+    """Whether its VM runs without it, and gets it at its next start."""
+    if disk.vm is None or disk.disk is None or not disk.vm.active:
+        return False
+    now = {one.target: one.source for one in disks.disks(host.conn, disk.owner, inactive=False)}
+    return now.get(disk.target) != disk.disk.source
+
+
 @contextmanager
 def working_on(host: Host, text: str, report: Reporter, *, timeout_s: float = 30.0) -> Iterator[Located]:
     """The disk, and nobody else's to change within the block; what a killed change left of it is settled first."""
@@ -142,6 +152,11 @@ def working_on(host: Host, text: str, report: Reporter, *, timeout_s: float = 30
         now = locate(host, f"{first.owner}:{first.target}" if first.vm else text)
         if now.owner != first.owner:
             raise Conflict(f"cannot work on disk {text}: VM {now.owner} has just got it")
+        if waits(host, now):
+            raise WrongState(
+                f"cannot work on disk {text}: running VM {now.owner} gets it at its next start only",
+                hint=f"vmctl stop {now.owner}; or detach it, and attach it again afterwards",
+            )
         yield replace(now, ref=text)
 
 

@@ -18,7 +18,8 @@ from vmctl import disk_xml
 from vmctl.errors import quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
-from vmctl.hypervisor import disks, domain, pools, storage
+from vmctl.hypervisor import devices, disks, domain, pools, storage
+from vmctl.hypervisor.domain import Domain
 from vmctl.record import Owned
 
 
@@ -26,7 +27,8 @@ from vmctl.record import Owned
 class Entry:
     """A change of disk ``target`` of a VM from the file ``old`` to ``new``. ``keep``: the old one stays in any case.
 
-    ``old`` "": a file made for a VM that is not there yet, and goes unless the VM comes to name it.
+    ``old`` "": a file made for a VM that is not there yet, and goes unless the VM comes to name it. ``plug``: the XML
+    of a disk that is attached, ``new`` the volume made for it, "" for none.
     """
 
     uri: str
@@ -36,6 +38,7 @@ class Entry:
     new: str
     format: str
     keep: bool = False
+    plug: str = ""
 
 
 def _folder(host: Host) -> Path:
@@ -100,6 +103,10 @@ def settle_all(host: Host, report: Reporter) -> list[str]:
 
 def _settle(host: Host, entry: Entry, report: Reporter) -> None:
     vm = domain.find_or_none(host.conn, entry.vm)
+    if entry.plug:
+        if vm is not None:
+            _settle_plug(host, vm, entry, report)
+        return
     if not entry.old:
         if vm is None or entry.new not in domain.xml(host.conn, entry.vm, inactive=True):
             _remove_unused(host, entry.new)
@@ -121,6 +128,36 @@ def _settle(host: Host, entry: Entry, report: Reporter) -> None:
         report(Step(f"disk {entry.target} of {entry.vm} is {entry.new}"))
     else:
         _remove_unused(host, entry.new)
+
+
+def _settle_plug(host: Host, vm: Domain, entry: Entry, report: Reporter) -> None:
+    """What its guest has got already is in its definition too; a volume that came to no VM goes while it is empty."""
+    (disk,) = disk_xml.read(f"<domain><devices>{entry.plug}</devices></domain>")
+    later = {one.target: one.source for one in disks.disks(host.conn, vm.name, inactive=True)}
+    now = {one.target: one.source for one in disks.disks(host.conn, vm.name, inactive=False)} if vm.active else {}
+    if now.get(disk.target) == disk.source and disk.target not in later and vm.persistent:
+        devices.attach(host.conn, vm.name, entry.plug, live=False)
+        report(Step(f"disk {disk.target} of {vm.name} is attached, from its next start on too"))
+    elif entry.new and disk.source not in {*later.values(), *now.values()}:
+        _unmake(host, vm, entry)
+
+
+def _unmake(host: Host, vm: Domain, entry: Entry) -> None:
+    """Take back the volume made for a disk that was not attached. One in which there is anything stays."""
+    from vmctl import qemu_img, render
+
+    path = Path(entry.new)
+    if not host.conn.local or any(disk.source == entry.new for _, _, f in disks.all_disks(host.conn) for disk in f):
+        return
+    if path.exists() and any(piece.data for piece in qemu_img.extents(path, entry.format)):
+        return
+    places = {pool.name for pool in pools.pools(host.conn) if pool.path == str(path.parent)}
+    record = vm.facts.record
+    if record is not None:
+        left = tuple(one for one in record.owned if one.volume != path.name or one.pool not in places)
+        if left != record.owned:
+            domain.set_record(host.conn, vm.name, render.metadata(replace(record, owned=left)))
+    remove_file(host, entry.new)
 
 
 def _remove_unused(host: Host, path: str) -> None:
@@ -164,6 +201,10 @@ def remove_file(host: Host, path: str) -> None:
 def unsettled(host: Host) -> list[str]:
     """One line for each change that was begun and not ended."""
     return [
-        f"disk {entry.target} of {entry.vm}: {entry.old} or {entry.new}" if entry.old else f"{entry.new} of {entry.vm}"
+        f"disk {entry.target} of {entry.vm}, which is half attached"
+        if entry.plug
+        else f"disk {entry.target} of {entry.vm}: {entry.old} or {entry.new}"
+        if entry.old
+        else f"{entry.new} of {entry.vm}"
         for _, entry in entries(host)
     ]

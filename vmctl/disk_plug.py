@@ -1,18 +1,30 @@
-"""Disks attached to VMs and detached from them, while they run or not."""
+"""Disks attached to VMs, while they run or not."""
 
 from __future__ import annotations
 
 import os
+import stat
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import disk_chain, disk_guard, disk_guest, disk_spec, disk_xml, domain_files, render, resolve
+from vmctl import disk_chain, disk_guard, disk_guest, disk_journal, disk_spec, disk_xml, render, resolve
 from vmctl.choices import Aio, Bus, Cache, DiskFormat
-from vmctl.disk_find import Located, folders, locate, require_no_overlays
-from vmctl.disk_spec import Attachment, IoLimits, Source, SourceKind, parse_source
-from vmctl.disk_xml import DiskDevice
-from vmctl.errors import Conflict, ImageError, NotFound, SpecError, Unsupported, WrongState, quietly
+from vmctl.disk_find import Located, folders, locate
+from vmctl.disk_journal import Entry
+from vmctl.disk_spec import Attachment, Source, SourceKind, parse_source
+from vmctl.errors import (
+    Conflict,
+    HypervisorError,
+    ImageError,
+    Interrupted,
+    NotFound,
+    SpecError,
+    Unsupported,
+    VmctlError,
+    WrongState,
+    quietly,
+)
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import capabilities, devices, disks, domain, pools, snapshots, storage
@@ -61,7 +73,11 @@ def attach(
     """
     if found := disk_spec.attachment_problems(wanted):
         raise SpecError(f"cannot attach {what} to VM {name}", problems=found)
+    if host.conn.local and host.conn.qemu and what.startswith("/dev/"):
+        _require_device(what, name)
     with holding(host, name, timeout_s=_LOCK_S):
+        if not dry:
+            disk_journal.settle(host, name, report)
         plan = _planned(host, name, what, wanted, next_start=next_start)
         xml = render.attached_disk(plan.view)
         (device,) = disk_xml.read(f"<domain><devices>{xml}</devices></domain>")
@@ -72,7 +88,7 @@ def attach(
         done = replace(done, made=made, added=_added(host, plan))
         with disk_guard.claimed(host, plan.vm.name, [device], f"attach {what} to VM {name}"):
             if not dry:
-                _plugged(host, plan, xml)
+                _journalled(host, plan, xml, report)
     if dry:
         return done
     return replace(done, guest=_seen(host, plan, report)) if plan.live else done
@@ -106,6 +122,8 @@ def _planned(host: Host, name: str, what: str, wanted: Attachment, *, next_start
             hint="bus virtio and scsi do; or --next-start",
         )
     machine = vm.facts.machine
+    if live and "q35" in machine:
+        _require_port(host, name, what, wanted.bus)
     buses = capabilities.disk_buses(host.conn, machine) if host.conn.qemu else frozenset()
     pc = "q35" not in machine
     if (buses and wanted.bus not in buses) or (wanted.bus is Bus.IDE and not pc) or (wanted.bus is Bus.SATA and pc):
@@ -124,6 +142,18 @@ def _planned(host: Host, name: str, what: str, wanted: Attachment, *, next_start
         ):
             raise Conflict(f"cannot attach {what} to VM {name}: it has it already, as {disk.target}")
     return _Plan(vm, replace(view, target=target, serial=serial), source, live, making, size)
+
+
+def _require_port(host: Host, name: str, what: str, bus: Bus) -> None:
+    """Raise when the running machine has nowhere to plug a disk of the bus, or the controller it would hang on, in."""
+    text = domain.xml(host.conn, name)
+    if (bus is Bus.SCSI and disk_xml.has_any_scsi_controller(text)) or not disk_xml.without_free_port(text):
+        return
+    more = "" if bus is Bus.SCSI or not disk_xml.has_any_scsi_controller(text) else "--bus scsi has room; or "
+    raise WrongState(
+        f"cannot attach {what} to VM {name}: no PCIe port of its running machine is free",
+        hint=f"{more}detach another disk, or --next-start",
+    )
 
 
 def _view(source: Source, form: str, wanted: Attachment) -> render.AttachedView:
@@ -171,6 +201,15 @@ def _source(
     if ":" in what and not what.startswith("/"):
         raise SpecError(f"cannot attach {what}: it is a disk of a VM", hint="name its volume or file")
     return _existing(host, vm, what, wanted)
+
+
+def _require_device(path: str, name: str) -> None:
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as error:
+        raise NotFound(f"cannot attach {path} to VM {name}: {error.strerror}") from error
+    if not stat.S_ISBLK(mode):
+        raise SpecError(f"cannot attach {path} to VM {name}: it is no block device")
 
 
 def _existing(host: Host, vm: Domain, what: str, wanted: Attachment) -> tuple[render.AttachedView, str, None, int]:
@@ -224,6 +263,21 @@ def _added(host: Host, plan: _Plan) -> tuple[str, ...]:
     return (*(("SCSI controller",) if bare else ()), *((f"I/O thread {view.iothread}",) if threadless else ()))
 
 
+def _journalled(host: Host, plan: _Plan, xml: str, report: Reporter) -> None:
+    """Plug in; killed in the middle, the journal says what the running VM has and its definition has not."""
+    made = plan.source if plan.making is not None else ""
+    name, view = plan.vm.name, plan.view
+    disk_journal.begin(host, Entry(host.conn.uri, name, view.target, "", made, view.format, plug=xml))
+    try:
+        _plugged(host, plan, xml)
+    finally:
+        try:
+            disk_journal.settle(host, name, report)
+        except (KeyboardInterrupt, Interrupted):
+            disk_journal.settle(host, name, report)
+            raise
+
+
 def _plugged(host: Host, plan: _Plan, xml: str) -> None:
     name, view = plan.vm.name, plan.view
     with ExitStack() as undo:
@@ -239,10 +293,24 @@ def _plugged(host: Host, plan: _Plan, xml: str) -> None:
         if plan.live:
             # Registered before: a signal may come between the call's end and the next line.
             undo.callback(quietly, lambda: devices.detach(host.conn, name, xml))
-            devices.attach(host.conn, name, xml, live=True)
+            try:
+                devices.attach(host.conn, name, xml, live=True)
+            except HypervisorError as error:
+                raise _not_opened(error, plan) from error
         undo.callback(quietly, lambda: domain.detach_disk(host.conn, name, view.target))
         devices.attach(host.conn, name, xml, live=False)
         undo.pop_all()
+
+
+def _not_opened(error: HypervisorError, plan: _Plan) -> VmctlError:
+    """What QEMU or libvirt says of a disk it does not take: in words of the disk's, and with what to look at."""
+    said = error.message.partition(": ")[2]
+    remote = "://" in plan.source
+    hint = "does its server run, and offer that name to this host?" if remote else error.hint
+    return ImageError(
+        f"cannot attach {plan.source} to VM {plan.vm.name}: its QEMU cannot open it or plug it in: {said}",
+        hint=hint or "can the user that QEMU runs as read and write it? is it of that --format?",
+    )
 
 
 def _quiet_iothread(host: Host, name: str, number: int, live: bool) -> None:
@@ -272,117 +340,3 @@ def _scsi_controller(host: Host, name: str, *, live: bool, undo: ExitStack) -> N
         devices.attach(host.conn, name, _CONTROLLER, live=now)
         if now:
             undo.callback(quietly, lambda: devices.detach(host.conn, name, _CONTROLLER))
-
-
-@dataclass(frozen=True, slots=True)
-class Unplugged:
-    """A disk that was taken from a VM, or with a dry run would be. ``kept``: the volume is there still."""
-
-    vm: str
-    target: str
-    serial: str
-    source: str
-    when: str
-    kept: bool
-
-
-def detach(
-    host: Host, text: str, report: Reporter, *, timeout_s: float, next_start: bool, delete: bool, dry: bool
-) -> Unplugged:
-    """Take a disk from its VM: at once where it runs, its guest having let go of it, and from its definition.
-
-    The connection must have been opened with events. The volume stays, and is nobody's own from then on, unless
-    ``delete``. Killed in the middle: the same command again does the rest.
-    """
-    name = locate(host, text).owner
-    if not name:
-        raise SpecError(f"cannot detach {text}: no VM has it")
-    with holding(host, name, timeout_s=_LOCK_S):
-        vm = domain.find(host.conn, name)
-        domain.require_persistent(vm, "detach a disk from")
-        if vm.state is State.SAVED:
-            raise WrongState(f"cannot detach {text}: VM {name} is saved", hint=f"vmctl start {name} first")
-        found = locate(host, text)
-        disk = found.disk
-        assert disk is not None
-        running = vm.active and disk.target in {d.target for d in disks.disks(host.conn, name, inactive=False)}
-        live = running and not next_start
-        if live and disk.bus not in disk_spec.HOT:
-            raise WrongState(
-                f"cannot detach {text}: bus {disk.bus} lets no disk go while the VM runs",
-                hint=f"vmctl stop {name}, or --next-start",
-            )
-        if live and "q35" in vm.facts.machine and disk_xml.on_root_bus(disk.xml):
-            raise WrongState(
-                f"cannot detach {text}: VM {name} was started with it, where its machine lets no disk go",
-                hint=f"vmctl stop {name}, or --next-start",
-            )
-        if live and disks.job(host.conn, name, disk.target) is not None:
-            raise WrongState(f"cannot detach {text}: a job works on it")
-        if delete and running and not live:
-            raise SpecError(f"cannot delete {text}: VM {name} goes on using it")
-        if delete:
-            _require_deletable(host, found)
-        when = "now" if not running or live else "its next stop and start"
-        done = Unplugged(name, disk.target, disk.serial, disk.source, when, kept=not delete)
-        if not dry:
-            if live:
-                report(Step(f"waiting for {name} to let go of disk {disk.target}"))
-            _unplug(host, vm, found, disk, live=live, timeout_s=timeout_s, delete=delete)
-        return done
-
-
-def _require_deletable(host: Host, found: Located) -> None:
-    """Raise unless the disk can be deleted once its VM has let go of it: told before, not when half is done."""
-    if not found.volume:
-        raise NotFound(f"cannot delete {found.ref}: it is in no storage pool", hint="without --delete it is detached")
-    require_no_overlays(host, found, "delete")
-    for one in snapshots.snapshots(host.conn, found.owner):
-        if found.path in domain_files.named(one.xml):
-            raise Conflict(
-                f"cannot delete {found.ref}: snapshot {found.owner}.{one.name} needs it",
-                hint=f"vmctl snapshot delete {found.owner}.{one.name}",
-            )
-    if others := disk_guard.conflicts(
-        [disk_guard.Use(found.owner, disk_guard.key(found.path, local=host.conn.local), found.ref, writes=True)],
-        disk_guard.running_uses(host),
-    ):
-        raise Conflict(f"cannot delete {found.ref}: {'; '.join(others)}")
-
-
-def _unplug(
-    host: Host, vm: Domain, found: Located, disk: DiskDevice, *, live: bool, timeout_s: float, delete: bool
-) -> None:
-    if live:
-        disks.unplug(host.conn, vm.name, disk, timeout_s=timeout_s)
-    domain.detach_disk(host.conn, vm.name, disk.target)
-    record, owned = vm.facts.record, Owned(found.pool, found.volume)
-    if record is not None and owned in record.owned:
-        less = replace(record, owned=tuple(one for one in record.owned if one != owned))
-        domain.set_record(host.conn, vm.name, render.metadata(less))
-    if delete and found.volume:
-        from vmctl.disks import delete as delete_disk
-
-        delete_disk(host, f"{found.pool}/{found.volume}", lambda _event: None)
-
-
-def limit(host: Host, text: str, limits: IoLimits, report: Reporter, *, dry: bool) -> dict[str, int]:
-    """Limit what a disk may do a second, live where its VM runs; returns all limits it has then."""
-    if found := disk_spec.limit_problems(limits):
-        raise SpecError(f"cannot limit {text}", problems=found)
-    here = locate(host, text)
-    if here.vm is None or here.disk is None:
-        raise SpecError(f"cannot limit {text}: no VM has it")
-    values = {**here.disk.limits, **limits.given()}
-    for kind in ("iops", "bytes"):
-        if values.get(f"total_{kind}_sec") and (values.get(f"read_{kind}_sec") or values.get(f"write_{kind}_sec")):
-            raise SpecError(
-                f"cannot limit {text}: a total and one of reads or writes exclude each other",
-                hint="0 takes a limit away",
-            )
-    values = {name: value for name, value in values.items() if value or name in limits.given()}
-    if values and limits.given() and not dry:
-        with holding(host, here.owner, timeout_s=_LOCK_S):
-            disks.limit(host.conn, here.owner, here.target, values, live=here.live)
-        report(Step(f"disk {here.target} of {here.owner} is limited"))
-    return {name: value for name, value in values.items() if value}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmctl import disk_guest, disk_inside, disk_replace, qemu_img
+from vmctl.disk_chain import Chain
 from vmctl.disk_find import Located, chain, require_alone, require_file, require_idle, working_on
 from vmctl.disk_replace import share_reporter
 from vmctl.disk_spec import new_size
@@ -48,13 +49,21 @@ def resize(host: Host, text: str, size: str, report: Reporter, *, grow_fs: bool,
         if grow_fs:
             _require_growable(host, disk, after < before)
         if after < before:
-            touches: tuple[str, ...] = (f"rewrite {disk.path}",)
+            layers = _require_shrinkable(host, disk)
+            alone = ", which is based on no other then" if layers.base else ""
+            touches: tuple[str, ...] = (f"rewrite {disk.path}{alone}",)
             if not dry:
-                _shrink(host, disk, after, report)
-        else:
-            touches = (f"grow {disk.path or disk.ref}",) if after > before else ()
-            if after > before and not dry:
+                _shrink(disk, after, layers.top.virtual_size, report)
+                if disk.pool:
+                    storage.refresh(host.conn, disk.pool)
+        elif after > before:
+            if not disk.live:
+                _require_growable_file(host, disk)
+            touches = (f"grow {disk.path or disk.ref}",)
+            if not dry:
                 _grow(host, disk, after)
+        else:
+            touches = ()
         grown = ""
         if grow_fs:
             touches += (f"grow what is on it in VM {disk.owner}",)
@@ -88,30 +97,39 @@ def _require_growable(host: Host, disk: Located, shrinks: bool) -> None:
 def _grow(host: Host, disk: Located, size: int) -> None:
     if disk.live:
         disks.resize(host.conn, disk.owner, disk.target, size)
+    elif host.conn.local and Path(disk.path).is_file():
+        qemu_img.resize(Path(disk.path), disk.format, size)
+        if disk.pool:
+            storage.refresh(host.conn, disk.pool)
     else:
-        require_idle(host, disk, "resize")
-        require_alone(host, disk, "resize")
-        if not disk.path:
-            raise WrongState(f"cannot resize {disk.ref}: it is on a network, and no running VM has it open")
-        if host.conn.local and Path(disk.path).is_file():
-            chain(host, disk, "resize")
-            qemu_img.resize(Path(disk.path), disk.format, size)
-            if disk.pool:
-                storage.refresh(host.conn, disk.pool)
-        else:
-            storage.resize_volume(host.conn, disk.pool, disk.volume, size)
+        storage.resize_volume(host.conn, disk.pool, disk.volume, size)
 
 
-def _shrink(host: Host, disk: Located, size: int, report: Reporter) -> None:
-    """By a whole copy: looked at, cut, looked at again, and only then put in the disk's place, based on no other."""
+def _require_growable_file(host: Host, disk: Located) -> None:
+    """Raise unless the disk can grow while no VM runs with it."""
+    require_idle(host, disk, "resize")
+    require_alone(host, disk, "resize")
+    if not disk.path:
+        raise WrongState(f"cannot resize {disk.ref}: it is on a network, and no running VM has it open")
+    if host.conn.local and Path(disk.path).is_file():
+        chain(host, disk, "resize")
+
+
+def _require_shrinkable(host: Host, disk: Located) -> Chain:
+    """The chain of a disk that can be cut. Raises unless it is."""
     require_file(host, disk, "shrink")
     require_idle(host, disk, "shrink")
     require_alone(host, disk, "shrink")
     layers = chain(host, disk, "shrink")
+    if disk.format == "qcow2" and qemu_img.info(Path(disk.path), disk.format).snapshots:
+        raise Conflict(f"cannot shrink {disk.ref}: its file holds snapshots, which would be lost")
+    return layers
+
+
+def _shrink(disk: Located, size: int, before: int, report: Reporter) -> None:
+    """By a whole copy: looked at, cut, looked at again, and only then put in the disk's place, based on no other."""
     old, what = Path(disk.path), f"shrink {disk.ref}"
-    if disk.format == "qcow2" and qemu_img.info(old, disk.format).snapshots:
-        raise Conflict(f"cannot {what}: its file holds snapshots, which would be lost")
-    moved = share_reporter(report, what, layers.top.virtual_size)
+    moved = share_reporter(report, what, before)
 
     def make(path: Path) -> None:
         raw = path.with_suffix(".raw")
@@ -124,5 +142,3 @@ def _shrink(host: Host, disk: Located, size: int, report: Reporter) -> None:
             qemu_img.require_equal(raw, "raw", path, disk.format, what=what)
 
     disk_replace.in_place(disk, make, doing=what, equal=False)
-    if disk.pool:
-        storage.refresh(host.conn, disk.pool)

@@ -12,6 +12,7 @@ from vmctl.errors import SpecError
 
 SERIAL = r"[A-Za-z0-9_.+-]{1,20}"  # virtio-blk has room for 20 bytes
 SECTOR = 512
+MOST = 1 << 51  # bytes in a disk: what a qcow2 of clusters of 64 KiB can hold, and more than any device
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,127}"
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE = r"(?i)([+-]?)([0-9]{1,15})([BKMGT]?)(?:iB|B)?"
@@ -131,7 +132,10 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(_SIZE, text.strip())
     if match is None or match[1] or int(match[2]) == 0:
         raise SpecError(f"cannot read size {text!r}: not a whole number of B, K, M, G or T above 0", hint="as in 10G")
-    return int(match[2]) * _UNITS[match[3].upper()]
+    found = int(match[2]) * _UNITS[match[3].upper()]
+    if found > MOST:
+        raise SpecError(f"cannot use size {text!r}: no disk is larger than {MOST >> 40}T")
+    return found
 
 
 def new_size(text: str, now: int) -> int:
@@ -141,8 +145,8 @@ def new_size(text: str, now: int) -> int:
     found = now + by if sign == "+" else now - by if sign == "-" else by
     if found <= 0:
         raise SpecError(f"cannot resize by {text}: the disk has only {now} bytes")
-    if found >= 1 << 62:
-        raise SpecError(f"cannot resize to {text}: no disk is that large")
+    if found > MOST:
+        raise SpecError(f"cannot resize to {text}: no disk is larger than {MOST >> 40}T")
     return -(-found // SECTOR) * SECTOR
 
 

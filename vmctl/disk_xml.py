@@ -160,8 +160,36 @@ def has_any_scsi_controller(text: str) -> bool:
     return any(one.get("type") == "scsi" for one in ET.fromstring(text).iterfind("devices/controller"))
 
 
+def without_free_port(text: str) -> bool:
+    """Whether the domain has PCIe root ports, into which alone a running q35 takes a device, and each is in use."""
+    devices = ET.fromstring(text).find("devices")
+    if devices is None:
+        return False
+    ports = {one.get("index") for one in devices.iterfind("controller[@model='pcie-root-port']")}
+    addresses = devices.iterfind("*/address[@type='pci']")
+    return bool(ports) and ports <= {f"{int(one.get('bus', '0'), 0)}" for one in addresses}
+
+
 def iothreads(text: str) -> frozenset[int]:
     """The numbers of the domain's I/O threads."""
     root = ET.fromstring(text)
     ids = {int(one.get("id", "0")) for one in root.iterfind("iothreadids/iothread")}
     return frozenset(ids or range(1, int(root.findtext("iothreads") or 0) + 1))
+
+
+def only_user(text: str, target: str) -> int | None:
+    """The I/O thread that nothing in the domain but its disk ``target`` names, no pinning either; None for none."""
+    root = ET.fromstring(text)
+    users = [
+        (one.get("dev"), disk.find("driver"))
+        for disk in root.iterfind("devices/disk")
+        for one in disk.iterfind("target")
+    ]
+    users += [(None, one.find("driver")) for one in root.iterfind("devices/controller")]
+    mine = [found.get("iothread") for name, found in users if name == target and found is not None]
+    others = {found.get("iothread") for name, found in users if name != target and found is not None}
+    others |= {one.get("iothread") for one in root.iterfind("cputune/iothreadpin")}
+    listed = ",".join(one.get("iothreads", "") for one in root.iterfind("cputune/iothreadsched"))
+    if not mine or mine[0] is None or mine[0] in others or listed:
+        return None
+    return int(mine[0])

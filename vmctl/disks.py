@@ -13,7 +13,7 @@ from vmctl.disk_chain import Chain
 from vmctl.disk_find import folders, locate, require_idle, require_no_overlays
 from vmctl.disk_spec import Ref, name_problem, parse_ref
 from vmctl.disk_xml import DiskDevice
-from vmctl.errors import Conflict, NotFound, SpecError, VmctlError
+from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, VmctlError
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, pools, storage
@@ -62,6 +62,8 @@ def list_disks(host: Host, names: Collection[str], *, pool: str = "") -> tuple[L
             where = facts.pool if facts else ""
             words = (disk.serial, disk.bus, disk.format, capacity, allocation, where, disk.source, disk.readonly)
             found.append(Listed(vm, disk.target, *words))
+    if pool != host.settings.pool:
+        pools.pool(host.conn, pool)
     if names and not found:
         raise NotFound(f"cannot list disks of {', '.join(names)}: no VM of that name has any")
     if not names:
@@ -195,7 +197,13 @@ def create(host: Host, text: str, size: int | None, form: DiskFormat | None, bac
             backing=made.backing,
             backing_format=below.format if below else "qcow2",
         )
-        storage.create_volume(host.conn, made.pool, render.volume(view), name=made.volume)
+        try:
+            storage.create_volume(host.conn, made.pool, render.volume(view), name=made.volume)
+        except HypervisorError as error:
+            error.hint = (
+                error.hint or f"has pool {made.pool} room, and may it be written to? vmctl disk pool show {made.pool}"
+            )
+            raise
     report(Step(f"disk {made.pool}/{made.volume} is made"))
     return made
 

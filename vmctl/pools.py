@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 from vmctl import render
 from vmctl.choices import PoolType
 from vmctl.disk_spec import name_problem
-from vmctl.errors import Conflict, SpecError
+from vmctl.errors import Conflict, HypervisorError, SpecError, Unsupported
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, pools, storage
@@ -125,17 +126,48 @@ def plan_create(host: Host, wanted: NewPool) -> str:
     """The XML of a pool that could be made. Raises SpecError, Conflict when the name is taken."""
     text = definition(wanted)
     pools.require_free(host.conn, wanted.name)
+    _require_place(host, wanted)
     return text
+
+
+def _require_place(host: Host, wanted: NewPool) -> None:
+    """Raise unless its folder is one, or none yet, and no other pool's: libvirt refuses both, in words of its own."""
+    if wanted.type is not PoolType.DIR:
+        return
+    if host.conn.local and Path(wanted.path).exists() and not Path(wanted.path).is_dir():
+        raise SpecError(f"cannot create pool {wanted.name}: {wanted.path} is no folder")
+    for one in pools.pools(host.conn):
+        if one.path and os.path.normpath(one.path) == os.path.normpath(wanted.path):
+            raise Conflict(
+                f"cannot create pool {wanted.name}: {one.path} is the folder of pool {one.name}",
+                hint=f"use that: vmctl disk pool show {one.name}",
+            )
+
+
+_MOUNTED = "is the {} there, and can this host mount it? nothing is left of the pool; --no-start only defines it"
+_REACHED = "does the server answer, and does it offer that? nothing is left of the pool; --no-start only defines it"
+_HINT = {
+    PoolType.FS: _MOUNTED.format("device"),
+    PoolType.NFS: _MOUNTED.format("server"),
+    PoolType.LOGICAL: "is that volume group there? vgs shows them; nothing is left of the pool",
+    PoolType.ISCSI: _REACHED + "; it takes iscsiadm (open-iscsi)",
+    PoolType.ISCSI_DIRECT: _REACHED,
+    PoolType.RBD: _REACHED,
+}
 
 
 def create(host: Host, wanted: NewPool, report: Reporter, *, start: bool = True) -> PoolFacts:
     """Define a pool and start it. A folder that is not there is made; a group of volumes or a file system is not."""
-    text = definition(wanted)
+    text = plan_create(host, wanted)
     build = start and wanted.type in {PoolType.DIR, PoolType.FS, PoolType.NFS}
     with ExitStack() as undo:
         if build and host.conn.local:
             undo.callback(_unmake, [one for one in _upwards(wanted.path) if not one.exists()])
-        pools.create(host.conn, text, wanted.name, build=build, start=start)
+        try:
+            pools.create(host.conn, text, wanted.name, build=build, start=start)
+        except (HypervisorError, Unsupported) as error:
+            error.hint = error.hint or _HINT.get(wanted.type, "")
+            raise
         undo.pop_all()
     report(Step(f"pool {wanted.name} is {'active' if start else 'defined'}"))
     return pools.pool(host.conn, wanted.name)
@@ -165,18 +197,28 @@ def show(host: Host, name: str) -> ShownPool:
     """Everything about a pool. Raises NotFound."""
     facts = pools.pool(host.conn, name)
     if not facts.active:
-        return ShownPool(facts, (), _users(host, name, ()))
-    storage.refresh(host.conn, name)
+        return ShownPool(facts, (), _users(host, facts, ()))
+    try:
+        storage.refresh(host.conn, name)
+    except HypervisorError:  # what it lies in is gone, and it is not active any more
+        return ShownPool(pools.pool(host.conn, name), (), _users(host, facts, ()))
     volumes = storage.volumes(host.conn, name)
-    return ShownPool(pools.pool(host.conn, name), volumes, _users(host, name, volumes))
+    return ShownPool(pools.pool(host.conn, name), volumes, _users(host, facts, volumes))
 
 
-def _users(host: Host, name: str, volumes: tuple[storage.VolumeFacts, ...]) -> tuple[str, ...]:
+def _users(host: Host, pool: PoolFacts, volumes: tuple[storage.VolumeFacts, ...]) -> tuple[str, ...]:
+    """The VMs that have disks in a pool. One that is not active tells no volumes; its folder does."""
+    here = f"{pool.path.rstrip('/')}/" if pool.path and not pool.active else ""
     paths = {one.path for one in volumes}
     users = set()
     for vm, _, found in disks.all_disks(host.conn):
         for disk in found:
-            if disk.source.startswith(f"{name}/") or paths & {disk.source, *disk.backing}:
+            named = {disk.source, *disk.backing}
+            if (
+                disk.source.startswith(f"{pool.name}/")
+                or paths & named
+                or (here and any(one.startswith(here) for one in named))
+            ):
                 users.add(vm)
     return tuple(sorted(users))
 

@@ -33,7 +33,7 @@ def make(path: Path, base: Path, base_format: str) -> None:
         raise ImageError(f"{what}: the path of {base} is longer than qcow2 can say")
     try:
         parts = _parts(_size(base, base_format), name, base_format.encode())
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except (OSError, Unreadable) as error:
         raise ImageError(f"{what}: {reason(error, path=True)}") from error
     try:

@@ -24,7 +24,7 @@ from vmctl import (
 from vmctl import snapshots as snapshot_verbs
 from vmctl.choices import Accel
 from vmctl.disk_xml import DiskDevice
-from vmctl.errors import Conflict, Interrupted, SpecError, Unsupported, quietly
+from vmctl.errors import Conflict, HypervisorError, Interrupted, SpecError, Unsupported, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import agent as hypervisor_agent
@@ -248,10 +248,18 @@ def _call(host: Host, plan: _Plan, name: str, order: Order, report: Reporter) ->
     live = order.live and mode.memory
 
     def take() -> None:
-        snapshots.take(host.conn, vm.name, xml, snapshot_journal.aside(host, vm.name), disks_only=only, live=live)
+        try:
+            snapshots.take(host.conn, vm.name, xml, snapshot_journal.aside(host, vm.name), disks_only=only, live=live)
+        except HypervisorError as error:
+            disk = f"{vm.name}:{mode.disks[0]}" if mode.disks else f"{vm.name}:DISK"
+            error.hint = (
+                error.hint or f"are all files of its disks there, and has their pool room? vmctl disk show {disk}"
+            )
+            raise
 
     with domain_job.running_on(host, vm.name) if vm.state is State.RUNNING else nullcontext():
         domain_job.blocking(host, vm.name, take, report, f"take snapshot {plan.ref}")
+    snapshot_settle.private(host, plan.overlays.values())
     if plan.nvram:
         after = Path(snapshot_settle.nvram_of(host, vm)).read_bytes()
         snapshot_layers.write_aside(plan.nvram, before if before == after else after)

@@ -15,7 +15,7 @@ from vmctl import (
     snapshot_xml,
 )
 from vmctl import snapshots as snapshot_verbs
-from vmctl.errors import Interrupted, Unsupported, VmctlError, WrongState, quietly
+from vmctl.errors import Interrupted, NotFound, Unsupported, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, snapshots
@@ -58,6 +58,12 @@ def _without(host: Host, seen: View, one: Snapshot) -> tuple[View, list[str]]:
     files = {path for other in seen.found if other.name == one.name for path in other.files}
     seen = replace(seen, found=tuple(other for other in seen.found if other.name != one.name))
     gone, merges = snapshot_layers.plan_tidy(host, seen, files)
+    for path in (path for step in merges for path in (step.top, step.base)):
+        if not Path(path).exists():  # else it is found when the snapshot is gone
+            raise NotFound(
+                f"cannot delete snapshot {seen.vm.name}.{one.name}: {path}, which is to be merged, is not there",
+                hint="put it back; or restore a backup: vmctl backup list",
+            )
     told = [f"delete {path}" for path in one.aside if Path(path).exists()]
     told += [f"merge {step.top} into {step.base}, and delete it" for step in merges]
     told += [f"delete {path}" for path in gone]

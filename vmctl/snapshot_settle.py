@@ -5,7 +5,8 @@ puts NVRAM back, removes files that nobody needs.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -59,6 +60,7 @@ def _end(host: Host, entry: Entry) -> None:
     )
     if entry.frozen:
         quietly(lambda: agent.thaw(host, name))
+    private(host, (path for path in entry.files if entry.doing == "create"))
     if entry.keep:
         for one in snapshots.snapshots(host.conn, name):
             if one.name == entry.snapshot and one.kept is None and set(entry.files) & _overlays(one):
@@ -67,6 +69,14 @@ def _end(host: Host, entry: Entry) -> None:
         now = {disk.source for disk in disks.disks(host.conn, name, inactive=True)}
         if now & set(entry.files) and Path(entry.nvram[0]).exists():
             put_nvram(*entry.nvram)
+
+
+def private(host: Host, paths: Iterable[str]) -> None:
+    """Let none but their owner read files that a snapshot's writes go to: qemu-img, which libvirt runs, lets all."""
+    for path in paths:
+        if host.conn.local:
+            with suppress(OSError):  # QEMU made it, which lets nobody, and its user is not ours
+                Path(path).chmod(0o600)
 
 
 def _overlays(one: Snapshot) -> set[str]:

@@ -319,8 +319,14 @@ def test_what_is_kept_takes_over_what_it_needs(shell: Shell, guest: str, store: 
         want += write(shell, guest, f"{number}", 64, at=number * 64)
         backup(shell, guest, store)
     points = verified(guest, store)
+    shell.virsh("pool-define-as", "asleep", "dir", "--target", "/tmp/asleep")
+    for dry_run in (["--dry-run"], []):
+        words = ("--as", f"{guest}-2", "--pool", "asleep", "--folder", str(store), *dry_run)
+        assert "is not active" in shell.run("backup", "restore", guest, *words, check=6).stderr
+    shell.virsh("pool-undefine", "asleep")
     dry = shell.json("backup", "prune", guest, "--keep", "2", "--folder", str(store), "--dry-run")
-    assert dry == {"delete": points[:2], "merge": [points[2]], "keep": points[2:]} and verified(guest, store) == points
+    assert dry == {"delete": points[:2], "merge": [points[2]], "keep": points[2:], "broken": {}}
+    assert verified(guest, store) == points
     shell.run("backup", "prune", guest, "--keep", "2", "--folder", str(store), check=2, stdin=subprocess.DEVNULL)
     shell.run("backup", "prune", guest, "--keep", "2", "--folder", str(store), "--yes")
     assert verified(guest, store) == points[2:]

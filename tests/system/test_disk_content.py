@@ -377,3 +377,24 @@ def test_every_dry_run_tells_what_it_would_touch_and_touches_nothing(shell: Shel
         assert state(shell, vm) == before
     finally:
         shell.run("disk", "delete", onto, "--yes", check=None)
+
+
+def test_a_dry_run_is_refused_for_what_the_run_is_refused_for(shell: Shell, vm: str, disk: str) -> None:
+    ensure_running(shell, vm)
+    name = f"{vm}:data"
+    for dry in (["--dry-run"], []):
+        assert "is running" in shell.run("disk", "resize", name, "16M", "--shrink", *dry, check=6).stderr
+    stop(shell, vm)
+    told = shell.run("disk", "resize", name, "+1M", "--dry-run").stdout
+    assert told == f"would grow {file_of(shell, vm)} (32.0 MiB -> 33.0 MiB)\n"
+    shell.run("snapshot", "create", f"{vm}.inside", "--internal")
+    try:
+        for dry in (["--dry-run"], []):
+            for words in (
+                ["resize", name, "+1M"],
+                ["resize", name, "16M", "--shrink"],
+                ["convert", name, "--format", "raw"],
+            ):
+                assert "has snapshots" in shell.run("disk", *words, *dry, check=5).stderr
+    finally:
+        shell.run("snapshot", "delete", f"{vm}.inside", "--yes")

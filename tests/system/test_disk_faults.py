@@ -175,6 +175,68 @@ def test_a_plug_killed_after_every_step_leaves_nothing_that_does_not_go_with_the
         if code == 0:
             break
     assert at >= 3
+    COUNTS["attach, stopped", "SIGKILL"] = at - 1
+
+
+def test_a_plug_into_a_running_vm_killed_after_every_step_is_whole_or_was_not(
+    shell: Shell, name: str, tmp_path: Path
+) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    shell.virsh("start", name, "--paused")
+    before, seen, at = volumes(shell), set(), 0
+    while True:
+        at += 1
+        code, steps = interrupted(tmp_path, "SIGKILL", at, "disk", "attach", name, "4M", "--serial", "new")
+        if code == 0:
+            break
+        shell.run("doctor", "--fix", check=None)
+        now, later = (
+            {disk.serial for disk in disk_xml.read(shell.virsh("dumpxml", name, *flags))}
+            for flags in ((), ("--inactive",))
+        )
+        assert now == later, f"after {steps}"
+        seen.add("new" in now)
+        if "new" in now:
+            shell.virsh("destroy", name)
+            shell.run("disk", "detach", f"{name}:new", "--delete", "--yes")
+            shell.virsh("start", name, "--paused")
+        assert volumes(shell) == before, f"after {steps}"
+    assert seen == {True, False}
+    COUNTS["attach, running", "SIGKILL"] = at - 1
+
+
+def test_what_a_killed_plug_has_made_stays_where_something_was_written_to_it(
+    shell: Shell, name: str, tmp_path: Path
+) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    before = volumes(shell)
+    interrupted(tmp_path, "SIGKILL", 3, "disk", "attach", name, "4M", "--serial", "new")
+    (made,) = volumes(shell) - before
+    path = str(DISKS / made)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -P 1 0 64k", path], check=True, capture_output=True)
+    shell.run("doctor", "--fix", check=None)
+    assert made in volumes(shell)
+    shell.run("delete", name, "--yes")
+    assert made not in volumes(shell)
+
+
+def test_a_vm_deleted_after_a_killed_move_leaves_no_copy_behind(
+    shell: Shell, vm: str, name: str, tmp_path: Path
+) -> None:
+    before, second, at = volumes(shell), volumes(shell, "faults"), 0
+    while True:
+        at += 1
+        shell.run("create", name, "--image", "micro", "--no-start")
+        shell.run("disk", "attach", name, "4M", "--serial", "new")
+        code, steps = interrupted(tmp_path, "SIGKILL", at, "disk", "move", f"{name}:new", "--pool", "faults")
+        shell.run("delete", name, "--yes")
+        unfinished = {one for one in volumes(shell, "faults") if one.startswith(".vmctl-disk-")}
+        assert (volumes(shell), volumes(shell, "faults") - unfinished) == (before, second), f"after {steps}"
+        if code == 0:
+            break
+    assert at >= 3
+    shell.run("doctor", "--fix", check=None)
+    assert volumes(shell, "faults") == second
 
 
 def test_a_plug_interrupted_after_every_step_is_undone(shell: Shell, name: str, tmp_path: Path) -> None:
@@ -189,6 +251,7 @@ def test_a_plug_interrupted_after_every_step_is_undone(shell: Shell, name: str, 
         assert code == 130
         assert (volumes(shell), shell.virsh("dumpxml", name)) == (before, xml), f"after {steps}"
     assert at >= 3
+    COUNTS["attach, stopped", "SIGINT"] = at - 1
 
 
 def test_two_changes_of_one_disk_at_once_are_done_one_after_the_other(shell: Shell, vm: str) -> None:

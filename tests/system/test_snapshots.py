@@ -334,7 +334,8 @@ def test_several_go_one_after_the_other_as_the_dry_run_told(shell: Shell, guest:
     assert told.count("would delete snapshot") == 1
     goes_as_told("delete", f"{guest}.s2", f"{guest}.s4", f"{guest}.s3", "--yes")
     assert names(shell, guest) == [] and holds(shell, guest, "one")
-    assert shell.run("snapshot", "delete", "--expired", guest, "--dry-run").stdout == "nothing to delete\n"
+    for last in ("--dry-run", "--yes"):
+        assert shell.run("snapshot", "delete", "--expired", guest, last).stdout == "nothing to delete\n"
 
 
 def test_the_dry_run_of_a_revert_knows_of_safety_and_start(shell: Shell, guest: str) -> None:
@@ -488,3 +489,29 @@ def test_the_variables_of_uefi_are_kept_and_put_back(shell: Shell, off: str, tmp
     shell.run("snapshot", "revert", f"{off}.live", "--yes")
     assert nvram.read_bytes()[:3] != b"one" and shell.virsh("domstate", off) == "running"
     assert shell.json("snapshot", "show", f"{off}.one")["nvram"].endswith(".nvram")
+    told = shell.run("delete", off, "--dry-run").stdout.splitlines()
+    assert {f"snapshot {off}.one", f"snapshot {off}.live", f"file {nvram}"} <= set(told)
+
+
+def test_files_that_new_writes_go_to_are_read_by_nobody_else(shell: Shell, off: str) -> None:
+    before = set(POOL.iterdir())
+    shell.run("snapshot", "create", f"{off}.one")
+    shell.run("snapshot", "revert", f"{off}.one", "--yes")
+    made = set(POOL.iterdir()) - before
+    assert made and {path.stat().st_mode & 0o777 for path in made} == {0o600}
+
+
+def test_a_snapshot_whose_files_cannot_be_merged_is_not_deleted(shell: Shell, off: str) -> None:
+    shell.run("snapshot", "create", f"{off}.one")
+    shell.run("snapshot", "create", f"{off}.two")
+    base = Path(next(one["file"] for one in shell.json("snapshot", "show", f"{off}.one")["disks"]))
+    aside = base.rename(base.with_suffix(".aside"))
+    try:
+        for dry in (["--dry-run"], ["--yes"]):
+            told = shell.run("snapshot", "delete", f"{off}.two", f"{off}.one", *dry, check=4).stderr
+            assert f"{base}, which is to be merged, is not there" in told and f"{off}.one" in told
+        assert "hint: are all files" in shell.run("snapshot", "create", f"{off}.three", check=13).stderr
+        assert names(shell, off) == ["one", "two"] and not journal()
+    finally:
+        aside.rename(base)
+    shell.run("snapshot", "delete", f"{off}.two", f"{off}.one", "--yes")

@@ -17,11 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmctl import (
+    backup,
     backup_copy,
     backup_definition,
     backup_index,
+    backup_list,
     backup_manifest,
     backup_plan,
+    backup_store,
     backup_verify,
     digest,
     qemu_nbd,
@@ -33,6 +36,7 @@ from vmctl.backup_manifest import Manifest, StoredDisk, StoredFile
 from vmctl.backup_plan import DiskNow, Wanted
 from vmctl.choices import Compression
 from vmctl.errors import ImageError, SpecError, WrongState
+from vmctl.events import Event
 from vmctl.nbd import Broken, Export
 from vmctl.qcow2_writer import Qcow2Writer
 
@@ -154,21 +158,86 @@ def test_a_vm_of_another_identity_is_taken_whole() -> None:
     st.lists(st.integers(0, 4), min_size=1, max_size=12),
     st.none() | st.integers(1, 12),
     st.none() | st.integers(0, 12),
+    st.frozensets(st.integers(1, 12)),
 )
-def test_pruning_never_breaks_what_is_kept(depths: list[int], keep: int | None, days: int | None) -> None:
+def test_pruning_never_breaks_what_is_kept(
+    depths: list[int], keep: int | None, days: int | None, ill: frozenset[int]
+) -> None:
     points = [manifest(n, n - 1 if n > 1 and depth else None) for n, depth in enumerate(depths, 1)]
     age = None if days is None else timedelta(days=days)
-    found = backup_plan.prune(points, keep=keep, older_than=age, now=datetime(2026, 1, 13, tzinfo=UTC))
+    broken = {one.id: "short" for n, one in enumerate(points, 1) if n in ill}
+    found = backup_plan.prune(points, keep=keep, older_than=age, now=datetime(2026, 1, 13, tzinfo=UTC), broken=broken)
     by_id = {one.id: one for one in points}
     assert set(found.delete) | set(found.keep) == set(by_id) and points[-1].id in found.keep
     for one in found.keep:
         assert not (by_id[one].parents & set(found.delete)) or one in found.merge
     if keep is None and age is None:
         assert not found.delete
+    whole = [one.id for one in points if one.id not in broken]
+    assert not whole or whole[-1] in found.keep
+    assert not set(found.merge) & set(broken) and set(found.broken) == set(found.keep) & set(broken)
     if keep is not None:
-        assert len(found.keep) >= min(keep, len(points))
+        assert len(set(found.keep) & set(whole)) >= min(keep, len(whole))
     for one in found.delete:
         assert age is None or datetime(2026, 1, 13, tzinfo=UTC) - datetime.fromisoformat(by_id[one].created) > age
+
+
+def _shelved(folder: Path, *points: Manifest) -> None:
+    for one in points:
+        place = folder / one.id
+        place.mkdir(parents=True)
+        (place / backup_manifest.NAME).write_text(backup_manifest.dump(one))
+        for stored in one.disks:
+            (place / stored.file).write_bytes(b"x" * stored.file_size)
+            (place / stored.index).write_bytes(b"x" * backup_index.packed_size(stored.clusters))
+        for file in one.files:
+            (place / file.file).write_bytes(b"x" * file.size)
+
+
+@pytest.mark.parametrize("ill", ["cut short", "missing", "link", "no index", "no definition", "parent"])
+def test_pruning_keeps_a_whole_one_where_the_newest_is_broken(tmp_path: Path, ill: str) -> None:
+    folder = tmp_path / "web1"
+    below, newest = manifest(3), manifest(4, 3)
+    _shelved(folder, manifest(1), manifest(2), below, newest)
+    damaged = folder / (below if ill == "parent" else newest).id
+    if ill == "cut short":
+        (damaged / "vda.qcow2").write_bytes(b"")
+    else:
+        (damaged / {"no index": "vda.digests", "no definition": "domain.xml"}.get(ill, "vda.qcow2")).unlink()
+    if ill == "link":
+        (damaged / "vda.qcow2").symlink_to(folder / manifest(1).id / "vda.qcow2")
+    listed = {one.id: bool(one.problem) for one in backup_list.list_backups(tmp_path, ["web1"])}
+    assert listed == {
+        manifest(1).id: False, manifest(2).id: False, below.id: ill == "parent", newest.id: True,
+    }  # fmt: skip
+    told: list[Event] = []
+    done = backup.prune(folder, 1, None, told.append, dry=True)
+    assert told[0].text.startswith(f"backup {newest.id if ill != 'parent' else below.id} is not counted")  # type: ignore[union-attr]
+    assert done == backup.prune(folder, 1, None, told.append, dry=False)
+    # What a broken one is laid over is the last of it that can still be had.
+    left = [manifest(2).id, below.id, newest.id] if ill == "parent" else [below.id, newest.id]
+    assert sorted(one.name for one in folder.iterdir()) == left == list(done.keep)
+
+
+def test_the_one_before_a_damaged_one_is_not_the_latest(tmp_path: Path) -> None:
+    folder = tmp_path / "web1"
+    _shelved(folder, manifest(1), manifest(2))
+    assert backup_store.shelf(folder).point("latest").id == manifest(2).id
+    (folder / manifest(2).id / backup_manifest.NAME).write_text("{")
+    with pytest.raises(ImageError, match="the latest") as told:
+        backup_store.shelf(folder).point("latest")
+    assert manifest(1).id in told.value.hint
+    assert backup_store.shelf(folder).point(manifest(1).id).id == manifest(1).id
+
+
+def test_pruning_refuses_where_none_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "web1"
+    _shelved(folder, manifest(1), manifest(2))
+    for one in folder.iterdir():
+        (one / "vda.qcow2").unlink()
+    with pytest.raises(ImageError, match="none that could be kept is whole"):
+        backup.prune(folder, 1, None, lambda _event: None, dry=False)
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_ages() -> None:

@@ -341,3 +341,26 @@ def test_what_is_on_a_disk_decides_whether_it_shrinks(tmp_path: Path) -> None:
     raw.write_bytes(b"data" * 4096)
     with pytest.raises(ImageError, match="cannot check"):
         disk_inside.look(raw, what="x")
+
+
+def test_a_thread_is_a_disks_own_where_nothing_else_names_it() -> None:
+    disks = '<disk><driver iothread="1"/><target dev="vda"/></disk><disk><driver{}/><target dev="vdb"/></disk>'
+    text = "<domain>{}<devices>" + disks + "{}</devices></domain>"
+    assert disk_xml.only_user(text.format("", "", ""), "vda") == 1
+    assert disk_xml.only_user(text.format("", "", ""), "vdb") is None
+    assert disk_xml.only_user(text.format("", "", ""), "vdc") is None
+    for top, other, below in (
+        ("", ' iothread="1"', ""),
+        ("", "", '<controller><driver iothread="1"/></controller>'),
+        ('<cputune><iothreadpin iothread="1" cpuset="0"/></cputune>', "", ""),
+        ('<cputune><iothreadsched iothreads="1" scheduler="fifo"/></cputune>', "", ""),
+    ):
+        assert disk_xml.only_user(text.format(top, other, below), "vda") is None
+
+
+def test_ports_that_are_taken() -> None:
+    port = '<controller type="pci" index="{}" model="pcie-root-port"/>'
+    disk = '<disk><address type="pci" bus="0x01"/></disk>'
+    assert not disk_xml.without_free_port(f"<domain><devices>{disk}</devices></domain>")
+    assert disk_xml.without_free_port(f"<domain><devices>{port.format(1)}{disk}</devices></domain>")
+    assert not disk_xml.without_free_port(f"<domain><devices>{port.format(1)}{port.format(2)}{disk}</devices></domain>")

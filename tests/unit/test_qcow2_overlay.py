@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import subprocess
 from pathlib import Path
 
@@ -57,3 +58,10 @@ def test_what_is_there_stays_and_what_is_no_disk_is_refused(tmp_path: Path) -> N
     with pytest.raises(ImageError, match="cannot create image"):
         qcow2_overlay.make(ours, base, "qcow2")
     assert ours.read_bytes() == b"there"
+
+
+def test_what_a_guest_wrote_is_read_by_nobody_else(tmp_path: Path) -> None:
+    base, ours = tmp_path / "base.qcow2", tmp_path / "ours.qcow2"
+    run("qemu-img", "create", "-f", "qcow2", base, "1M")
+    qcow2_overlay.make(ours, base, "qcow2")
+    assert stat.S_IMODE(ours.stat().st_mode) == 0o600

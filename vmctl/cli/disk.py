@@ -253,20 +253,22 @@ def detach(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Take a disk from its VM, which lets go of it first. The disk stays."""
-    from vmctl import disk_plug
+    from vmctl import disk_unplug
     from vmctl.events import silent
 
     with opened(connect, events=True) as host:
         if delete and not dry_run:
-            planned = disk_plug.detach(
+            planned = disk_unplug.detach(
                 host, disk, silent, timeout_s=timeout, next_start=next_start, delete=True, dry=True
             )
             refuse_unless_yes([f"disk {planned.source}"], yes=yes)
-        done = disk_plug.detach(
+        done = disk_unplug.detach(
             host, disk, reporter(), timeout_s=timeout, next_start=next_start, delete=delete, dry=dry_run
         )
         verb = "would be detached" if dry_run else "is detached"
         then = done.source if done.kept else f"{done.source} {'would be' if dry_run else 'is'} deleted"
+        for one in done.removed:
+            then += f"; {one} {'would go' if dry_run else 'is gone'} with it"
         ui.emit(
             done,
             output,
@@ -289,12 +291,12 @@ def limit(
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Limit what a disk may do a second, also while its VM runs; 0 takes a limit away, none given shows them."""
-    from vmctl import disk_plug
+    from vmctl import disk_unplug
     from vmctl.disk_spec import IoLimits
 
     limits = IoLimits(iops, read_iops, write_iops, _bytes(bps), _bytes(read_bps), _bytes(write_bps))
     with opened(connect) as host:
-        found = disk_plug.limit(host, disk, limits, reporter(), dry=dry_run)
+        found = disk_unplug.limit(host, disk, limits, reporter(), dry=dry_run)
         changes = dry_run and bool(limits.given())
         ui.emit(
             found,

@@ -49,7 +49,8 @@ def resize(
 
         def told() -> str:
             if dry_run:
-                return "\n".join(f"would {one}" for one in done.touches) or "nothing to do"
+                would = "\n".join(f"would {one}" for one in done.touches)
+                return f"{would} ({ui.size(done.before)} -> {ui.size(done.after)})" if would else "nothing to do"
             text = f"{disk}: {ui.size(done.before)} -> {ui.size(done.after)}"
             return f"{text}; grew {done.grown}" if done.grown else text
 

@@ -238,7 +238,7 @@ def delete(
         def told() -> str:
             if dry_run:
                 return "\n".join(f"would {what}" for one in done for what in one.touches) or "nothing to delete"
-            return "\n".join(f"{one.vm}.{one.name}" for one in done)
+            return "\n".join(f"{one.vm}.{one.name}" for one in done) or "nothing to delete"
 
         ui.emit(done, output, told, lambda: [f"{one.vm}.{one.name}" for one in done])
 

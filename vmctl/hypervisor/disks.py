@@ -29,12 +29,20 @@ def disks(conn: Connection, name: str, *, inactive: bool) -> tuple[DiskDevice, .
 
 
 def all_disks(conn: Connection, *, active_only: bool = False) -> tuple[tuple[str, bool, tuple[DiskDevice, ...]], ...]:
-    """Name, whether it runs, and disks of every domain; a running one's as it runs."""
+    """Name, whether it runs, and disks of every domain; a running one's as it runs, and then those of its next start.
+
+    ``active_only``: of running ones, and only as they run.
+    """
     found = []
     with calling("read all VMs"):
         for dom in conn.handle.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE if active_only else 0):
             try:
-                found.append((dom.name(), bool(dom.isActive()), disk_xml.read(dom.XMLDesc())))
+                here, running = disk_xml.read(dom.XMLDesc()), bool(dom.isActive())
+                if running and not active_only and dom.isPersistent():
+                    now = {one.source for one in here}
+                    later = disk_xml.read(dom.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE))
+                    here += tuple(one for one in later if one.source not in now)
+                found.append((dom.name(), running, here))
             except libvirt.libvirtError as error:
                 if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # deleted since the list was made
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,16 +49,34 @@ _UNREACHABLE = {
 _TRANSPORT = {libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE, libvirt.VIR_FROM_NET}
 
 
+# What the system told libvirt, which passes its number on, and what to do about it.
+_OF_THE_SYSTEM = {
+    errno.ENOENT: "what it names is not there, or not any more; vmctl disk list shows the files of each VM",
+    errno.ENOTDIR: "a part of that path is no folder",
+    errno.EISDIR: "that is a folder",
+    errno.EACCES: "libvirt, or the user that QEMU runs as, may not reach it",
+    errno.EPERM: "libvirt, or the user that QEMU runs as, may not do that there",
+    errno.EROFS: "that file system can only be read",
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EFBIG: "that file system has no files so large",
+    errno.EIO: "that disk is ill: dmesg, smartctl",
+}
+
+
 def translated(error: libvirt.libvirtError, doing: str) -> VmctlError:
     """The vmctl error for ``error``, which came while ``doing`` ("start VM web1")."""
     code, domain = error.get_error_code(), error.get_error_domain()
     text = f"cannot {doing}: {(error.get_error_message() or 'no reason given').strip()}"
     if code in _ABSENT:
-        return NotFound(text)
+        return NotFound(text, hint="vmctl disk pool list" if code == libvirt.VIR_ERR_NO_STORAGE_POOL else "")
     if code in _TAKEN:
         return Conflict(text)
     if code == libvirt.VIR_ERR_OPERATION_INVALID:
-        return WrongState(text)
+        pool = domain == libvirt.VIR_FROM_STORAGE
+        return WrongState(
+            text, hint="vmctl disk pool list shows which are active; virsh pool-start starts one" if pool else ""
+        )
     if code in _UNSUPPORTED:
         return Unsupported(text)
     if code in _UNREACHABLE or (
@@ -71,6 +90,8 @@ def translated(error: libvirt.libvirtError, doing: str) -> VmctlError:
         return WaitTimeout(text, after_s=0.0, hint="is qemu-guest-agent running in the guest?")
     held = code == libvirt.VIR_ERR_OPERATION_TIMEOUT  # of the wait for whoever works on it
     hint = "somebody works on it; if that has no end: vmctl doctor" if held else ""
+    if code == libvirt.VIR_ERR_SYSTEM_ERROR:
+        hint = _OF_THE_SYSTEM.get(error.get_int1() or 0, "")
     return HypervisorError(text, code=code, domain=domain, hint=hint)
 
 
