@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 from vmctl import domain_xml, fleet
@@ -12,17 +13,18 @@ from vmctl.census import Census, Cpu, HostSeen, VmSeen
 from vmctl.choices import Accel
 from vmctl.config import HostEntry
 from vmctl.domain_brief import ACCEL_OF_TYPE
-from vmctl.errors import VmctlError
+from vmctl.errors import VmctlError, WaitTimeout
 from vmctl.fleet import Fleet, called
 from vmctl.hosts import Host
 from vmctl.hypervisor import capabilities, network, node, population
 from vmctl.hypervisor.population import Guest, Measure
 from vmctl.hypervisor.states import State
-from vmctl.wait import pause
+from vmctl.wait import pause, wait_until
 
 APART, PRIORITY, PINNED = "anti-affinity", "priority", "pinned"
 _INTERVAL_S = 1.0
 _TRIES = 3  # each passes over one more guest that hangs
+_PATIENCE_S = 2.0
 _UNSURE = frozenset({"I/O error", "post-copy", "post-copy failed", "migration"})
 
 
@@ -67,12 +69,14 @@ def survey(asked: Fleet, names: Sequence[str] = (), *, avoid: Collection[str] = 
 
 def _part(asked: Fleet, entry: HostEntry) -> _Part:
     name = called(entry)
-    host, first = _opened(asked, entry)
-    with host:
+    with ExitStack() as stack:
+        host, first = _opened(asked, entry, stack)
         began, before, seen = time.monotonic(), node.load(host.conn), _host(name, host)
         guests, uuid = population.guests(host.conn), capabilities.who(host.conn).uuid
         pause(max(0.0, _INTERVAL_S - (time.monotonic() - began)))
-        second, took_s, now = population.measures(host.conn) or {}, time.monotonic() - began, node.load(host.conn)
+        running = {guest.uuid for guest in guests if ET.fromstring(guest.xml).get("id") is not None}
+        second, host = _answers(asked, entry, host, running, stack)
+        took_s, now = time.monotonic() - began, node.load(host.conn)
     every = now.all_ns - before.all_ns
     vms, notes = [], []
     for guest in guests:
@@ -91,17 +95,41 @@ def _part(asked: Fleet, entry: HostEntry) -> _Part:
     return _Part(uuid, seen, tuple(vms), tuple(notes))
 
 
-def _opened(asked: Fleet, entry: HostEntry) -> tuple[Host, Mapping[str, Measure]]:
+def _opened(asked: Fleet, entry: HostEntry, stack: ExitStack) -> tuple[Host, Mapping[str, Measure]]:
     """The host over a connection that no hung guest holds up, and what its VMs have used."""
     for _ in range(_TRIES):
         host = asked.open(entry)
         try:
             if (found := population.measures(host.conn)) is not None:
-                return host, found
+                return stack.enter_context(host), found
         except VmctlError:
             host.conn.close()
             raise
-    return asked.open(entry), {}
+    return stack.enter_context(asked.open(entry)), {}
+
+
+def _answers(
+    asked: Fleet, entry: HostEntry, host: Host, running: Set[str], stack: ExitStack
+) -> tuple[Mapping[str, Measure], Host]:
+    """What VMs have used by now, and a connection that still answers.
+
+    A VM that somebody else asks at this moment, the same host by another name for one, is passed over: it is asked
+    again, and only one that never answers has a QEMU that hangs.
+    """
+    found: dict[str, Measure] = {}
+
+    def all_answer() -> bool:
+        nonlocal host
+        if (measured := population.measures(host.conn)) is not None:
+            found.update(measured)
+        else:
+            host, others = _opened(asked, entry, stack)
+            found.update(others)
+        return not host.conn.qemu or running <= found.keys()
+
+    with suppress(WaitTimeout):
+        wait_until(all_answer, what="all QEMUs answer", timeout_s=_PATIENCE_S)
+    return found, host
 
 
 def _load(first: Mapping[str, Measure], second: Mapping[str, Measure], uuid: str, took_s: float) -> float:

@@ -244,6 +244,32 @@ def test_migrate_to_auto(fleet: Fleet) -> None:
         fleet.run("host", "remove", "aaa")
 
 
+def test_to_auto_when_the_host_does_not_answer(fleet: Fleet) -> None:
+    """Neither a hang nor nothing to move."""
+    fleet.define("h1", "a")
+    fleet.machines["h1"].kill("libvirtd", signal.SIGSTOP)
+    try:
+        said = fleet.run("-c", "h1", "migrate", "a", "--to", "auto", check=3)
+        assert said.stderr == "cannot ask host h1: no answer within 20 s\nhint: vmctl host check says more\n"
+    finally:
+        fleet.machines["h1"].kill("libvirtd", signal.SIGCONT)
+    assert fleet.where() == {"a": "h1"}
+
+
+def test_a_vm_that_others_ask_at_that_moment_can_be_moved(fleet: Fleet) -> None:
+    """libvirt passes over a VM that is being asked: that alone does not mean that its QEMU hangs."""
+    fleet.define("h1", "a")
+    asking = "while echo domstats --balloon; do :; done | virsh -q >/dev/null"
+    others = [fleet.machines["h1"].popen("sh", "-c", asking) for _ in range(2)]
+    try:
+        for _ in range(3):
+            assert [move["vm"] for move in fleet.json("host", "drain", "h1", "--dry-run")["moves"]] == ["a"]
+    finally:
+        fleet.machines["h1"].run("pkill", "-x", "virsh")
+        for one in others:
+            one.wait()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_drain_that_is_cut_off_goes_on(fleet: Fleet, number: signal.Signals) -> None:
     for name in ("a", "b", "c"):
