@@ -52,13 +52,17 @@ def test_a_host_is_trusted_by_its_key_alone(here: Shell, bed: Testbed, tmp_path:
     assert not (tmp_path / "vmctl/config.toml").exists()
     imposter = here.run("host", "add", "h1", first.ssh_uri, "--host-key", second.host_key, check=3)
     assert "Host key verification failed" in imposter.stderr
+    assert "it shows another SSH host key than SHA256:" in imposter.stderr
     said = here.run("host", "add", "h1", first.ssh_uri, "--fingerprint", shown).stdout
     assert shown in said
     assert here.json("-c", "h1", "list") == []
     # A key that changed: nothing is sent, and nobody is asked whether that is all right.
     config = tmp_path / "vmctl/config.toml"
     config.write_text(config.read_text().replace(first.host_key.split()[1], second.host_key.split()[1]))
-    assert "Host key verification failed" in here.run("-c", "h1", "list", check=3).stderr
+    changed = here.run("-c", "h1", "list", check=3).stderr
+    assert "Host key verification failed" in changed and "hint: it shows another SSH host key than SHA256:" in changed
+    everywhere = here.run("list", "--all-hosts", check=14)
+    assert "unreachable" in everywhere.stdout and "vmctl host remove h1" in everywhere.stderr
     assert "cannot find host h9" in here.run("-c", "h9", "list", check=4).stderr
     assert here.run("host", "remove", "h1").stdout.startswith("h1: no longer known")
     assert "cannot find host h1" in here.run("-c", "h1", "list", check=4).stderr
