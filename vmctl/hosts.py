@@ -91,7 +91,9 @@ def open_entry(entry: HostEntry, settings: Settings, folders: Folders) -> Host:
     try:
         return Host(connection.connect(entry.uri, host_ssh.through(entry, folders.runtime)), settings, folders, entry)
     except HostUnreachable as error:
-        raise HostUnreachable(error.message, hint=host_ssh.other_key(entry, error.message) or error.hint) from error
+        if hint := host_ssh.other_key(entry, error.message):  # OpenSSH says it in fifteen lines, of files that are ours
+            raise HostUnreachable(f"cannot connect to {entry.uri}: Host key verification failed", hint=hint) from error
+        raise
 
 
 def another(host: Host) -> Host:

@@ -51,7 +51,8 @@ _TRANSPORT = {libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE, libvirt.VIR_FROM_NE
 def translated(error: libvirt.libvirtError, doing: str) -> VmctlError:
     """The vmctl error for ``error``, which came while ``doing`` ("start VM web1")."""
     code, domain = error.get_error_code(), error.get_error_domain()
-    text = f"cannot {doing}: {(error.get_error_message() or 'no reason given').strip()}"
+    reason = (error.get_error_message() or "no reason given").strip()
+    text = f"cannot {doing}: {reason}".replace("\r\n", "; ")  # between what OpenSSH says
     if code in _ABSENT:
         return NotFound(text)
     if code in _TAKEN:
