@@ -203,7 +203,8 @@ def _pinned(guest: Guest, root: ET.Element, labels: Mapping[str, str], *, runnin
         return f"it is labelled {PINNED}" + (f": {labels[PINNED]}" if labels[PINNED] else "")
     if guest.state is State.SAVED:
         return "its saved memory lies there"
-    if guest.state not in {State.RUNNING, State.PAUSED, State.STOPPED} or guest.why in _UNSURE:
+    off = guest.state is State.STOPPED or (guest.state is State.CRASHED and not running)  # its QEMU is gone
+    if not off and guest.state not in {State.RUNNING, State.PAUSED} or guest.why in _UNSURE:
         return f"it is {guest.state}" + (f" ({guest.why})" if guest.why else "")
     if guest.snapshots:
         return "it has snapshots, which libvirt does not move"

@@ -135,6 +135,15 @@ def test_drain_goes_on_where_it_was_left(fleet: Fleet) -> None:
     assert fleet.run("host", "drain", "h2", "--yes").stdout == "nothing to move\n"
 
 
+def test_one_whose_qemu_died_is_moved_as_one_that_is_off(fleet: Fleet) -> None:
+    fleet.define("h2", "a")
+    fleet.machines["h2"].kill("qemu:a")
+    wait_until(lambda: "a" not in fleet.running(), what="libvirt sees that it is gone", timeout_s=60)
+    assert fleet.json("-c", "h2", "list")[0]["state"] == "crashed"
+    fleet.run("host", "drain", "h2", "--yes")
+    assert fleet.where()["a"] != "h2" and not fleet.running()
+
+
 def test_several_at_once_with_files_in_a_folder_that_is_no_pool(fleet: Fleet) -> None:
     names = ("a", "b", "c", "d")
     for name in names:

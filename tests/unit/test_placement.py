@@ -302,7 +302,7 @@ def test_the_least_used_host_is_taken_and_refusals_name_their_reason() -> None:
         "cpu": "cannot give a guest the CPU Skylake",
         "lan": "has no network lan",
         "gone": "cannot be used: no answer within 10 s",
-        "leaving": "is being drained",
+        "leaving": "is to get no VMs",
         "taken": "has db1, which is kept apart from it (db)",
         "namesake": "has a VM of that name",
     }
