@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Collection, Mapping, Sequence, Set
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from vmctl import domain_xml, fleet
@@ -13,18 +13,17 @@ from vmctl.census import Census, Cpu, HostSeen, VmSeen
 from vmctl.choices import Accel
 from vmctl.config import HostEntry
 from vmctl.domain_brief import ACCEL_OF_TYPE
-from vmctl.errors import VmctlError, WaitTimeout
+from vmctl.errors import VmctlError
 from vmctl.fleet import Fleet, called
 from vmctl.hosts import Host
 from vmctl.hypervisor import capabilities, network, node, population
 from vmctl.hypervisor.population import Guest, Measure
 from vmctl.hypervisor.states import State
-from vmctl.wait import pause, wait_until
+from vmctl.wait import pause
 
 APART, PRIORITY, PINNED = "anti-affinity", "priority", "pinned"
 _INTERVAL_S = 1.0
 _TRIES = 3  # each passes over one more guest that hangs
-_PATIENCE_S = 2.0
 _UNSURE = frozenset({"I/O error", "post-copy", "post-copy failed", "migration"})
 
 
@@ -113,22 +112,20 @@ def _answers(
 ) -> tuple[Mapping[str, Measure], Host]:
     """What VMs have used by now, and a connection that still answers.
 
-    A VM that somebody else asks at this moment, the same host by another name for one, is passed over: it is asked
-    again, and only one that never answers has a QEMU that hangs.
+    A VM that somebody else asks at this moment, the same host by another name for one, is passed over: its turn is
+    waited for, and only one that never answers has a QEMU that hangs.
     """
     found: dict[str, Measure] = {}
-
-    def all_answer() -> bool:
-        nonlocal host
-        if (measured := population.measures(host.conn)) is not None:
-            found.update(measured)
-        else:
+    for only in (frozenset[str](), running):
+        missing = only - found.keys()
+        if only and not (missing and host.conn.qemu):
+            break
+        measured = population.measures(host.conn, missing)
+        if measured is None:
             host, others = _opened(asked, entry, stack)
             found.update(others)
-        return not host.conn.qemu or running <= found.keys()
-
-    with suppress(WaitTimeout):
-        wait_until(all_answer, what="all QEMUs answer", timeout_s=_PATIENCE_S)
+        else:
+            found.update(measured)
     return found, host
 
 
