@@ -110,7 +110,7 @@ def unusable(host: HostSeen) -> str:
     """Why nothing can be placed on a host; "" when it can."""
     if host.problem:
         return f"cannot be used: {host.problem}"
-    return "is being drained" if host.draining else ""
+    return "is to get no VMs" if host.draining else ""
 
 
 def unlike(host: HostSeen, vm: VmSeen) -> str:

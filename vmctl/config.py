@@ -131,10 +131,12 @@ def chosen_entry(flag: str | None, settings: Settings, env: Mapping[str, str] = 
 
 
 def entry(text: str, settings: Settings) -> HostEntry:
-    """The host that a name or URI means; one by its URI has no name and no key. Raises NotFound."""
+    """The host that a name or URI means; one by its URI has no name and no key. Raises NotFound, SpecError."""
     if text in settings.hosts:
         return settings.hosts[text]
     if ":" not in text:
         hint = f"known: {', '.join(settings.hosts)}" if settings.hosts else "vmctl host add NAME URI makes one known"
+        if not text:
+            raise SpecError("cannot find a host by an empty name", hint=hint)
         raise NotFound(f"cannot find host {text}: the config file has none of that name", hint=hint)
     return HostEntry("", text)

@@ -19,6 +19,7 @@ from vmctl.listing import Row
 
 T = TypeVar("T")
 DEADLINE_S = 10.0
+SAYS_MORE = "vmctl host check says more"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,7 @@ def each(
         thread.join(max(0.0, deadline - time.monotonic()))
         if crashes:
             raise crashes[0]
-        late = HostUnreachable(
-            f"cannot ask host {called(entry)}: no answer within {timeout_s:g} s", hint="vmctl host check says more"
-        )
+        late = HostUnreachable(f"cannot ask host {called(entry)}: no answer within {timeout_s:g} s", hint=SAYS_MORE)
         yield called(entry), found.get(called(entry), late)
 
 

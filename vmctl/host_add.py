@@ -78,9 +78,8 @@ def add(fleet: Fleet, wish: Wish, trusts: Callable[[Trust], bool]) -> HostEntry:
             with fleet.open(made) as host:
                 connection.versions(host.conn)
         except HostUnreachable as error:
-            raise HostUnreachable(
-                f"cannot add host {wish.name}: {error.message}", hint="--no-check adds it all the same"
-            ) from error
+            hint = host_ssh.other_key(made._replace(name=""), error.message) or "--no-check adds it all the same"
+            raise HostUnreachable(f"cannot add host {wish.name}: {error.message}", hint=hint) from error
     host_book.add(fleet.folders, made)
     return made
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -34,28 +34,44 @@ class HostFinding:
 def check(asked: Fleet, names: Sequence[str] = (), *, timeout_s: float) -> tuple[HostFinding, ...]:
     """Look at all hosts, or those of ``names``, at once; each also whether it reaches the others."""
     entries = asked.entries(names)
+    known: dict[str, list[_Found]] = {called(entry): [] for entry in entries}
     found: list[HostFinding] = []
-    for name, answer in fleet.each(entries, lambda entry: _of(asked, entry, entries), timeout_s):
-        if isinstance(answer, VmctlError):
-            found.append(HostFinding(name, "reachable", "failed", answer.message, answer.hint))
-        else:
-            found += answer
+    for name, answer in fleet.each(entries, lambda entry: _look(asked, entry, entries, known), timeout_s):
+        if isinstance(answer, VmctlError):  # or late: what was found until then stays
+            what = "all of it" if known[name] else "reachable"
+            known[name].append(_failed(what, answer))
+        found += [HostFinding(name, *one) for one in known[name]]
     return tuple(found)
 
 
-def _of(asked: Fleet, entry: HostEntry, entries: Sequence[HostEntry]) -> list[HostFinding]:
+_Found = tuple[str, str, str, str]
+
+
+def _look(asked: Fleet, entry: HostEntry, entries: Sequence[HostEntry], known: Mapping[str, list[_Found]]) -> None:
+    """Look at one host, and tell each thing once it is known."""
+    tell = known[called(entry)].append
     began = time.monotonic()
     with asked.open(entry) as host:
         took = time.monotonic() - began
-        found = [("reachable", "ok", f"{entry.uri} answers in {took:.2f} s", ""), _trust(entry), _software(host)]
-        found += [*_pools(host), _network(host)]
+        tell(("reachable", "ok", f"{entry.uri} answers in {took:.2f} s", ""))
+        tell(_trust(entry))
+        tell(_software(host))
+        for one in _pools(host):
+            tell(one)
+        tell(_network(host))
     if host_ssh.by_ssh(entry.uri):
-        found.append(_clock(asked, entry))
-    found += [_peer(asked, entry, other) for other in entries if other is not entry]
-    return [HostFinding(called(entry), *one) for one in found]
+        try:
+            tell(_clock(asked, entry))
+        except VmctlError as error:
+            tell(_failed("clock", error))
+    others = [other for other in entries if other is not entry]
+    # All at once: some may not answer, and each such would take its time.
+    for name, answer in fleet.each(others, lambda other: _peer(asked, entry, other), 2 * _ASK_S):
+        tell(_failed(f"reaches {name}", answer) if isinstance(answer, VmctlError) else answer)
 
 
-_Found = tuple[str, str, str, str]
+def _failed(what: str, error: VmctlError) -> _Found:
+    return what, "failed", error.message, "" if error.hint == fleet.SAYS_MORE else error.hint
 
 
 def _trust(entry: HostEntry) -> _Found:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 from vmctl import host_ssh, images, networks
 from vmctl.config import HostEntry
-from vmctl.errors import Unsupported, VmctlError
+from vmctl.errors import SpecError, Unsupported, VmctlError
 from vmctl.events import Reporter, Step, Warned, silent
 from vmctl.fleet import Fleet, called
 from vmctl.hypervisor import network, storage
@@ -56,6 +61,57 @@ printf '%s\n' "$key" >>"$file"; chown "$user:" "$folder" "$file"
 """
 
 
+_WHERE = re.compile(
+    r"(?P<user>[A-Za-z_][A-Za-z0-9_.-]*)@(?P<machine>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?"
+)
+
+
+class Login(NamedTuple):
+    """A machine to set up: the URI that its libvirt will have, and what it is called where nobody says."""
+
+    uri: str
+    name: str
+
+
+def login(where: str, keyfile: str) -> Login:
+    """What USER@MACHINE, or USER@MACHINE:PORT, means, with the private key to log in with. Raises SpecError."""
+    found = _WHERE.fullmatch(where)
+    if found is None:
+        hint = "vmctl host setup root@big.example; an IPv6 address stands in brackets"
+        raise SpecError(f"cannot set up {where!r}: it is no USER@MACHINE", hint=hint)
+    key = ""
+    if keyfile:
+        path = Path(keyfile).expanduser().absolute()  # the config file is read from everywhere
+        if not path.is_file():
+            raise SpecError(f"cannot set up {where}: there is no private key {keyfile}", hint="--keyfile")
+        key = f"?keyfile={quote(str(path))}"
+    machine = found["machine"]
+    return Login(f"qemu+ssh://{where}/system{key}", _name(machine.strip("[]")))
+
+
+def _name(machine: str) -> str:
+    try:
+        ipaddress.ip_address(machine)
+    except ValueError:
+        return machine.partition(".")[0]
+    return re.sub("[.:]+", "-", machine).strip("-")
+
+
+def meant(entry: HostEntry, wanted: Login, host_key: str, fingerprint: str) -> None:
+    """Whether a known host of that name is the machine that is meant, with the key that is given. Raises SpecError."""
+    same = host_ssh.by_ssh(entry.uri) and host_ssh.place(entry.uri)[:3] == host_ssh.place(wanted.uri)[:3]
+    keyfile = host_ssh.place(wanted.uri).keyfile
+    if not same or keyfile not in {"", host_ssh.place(entry.uri).keyfile}:
+        raise SpecError(f"cannot set up {wanted.uri} as {entry.name}: that host is {entry.uri}", hint="--name")
+    pinned = host_ssh.fingerprint(entry.host_key) if entry.host_key else ""
+    given = host_ssh.fingerprint(host_ssh.checked_key(host_key)) if host_key else fingerprint
+    if given and given != pinned:
+        raise SpecError(
+            f"cannot set up {entry.name}: the SSH host key that is given is not {pinned or 'pinned'}",
+            hint=f"if its key has changed: vmctl host remove {entry.name}",
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What a machine said of itself. ``kvm``: group and mode of /dev/kvm, "" where there is none."""
@@ -101,8 +157,11 @@ def changes(machine: Machine) -> tuple[Change, ...]:
     """What must be done to it, in this order; nothing for one that is as it should be. Pure."""
     found = []
     if machine.missing:
-        install = shlex.join(["apt-get", "-q", "-y", "install", "--no-install-recommends", *machine.missing])
-        script = f"export DEBIAN_FRONTEND=noninteractive; apt-get -q update; {install}"
+        # What a setup before this one left: an apt that still runs is waited for, what it was torn out of is ended.
+        apt = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=600", "install", "--no-install-recommends"]
+        install = shlex.join([*apt, *machine.missing])
+        again = f"{{ dpkg --configure -a; {install}; }}"
+        script = f"export DEBIAN_FRONTEND=noninteractive; apt-get -q update; {install} || {again}"
         found += [Change(f"package {name}", "") for name in machine.missing[:-1]]
         found.append(Change(f"package {machine.missing[-1]}", script, _INSTALL_S))
     if machine.kvm and machine.kvm.split()[0] != "kvm":

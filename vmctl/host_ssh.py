@@ -202,6 +202,14 @@ def argv(entry: HostEntry, runtime: Path, *command: str) -> list[str]:
     return ["ssh", "-T", *pinned, *login, "--", there.host, shlex.join(command)]
 
 
+def other_key(entry: HostEntry, why: str) -> str:
+    """A hint for a host that cannot be reached, ``why`` OpenSSH says; "" unless its SSH host key is another."""
+    if not entry.host_key or "Host key verification failed" not in why:
+        return ""
+    known = f"; if that is right: vmctl host remove {entry.name}, and add it anew" if entry.name else ""
+    return f"it shows another SSH host key than {fingerprint(entry.host_key)}, by which it is trusted{known}"
+
+
 class Answer(NamedTuple):
     """How a command there ended, and what it said."""
 
@@ -229,6 +237,6 @@ def run(entry: HostEntry, runtime: Path, *command: str, timeout_s: float) -> Ans
     except subprocess.TimeoutExpired as error:
         raise HostUnreachable(f"cannot run {command[0]} on host {name}: no answer within {timeout_s:.0f} s") from error
     if done.returncode == _SSH_FAILED:
-        words = done.stderr.strip().splitlines()
-        raise HostUnreachable(f"cannot log in to host {name}: {words[-1] if words else 'ssh gives no reason'}")
+        why = (done.stderr.strip().splitlines() or ["ssh gives no reason"])[-1]
+        raise HostUnreachable(f"cannot log in to host {name}: {why}", hint=other_key(entry, why))
     return Answer(done.returncode, done.stdout, done.stderr)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vmctl import config
 from vmctl.choices import AccelChoice
 from vmctl.config import Folders, HostEntry, Settings
+from vmctl.errors import HostUnreachable
 from vmctl.events import Reporter, Warned, silent
 from vmctl.hypervisor import connection
 from vmctl.hypervisor.connection import Connection
@@ -83,12 +84,16 @@ def open_host(connect: str | None = None, env: Mapping[str, str] = os.environ, r
 
 def open_entry(entry: HostEntry, settings: Settings, folders: Folders) -> Host:
     """Open a host, by SSH only with the key that is pinned for it. Raises HostUnreachable."""
-    way = ""
-    if entry.host_key:
-        from vmctl import host_ssh  # late: a host of this machine needs none
+    if not entry.host_key:
+        return Host(connection.connect(entry.uri), settings, folders, entry)
+    from vmctl import host_ssh  # late: a host of this machine needs none
 
-        way = host_ssh.through(entry, folders.runtime)
-    return Host(connection.connect(entry.uri, way), settings, folders, entry)
+    try:
+        return Host(connection.connect(entry.uri, host_ssh.through(entry, folders.runtime)), settings, folders, entry)
+    except HostUnreachable as error:
+        if hint := host_ssh.other_key(entry, error.message):  # OpenSSH says it in fifteen lines, of files that are ours
+            raise HostUnreachable(f"cannot connect to {entry.uri}: Host key verification failed", hint=hint) from error
+        raise
 
 
 def another(host: Host) -> Host:

@@ -56,7 +56,10 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """A migration that is done. ``outage_ms``: for how long the guest did not answer, seen from here, or None."""
+    """A migration that is done. ``time_s``: all of it, from the look at both hosts to the clearing up.
+
+    ``outage_ms``: for how long the guest did not answer, seen from here, or None.
+    """
 
     vm: str
     uuid: str
@@ -116,6 +119,7 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
 
     Raises PreflightFailed before anything is changed; MigrationFailed and Interrupted, which say where the VM is then.
     """
+    began = time.monotonic()
     source, target = ends.source, ends.target
     with ExitStack() as locks:
         for host in {one.lock_scope: one for one in (source, target)}.values():
@@ -138,7 +142,7 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
                 f"{name} is lost with what it did"
             )
             report(Warned(text))
-        return _live(ends, looked, wish, report) if looked.vm.active else _offline(ends, looked, wish, report)
+        return (_live if looked.vm.active else _offline)(ends, looked, wish, report, began)
 
 
 def adjust(source: Host, name: str, *, bandwidth: int, downtime_ms: int | None) -> None:
@@ -179,9 +183,9 @@ def _sends_live(vm: Domain, wish: Wish) -> bool:
 # --- stopped -------------------------------------------------------------------------------------------------
 
 
-def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
+def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float) -> Moved:
     """Files, then the definition there, then none here: whatever ends this early, some host has it defined."""
-    vm, began = looked.vm, time.monotonic()
+    vm = looked.vm
     text = domain.xml(ends.source.conn, vm.name, inactive=True, secure=True)
     with migrate_storage.made(ends, looked.look.makes, report) as undo:
         domain.define(ends.target.conn, text, name=vm.name)
@@ -259,7 +263,7 @@ def _probe(host: Host, looked: Found) -> AbstractContextManager[Probe | None]:
     return nullcontext(None) if where is None or where.forwarded else Probe(where.host)
 
 
-def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
+def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float) -> Moved:
     vm, (here, there) = looked.vm, ends.names
     mode = Mode.LIVE if _sends_live(vm, wish) else Mode.HELD
     with migrate_storage.made(ends, looked.look.makes, report) as undo:
@@ -270,10 +274,8 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
             answering = probe is not None and probe.answers()
             ends.asking().back()  # it has no say in this, and is told of at the end
             ordered = orders(ends, vm, wish, looked.look.disks)
-            began = time.monotonic()
             made = undo.pop_all()  # from here on it goes only once it is known that the VM does not need it there
             run = migrate_watch.run(ends, vm.name, ordered, wish.policy, report)
-            took = time.monotonic() - began
             where, seen = migrate_settle.settled(ends, vm, run, report)
             if probe is not None and answering and where is Where.MOVED:
                 migrate_settle.linger(run)
@@ -303,7 +305,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> Moved:
         source=here,
         target=there,
         mode=mode,
-        time_s=took,
+        time_s=time.monotonic() - began,
         downtime_ms=totals.downtime_ms if totals else None,
         outage_ms=probe.longest_ms() if probe is not None and answering else None,
         data=totals.data if totals else 0,

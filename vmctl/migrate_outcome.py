@@ -33,7 +33,7 @@ class Seen(NamedTuple):
     def told(self) -> str:
         """For people."""
         if not self.known:
-            return "cannot be asked"
+            return "not known (no answer)"
         return "not there" if self.state is None else f"{self.state}{f' ({self.why})' if self.why else ''}"
 
 

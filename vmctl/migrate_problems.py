@@ -139,6 +139,8 @@ def _state(facts: Facts) -> Iterator[Problem]:
     recover = f"vmctl migrate {vm.name} --to {facts.target.name} --recover"
     if vm.state is State.SAVED:
         yield Problem(f"{vm.name} is saved, and its memory lies on {facts.source.name}", f"vmctl start {vm.name}")
+    elif vm.state is State.CRASHED and not facts.live:
+        pass  # its QEMU is gone: it is off
     elif vm.state in {State.CRASHED, State.CREATING, State.STOPPING, State.SUSPENDED}:
         yield Problem(
             f"{vm.name} is {vm.state}{f' ({vm.why})' if vm.why else ''}", f"vmctl reset, or delete, {vm.name}"

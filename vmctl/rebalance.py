@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from vmctl.capacity import Ledger, Room, unusable
+from vmctl.capacity import Ledger, Room
 from vmctl.census import Census, Limits, VmSeen
-from vmctl.errors import NotFound
+from vmctl.errors import HostUnreachable, NotFound
 from vmctl.placement import first_disturbed, first_served, why_nowhere
 
 MOST = 20
@@ -102,17 +102,24 @@ def in_waves(census: Census, limits: Limits, moves: Sequence[tuple[VmSeen, Move]
 
 
 def drain(census: Census, host: str, limits: Limits = _DEFAULT, *, only: Collection[str] | None = None) -> Plan:
-    """All VMs, or those in ``only``, off a host, high priority first; what cannot leave is told. Raises NotFound."""
-    if host not in {one.name for one in census.hosts}:
-        raise NotFound(f"cannot drain host {host}: there is none of that name", hint="see `vmctl host list`")
+    """All VMs, or those in ``only``, off a host, high priority first; what cannot leave is told.
+
+    Raises NotFound; HostUnreachable where the host did not answer, for nobody knows then what is on it.
+    """
+    what = f"drain host {host}" if only is None else f"place VMs of host {host}"
+    seen = next((one for one in census.hosts if one.name == host), None)
+    if seen is None:
+        raise NotFound(f"cannot {what}: there is none of that name", hint="see `vmctl host list`")
+    if seen.problem:
+        raise HostUnreachable(f"cannot {what}: {seen.problem}", hint="vmctl host check says more")
     hosts = tuple(one._replace(draining=True) if one.name == host else one for one in census.hosts)
     draft = _Draft(census._replace(hosts=hosts), limits)
     source = draft.ledger.rooms[host]
     for vm in sorted(source.vms.values(), key=first_served):
         if only is not None and vm.name not in only:
             continue
-        if source.host.problem or vm.pinned:
-            draft.leave(vm, f"{host} {unusable(source.host)}" if source.host.problem else vm.pinned)
+        if vm.pinned:
+            draft.leave(vm, vm.pinned)
         elif target := draft.ledger.least(vm):
             draft.move(vm, source, target, f"leaves {host}; {_then(target, vm)}")
         else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
+from contextlib import ExitStack
 from typing import NamedTuple
 
 from vmctl import domain_xml, fleet
@@ -67,12 +68,14 @@ def survey(asked: Fleet, names: Sequence[str] = (), *, avoid: Collection[str] = 
 
 def _part(asked: Fleet, entry: HostEntry) -> _Part:
     name = called(entry)
-    host, first = _opened(asked, entry)
-    with host:
+    with ExitStack() as stack:
+        host, first = _opened(asked, entry, stack)
         began, before, seen = time.monotonic(), node.load(host.conn), _host(name, host)
         guests, uuid = population.guests(host.conn), capabilities.who(host.conn).uuid
         pause(max(0.0, _INTERVAL_S - (time.monotonic() - began)))
-        second, took_s, now = population.measures(host.conn) or {}, time.monotonic() - began, node.load(host.conn)
+        running = {guest.uuid for guest in guests if ET.fromstring(guest.xml).get("id") is not None}
+        second, host = _answers(asked, entry, host, running, stack)
+        took_s, now = time.monotonic() - began, node.load(host.conn)
     every = now.all_ns - before.all_ns
     vms, notes = [], []
     for guest in guests:
@@ -91,17 +94,39 @@ def _part(asked: Fleet, entry: HostEntry) -> _Part:
     return _Part(uuid, seen, tuple(vms), tuple(notes))
 
 
-def _opened(asked: Fleet, entry: HostEntry) -> tuple[Host, Mapping[str, Measure]]:
+def _opened(asked: Fleet, entry: HostEntry, stack: ExitStack) -> tuple[Host, Mapping[str, Measure]]:
     """The host over a connection that no hung guest holds up, and what its VMs have used."""
     for _ in range(_TRIES):
         host = asked.open(entry)
         try:
             if (found := population.measures(host.conn)) is not None:
-                return host, found
+                return stack.enter_context(host), found
         except VmctlError:
             host.conn.close()
             raise
-    return asked.open(entry), {}
+    return stack.enter_context(asked.open(entry)), {}
+
+
+def _answers(
+    asked: Fleet, entry: HostEntry, host: Host, running: Set[str], stack: ExitStack
+) -> tuple[Mapping[str, Measure], Host]:
+    """What VMs have used by now, and a connection that still answers.
+
+    A VM that somebody else asks at this moment, the same host by another name for one, is passed over: its turn is
+    waited for, and only one that never answers has a QEMU that hangs.
+    """
+    found: dict[str, Measure] = {}
+    for only in (frozenset[str](), running):
+        missing = only - found.keys()
+        if only and not (missing and host.conn.qemu):
+            break
+        measured = population.measures(host.conn, missing)
+        if measured is None:
+            host, others = _opened(asked, entry, stack)
+            found.update(others)
+        else:
+            found.update(measured)
+    return found, host
 
 
 def _load(first: Mapping[str, Measure], second: Mapping[str, Measure], uuid: str, took_s: float) -> float:
@@ -175,7 +200,8 @@ def _pinned(guest: Guest, root: ET.Element, labels: Mapping[str, str], *, runnin
         return f"it is labelled {PINNED}" + (f": {labels[PINNED]}" if labels[PINNED] else "")
     if guest.state is State.SAVED:
         return "its saved memory lies there"
-    if guest.state not in {State.RUNNING, State.PAUSED, State.STOPPED} or guest.why in _UNSURE:
+    off = guest.state is State.STOPPED or (guest.state is State.CRASHED and not running)  # its QEMU is gone
+    if not off and guest.state not in {State.RUNNING, State.PAUSED} or guest.why in _UNSURE:
         return f"it is {guest.state}" + (f" ({guest.why})" if guest.why else "")
     if guest.snapshots:
         return "it has snapshots, which libvirt does not move"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +28,23 @@ def main() -> int:
     if not _MARKER.exists():
         os.execv(_ROOT / "tests/run", ["tests/run", "--run", sys.executable, "-m", "tests.hosts", *sys.argv[1:]])
     from tests.hosts import booted
+    from tests.hosts.machine import tied
 
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of clearing up
     with booted(given.count, shared=given.shared, tls=given.tls) as bed:
         for machine in bed.machines:
             print(f"{machine.name}  {machine.address}  {machine.ssh_uri}", file=sys.stderr)
         env = {**os.environ, "BED": str(bed.folder), "PS1": "testbed# "}
-        return subprocess.run(command.split("\0")[:-1] or ["bash", "--norc", "-i"], check=False, env=env).returncode
+        words = command.split("\0")[:-1] or ["bash", "--norc", "-i"]
+        try:
+            return subprocess.run(words, check=False, env=env, preexec_fn=tied).returncode
+        except OSError as error:
+            print(f"cannot run {words[0]}: {error.strerror}", file=sys.stderr)
+            return 127
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

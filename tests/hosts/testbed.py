@@ -58,22 +58,43 @@ def _clear(folder: Path, bridge: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _take(number: int) -> int | None:
+    """A handle on a number, None while another testbed has it."""
+    handle = os.open(_ROOT / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _at(number: int) -> tuple[Path, str]:
+    """The folder and the bridge of a number."""
+    return _ROOT / str(number), f"vmctl-bed{number:03}"
+
+
+def _clear_killed() -> None:
+    """Take away what testbeds left that are no more."""
+    for path in _ROOT.glob("*.lock"):
+        number = int(path.stem)
+        if _at(number)[0].exists() and (handle := _take(number)) is not None:
+            _clear(*_at(number))
+            os.close(handle)
+
+
 @contextmanager
 def _number() -> Iterator[int]:
-    """A number that no other testbed has while this process lives; what was left under it is gone."""
+    """A number that no other testbed has while this process lives."""
     _ROOT.mkdir(exist_ok=True)
+    _clear_killed()
     for number in range(_MOST):
-        handle = os.open(_ROOT / f"{number}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            continue
-        try:
-            yield number
-        finally:
-            os.close(handle)
-        return
+        if (handle := _take(number)) is not None:
+            try:
+                yield number
+            finally:
+                os.close(handle)
+            return
     raise AssertionError(f"{_MOST} testbeds run already")
 
 
@@ -81,7 +102,7 @@ def _number() -> Iterator[int]:
 def bridged() -> Iterator[tuple[int, Path, str]]:
     """A number, an empty folder, and an Ethernet: a bridge with the tests' side on it. All is gone afterwards."""
     with _number() as number, ExitStack() as stack:
-        folder, bridge = _ROOT / str(number), f"vmctl-bed{number:03}"
+        folder, bridge = _at(number)
         _clear(folder, bridge)
         stack.callback(_clear, folder, bridge)
         folder.mkdir(mode=0o755)

@@ -52,13 +52,17 @@ def test_a_host_is_trusted_by_its_key_alone(here: Shell, bed: Testbed, tmp_path:
     assert not (tmp_path / "vmctl/config.toml").exists()
     imposter = here.run("host", "add", "h1", first.ssh_uri, "--host-key", second.host_key, check=3)
     assert "Host key verification failed" in imposter.stderr
+    assert "it shows another SSH host key than SHA256:" in imposter.stderr
     said = here.run("host", "add", "h1", first.ssh_uri, "--fingerprint", shown).stdout
     assert shown in said
     assert here.json("-c", "h1", "list") == []
     # A key that changed: nothing is sent, and nobody is asked whether that is all right.
     config = tmp_path / "vmctl/config.toml"
     config.write_text(config.read_text().replace(first.host_key.split()[1], second.host_key.split()[1]))
-    assert "Host key verification failed" in here.run("-c", "h1", "list", check=3).stderr
+    changed = here.run("-c", "h1", "list", check=3).stderr
+    assert "Host key verification failed" in changed and "hint: it shows another SSH host key than SHA256:" in changed
+    everywhere = here.run("list", "--all-hosts", check=14)
+    assert "unreachable" in everywhere.stdout and "vmctl host remove h1" in everywhere.stderr
     assert "cannot find host h9" in here.run("-c", "h9", "list", check=4).stderr
     assert here.run("host", "remove", "h1").stdout.startswith("h1: no longer known")
     assert "cannot find host h1" in here.run("-c", "h1", "list", check=4).stderr
@@ -118,6 +122,9 @@ def test_all_hosts_and_one_that_does_not_answer(known: Shell, bed: Testbed, name
             assert "cannot list the VMs of 1 of 3 hosts" in said.stderr and "h3: " in said.stderr
             states = {row["name"]: row["state"] for row in known.json("host", "list", "--timeout", "3")}
             assert states == {"h1": "up", "h2": "up", "h3": "unreachable"}
+            if stopped:
+                for words in (("host", "show", "h3"), ("-c", "h3", "list")):
+                    assert "no answer within 30 s" in known.run(*words, check=3).stderr, "one alone is no hang either"
         third.mend()
         assert "unreachable" not in known.run("list", "--all-hosts").stdout
         assert known.run("list", "--all-hosts", "-o", "name").stdout.split() == [name]
@@ -139,6 +146,16 @@ def test_check(known: Shell, bed: Testbed) -> None:
         assert "failed   h1 reaches h2" in said and "failed   h2 reaches h1" in said and "mend: " in said
     finally:
         first.mend_from(second)
+    first.run("mount", "--bind", "/bin/true", "/usr/bin/date")
+    try:
+        by = {
+            (one["host"], one["name"]): one
+            for one in json.loads(known.run("host", "check", "-o", "json", check=1).stdout)
+        }
+        assert by["h1", "clock"]["result"] == "failed" and "it says" in by["h1", "clock"]["detail"]
+        assert by["h1", "reachable"]["result"] == by["h1", "reaches h2"]["result"] == "ok", "all else is told, too"
+    finally:
+        first.run("umount", "/usr/bin/date")
 
 
 def test_top_and_show(known: Shell, bed: Testbed) -> None:

@@ -135,6 +135,15 @@ def test_drain_goes_on_where_it_was_left(fleet: Fleet) -> None:
     assert fleet.run("host", "drain", "h2", "--yes").stdout == "nothing to move\n"
 
 
+def test_one_whose_qemu_died_is_moved_as_one_that_is_off(fleet: Fleet) -> None:
+    fleet.define("h2", "a")
+    fleet.machines["h2"].kill("qemu:a")
+    wait_until(lambda: "a" not in fleet.running(), what="libvirt sees that it is gone", timeout_s=60)
+    assert fleet.json("-c", "h2", "list")[0]["state"] == "crashed"
+    fleet.run("host", "drain", "h2", "--yes")
+    assert fleet.where()["a"] != "h2" and not fleet.running()
+
+
 def test_several_at_once_with_files_in_a_folder_that_is_no_pool(fleet: Fleet) -> None:
     names = ("a", "b", "c", "d")
     for name in names:
@@ -242,6 +251,32 @@ def test_migrate_to_auto(fleet: Fleet) -> None:
         assert "cannot find VM nope" in fleet.run("-c", "h1", "migrate", "nope", "--to", "auto", check=4).stderr
     finally:
         fleet.run("host", "remove", "aaa")
+
+
+def test_to_auto_when_the_host_does_not_answer(fleet: Fleet) -> None:
+    """Neither a hang nor nothing to move."""
+    fleet.define("h1", "a")
+    fleet.machines["h1"].kill("libvirtd", signal.SIGSTOP)
+    try:
+        said = fleet.run("-c", "h1", "migrate", "a", "--to", "auto", check=3)
+        assert said.stderr == "cannot ask host h1: no answer within 20 s\nhint: vmctl host check says more\n"
+    finally:
+        fleet.machines["h1"].kill("libvirtd", signal.SIGCONT)
+    assert fleet.where() == {"a": "h1"}
+
+
+def test_a_vm_that_others_ask_at_that_moment_can_be_moved(fleet: Fleet) -> None:
+    """libvirt passes over a VM that is being asked: that alone does not mean that its QEMU hangs."""
+    fleet.define("h1", "a")
+    asking = "while echo domstats --balloon; do :; done | virsh -q >/dev/null"
+    others = [fleet.machines["h1"].popen("sh", "-c", asking) for _ in range(2)]
+    try:
+        for _ in range(3):
+            assert [move["vm"] for move in fleet.json("host", "drain", "h1", "--dry-run")["moves"]] == ["a"]
+    finally:
+        fleet.machines["h1"].run("pkill", "-x", "virsh")
+        for one in others:
+            one.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

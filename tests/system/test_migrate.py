@@ -144,7 +144,11 @@ def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_pat
         first.run("ip", "link", "del", "br9")
     assert "are one host" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h1", check=11).stderr
     assert pair.vmctl("-c", "h1", "migrate", "nope", "--to", "h2", check=4).stderr.startswith("cannot find VM nope")
+    every = pair.vmctl("-c", "h1", "migrate", "nope", vm, "gone", "--to", "h2", "--check", check=11)
+    assert f"ok       {vm}" in every.stdout, "one that is not there does not keep the others from being looked at"
+    assert "failed   nope: cannot find VM nope" in every.stdout and "gone: cannot find VM gone" in every.stderr
     pair.vmctl("-c", "h1", "migrate", vm, "--to", "h9", check=4)
+    assert "cannot find a host by an empty name" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "", check=2).stderr
     assert pair.where(vm) == {"h1": "running"}
 
 

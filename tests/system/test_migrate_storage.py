@@ -59,8 +59,14 @@ def test_it_is_refused_without_and_says_which_files(pair: Pair, vm: str) -> None
 def test_live_with_what_lies_above_the_base(pair: Pair, vm: str) -> None:
     digest = written(pair, "h1", vm)
     files = of(vm, pair.files("h1"))
-    (moved,) = pair.json("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    pair.bed.limit("80mbit")
+    try:
+        (moved,) = pair.json("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    finally:
+        pair.bed.limit(None)
     assert moved["copied"] and pair.where(vm) == {"h2": "running"}
+    whole = pair.machine("h2").run("du", "-cB1", *moved["copied"]).stdout.split()[-2]
+    assert moved["time_s"] > 0.9 * (int(whole) + moved["data"]) / 10e6, "base images are copied in that time, too"
     assert of(vm, pair.files("h1")) == set(), "its disks are gone from where it was"
     assert of(vm, pair.files("h2")) == files
     assert read(pair, "h2", vm) == digest

@@ -173,3 +173,20 @@ def test_two_at_once_and_a_killed_one(bed: Testbed) -> None:
     assert sh("ip", "link", "show", bridge, check=False).returncode
     assert not folder.exists() and f"{folder}/" not in Path("/proc/self/mounts").read_text()
     assert virsh(bed.machines[1].tcp_uri, "hostname") == "h2"
+
+
+def test_by_hand_it_clears_up_when_it_is_ended_and_after_others_that_could_not() -> None:
+    up = [sys.executable, "-m", "tests.hosts", "up", "1", "--", "sh", "-c", 'echo "$BED"; exec sleep 600']
+    begun = [subprocess.Popen(up, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPO) for _ in "ab"]
+    folders = []
+    for one in begun:
+        assert one.stdout is not None
+        folders.append(Path(one.stdout.readline().strip()))
+    for one, number, code in zip(begun, (signal.SIGTERM, signal.SIGKILL), (143, -9), strict=True):
+        one.send_signal(number)
+        said = one.communicate(timeout=60)[1]
+        assert one.returncode == code and "Traceback" not in said
+    assert not folders[0].exists() and folders[1].exists()
+    none = sh(*up[:5], "--", "no-such-command", check=False, cwd=REPO)
+    assert none.returncode == 127 and "cannot run no-such-command: No such file" in none.stderr
+    assert not folders[1].exists(), "whichever number the last one had"

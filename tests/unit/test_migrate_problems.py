@@ -22,6 +22,10 @@ def test_nothing_stands_against_it() -> None:
     assert problems(FINE) == ()
 
 
+def test_one_whose_qemu_died_is_off() -> None:
+    assert problems(replace(FINE, vm=replace(FINE.vm, state=State.CRASHED), live=False)) == ()
+
+
 TAKEN = DiskNeed("d", "/p/x", False, in_the_way="another file is")
 LARGE = DiskNeed("d", "/p/x", False, space=1 << 30)
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [

@@ -99,6 +99,12 @@ def test_what_keeps_it_where_it_is(seen: Guest, why: str) -> None:
     assert survey.vm_seen(seen, HOST, None, 0.0)[0].pinned == why
 
 
+def test_one_whose_qemu_died_is_off() -> None:
+    seen = guest(state=State.CRASHED)
+    vm, _ = survey.vm_seen(seen._replace(xml=seen.xml.replace(" id='3'", "")), HOST, None, 0.0)
+    assert not vm.running and not vm.pinned
+
+
 def test_what_has_a_qemu_takes_room() -> None:
     running = {state: survey.vm_seen(guest(state=state), HOST, None, 0.0)[0].running for state in State}
     assert {state for state, is_on in running.items() if not is_on} >= {State.STOPPED, State.SAVED}

@@ -24,13 +24,14 @@ from vmctl.cli.options import (
     refuse_unless_yes,
     reporter,
 )
-from vmctl.errors import HostUnreachable, PartialFailure, PreflightFailed, VmctlError
+from vmctl.errors import PartialFailure, PreflightFailed, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vmctl.census import Census
+    from vmctl.config import HostEntry
     from vmctl.fleet import Fleet
     from vmctl.migrate import Moved, Wish
     from vmctl.migrate_ends import Ends
@@ -101,16 +102,11 @@ def drain(
     from vmctl import rebalance
     from vmctl.fleet import called
 
-    def plan(census: Census) -> Plan:
-        if why := next((host.problem for host in census.hosts if host.name == name), ""):
-            raise HostUnreachable(f"cannot drain host {name}: {why}", hint="vmctl host check says more")
-        return rebalance.drain(census, name)
-
     asked = fleet_of_config()
     asked.entries([name])
     others = [called(one) for one in asked.entries() if called(one) != name]
     how = _How(copy_storage, direct, at_once, check, dry_run, yes)
-    _planned(asked, (name, *others), avoid, timeout, plan, how, output)
+    _planned(asked, (name, *others), avoid, timeout, lambda census: rebalance.drain(census, name), how, output)
 
 
 def balance(
@@ -178,15 +174,12 @@ def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, 
     """
     from vmctl import config, rebalance
     from vmctl.fleet import called
-    from vmctl.hypervisor import domain
     from vmctl.hypervisor.events import start_loop
-    from vmctl.listing import matching
 
     start_loop()
     asked = fleet_of_config()
     source = config.chosen_entry(connect, asked.settings)
-    with asked.open(source) as host:
-        wanted = [domain.find(host.conn, name).name for name in matching(host, names)]
+    wanted = _there(asked, source, names)
     others = [called(one) for one in asked.entries() if one != source]
 
     def begin(plan: Plan, moved: int) -> None:
@@ -206,6 +199,22 @@ def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, 
         _check(asked, found, wish)
     else:
         _carry_out(asked, look, plan, begin, wish, 1, output)
+
+
+def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[str, ...]:
+    """The VMs that are meant. Raises NotFound; HostUnreachable in bounded time."""
+    from vmctl import fleet
+    from vmctl.hypervisor import domain
+    from vmctl.listing import matching
+
+    def ask(entry: HostEntry) -> tuple[str, ...]:
+        with asked.open(entry) as host:
+            return tuple(domain.find(host.conn, name).name for name in matching(host, names))
+
+    ((_, found),) = fleet.each([source], ask, _LOOK_S)
+    if isinstance(found, VmctlError):
+        raise found
+    return found
 
 
 def _look(asked: Fleet, names: Sequence[str], avoid: Sequence[str], timeout: float) -> Census:

@@ -8,14 +8,13 @@ import typer
 
 from vmctl import ui
 from vmctl.cli.options import YesOption, fleet_of_config, note, refuse_unless_yes, reporter
-from vmctl.errors import SpecError
 
 
 def setup(
     where: Annotated[str, typer.Argument(metavar="USER@MACHINE", help="A Debian machine that lets you in by SSH.")],
     name: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--name", metavar="NAME", help="What to call it; default: MACHINE's first part."),
+        typer.Option("--name", metavar="NAME", help="What to call it; default: MACHINE's first part, or its address."),
     ] = None,
     keyfile: Annotated[str, typer.Option("--keyfile", metavar="FILE", help="Private SSH key to log in with.")] = "",
     host_key: Annotated[
@@ -43,17 +42,14 @@ def setup(
     from vmctl import host_add, host_book, host_setup, host_tls
     from vmctl.cli.host import trusts
 
-    user, at, machine = where.rpartition("@")
-    if not machine or not at:
-        raise SpecError(f"cannot set up {where}: it is no USER@MACHINE", hint="vmctl host setup root@big.example")
+    wish = host_setup.login(where, keyfile)
     fleet, report = fleet_of_config(), reporter()
-    chosen = name or machine.partition(".")[0]
-    uri = f"qemu+ssh://{user}@{machine}/system" + (f"?keyfile={keyfile}" if keyfile else "")
+    chosen = name or wish.name
     entry = fleet.settings.hosts.get(chosen)
     if entry is None:
-        entry = host_add.entry(host_add.Wish(chosen, uri, host_key or "", fingerprint or ""), trusts)
-    elif entry.uri != uri:
-        raise SpecError(f"cannot set up {where} as {chosen}: that host is {entry.uri}", hint="--name")
+        entry = host_add.entry(host_add.Wish(chosen, wish.uri, host_key or "", fingerprint or ""), trusts)
+    else:
+        host_setup.meant(entry, wish, host_key or "", fingerprint or "")
     found = host_setup.look(fleet, entry)
     wanted = host_setup.changes(found)
     extra = host_setup.furnishings(fleet, entry) if found.libvirt else ("storage pools", "network")

@@ -18,7 +18,7 @@ from vmctl.cli.options import (
     fleet_of_config,
     reporter,
 )
-from vmctl.errors import PartialFailure, PreflightFailed, SpecError, VmctlError
+from vmctl.errors import HostUnreachable, PartialFailure, PreflightFailed, SpecError, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -206,9 +206,18 @@ def _wanted(ends: Ends, names: list[str], *, recover: bool) -> tuple[str, ...]:
 
 def _check(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output) -> None:
     from vmctl import migrate as verb
-    from vmctl.migrate_problems import fatal
+    from vmctl.migrate_problems import Problem, fatal
 
-    found = {name: verb.check(ends, name, wish) for name in names}
+    found: dict[str, tuple[Problem, ...]] = {}
+    for name in names:
+        try:
+            found[name] = verb.check(ends, name, wish)
+        except HostUnreachable:
+            raise  # what is true of all of them
+        except VmctlError as error:
+            if len(names) == 1:
+                raise
+            found[name] = (Problem(error.message, error.hint),)
     lines = []
     for name, these in found.items():
         lines += [f"{'note' if one.note else 'failed':<8} {name}: {one.what}" for one in these] or [f"ok       {name}"]

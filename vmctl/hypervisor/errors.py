@@ -67,7 +67,8 @@ _OF_THE_SYSTEM = {
 def translated(error: libvirt.libvirtError, doing: str) -> VmctlError:
     """The vmctl error for ``error``, which came while ``doing`` ("start VM web1")."""
     code, domain = error.get_error_code(), error.get_error_domain()
-    text = f"cannot {doing}: {(error.get_error_message() or 'no reason given').strip()}"
+    reason = (error.get_error_message() or "no reason given").strip()
+    text = f"cannot {doing}: {reason}".replace("\r\n", "; ")  # between what OpenSSH says
     if code in _ABSENT:
         return NotFound(text, hint="vmctl disk pool list" if code == libvirt.VIR_ERR_NO_STORAGE_POOL else "")
     if code in _TAKEN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import xml.etree.ElementTree as ET
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import libvirt
@@ -52,15 +53,16 @@ def guests(conn: Connection) -> tuple[Guest, ...]:
     return tuple(sorted(found, key=lambda guest: guest.name))
 
 
-def measures(conn: Connection) -> dict[str, Measure] | None:
+def measures(conn: Connection, only: Collection[str] = ()) -> dict[str, Measure] | None:
     """By UUID what running VMs have used, None when a QEMU that hangs keeps libvirt from an answer.
 
-    The question stays open then, and the connection with it: libvirt 9.0 lets what is asked on it later wait, too, now
+    One that somebody else asks at this moment is passed over, but the turn of those in ``only`` is waited for. The
+    question stays open then, and the connection with it: libvirt 9.0 lets what is asked on it later wait, too, now
     and then. Asked again over another one, NOWAIT passes over the VM that somebody waits for already.
     """
     found: list[dict[str, Measure]] = []
     failed: list[Exception] = []
-    caller = threading.Thread(target=_ask, args=(conn, found, failed), daemon=True)
+    caller = threading.Thread(target=_ask, args=(conn, only, found, failed), daemon=True)
     caller.start()
     caller.join(_PATIENCE_S)
     if failed:
@@ -68,14 +70,19 @@ def measures(conn: Connection) -> dict[str, Measure] | None:
     return found[0] if found else None
 
 
-def _ask(conn: Connection, found: list[dict[str, Measure]], failed: list[Exception]) -> None:
+def _ask(conn: Connection, only: Collection[str], found: list[dict[str, Measure]], failed: list[Exception]) -> None:
     what = libvirt.VIR_DOMAIN_STATS_CPU_TOTAL | libvirt.VIR_DOMAIN_STATS_BALLOON
     flags = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
     try:
         with calling("ask what VMs use"):
-            stats = conn.handle.getAllDomainStats(
-                what, flags | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT if conn.qemu else flags
-            )
+            if only:
+                active = conn.handle.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+                wanted = [dom for dom in active if dom.UUIDString() in only]
+                stats = conn.handle.domainListGetStats(wanted, what, 0) if wanted else []
+            else:
+                stats = conn.handle.getAllDomainStats(
+                    what, flags | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT if conn.qemu else flags
+                )
         found.append({dom.UUIDString(): _measure(values) for dom, values in stats if "balloon.rss" in values})
     except Exception as error:  # noqa: BLE001  raised by who waits
         failed.append(error)
