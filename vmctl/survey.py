@@ -115,18 +115,15 @@ def _answers(
     A VM that somebody else asks at this moment, the same host by another name for one, is passed over: its turn is
     waited for, and only one that never answers has a QEMU that hangs.
     """
-    found: dict[str, Measure] = {}
-    for only in (frozenset[str](), running):
-        missing = only - found.keys()
-        if only and not (missing and host.conn.qemu):
-            break
-        measured = population.measures(host.conn, missing)
-        if measured is None:
-            host, others = _opened(asked, entry, stack)
-            found.update(others)
-        else:
-            found.update(measured)
-    return found, host
+    found: Mapping[str, Measure] | None = population.measures(host.conn)
+    if found is None:
+        host, found = _opened(asked, entry, stack)
+    if not host.conn.qemu or not (missing := running - found.keys()):
+        return found, host
+    waited: Mapping[str, Measure] | None = population.measures(host.conn, missing)
+    if waited is None:
+        host, waited = _opened(asked, entry, stack)
+    return {**found, **waited}, host
 
 
 def _load(first: Mapping[str, Measure], second: Mapping[str, Measure], uuid: str, took_s: float) -> float:
