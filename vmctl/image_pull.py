@@ -38,9 +38,8 @@ class Found:
 def search(host: Host | None, users: Path, term: str) -> tuple[Found, ...]:
     """What the catalogues have under ``term``. ``users`` is the folder of the user's own."""
     have = {manifest.source for manifest in images.list_images(host)} if host else None
-    return tuple(
-        Found(entry, None if have is None else entry.url in have) for entry in catalog.search(catalog.load(users), term)
-    )
+    known = catalog.search(catalog.load(users), term)
+    return tuple(Found(entry, None if have is None else web.told(entry.url) in have) for entry in known)
 
 
 def pull(
@@ -154,7 +153,7 @@ def _present(host: Host, entry: Entry, expected: Checksum | None, before: set[st
             continue
         if expected is not None and manifest.verified and manifest.checksum == str(expected):
             return manifest
-        if expected is None and manifest.source == entry.url and manifest.stem not in before:
+        if expected is None and manifest.source == web.told(entry.url) and manifest.stem not in before:
             return manifest
     return None
 
@@ -229,6 +228,6 @@ def _wish(file: Path, entry: Entry, expected: Checksum | None, user_by: str) -> 
         boots=entry.boots,
         osinfo=entry.osinfo,
         architecture=entry.architecture,
-        source=entry.url,
+        source=web.told(entry.url),
         checked=str(expected or ""),
     )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit, urlunsplit
 
 from vmctl.errors import ImageError, NotFound, SpecError, VmctlError
 
@@ -57,6 +57,12 @@ def check_url(url: str) -> None:
     if parts.username or parts.password:
         # It would stand in the image's manifest for all to read.
         raise SpecError("cannot download from a URL with a user or password in it", hint="take it out of the URL")
+
+
+def told(url: str) -> str:
+    """A URL as all may read it: what stands behind a ? is a key as often as not."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(query="…" if parts.query else "", fragment=""))
 
 
 @contextmanager

@@ -142,6 +142,14 @@ def test_a_pull_by_alias_keeps_what_the_catalogue_knows(puller: Puller) -> None:
     assert puller.run("show", f"{puller.name}-alias", "-o", "name").stdout == done.stdout, "it is found by it, too"
 
 
+def test_the_key_in_a_url_is_written_down_nowhere(puller: Puller) -> None:
+    words = ["pull", f"{puller.web.url}/img.qcow2?key=s3cret", "--name", puller.name]
+    puller.run(*words, "--checksum", f"sha512:{puller.sha512()}")
+    assert puller.shell.json("image", "show", puller.name)["source"] == f"{puller.web.url}/img.qcow2?…"
+    kept = [*Path("/var/lib/libvirt").rglob("*.json"), *(puller.home / "cache").rglob("*")]
+    assert kept and not [path for path in kept if path.is_file() and b"s3cret" in path.read_bytes()]
+
+
 def test_an_image_for_another_architecture_is_known_as_one(puller: Puller) -> None:
     puller.catalogue(ENTRY.format(name=puller.name, url=puller.web.url).replace("x86_64", "aarch64"))
     puller.run("pull", puller.name)
