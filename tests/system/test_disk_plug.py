@@ -16,6 +16,7 @@ from vmctl.choices import Bus
 from vmctl.disk_spec import Attachment
 from vmctl.events import Event, Warned
 from vmctl.hosts import open_host
+from vmctl.hypervisor import disks
 
 pytestmark = pytest.mark.system
 
@@ -85,6 +86,8 @@ def test_a_guest_that_does_not_let_go_keeps_the_disk_and_the_wait_is_bounded(she
     shell.run("resume", vm)
     shell.run("disk", "detach", f"{vm}:stuck", "--delete", "--yes")
     assert done["target"] not in targets(shell, vm) | targets(shell, vm, "--inactive")
+    with open_host() as host:  # as where the guest let go of it between two looks of that command
+        assert disks.job(host.conn, vm, done["target"]) is None
 
 
 def test_what_a_disk_may_do_is_limited_and_freed_while_its_guest_runs(shell: Shell, vm: str) -> None:

@@ -167,9 +167,15 @@ class Job:
 
 
 def job(conn: Connection, name: str, target: str) -> Job | None:
-    """The job on a disk; None when there is none."""
+    """The job on a disk; None when there is none, as on one that the guest has let go of just now."""
     with calling(f"ask for the job on disk {target} of VM {name}"):
-        info = domain.handle(conn, name).blockJobInfo(target, 0)
+        try:
+            info = domain.handle(conn, name).blockJobInfo(target, 0)
+        except libvirt.libvirtError as error:
+            gone = error.get_error_code() == libvirt.VIR_ERR_INVALID_ARG
+            if not gone or target in {one.target for one in disks(conn, name, inactive=False)}:
+                raise
+            return None
     return Job(int(info["cur"]), int(info["end"])) if info else None
 
 
