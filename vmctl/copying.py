@@ -7,6 +7,7 @@ the guest's tar is missing, by SFTP (vmctl.ssh).
 
 from __future__ import annotations
 
+import io
 import os
 import posixpath
 import shlex
@@ -30,6 +31,9 @@ from vmctl.tarstream import Kind, Malformed, Member
 _CHUNK = 256 * 1024
 _END_S = 60.0
 _LINE = 64
+_MARK = b"end"  # after a file that came whole
+_UNTOLD = 4096  # what /sys says of the size of each file; /proc says nothing
+_MOST_UNTOLD = 64 << 20
 _SSH_FAILED = 255
 _NO_TAR, _NOT_THERE, _NO_FOLDER = 79, 78, 77
 # What arrives is put under its name only when all of it has come, which the archive's last member tells: a tar that
@@ -62,10 +66,11 @@ for n in "$@"; do
     else mv -f -- "$t/in/$n" "$to" || exit 1; fi
 done
 """
+# A file's size is for the progress alone: a log has grown meanwhile, and those of /proc and /sys do not tell theirs.
 _GIVE = """
 command -v tar >/dev/null || exit 79
 [ -e "$1" ] || exit 78
-if [ -f "$1" ]; then stat -L -c 'file %s %a' "$1" && exec cat "$1"; exit 1; fi
+if [ -f "$1" ]; then stat -L -c 'file %s %a' "$1" && cat "$1" && printf end; exit; fi
 echo tar
 cd -- "$2" && exec tar -chf - -- "./$3"
 """
@@ -152,6 +157,18 @@ class _Found:
     mode: int
     size: int
     folder: bool
+    content: bytes | None = None  # where its size was not to be told but by reading it
+
+
+def _found(path: Path, name: bytes, about: os.stat_result) -> _Found:
+    mode = stat.S_IMODE(about.st_mode)
+    if about.st_blocks or about.st_size > _UNTOLD:
+        return _Found(path, name, mode, about.st_size, False)
+    with path.open("rb") as file:
+        content = file.read(_MOST_UNTOLD + 1)
+    if len(content) > _MOST_UNTOLD:
+        raise SpecError(f"cannot copy {path}: it does not tell how long it is")
+    return _Found(path, name, mode, len(content), False, content)
 
 
 def _walk(path: Path, name: bytes, above: tuple[tuple[int, int], ...] = ()) -> Iterator[_Found]:
@@ -159,7 +176,7 @@ def _walk(path: Path, name: bytes, above: tuple[tuple[int, int], ...] = ()) -> I
     try:
         found = path.stat()
         if stat.S_ISREG(found.st_mode):
-            yield _Found(path, name, stat.S_IMODE(found.st_mode), found.st_size, False)
+            yield _found(path, name, found)
             return
         here = (found.st_dev, found.st_ino)
         if not stat.S_ISDIR(found.st_mode) or here in above:
@@ -168,7 +185,8 @@ def _walk(path: Path, name: bytes, above: tuple[tuple[int, int], ...] = ()) -> I
         for child in sorted(path.iterdir()):
             yield from _walk(child, name + b"/" + os.fsencode(child.name), (*above, here))
     except OSError as error:
-        raise SpecError(f"cannot copy {path}: {error.strerror}") from error
+        nowhere = isinstance(error, FileNotFoundError) and path.is_symlink()
+        raise SpecError(f"cannot copy {path}: {'its link leads nowhere' if nowhere else error.strerror}") from error
 
 
 def _put(host: Host, paths: list[Path], name: str, destination: str, report: Reporter, user: str | None) -> None:
@@ -216,7 +234,7 @@ def _send(process: subprocess.Popen[bytes], found: Sequence[_Found], label: str,
         if one.folder:
             continue
         try:
-            with one.path.open("rb", buffering=0) as file:
+            with io.BytesIO(one.content) if one.content is not None else one.path.open("rb", buffering=0) as file:
                 left = one.size
                 while left and (data := file.read(min(_CHUNK, left))):
                     out.write(data)
@@ -282,7 +300,7 @@ def _get(host: Host, name: str, source: str, destination: Path, report: Reporter
                 _receive(process, root, 0 if member == "." else 1, root.name, report)
             except Malformed as error:
                 if _ended(host, process, doing, name) == 0:
-                    raise GuestCommandFailed(f"cannot {doing}: what it sends is cut short or no archive") from error
+                    raise GuestCommandFailed(f"cannot {doing}: {error}") from error
             code = _ended(host, process, doing, name)
         if code == 0:
             return
@@ -307,10 +325,14 @@ def _receive(process: subprocess.Popen[bytes], root: Path, depth: int, label: st
         kind, *about = stream.readline(_LINE).split() or [b""]
         if kind == b"file" and len(about) == 2 and about[0].isdigit() and not about[1].strip(b"01234567"):
             alone = Member(b"", Kind.FILE, int(about[1], 8), int(about[0]))
-            # As cp and scp do: what a link of the user's leads to is written, and a device is written into.
+            # As cp and scp do: what a link of the user's leads to is written, and a device is written into; so is
+            # what /dev/stdout is, also where that is a file: others write on there.
             path = root.resolve() if root.is_symlink() else root
             try:
-                _write(stream, alone, path, label, 0, report, staged=path.exists() and not path.is_file())
+                if root.parent == Path("/dev") or root.exists() and not root.is_file():
+                    _write_into(root, _until_mark(stream), alone.size, label, report)
+                else:
+                    _write(_until_mark(stream), alone, path, label, 0, report)
             except OSError as error:
                 raise SpecError(f"cannot write {root}: {error.strerror}") from error
             return
@@ -335,6 +357,8 @@ def _receive_tree(stream: IO[bytes], root: Path, depth: int, label: str, report:
     with tempfile.TemporaryDirectory(prefix=f".{root.name[:64]}.", dir=root.parent) as folder:
         staged = Path(folder) / "tree"
         folders = _members(stream, staged, depth, label, report, new=True)
+        if not staged.exists():
+            raise Malformed("it is neither file nor folder")
         staged.replace(root)
     return [(root.joinpath(*parts), mode) for parts, mode in folders]
 
@@ -355,31 +379,60 @@ def _members(
         elif member.kind is Kind.LINK:
             _copy_linked(root, depth, member, path)
         elif member.kind is Kind.FILE:
-            done = _write(stream, member, path, label, done, report, staged=new)
+            done = _write(_exactly(stream, member.size), member, path, label, done, report, staged=new)
+            stream.read(len(tarstream.padding(member.size)))
     return folders
 
 
+def _exactly(stream: IO[bytes], size: int) -> Iterator[bytes]:
+    while size:
+        data = stream.read(min(_CHUNK, size))
+        if not data:
+            raise Malformed("it is cut short")
+        size -= len(data)
+        yield data
+
+
+def _until_mark(stream: IO[bytes]) -> Iterator[bytes]:
+    """All but the mark at its end."""
+    held = b""
+    while data := stream.read(_CHUNK):
+        held += data
+        yield held[: -len(_MARK)]
+        held = held[-len(_MARK) :]
+    if held != _MARK:
+        raise Malformed("it is cut short")
+
+
+def _write_into(path: Path, pieces: Iterator[bytes], size: int, label: str, report: Reporter) -> None:
+    done = 0
+    with path.open("wb", buffering=0) as file:
+        for data in pieces:
+            file.write(data)
+            done += len(data)
+            report(Progress(label, done, max(size, done) if size else 0))
+
+
 def _write(
-    stream: IO[bytes], member: Member, path: Path, label: str, done: int, report: Reporter, *, staged: bool = False
+    pieces: Iterator[bytes],
+    member: Member,
+    path: Path,
+    label: str,
+    done: int,
+    report: Reporter,
+    *,
+    staged: bool = False,
 ) -> int:
     """Write one file, under another name until it is whole unless all is ``staged``; returns the bytes so far."""
     total = member.size if not done and path.name == label else 0
     partial = path if staged else path.with_name(f".{path.name}.part")
     try:
         with partial.open("wb", buffering=0) as file:
-            left = member.size
-            while left:
-                data = stream.read(min(_CHUNK, left))
-                if not data:
-                    raise Malformed("it is cut short")
+            for data in pieces:
                 file.write(data)
-                left -= len(data)
                 done += len(data)
-                report(Progress(label, done, total))
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                os.fchmod(file.fileno(), member.mode & 0o777)
-        if member.name:
-            stream.read(len(tarstream.padding(member.size)))
+                report(Progress(label, done, max(total, done) if total else 0))
+            os.fchmod(file.fileno(), member.mode & 0o777)
         if not staged:
             partial.replace(path)
     except BaseException:

@@ -50,7 +50,7 @@ def _seed_problems(vm: VM, manifest: Manifest) -> list[str]:
         "user-data other than cloud-config": needs_cloud_init(vm.user_data),
         "vendor-data": bool(vm.vendor_data),
         "a network-config": bool(vm.network_config),
-        "static addresses": any(nic.addresses or nic.nameservers for nic in vm.nics),
+        "a static address": any(nic.addresses or nic.nameservers for nic in vm.nics),
     }
     return [f"{what} needs cloud-init, which the image does not have" for what, wanted in asked.items() if wanted]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from vmctl import agent, greeting
 from vmctl.accel import timeout_scale
 from vmctl.choices import Accel
-from vmctl.errors import HostUnreachable, NotFound, VmctlError, WaitTimeout, WrongState
+from vmctl.errors import HostUnreachable, NotFound, VmctlError, WaitTimeout, WrongState, reason
 from vmctl.events import Reporter, Warned, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, inventory, network, storage
@@ -268,10 +268,15 @@ def openssh_argv(
     A guest that is still booting is waited for; the client itself gives up one that shows no sign of life any more.
     """
     where = reachable(host, name, user=user, report=report)
-    host.folders.runtime.mkdir(parents=True, exist_ok=True, mode=0o700)
     alias = f"vmctl-{name}"
     known = known_hosts(host, name)
-    known.write_text(f"{alias} {where.host_key}\n")
+    try:
+        known.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        known.write_text(f"{alias} {where.host_key}\n")
+    except OSError as error:
+        raise VmctlError(
+            f"cannot log in to VM {name}: {reason(error, path=True)}", hint="is XDG_RUNTIME_DIR yours and writable?"
+        ) from error
     options = {
         "HostKeyAlias": alias,
         "UserKnownHostsFile": str(known),

@@ -24,7 +24,7 @@ class HostInfo:
     libvirt: str
     qemu: str
     emulator: Path
-    network: str
+    network: str  # "" where guests have user networking
     pool: str
     image_pool: str
     accel: Decision
@@ -43,7 +43,7 @@ def info(host: Host, *, refresh: bool = False) -> HostInfo:
         libvirt=versions.libvirt,
         qemu=versions.hypervisor,
         emulator=facts.emulator,
-        network=host.settings.network,
+        network="" if host.conn.session else host.settings.network,
         pool=host.settings.pool,
         image_pool=host.settings.image_pool,
         accel=decide_accel(host, AccelChoice.AUTO, refresh=refresh),

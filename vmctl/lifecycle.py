@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
+from functools import partial
 
 from vmctl import disk_guard, domain_job, forgotten, networks, render, spec
 from vmctl.accel import timeout_scale
-from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, WaitTimeout, WrongState, quietly
+from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, VmctlError, WaitTimeout, WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import agent, disks, domain, events
@@ -21,6 +24,8 @@ from vmctl.wait import wait_until
 _STATE_POLL_S = 0.05
 _POWER_OFF_TIMEOUT_S = 30.0
 _PRESS_AGAIN_S = 5.0
+_ANSWER_S = 2.0  # a sound QEMU needs milliseconds; also where no time is given at all
+_JOIN_S = 0.2
 
 
 def free_port() -> int:
@@ -126,8 +131,19 @@ def stop(host: Host, name: str, report: Reporter, *, timeout_s: float | None = N
         raise WrongState(f"cannot stop VM {name}: it is {domain.told(vm.state, vm.why)} and cannot hear", hint=way)
     budget = default_stop_timeout_s(vm) if timeout_s is None else timeout_s
     for way in (Stopped.ACPI, Stopped.AGENT) if not deaf else ():
-        if _asked_stop(host, vm, way, budget / 2):
-            return way
+        try:
+            if _asked_stop(host, vm, way, budget / 2):
+                return way
+        except _Unanswered as silent:
+            if not force:
+                raise WaitTimeout(
+                    f"cannot stop VM {name}: its QEMU does not answer",
+                    after_s=silent.after_s,
+                    hint=f"vmctl stop {name} --force ends it",
+                ) from None
+            report(Step(f"the QEMU of {name} does not answer"))
+            host = replace(host, conn=host.conn.apart())
+            break  # nor would it pass on what its agent is asked
         if budget:
             means = "ACPI" if way is Stopped.ACPI else "its agent"
             report(Step(f"{name} did not stop by {means} in {budget / 2:.3g} s"))
@@ -146,7 +162,7 @@ def _asked_stop(host: Host, vm: Domain, way: Stopped, timeout_s: float) -> bool:
     while True:
         try:
             if way is Stopped.ACPI:
-                domain.shutdown_acpi(host.conn, vm.name)
+                _answered(partial(domain.shutdown_acpi, host.conn, vm.name), deadline)
             else:
                 agent.shutdown(host.conn, vm.name, deadline_s=deadline - time.monotonic())
         except (WrongState, NotFound):
@@ -159,6 +175,39 @@ def _asked_stop(host: Host, vm: Domain, way: Stopped, timeout_s: float) -> bool:
             return True
         if left <= _PRESS_AGAIN_S:
             return False
+
+
+class _Unanswered(Exception):
+    """libvirt waits for a QEMU that hangs, and will for as long as it does."""
+
+    def __init__(self, after_s: float) -> None:
+        super().__init__()
+        self.after_s = after_s
+
+
+def _answered(ask: Callable[[], None], deadline: float) -> None:
+    """Do ``ask``, which QEMU must answer. Raises _Unanswered when it has not in time; the connection is busy then.
+
+    In a thread of its own, for libvirt cannot be interrupted while it waits for that.
+    """
+    failure: list[VmctlError] = []
+
+    def work() -> None:
+        try:
+            ask()
+        except VmctlError as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="ask QEMU", daemon=True)
+    thread.start()
+    began = time.monotonic()
+    deadline = max(deadline, began + _ANSWER_S)
+    while thread.is_alive():
+        if time.monotonic() >= deadline:
+            raise _Unanswered(time.monotonic() - began)
+        thread.join(_JOIN_S)  # an interrupt that another thread is given comes between two
+    if failure:
+        raise failure[0]
 
 
 def _ended(host: Host, name: str, timeout_s: float) -> bool:
@@ -201,7 +250,14 @@ def reboot(host: Host, name: str, *, timeout_s: float | None = None) -> None:
     deadline = time.monotonic() + budget
     with events.reboot_of(host.conn, name) as begun:
         while True:
-            domain.reboot_acpi(host.conn, name)
+            try:
+                _answered(partial(domain.reboot_acpi, host.conn, name), deadline)
+            except _Unanswered:
+                raise WaitTimeout(
+                    f"cannot reboot VM {name}: its QEMU does not answer",
+                    after_s=budget,
+                    hint=f"vmctl stop {name} --force",
+                ) from None
             left = deadline - time.monotonic()
             # A guest still booting drops the button's event: press again.
             if begun.wait(max(0.0, min(_PRESS_AGAIN_S, left))):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl.errors import SpecError, VmctlError
+from vmctl.errors import SpecError, VmctlError, reason
 from vmctl.locks import held
 
 _KEYGEN_TIMEOUT_S = 20
@@ -74,24 +74,50 @@ def password_hash(password: str) -> str:
     return done.stdout.decode().strip()
 
 
+def _make_client_key(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(prefix=".key-", dir=path.parent) as temporary:
+        made = Path(temporary) / path.name
+        _keygen(made, "vmctl")
+        public_part(made).rename(public_part(path))
+        made.rename(path)  # last: its existence says that both are there
+
+
+def public_part(key: Path) -> Path:
+    """Where ssh-keygen puts the public part of a private key."""
+    return key.with_name(f"{key.name}.pub")
+
+
 def client_key(folder: Path, lock_folder: Path) -> Path:
     """vmctl's own client key of this user, made on first use; the public part is beside it with .pub."""
     path = folder / "id_ed25519"
     if not path.exists():
         with held(lock_folder, f"client key {path}", timeout_s=30):
             if not path.exists():
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-                with tempfile.TemporaryDirectory(prefix=".key-", dir=folder) as temporary:
-                    made = Path(temporary) / "id_ed25519"
-                    _keygen(made, "vmctl")
-                    made.with_suffix(".pub").rename(path.with_suffix(".pub"))
-                    made.rename(path)  # last: its existence says that both are there
+                try:
+                    _make_client_key(path)
+                except OSError as error:
+                    raise VmctlError(
+                        f"cannot keep an SSH key in {folder}: {reason(error)}",
+                        hint="are HOME and XDG_DATA_HOME yours and writable?",
+                    ) from error
     return path
 
 
+def public_key(private: Path) -> str:
+    """What stands in the file of its public part. Raises SpecError without one."""
+    path = public_part(private)
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(
+            f"cannot read SSH public key {path}: {reason(error)}", hint=f"ssh-keygen -y -f {private} >{path}"
+        ) from error
+
+
 def authorized_keys(client: Path, home: Path) -> tuple[str, ...]:
-    """Public keys to let in: vmctl's own, then the user's."""
-    found = [client.with_suffix(".pub").read_text().strip()]
+    """Public keys to let in: of the key to log in with, then the user's others. Raises SpecError without the first."""
+    found = [public_key(client).strip()]
     for path in sorted((home / ".ssh").glob("id_*.pub")) if (home / ".ssh").is_dir() else []:
         try:
             found += [line.strip() for line in path.read_text().splitlines() if line.strip()]

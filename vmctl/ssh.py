@@ -20,9 +20,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import paramiko
+from paramiko.pkey import UnknownKeyType
 
 from vmctl import ending
-from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound, VmctlError, reason
+from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound, SpecError, VmctlError, reason
 from vmctl.login import Target, Terminal
 
 logging.getLogger("paramiko").addHandler(logging.NullHandler())
@@ -92,12 +93,26 @@ class _Watch:
             self._heard = time.monotonic()
 
 
+def private_key(path: Path) -> paramiko.PKey:
+    """The key in a file, of whatever kind: the user may have named one of theirs. Raises SpecError."""
+    hint = "`ssh_key` in the config file names a private key without a passphrase; without it vmctl makes its own"
+    try:
+        return paramiko.PKey.from_path(path)
+    except OSError as error:
+        raise SpecError(f"cannot read SSH key {path}: {reason(error)}", hint=hint) from error
+    except TypeError as error:  # what cryptography makes of a missing passphrase
+        raise SpecError(f"cannot use SSH key {path}: it has a passphrase", hint=hint) from error
+    except (ValueError, paramiko.SSHException, UnknownKeyType) as error:
+        raise SpecError(f"cannot use SSH key {path}: it is no private key", hint=hint) from error
+
+
 @contextmanager
 def session(target: Target, judge: Judge = lambda silent_s: None) -> Iterator[paramiko.Transport]:
     """An authenticated connection. Raises HostUnreachable; a wrong host key is one too, and says so.
 
-    Raises what ``judge`` does (see _Watch), NotAnswering when no SSH server greets.
+    Raises what ``judge`` does (see _Watch), NotAnswering when no SSH server greets, SpecError for a key of no use.
     """
+    key = private_key(target.key)
     try:
         sock = socket.create_connection((target.host, target.port), timeout=_CONNECT_TIMEOUT_S)
     except OSError as error:
@@ -116,7 +131,7 @@ def session(target: Target, judge: Judge = lambda silent_s: None) -> Iterator[pa
                 f"cannot trust {target}: it shows another host key than the one planted at its creation",
                 hint="something else answers at that address, or the guest made new keys",
             )
-        transport.auth_publickey(target.user, paramiko.Ed25519Key.from_private_key_file(str(target.key)))
+        transport.auth_publickey(target.user, key)
         watch.begin()
         yield transport
         if watch.failure is not None:

@@ -39,6 +39,7 @@ from vmctl.locks import held
 from vmctl.manifest import Manifest, Warm
 from vmctl.memory_pipe import SavedMemory
 from vmctl.readiness import Goal
+from vmctl.seed import public_key
 from vmctl.seed_disk import WENT_ON
 from vmctl.spec import VM
 from vmctl.workspace import workspace
@@ -205,7 +206,7 @@ def _sha256(path: Path) -> str:
 
 def _client_key(host: Host) -> str:
     """A digest of the key that the guest lets in."""
-    return hashlib.sha256(private_key(host).with_suffix(".pub").read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(public_key(private_key(host)).encode()).hexdigest()[:16]
 
 
 def _cpu(host: Host, xml: str) -> str:

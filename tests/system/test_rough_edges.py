@@ -325,3 +325,18 @@ def test_a_list_knows_addresses_on_a_bridge_from_the_neighbours_of_this_machine(
     finally:
         shell.run("delete", name, "--yes", "--missing-ok")
         shell.virsh("net-destroy", lan)
+
+
+def test_a_vm_without_a_console(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--no-console")
+    told = shell.run("console", name, check=8).stderr
+    assert told == f"cannot open the console of VM {name}: it has none\nhint: its screen may do: vmctl view {name}\n"
+
+
+def test_what_vmctl_did_not_make_was_asked_nothing(shell: Shell, name: str, tmp_path: Path) -> None:
+    (tmp_path / "xml").write_text(
+        f"<domain type='qemu'><name>{name}</name><memory unit='MiB'>64</memory>"
+        "<os><type arch='x86_64'>hvm</type></os></domain>"
+    )
+    subprocess.run(["virsh", "-q", "-c", "qemu:///system", "define", str(tmp_path / "xml")], check=True)
+    assert re.search(r"^accel +tcg  \(defined outside vmctl\)$", shell.run("show", name).stdout, re.MULTILINE)

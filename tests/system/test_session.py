@@ -65,7 +65,8 @@ def person() -> Iterator[Person]:
 
 
 def test_the_default_is_the_session_when_the_system_does_not_answer(person: Person) -> None:
-    assert person.json("host", "info")["uri"] == "qemu:///session"
+    info = person.json("host", "info")
+    assert (info["uri"], info["network"]) == ("qemu:///session", "")
     told = person.vmctl("list").stderr.splitlines()
     assert len(told) == 1 and told[0].startswith("note: using qemu:///session, for qemu:///system does not answer: ")
     for silent in (["-q", "list"], ["-c", "qemu:///session", "list"]):

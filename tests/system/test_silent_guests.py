@@ -284,3 +284,22 @@ def test_one_that_is_long_up_and_does_not_answer_until_it_is_reset(shell: Shell,
     assert waiting.communicate(timeout=120)[0] == f"{name}\n"
     assert "restarted=" in shell.virsh("dumpxml", name)
     assert "restarted=" not in shell.virsh("dumpxml", name, "--inactive")
+
+
+def test_a_qemu_that_hangs_can_be_ended(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for verb in ("stop", "reboot"):
+            told = shell.run(verb, name, "--timeout", "2", check=7).stderr
+            assert told.startswith(f"cannot {verb} VM {name}: its QEMU does not answer: not after ")
+            assert f"hint: vmctl stop {name} --force" in told
+        ended = shell.run("stop", name, "--force", "--timeout", "2")
+    finally:
+        if Path(f"/proc/{pid}").exists():
+            os.kill(pid, signal.SIGCONT)
+    assert ended.stdout == f"{name}: powered off by force\n"
+    assert f"the QEMU of {name} does not answer" in ended.stderr
+    assert shell.json("show", name)["state"] == "stopped"
+    assert "booted" in shell.run("start", name).stdout

@@ -141,6 +141,25 @@ def test_cp_edges(shell: Shell, vm: str, tmp_path: Path) -> None:
     shell.run("cp", str(tree / "empty"), f"{vm}:/no/such/folder/x", check=4)
 
 
+def test_cp_of_what_does_not_tell_its_size(shell: Shell, vm: str, tmp_path: Path) -> None:
+    """The kernel's own files are empty or 4096 bytes by their size; a pipe and a device are no files at all."""
+    assert Path("/proc/version").stat().st_size == 0 < len(Path("/proc/version").read_bytes())
+    shell.run("cp", "/proc/version", f"{vm}:/root/lone")
+    shell.run("cp", "/proc/version", "/proc/filesystems", f"{vm}:/root/")
+    for name, origin in (("lone", "version"), ("version", "version"), ("filesystems", "filesystems")):
+        assert shell.run("exec", vm, "--", "cat", f"/root/{name}").stdout == Path("/proc", origin).read_text()
+    shell.run("cp", f"{vm}:/proc/version", f"{vm}:/sys/kernel/profiling", str(tmp_path))
+    assert (tmp_path / "version").read_text() == shell.run("exec", vm, "--", "cat", "/proc/version").stdout
+    told = shell.run("exec", vm, "--", "cat", "/sys/kernel/profiling").stdout
+    assert (tmp_path / "profiling").read_text() == told
+    assert shell.run("cp", f"{vm}:/proc/version", "/dev/stdout").stdout == (tmp_path / "version").read_text()
+    ill = shell.run("cp", f"{vm}:/dev/null", str(tmp_path / "null"), check=9).stderr
+    assert ill == f"cannot copy /dev/null from VM {vm}: it is neither file nor folder\n"
+    (tmp_path / "link").symlink_to("nowhere")
+    ill = shell.run("cp", str(tmp_path), f"{vm}:/root/links", check=2).stderr
+    assert ill == f"cannot copy {tmp_path / 'link'}: its link leads nowhere\n"
+
+
 def test_a_copy_cut_off_leaves_nothing_under_its_name(shell: Shell, vm: str, tmp_path: Path) -> None:
     with (tmp_path / "big").open("wb") as file:
         file.truncate(4 << 30)

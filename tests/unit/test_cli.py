@@ -8,6 +8,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -252,6 +253,27 @@ def test_an_interrupt_reaches_all_workers_and_says_what_was_done(number: int, tm
         "cut off: v00, v01, v04, v05, v06, v07, v08, v09; not begun: v10, v11"
     )
     assert all((tmp_path / f"{one}.undone").exists() for one in begun if one not in {"v02", "v03"})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_libvirt_does_not_answer(number: int, tmp_path: Path) -> None:
+    """A daemon that takes the call and says nothing: libvirt's call, in the main thread, hears no signal."""
+    with socket.socket(socket.AF_UNIX) as daemon:
+        daemon.bind(str(tmp_path / "silent"))
+        daemon.listen()
+        running = subprocess.Popen(
+            [sys.executable, "-m", "vmctl", "-c", f"qemu+unix:///system?socket={tmp_path / 'silent'}", "list"],
+            stderr=subprocess.PIPE, text=True, cwd=REPO,
+        )  # fmt: skip
+        caller, _ = daemon.accept()
+        with caller, running:
+            assert caller.recv(1)  # it has asked, and waits
+            assert running.stderr is not None
+            running.send_signal(number)
+            assert running.stderr.readline().startswith("interrupted; waiting for what libvirt was asked for")
+            running.send_signal(number)
+            assert running.wait(timeout=60) == 130
+            assert running.stderr.read().startswith("interrupted while libvirt did not answer: ")
 
 
 def test_an_interrupt_while_nothing_runs_any_more() -> None:

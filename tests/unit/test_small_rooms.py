@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import png
-from vmctl import config, guest, locks, networks, picture, progress, render, ui
+from vmctl import config, guest, locks, networks, picture, progress, render, seed, ssh, ui
 from vmctl.errors import (
     Conflict,
     HostUnreachable,
@@ -428,3 +428,34 @@ def test_the_kernels_neighbours_are_read_without_those_it_only_looks_for(tmp_pat
     (tmp_path / "arp").write_text(f"{head}{one}{sought}")
     assert neighbours(tmp_path / "arp") == {"52:54:00:aa:bb:01": "10.0.0.7"}
     assert neighbours(tmp_path / "none") == {}
+
+
+@pytest.mark.parametrize("kind", ["ed25519", "rsa", "ecdsa"])
+def test_a_key_of_the_users_is_of_any_kind(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "lab.key"
+    subprocess.run(["ssh-keygen", "-q", "-t", kind, "-N", "", "-f", path], check=True)
+    public = seed.public_key(path).split()
+    assert ssh.private_key(path).get_base64() == public[1]
+    assert seed.authorized_keys(path, tmp_path)[0].split()[:2] == public[:2]
+
+
+def test_a_key_of_the_users_that_is_of_no_use(tmp_path: Path) -> None:
+    locked, text = tmp_path / "locked", tmp_path / "text"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "secret", "-f", locked], check=True)
+    text.write_text("no key")
+    for path, why in (
+        (locked, f"cannot use SSH key {locked}: it has a passphrase"),
+        (text, f"cannot use SSH key {text}: it is no private key"),
+        (tmp_path / "gone", f"cannot read SSH key {tmp_path / 'gone'}: No such file or directory"),
+    ):
+        with pytest.raises(SpecError) as caught:
+            ssh.private_key(path)
+        assert caught.value.message == why and "ssh_key" in caught.value.hint
+    with pytest.raises(SpecError, match="cannot read SSH public key .*gone.pub: No such file"):
+        seed.authorized_keys(tmp_path / "gone", tmp_path)
+
+
+def test_a_home_where_no_key_can_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(VmctlError, match="cannot keep an SSH key in .*: Not a directory"):
+        seed.client_key(tmp_path / "file" / "vmctl", tmp_path)

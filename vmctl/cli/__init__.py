@@ -10,6 +10,7 @@ import sys
 from itertools import takewhile
 from types import FrameType
 
+from vmctl.cli.unheard import Watch
 from vmctl.errors import Interrupted, SpecError, VmctlError
 
 _READER_GONE = 141  # what a shell makes of SIGPIPE
@@ -19,14 +20,22 @@ class _Interrupt:
     """Whether Ctrl-C was pressed: typer makes of it an exit code, which a guest's command may have as well."""
 
     pressed = False
+    watch: Watch | None = None
 
 
 def _interrupted(signum: int, frame: FrameType | None) -> None:
     _Interrupt.pressed = True
+    _heard()
     signal.default_int_handler(signum, frame)
 
 
+def _heard() -> None:
+    if _Interrupt.watch is not None:
+        _Interrupt.watch.heard()
+
+
 def _terminated(_signum: int, _frame: FrameType | None) -> None:
+    _heard()
     raise Interrupted("stopped on request (SIGTERM)")
 
 
@@ -39,6 +48,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell told us to ignore it
         signal.signal(signal.SIGINT, _interrupted)
+    _Interrupt.watch = Watch({_interrupted, _terminated})
     try:
         code = run(sys.argv[1:])
     except (KeyboardInterrupt, Interrupted) as early:  # while what tells of it was being imported

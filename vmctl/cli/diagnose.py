@@ -31,7 +31,7 @@ def _info_text(info: HostInfo) -> str:
             ("memory", ui.memory(info.memory_mib)),
             ("libvirt", info.libvirt),
             ("qemu", f"{info.qemu} ({info.emulator})"),
-            ("network", info.network),
+            ("network", info.network or "user networking"),
             ("pools", f"{info.pool} (disks), {info.image_pool} (images)"),
             ("accel", f"{info.accel.chosen}: {info.accel.reason}"),
             ("mend", info.accel.mend),

@@ -123,7 +123,8 @@ def _list_all(states: set[State], labels: dict[str, str | None], timeout: float,
 
 
 def _details(d: Detail) -> str:
-    accel = f"{d.accel['chosen']}  (asked: {d.accel['requested']}; {d.accel['reason']})"
+    asked = f"asked: {d.accel['requested']}; " if d.accel["requested"] else ""
+    accel = f"{d.accel['chosen']}  ({asked}{d.accel['reason']})"
     disks = "\n".join(
         f"{x.target}  {x.source or 'empty'}  {x.format}{'  read-only' if x.readonly else ''}" for x in d.disks
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from typing import Any
 
 import libvirt
 
-from vmctl.errors import Conflict, HypervisorError, WaitTimeout
+from vmctl.errors import Conflict, HypervisorError, Unsupported, WaitTimeout
+from vmctl.hypervisor import domain
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
 from vmctl.wait import wait_until
@@ -24,11 +26,16 @@ _HEAR_OUT_S = 0.5
 
 
 @contextmanager
-def _opening(name: str) -> Iterator[None]:
+def _opening(conn: Connection, name: str) -> Iterator[None]:
     try:
         with calling(f"open the console of VM {name}"):
             yield
     except HypervisorError as error:
+        root = ET.fromstring(domain.xml(conn, name))
+        if root.find("devices/console") is None and root.find("devices/serial") is None:
+            raise Unsupported(
+                f"cannot open the console of VM {name}: it has none", hint=f"its screen may do: vmctl view {name}"
+            ) from error
         if "Active console session" not in error.message:  # libvirt has no code for it
             raise
         raise Conflict(
@@ -50,7 +57,7 @@ class Console:
         self._received = received
         self._stream: Any = None
         flags = libvirt.VIR_DOMAIN_CONSOLE_FORCE if force else libvirt.VIR_DOMAIN_CONSOLE_SAFE
-        with _opening(name):
+        with _opening(conn, name):
             stream = conn.handle.newStream(libvirt.VIR_STREAM_NONBLOCK)
             conn.handle.lookupByName(name).openConsole(None, stream, flags)
             interest = (
