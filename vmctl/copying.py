@@ -26,12 +26,11 @@ from vmctl.errors import GuestCommandFailed, HostUnreachable, NotFound, SpecErro
 from vmctl.events import Progress, Reporter
 from vmctl.guest import parse_place
 from vmctl.hosts import Host
-from vmctl.tarstream import Kind, Malformed, Member
+from vmctl.received import receive
+from vmctl.tarstream import Kind, Malformed
 
 _CHUNK = 256 * 1024
 _END_S = 60.0
-_LINE = 64
-_MARK = b"end"  # after a file that came whole
 _UNTOLD = 4096  # what /sys says of the size of each file; /proc says nothing
 _MOST_UNTOLD = 64 << 20
 _SSH_FAILED = 255
@@ -297,7 +296,8 @@ def _get(host: Host, name: str, source: str, destination: Path, report: Reporter
         argv = guest.openssh_argv(host, name, [_script(_GIVE, source, folder, member)], user=user, report=report)
         with _remote(host, name, argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
             try:
-                _receive(process, root, 0 if member == "." else 1, root.name, report)
+                assert process.stdout is not None
+                receive(process.stdout, root, 0 if member == "." else 1, root.name, report)
             except Malformed as error:
                 if _ended(host, process, doing, name) == 0:
                     raise GuestCommandFailed(f"cannot {doing}: {error}") from error
@@ -316,136 +316,3 @@ def _get(host: Host, name: str, source: str, destination: Path, report: Reporter
         lambda label, done, total: report(Progress(label, done, total)),
         guest.Vigil(host, name),
     )
-
-
-def _receive(process: subprocess.Popen[bytes], root: Path, depth: int, label: str, report: Reporter) -> None:
-    """Write what comes to ``root``, ``depth`` parts of each name left off. A guest's names are not trusted."""
-    assert process.stdout is not None
-    with open(process.stdout.fileno(), "rb", buffering=4 * _CHUNK, closefd=False) as stream:
-        kind, *about = stream.readline(_LINE).split() or [b""]
-        if kind == b"file" and len(about) == 2 and about[0].isdigit() and not about[1].strip(b"01234567"):
-            alone = Member(b"", Kind.FILE, int(about[1], 8), int(about[0]))
-            # As cp and scp do: what a link of the user's leads to is written, and a device is written into; so is
-            # what /dev/stdout is, also where that is a file: others write on there.
-            path = root.resolve() if root.is_symlink() else root
-            try:
-                if root.parent == Path("/dev") or root.exists() and not root.is_file():
-                    _write_into(root, _until_mark(stream), alone.size, label, report)
-                else:
-                    _write(_until_mark(stream), alone, path, label, 0, report)
-            except OSError as error:
-                raise SpecError(f"cannot write {root}: {error.strerror}") from error
-            return
-        if kind != b"tar":
-            raise Malformed("it is neither file nor archive")
-        try:
-            folders = _receive_tree(stream, root, depth, label, report)
-        except OSError as error:
-            raise SpecError(f"cannot write {root}: {error.strerror}") from error
-        while stream.read(_CHUNK):  # what tar pads its last record with
-            pass
-    for path, mode in reversed(folders):
-        path.chmod(mode & 0o777)
-
-
-def _receive_tree(stream: IO[bytes], root: Path, depth: int, label: str, report: Reporter) -> list[tuple[Path, int]]:
-    """Write an archive's members; returns the folders with their modes. A new tree gets its name when it is whole."""
-    if root.exists():
-        return [
-            (root.joinpath(*parts), mode) for parts, mode in _members(stream, root, depth, label, report, new=False)
-        ]
-    with tempfile.TemporaryDirectory(prefix=f".{root.name[:64]}.", dir=root.parent) as folder:
-        staged = Path(folder) / "tree"
-        folders = _members(stream, staged, depth, label, report, new=True)
-        if not staged.exists():
-            raise Malformed("it is neither file nor folder")
-        staged.replace(root)
-    return [(root.joinpath(*parts), mode) for parts, mode in folders]
-
-
-def _members(
-    stream: IO[bytes], root: Path, depth: int, label: str, report: Reporter, *, new: bool
-) -> list[tuple[list[str], int]]:
-    folders, done = [], 0
-    for member in tarstream.members(stream.read):
-        parts = [part for part in member.name.split(b"/") if part not in {b"", b"."}]
-        if b".." in parts or b"\0" in member.name:
-            raise GuestCommandFailed(f"cannot copy {label}: the guest names a file outside of it")
-        within = [os.fsdecode(part) for part in parts[depth:]]
-        path = root.joinpath(*within)
-        if member.kind is Kind.FOLDER:
-            path.mkdir(exist_ok=True)
-            folders.append((within, member.mode))
-        elif member.kind is Kind.LINK:
-            _copy_linked(root, depth, member, path)
-        elif member.kind is Kind.FILE:
-            done = _write(_exactly(stream, member.size), member, path, label, done, report, staged=new)
-            stream.read(len(tarstream.padding(member.size)))
-    return folders
-
-
-def _exactly(stream: IO[bytes], size: int) -> Iterator[bytes]:
-    while size:
-        data = stream.read(min(_CHUNK, size))
-        if not data:
-            raise Malformed("it is cut short")
-        size -= len(data)
-        yield data
-
-
-def _until_mark(stream: IO[bytes]) -> Iterator[bytes]:
-    """All but the mark at its end."""
-    held = b""
-    while data := stream.read(_CHUNK):
-        held += data
-        yield held[: -len(_MARK)]
-        held = held[-len(_MARK) :]
-    if held != _MARK:
-        raise Malformed("it is cut short")
-
-
-def _write_into(path: Path, pieces: Iterator[bytes], size: int, label: str, report: Reporter) -> None:
-    done = 0
-    with path.open("wb", buffering=0) as file:
-        for data in pieces:
-            file.write(data)
-            done += len(data)
-            report(Progress(label, done, max(size, done) if size else 0))
-
-
-def _write(
-    pieces: Iterator[bytes],
-    member: Member,
-    path: Path,
-    label: str,
-    done: int,
-    report: Reporter,
-    *,
-    staged: bool = False,
-) -> int:
-    """Write one file, under another name until it is whole unless all is ``staged``; returns the bytes so far."""
-    total = member.size if not done and path.name == label else 0
-    partial = path if staged else path.with_name(f".{path.name}.part")
-    try:
-        with partial.open("wb", buffering=0) as file:
-            for data in pieces:
-                file.write(data)
-                done += len(data)
-                report(Progress(label, done, max(total, done) if total else 0))
-            os.fchmod(file.fileno(), member.mode & 0o777)
-        if not staged:
-            partial.replace(path)
-    except BaseException:
-        if partial.is_file():
-            partial.unlink()
-        raise
-    return done
-
-
-def _copy_linked(root: Path, depth: int, member: Member, path: Path) -> None:
-    """A second name of a file that came before: as a file of its own, as cp makes it."""
-    parts = [part for part in member.link.split(b"/") if part not in {b"", b"."}][depth:]
-    first = root.joinpath(*map(os.fsdecode, parts))
-    if b".." in parts or not parts or first.is_symlink() or not first.is_file():
-        raise GuestCommandFailed(f"cannot copy {path.name}: the guest names a file outside of what is copied")
-    shutil.copy(first, path)
