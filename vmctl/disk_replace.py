@@ -176,16 +176,16 @@ def live(
         _settled(host, disk, report)
 
 
-def leftovers(host: Host, *, clear: bool) -> list[str]:
-    """The folders in which killed changes made something, in the pools of this machine; ``clear``: removed."""
+def leftovers(host: Host, prefix: str, *, clear: bool) -> list[str]:
+    """The folders under ``prefix`` of processes that were killed, in the pools of this machine; ``clear``: removed."""
     if not host.conn.local:
         return []
     found = []
     for parent in map(Path, storage.folders(host.conn)):
-        before = set(parent.glob(f"{PREFIX}*"))
+        before = set(parent.glob(f"{prefix}*"))
         if clear:
-            clear_leftovers(parent, PREFIX)
-            before -= set(parent.glob(f"{PREFIX}*"))
+            clear_leftovers(parent, prefix)
+            before -= set(parent.glob(f"{prefix}*"))
         found += sorted(str(one) for one in before if clear or is_leftover(one))
     return found
 

@@ -35,6 +35,7 @@ from vmctl.hosts import Host, open_host
 from vmctl.hypervisor import domain, network, storage
 from vmctl.spec import AccelChoice
 from vmctl.wait import wait_until
+from vmctl.workspace import MEASURING
 
 _DEVICE = Path("/dev/kvm")
 _BACK_S = 60.0
@@ -191,7 +192,7 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
         for v in storage.volume_names(host.conn, host.settings.pool)
         if not any(v == k or v.startswith(f"{k}.") for k in known)
         and not {f"{folder}/{v}", os.path.realpath(f"{folder}/{v}")} & attached.keys()
-        and not v.startswith(disk_replace.PREFIX)  # a folder that work is done in: the next check
+        and not v.startswith((disk_replace.PREFIX, MEASURING))  # folders that work is done in: checks of their own
     ]
     if orphans:
         named = [f"{host.settings.pool}/{volume}" for volume in orphans]
@@ -209,7 +210,7 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
 def _disk_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     """Changes of disks that were killed in their middle."""
     begun = disk_journal.unsettled(host)
-    leftover = disk_replace.leftovers(host, clear=fix)
+    leftover = disk_replace.leftovers(host, disk_replace.PREFIX, clear=fix)
     if not begun and not leftover:
         return [Finding("disks", "ok", "no change of a disk was cut off")]
     if fix:
@@ -223,6 +224,15 @@ def _disk_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
             "" if fix else "vmctl doctor --fix keeps the file each VM names, and removes the other",
         )
     ]
+
+
+def _measurements(host: Host, *, fix: bool) -> list[Finding]:
+    """Folders of measurements that were killed."""
+    if not (left := disk_replace.leftovers(host, MEASURING, clear=fix)):
+        return []
+    mend = "" if fix else "vmctl doctor --fix, or the next measurement, removes it"
+    detail = f"a measurement was killed, and left {', '.join(left)}"
+    return [Finding("measurements", "mended" if fix else "warning", detail, mend)]
 
 
 def _snapshot_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
@@ -317,6 +327,7 @@ def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Findin
             ("networks", lambda: _networks(host, fix=fix, report=report) if not host.conn.session else []),
             ("creations", lambda: _cut_off(host, fix=fix, report=report)),
             ("disks", lambda: _disk_changes(host, fix=fix, report=report)),
+            ("measurements", lambda: _measurements(host, fix=fix)),
             ("snapshots", lambda: _snapshot_changes(host, fix=fix, report=report)),
             ("processes", lambda: _forgotten(host)),
             ("layers", lambda: _astray(host, fix=fix)),

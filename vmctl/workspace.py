@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MEASURING = ".measuring-"  # where disks are measured, maybe in a pool
+
 
 @contextmanager
 def workspace(parent: Path, prefix: str) -> Iterator[Path]:

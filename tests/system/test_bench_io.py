@@ -287,6 +287,12 @@ def test_a_killed_run_leaves_no_server_and_no_namespace(shell: Shell) -> None:
         lambda: not [one for name in ("iperf3", "sockperf", "cat") for one in processes(name)],
         what="their end", timeout_s=10,
     )  # fmt: skip
+    left = leftovers(Path("/var/lib/libvirt/vmctl"))
+    told = shell.run("doctor", check=None).stdout
+    assert left and "a measurement was killed" in told and all(str(one) in told for one in left)
+    assert "no VM knows of" not in told
+    assert "a measurement was killed" in shell.run("doctor", "--fix", check=None).stdout
+    assert not leftovers(Path("/var/lib/libvirt/vmctl"))
 
 
 def test_namespaces_without_root() -> None:

@@ -687,7 +687,7 @@ def test_what_an_image_cannot_do_is_refused_before_anything_is_made(shell: Shell
     """micro has a kernel to be started directly, no boot loader, no signatures, and no cloud-init."""
     wrong = ["--firmware", "uefi-secure", "--user", "bob", "--network", ",address=10.1.2.3/24"]
     done = shell.run("create", name, "--image", "micro", *wrong, check=2)
-    for word in ("does not boot by uefi-secure", "a user needs cloud-init", "static addresses"):
+    for word in ("does not boot by uefi-secure", "a user needs cloud-init", "a static address"):
         assert word in done.stderr
     assert "beside a TPM" in shell.run("create", name, "--image", "micro", "--tpm", check=2).stderr
     shell.run("show", name, check=4)

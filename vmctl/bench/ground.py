@@ -18,10 +18,9 @@ from vmctl.choices import Accel, AccelChoice
 from vmctl.errors import NotFound, Unsupported, VmctlError, reason
 from vmctl.events import Reporter, Warned
 from vmctl.hosts import Host, decide_accel
-from vmctl.workspace import workspace
+from vmctl.workspace import MEASURING, workspace
 
 IMAGE = "bench"
-_WORKSPACE = ".measuring-"
 
 
 class Ground(NamedTuple):
@@ -59,7 +58,7 @@ def prepared(
     if not parent.is_dir():
         raise NotFound(f"cannot measure in {parent}: there is no such folder", hint="--folder names another place")
     try:
-        with guests.alone(host), workspace(parent, _WORKSPACE) as place:
+        with guests.alone(host), workspace(parent, MEASURING) as place:
             board = Board(
                 host.facts.emulator,
                 decision.chosen,
