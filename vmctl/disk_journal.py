@@ -40,6 +40,13 @@ class Entry:
     keep: bool = False
     plug: str = ""
 
+    @property
+    def told(self) -> str:
+        """For people."""
+        if self.plug:
+            return f"disk {self.target} of {self.vm}, which is half attached"
+        return f"disk {self.target} of {self.vm}: {self.old} or {self.new}" if self.old else f"{self.new} of {self.vm}"
+
 
 def _folder(host: Host) -> Path:
     return host.folders.data / "disk-journal"
@@ -200,11 +207,4 @@ def remove_file(host: Host, path: str) -> None:
 
 def unsettled(host: Host) -> list[str]:
     """One line for each change that was begun and not ended."""
-    return [
-        f"disk {entry.target} of {entry.vm}, which is half attached"
-        if entry.plug
-        else f"disk {entry.target} of {entry.vm}: {entry.old} or {entry.new}"
-        if entry.old
-        else f"{entry.new} of {entry.vm}"
-        for _, entry in entries(host)
-    ]
+    return [entry.told for _, entry in entries(host)]

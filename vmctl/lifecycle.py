@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,11 +11,12 @@ from functools import partial
 
 from vmctl import disk_guard, domain_job, forgotten, networks, render, spec
 from vmctl.accel import timeout_scale
-from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, VmctlError, WaitTimeout, WrongState, quietly
+from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, WaitTimeout, WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import agent, disks, domain, events
 from vmctl.hypervisor.domain import ACTIVE, Domain, State
+from vmctl.hypervisor.waiting import Waiting
 from vmctl.seed_disk import detach_used
 from vmctl.spec import Accel
 from vmctl.wait import wait_until
@@ -25,7 +25,6 @@ _STATE_POLL_S = 0.05
 _POWER_OFF_TIMEOUT_S = 30.0
 _PRESS_AGAIN_S = 5.0
 _ANSWER_S = 2.0  # a sound QEMU needs milliseconds; also where no time is given at all
-_JOIN_S = 0.2
 
 
 def free_port() -> int:
@@ -186,28 +185,15 @@ class _Unanswered(Exception):
 
 
 def _answered(ask: Callable[[], None], deadline: float) -> None:
-    """Do ``ask``, which QEMU must answer. Raises _Unanswered when it has not in time; the connection is busy then.
+    """Do ``ask``, which QEMU must answer. Raises _Unanswered when it has not in time; the connection is busy then."""
 
-    In a thread of its own, for libvirt cannot be interrupted while it waits for that.
-    """
-    failure: list[VmctlError] = []
+    def asked() -> bool:
+        ask()
+        return True
 
-    def work() -> None:
-        try:
-            ask()
-        except VmctlError as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=work, name="ask QEMU", daemon=True)
-    thread.start()
     began = time.monotonic()
-    deadline = max(deadline, began + _ANSWER_S)
-    while thread.is_alive():
-        if time.monotonic() >= deadline:
-            raise _Unanswered(time.monotonic() - began)
-        thread.join(_JOIN_S)  # an interrupt that another thread is given comes between two
-    if failure:
-        raise failure[0]
+    if not Waiting(asked).answer(max(deadline - began, _ANSWER_S)):
+        raise _Unanswered(time.monotonic() - began)
 
 
 def _ended(host: Host, name: str, timeout_s: float) -> bool:

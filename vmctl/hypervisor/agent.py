@@ -138,7 +138,7 @@ class Ping:
 
     def __init__(self, conn: Connection, name: str) -> None:
         self._name = name
-        self._asked: Waiting | None = None
+        self._asked: Waiting[str] | None = None
         self._line = conn.apart()
         conn.leave_apart()  # one of its own, on which a question may stay
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 import os
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -16,11 +15,12 @@ import libvirt
 
 from vmctl.errors import HostUnreachable, VmctlError
 from vmctl.hypervisor.errors import calling, translated
+from vmctl.hypervisor.waiting import Waiting
 
 SYSTEM = "qemu:///system"
 SESSION = "qemu:///session"
 _WAKES_UP = 10_001_000
-_OPEN_S, _STEP_S = 30.0, 0.2
+_OPEN_S = 30.0
 
 
 # libvirt prints each error to stderr unless told otherwise; vmctl reports them itself. It must be a function in C: one
@@ -100,7 +100,10 @@ class Connection:
 def connect(uri: str, way: str = "") -> Connection:
     """Open ``uri``, or the same place by the URI ``way``. Raises HostUnreachable with what to do about it."""
     try:
-        handle = _opened(way or uri) if urlsplit(uri).netloc else libvirt.open(way or uri)
+        if urlsplit(uri).netloc:  # a daemon that is stopped takes calls and answers none
+            handle = Waiting(lambda: libvirt.open(way or uri)).answer(_OPEN_S)
+        else:
+            handle = libvirt.open(way or uri)
     except libvirt.libvirtError as error:
         raise HostUnreachable(translated(error, f"connect to {uri}").message, hint=_unreachable_hint(uri)) from error
     if handle is None:
@@ -108,30 +111,6 @@ def connect(uri: str, way: str = "") -> Connection:
             f"cannot connect to {uri}: no answer within {_OPEN_S:g} s", hint="vmctl host check says more"
         )
     return Connection(uri, handle, way)
-
-
-def _opened(uri: str) -> Any:
-    """libvirt's handle, None where there is no answer in time: a daemon that is stopped takes calls and answers none.
-
-    In a thread of its own, for libvirt cannot be interrupted while it waits for that.
-    """
-    found: list[Any] = []
-    failed: list[libvirt.libvirtError] = []
-
-    def work() -> None:
-        try:
-            found.append(libvirt.open(uri))
-        except libvirt.libvirtError as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    deadline = time.monotonic() + _OPEN_S
-    thread.start()
-    while thread.is_alive() and time.monotonic() < deadline:
-        thread.join(_STEP_S)  # an interrupt that another thread is given comes between two
-    if failed:
-        raise failed[0]
-    return found[0] if found else None
 
 
 def _unreachable_hint(uri: str) -> str:

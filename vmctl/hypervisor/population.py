@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import libvirt
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
 from vmctl.hypervisor.states import State, state_of
+from vmctl.hypervisor.waiting import Waiting
 
 _PATIENCE_S = 2.0
 
@@ -60,32 +60,22 @@ def measures(conn: Connection, only: Collection[str] = ()) -> dict[str, Measure]
     question stays open then, and the connection with it: libvirt 9.0 lets what is asked on it later wait, too, now
     and then. Asked again over another one, NOWAIT passes over the VM that somebody waits for already.
     """
-    found: list[dict[str, Measure]] = []
-    failed: list[Exception] = []
-    caller = threading.Thread(target=_ask, args=(conn, only, found, failed), daemon=True)
-    caller.start()
-    caller.join(_PATIENCE_S)
-    if failed:
-        raise failed[0]
-    return found[0] if found else None
+    return Waiting(lambda: _ask(conn, only)).answer(_PATIENCE_S)
 
 
-def _ask(conn: Connection, only: Collection[str], found: list[dict[str, Measure]], failed: list[Exception]) -> None:
+def _ask(conn: Connection, only: Collection[str]) -> dict[str, Measure]:
     what = libvirt.VIR_DOMAIN_STATS_CPU_TOTAL | libvirt.VIR_DOMAIN_STATS_BALLOON
     flags = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
-    try:
-        with calling("ask what VMs use"):
-            if only:
-                active = conn.handle.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-                wanted = [dom for dom in active if dom.UUIDString() in only]
-                stats = conn.handle.domainListGetStats(wanted, what, 0) if wanted else []
-            else:
-                stats = conn.handle.getAllDomainStats(
-                    what, flags | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT if conn.qemu else flags
-                )
-        found.append({dom.UUIDString(): _measure(values) for dom, values in stats if "balloon.rss" in values})
-    except Exception as error:  # noqa: BLE001  raised by who waits
-        failed.append(error)
+    with calling("ask what VMs use"):
+        if only:
+            active = conn.handle.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
+            wanted = [dom for dom in active if dom.UUIDString() in only]
+            stats = conn.handle.domainListGetStats(wanted, what, 0) if wanted else []
+        else:
+            stats = conn.handle.getAllDomainStats(
+                what, flags | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT if conn.qemu else flags
+            )
+    return {dom.UUIDString(): _measure(values) for dom, values in stats if "balloon.rss" in values}
 
 
 def _measure(values: dict[str, Any]) -> Measure:
