@@ -36,8 +36,10 @@ admin socket = {folder}/$name.asok
 log file = {folder}/$name.log
 pid file = {folder}/$name.pid
 """
-# A race of Ceph's own with authentication off: a program may ask before it was told which cluster it is in.
+# A race of Ceph's own with authentication off: a program may ask before it was told which cluster it is in. The store,
+# started so, ends without a word.
 _TOO_EARLY = ("wrong fsid", "problem getting command descriptions")
+_STORE = ("ceph-osd", "-i", "0")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Cluster:
             done = subprocess.run(
                 words, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False
             )
-            return None if any(word in done.stderr for word in _TOO_EARLY) else done
+            early = any(word in done.stderr for word in _TOO_EARLY)
+            return None if early or (done.returncode and words == _STORE) else done
 
         done = wait_until(once, what=f"an answer to {words}", timeout_s=60)
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
@@ -81,7 +84,7 @@ def cluster(folder: Path, port: int, auth: str) -> Iterator[Cluster]:
         found.run("ceph-mon", "-i", "a")
         found.run("ceph", "osd", "new", store)
         found.run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", store)
-        found.run("ceph-osd", "-i", "0")
+        found.run(*_STORE)
         found.run("ceph", "osd", "pool", "create", "rbd", "8", "8")
         found.run("rbd", "pool", "init", "rbd")
         yield found

@@ -7,7 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 
 from tests import warm
 
+LIBVIRT_LOG = Path("/var/log/libvirt/libvirtd.log")
 VMCTL = [sys.executable, "-m", "vmctl"]
 REPO = Path(__file__).parents[2]
 
@@ -53,6 +54,18 @@ class Shell:
         )
         assert not check or done.returncode == 0, done.stderr
         return done.stdout.strip()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Beside a failure stands what the test host's libvirt said last: the host goes with the run, and the log with it."""
+    report = yield
+    if report.failed and LIBVIRT_LOG.exists():
+        last = LIBVIRT_LOG.read_text(errors="replace").splitlines()[-25:]
+        report.sections.append((f"end of {LIBVIRT_LOG} at {report.when}", "\n".join(last)))
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)
