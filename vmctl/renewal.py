@@ -89,6 +89,11 @@ if [ -w /etc/hosts ]; then
   done </etc/hosts
   printf '%s' "$hosts" >/etc/hosts
 fi
+old=
+read -r old </etc/machine-id
+for dir in /run/log/journal /var/log/journal; do
+  [ -z "$old" ] || [ ! -d "$dir/$old" ] || ln -s "$old" "$dir/"$id
+done
 chmod u+w /etc/machine-id 2>/dev/null
 printf '%s\n' $id >/etc/machine-id
 put /var/lib/dbus/machine-id $id

@@ -173,11 +173,29 @@ static void set_hostname(const char *name)
     free(present);
 }
 
+/* journald goes on writing where the other id leads; whoever reads the journal looks where its own does. */
+static void lead_to_journal(const char *before, const char *id)
+{
+    static const char *const folders[] = {"/run/log/journal", "/var/log/journal"};
+    char old[64], new[64];
+    for (size_t i = 0; i < sizeof folders / sizeof *folders; i++) {
+        snprintf(old, sizeof old, "%s/%.32s", folders[i], before);
+        snprintf(new, sizeof new, "%s/%.32s", folders[i], id);
+        if (access(old, F_OK) == 0)
+            symlink(before, new);
+    }
+}
+
 static void set_machine_id(const char *id)
 {
-    char line[34];
+    char line[34], *before = read_file("/etc/machine-id", NULL);
     struct stat dbus;
     strcpy(mempcpy(line, id, strnlen(id, 32)), "\n");
+    if (before && strcspn(before, "\n") == 32) {
+        before[32] = 0;
+        lead_to_journal(before, id);
+    }
+    free(before);
     if (!put_text("/etc/machine-id", line, 0444))
         failed("/etc/machine-id");
     if (lstat("/var/lib/dbus/machine-id", &dbus) == 0 && S_ISREG(dbus.st_mode))

@@ -51,6 +51,9 @@ for unit in systemd-resolved systemd-timesyncd; do
     sed -e '/^Before=/s/ *\\(sysinit\\|network\\)\\.target//g' -e "/^\\[Unit\\]/a $late" \\
         "$1/usr/lib/systemd/system/$unit.service" > "$1/etc/systemd/system/$unit.service"
 done
+# It looks for its servers, one after the other, in the moment in which a network is there: a fork's, in which somebody
+# waits to log in. It gets what nobody else wants.
+sed -i '/^\\[Service\\]/a CPUSchedulingPolicy=idle' "$1/etc/systemd/system/systemd-timesyncd.service"
 """
 
 
