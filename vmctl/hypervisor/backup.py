@@ -15,7 +15,7 @@ from vmctl.hypervisor.errors import calling
 from vmctl.wait import wait_until
 
 _END_TIMEOUT_S = 60.0
-_POLL_S = 0.02
+_POLL_S = 0.002
 
 
 @dataclass(frozen=True, slots=True)
