@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-from vmctl import disk_xml
-from vmctl.errors import quietly
-from vmctl.events import Reporter, Step
+from vmctl import disk_xml, forgotten
+from vmctl.errors import Conflict, VmctlError, quietly
+from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import devices, disks, domain, pools, storage
 from vmctl.hypervisor.domain import Domain
@@ -28,7 +28,8 @@ class Entry:
     """A change of disk ``target`` of a VM from the file ``old`` to ``new``. ``keep``: the old one stays in any case.
 
     ``old`` "": a file made for a VM that is not there yet, and goes unless the VM comes to name it. ``plug``: the XML
-    of a disk that is attached, ``new`` the volume made for it, "" for none.
+    of a disk that is attached, ``new`` the volume made for it, "" for none. ``switched``: the running VM went on in
+    ``new``, as libvirt said; ``unsure``: it may have, for libvirt died before it said so and forgot the VM.
     """
 
     uri: str
@@ -39,6 +40,8 @@ class Entry:
     format: str
     keep: bool = False
     plug: str = ""
+    switched: bool = False
+    unsure: bool = False
 
     @property
     def told(self) -> str:
@@ -55,6 +58,13 @@ def _folder(host: Host) -> Path:
 def begin(host: Host, entry: Entry) -> None:
     """Write an entry, on the disk for good before this returns."""
     write(_folder(host) / f"{uuid4()}.json", asdict(entry))
+
+
+def note(host: Host, entry: Entry, now: Entry) -> None:
+    """Write what has come true since an entry was begun."""
+    for path, found in entries(host):
+        if found == entry:
+            write(path, asdict(now))
 
 
 def write(path: Path, values: Mapping[str, object]) -> None:
@@ -100,11 +110,16 @@ def settle(host: Host, vm: str, report: Reporter) -> bool:
 
 def settle_all(host: Host, report: Reporter) -> list[str]:
     """The same for all VMs that nobody works on. Returns what was settled."""
-    told = []
+    told, failure = [], None
     for vm in sorted({entry.vm for _, entry in entries(host)}):
-        with holding(host, vm):
-            if settle(host, vm, report):
-                told.append(vm)
+        try:
+            with holding(host, vm):
+                if settle(host, vm, report):
+                    told.append(vm)
+        except VmctlError as error:  # one that has to wait must not keep the others
+            failure = failure or error
+    if failure is not None:
+        raise failure
     return told
 
 
@@ -126,6 +141,13 @@ def _settle(host: Host, entry: Entry, report: Reporter) -> None:
             disks.abort_job(host.conn, vm.name, entry.target)
         elif live is not None and live.source == entry.new and vm.persistent:
             _follow(host, entry)
+    else:
+        _require_known(host, vm, entry)
+        if entry.switched:
+            _follow(host, entry)
+        elif entry.unsure:
+            report(Warned(f"disk {entry.target} of {entry.vm} is {entry.old}; {entry.new} may be newer: look at both"))
+            return
     named = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=True)}
     named |= {disk.source for disk in disks.disks(host.conn, vm.name, inactive=False)} if vm.active else set()
     if entry.new in named:
@@ -135,6 +157,16 @@ def _settle(host: Host, entry: Entry, report: Reporter) -> None:
         report(Step(f"disk {entry.target} of {entry.vm} is {entry.new}"))
     else:
         _remove_unused(host, entry.new)
+
+
+def _require_known(host: Host, vm: Domain, entry: Entry) -> None:
+    """Raise Conflict while the QEMU of a VM that libvirt calls stopped writes to one of the files."""
+    try:
+        forgotten.require_none(host, vm.name, vm.uuid, f"settle disk {entry.target} of VM {vm.name}")
+    except Conflict:
+        if not entry.switched:
+            note(host, entry, replace(entry, unsure=True))
+        raise
 
 
 def _settle_plug(host: Host, vm: Domain, entry: Entry, report: Reporter) -> None:

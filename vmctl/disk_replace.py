@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from vmctl import disk_journal, disk_xml, qemu_img, render
@@ -164,7 +165,7 @@ def live(
     """The same for a disk that a running VM writes to all the while. ``backing``: file and format it stays based on."""
     base = Path(backing[0]) if backing else None
     try:
-        _begun(host, disk, new, form, keep=keep)
+        entry = _begun(host, disk, new, form, keep=keep)
         qemu_img.create(new, form, size, backing=base, backing_format=backing[1] if backing else "")
         new.chmod(0o600)
         moved = job_reporter(report, doing)
@@ -172,6 +173,8 @@ def live(
         disks.copy_and_switch(
             host.conn, disk.owner, disk.target, xml, moved, shallow=backing is not None, bandwidth=bandwidth
         )
+        if entry is not None:  # libvirt may die, and forget it, before its definition says so
+            disk_journal.note(host, entry, replace(entry, switched=True))
     finally:
         _settled(host, disk, report)
 

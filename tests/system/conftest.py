@@ -60,7 +60,7 @@ class Shell:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Beside a failure stands what the test host's libvirt said last: the host goes with the run, and the log with it."""
+    """Beside a failure stands what the test host's libvirt said last: its log goes with it."""
     report = yield
     if report.failed and LIBVIRT_LOG.exists():
         last = LIBVIRT_LOG.read_text(errors="replace").splitlines()[-25:]

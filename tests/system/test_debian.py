@@ -216,7 +216,7 @@ def test_a_fork_of_one_with_uefi_is_a_machine_of_its_own(guests: Guests, several
     shell.run("fork", name, fork, timeout=300)
     try:
         own_machine(guests, fork)
-        script = "cat /proc/sys/kernel/random/boot_id; sudo sh -c 'logger its own; journalctl --sync; journalctl -q -o cat'"
+        script = "cat /proc/sys/kernel/random/boot_id; sudo sh -c 'logger its own; journalctl --sync; journalctl -ocat'"
         boot, *journal = shell.run("exec", fork, "--", "sh", "-c", script, timeout=300).stdout.splitlines()
         assert boot == booted
         assert journal[0].startswith("Linux version") and "its own" in journal, journal[-5:]

@@ -7,12 +7,17 @@ import os
 import re
 import signal
 import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.system import libvirtd
 from tests.system.conftest import REPO, VMCTL, Shell
+from tests.system.test_interrupted import interrupted
+from vmctl import disk_journal, disk_xml
+from vmctl.hosts import open_host
 from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
@@ -65,6 +70,46 @@ def test_a_vm_that_libvirt_forgot_is_found_and_left_alone(shell: Shell, name: st
     wait_until(lambda: not Path(f"/proc/{qemu}").exists(), what="end of QEMU", timeout_s=30)
     assert [one["result"] for one in processes(shell)] == ["ok"]
     shell.run("start", name)
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_what_a_forgotten_vm_writes_to_is_not_deleted(
+    shell: Shell, name: str, tmp_path: Path, pool: Path, switched: bool
+) -> None:
+    """libvirt dies as the disk is switched over, the definition not written; vmctl has heard of the switch or not."""
+    shell.run("create", name, "--image", "micro", "--disk", "8M")
+    (old,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vdc"]
+    new = str(pool / Path(old).name)
+    _, steps = interrupted(tmp_path, "SIGKILL", 3, "disk", "move", f"{name}:vdc", "--pool", pool.name)
+    assert steps[-1] == "disks.copy_and_switch" and new in shell.virsh("dumpxml", name)
+    (tmp_path / "old.xml").write_text(shell.virsh("dumpxml", name, "--inactive").replace(new, old))
+    if switched:
+        with open_host() as host:
+            ((_, entry),) = disk_journal.entries(host)
+            disk_journal.note(host, entry, replace(entry, switched=True))
+    qemu = forget(shell, name)
+    shell.virsh("define", str(tmp_path / "old.xml"))
+    for words in (("doctor", "--fix"), ("disk", "compact", f"{name}:vdc")):
+        done = shell.run(*words, check=None)
+        assert done.returncode and f"kill {qemu}" in done.stdout + done.stderr
+        assert Path(old).exists() and Path(new).exists()
+    os.kill(qemu, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{qemu}").exists(), what="end of QEMU", timeout_s=30)
+    said = shell.run("doctor", "--fix", check=None).stderr
+    (now,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vdc"]
+    assert now == (new if switched else old) and Path(new).exists()
+    assert Path(old).exists() != switched and (f"{new} may be newer" in said) != switched
+    Path(new if not switched else old).unlink(missing_ok=True)
+    shell.run("delete", name, "--yes")
+
+
+@pytest.fixture
+def pool(shell: Shell) -> Iterator[Path]:
+    """A pool beside the usual one."""
+    place = Path(f"/var/lib/libvirt/forgotten-{os.getpid()}")
+    shell.run("disk", "pool", "create", place.name, "--path", str(place))
+    yield place
+    shell.run("disk", "pool", "delete", place.name, "--yes")
 
 
 def test_a_vm_that_libvirtd_died_upon_as_it_began_to_start_it(shell: Shell, name: str) -> None:

@@ -20,11 +20,10 @@ from typing import NamedTuple
 import pytest
 
 from tests import warm
-from tests.system import pattern
+from tests.system import libvirtd, pattern
 from tests.system.conftest import Shell
 from tests.system.test_interrupted import interrupted
 from vmctl import disk_xml, snapshot_xml
-from vmctl.wait import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1500)]
 
@@ -342,28 +341,6 @@ class Guest(Machine):
             self.shell.run("start", self.name)
             self.shell.run("wait", self.name, "--for", "agent", "--timeout", "240", timeout=300)
 
-    def lost_by_libvirt(self) -> bool:
-        """Whether libvirt came back without knowing that it runs; then its process is ended.
-
-        libvirt 9.0 notes a running VM in a file that it cannot read itself, "unknown mirror job type ''", in the moment
-        in which a commit is switched over.
-        """
-        if self.shell.virsh("domstate", self.name) != "shut off":
-            return False
-        found = subprocess.run(["pgrep", "-f", f"guest={self.name},"], capture_output=True, text=True, timeout=60)
-        if not found.stdout:
-            return False
-        assert "unknown mirror job type" in Path("/var/log/libvirt/libvirtd.log").read_text()
-        assert f"{self.name} runs in process" in self.shell.run("doctor", check=None).stdout
-        print(f"libvirt does not know of {self.name}, which runs")
-        subprocess.run(["kill", "-KILL", *found.stdout.split()], check=True)
-        wait_until(
-            lambda: subprocess.run(["pgrep", "-f", f"guest={self.name},"], stdout=subprocess.DEVNULL).returncode == 1,
-            what="QEMU does not end",
-            timeout_s=30,
-        )
-        return True
-
     def fs(self) -> str:
         """Whether its file systems are frozen or thawed."""
         told = self.shell.virsh("qemu-agent-command", self.name, '{"execute": "guest-fsfreeze-status"}')
@@ -414,7 +391,7 @@ def test_of_a_running_vm(guest: Guest, tmp_path: Path, op: str, fault: str) -> N
         count = counted(op, fault)
         count[0] += not over
         awake(shell)
-        lost = guest.lost_by_libvirt()
+        lost = libvirtd.lost(shell, guest.name)
         steps += shell.run("doctor", "--fix", check=None).stdout.splitlines()
         if fault == "LIBVIRTD" and any("lost sight of a job" in one for one in steps):
             # libvirt 9.0 again: of a commit that is switched over it may drop the job and keep its mark.
