@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from vmctl.errors import NotFound, SpecError, reason
 
@@ -111,7 +112,19 @@ def _host_problems(name: str, table: Mapping[str, Any]) -> list[str]:
     problems += [f"{key} in {where} is not a string" for key in table if not isinstance(table[key], str)]
     if "uri" not in table:
         problems.append(f"no uri in {where}")
+    for key in ("uri", "peer"):
+        if isinstance(uri := table.get(key), str) and not readable(uri):
+            problems.append(f"{key} in {where} is no URI: {uri}")
     return problems
+
+
+def readable(uri: str) -> bool:
+    """Whether a URI can be taken apart, which all that use it do; that of a bracket left open cannot."""
+    try:
+        urlsplit(uri)
+    except ValueError:
+        return False
+    return True
 
 
 def backup_folder(flag: Path | None, settings: Settings, own: Folders) -> Path:
@@ -139,4 +152,9 @@ def entry(text: str, settings: Settings) -> HostEntry:
         if not text:
             raise SpecError("cannot find a host by an empty name", hint=hint)
         raise NotFound(f"cannot find host {text}: the config file has none of that name", hint=hint)
+    if not readable(text):
+        raise SpecError(
+            f"cannot find host {text}: it is no URI",
+            hint="such as qemu+ssh://root@host/system; an IPv6 address stands in brackets",
+        )
     return HostEntry("", text)

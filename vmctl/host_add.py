@@ -8,7 +8,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from vmctl import host_book, host_ssh, spec
-from vmctl.config import AUTO, HostEntry
+from vmctl.config import AUTO, HostEntry, readable
 from vmctl.errors import Conflict, HostUnreachable, SpecError
 from vmctl.fleet import Fleet
 from vmctl.hypervisor import connection
@@ -50,12 +50,12 @@ def problems(wish: Wish) -> list[str]:
     if wish.name == AUTO:
         found.append(f"{AUTO} is what `vmctl migrate --to` calls no host in particular")
     for uri in filter(None, (wish.uri, wish.peer)):
-        scheme = urlsplit(uri).scheme
+        scheme = urlsplit(uri).scheme if readable(uri) else ""
         if scheme not in _SCHEMES:
             found.append(f"{uri!r} is no URI of a libvirt host, such as qemu+ssh://root@host/system")
         elif scheme == "qemu+tcp" and not wish.insecure:
             found.append(f"{uri} is neither encrypted nor authenticated; in a test network, --insecure lets it be")
-    if (wish.host_key or wish.fingerprint) and not host_ssh.by_ssh(wish.uri):
+    if (wish.host_key or wish.fingerprint) and readable(wish.uri) and not host_ssh.by_ssh(wish.uri):
         found.append("an SSH host key is for qemu+ssh only")
     if wish.fingerprint and not wish.fingerprint.startswith("SHA256:"):
         found.append(f"{wish.fingerprint!r} is no fingerprint: it begins with SHA256:")

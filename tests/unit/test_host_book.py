@@ -81,6 +81,19 @@ def test_names_and_uris(folders: Folders) -> None:
     assert caught.value.hint == "known: one, two"
 
 
+def test_a_uri_that_cannot_be_taken_apart(folders: Folders) -> None:
+    broken = "qemu+ssh://[::1/system"
+    with pytest.raises(SpecError, match="it is no URI"):
+        config.entry(broken, config.load(write(folders, FILE)))
+    for key in ("uri", "peer"):
+        table = {"uri": "qemu:///system", key: broken}
+        path = write(folders, "[host.one]\n" + "".join(f'{one} = "{uri}"\n' for one, uri in table.items()))
+        with pytest.raises(SpecError, match=rf"{key} in \[host.one\] is no URI"):
+            config.load(path)
+    wish = host_add.Wish("one", broken, KEY, "", broken)
+    assert [one.split(" is ")[1][:6] for one in host_add.problems(wish)] == ["no URI", "no URI"]
+
+
 def test_the_way_there_knows_the_pinned_key_alone(folders: Folders) -> None:
     entry = HostEntry("one", "qemu+ssh://root@10.0.0.1:2222/system?keyfile=/k", KEY)
     uri = host_ssh.through(entry, folders.runtime)
