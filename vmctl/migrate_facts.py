@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
@@ -134,7 +134,7 @@ def vm_facts(host: Host, vm: Domain) -> VmFacts:
         host_devices=tuple(_device(one) for one in devices),
         shares=tuple(_share(one) for one in root.iterfind("devices/filesystem")),
         huge_pages_kib=0 if pages is None else int("2048" if page is None else page.get("size", "2048")),
-        snapshots=len(_snapshots(host, vm.name)),
+        snapshots=_snapshots(host, vm.name),
         checkpoints=tuple(migration.checkpoints(host.conn, vm.name)),
         disk_jobs=tuple(one.target for one in disks.disks(host.conn, vm.name, inactive=False) if one.mirror),
         busy=vm.active and migration.busy(host.conn, vm.name),
@@ -142,10 +142,11 @@ def vm_facts(host: Host, vm: Domain) -> VmFacts:
     )
 
 
-def _snapshots(host: Host, name: str) -> Sequence[object]:
+def _snapshots(host: Host, name: str) -> tuple[str, ...]:
     from vmctl.hypervisor import snapshots
 
-    return snapshots.snapshots(host.conn, name) if disks.has_snapshots(host.conn, name) else ()
+    found = snapshots.snapshots(host.conn, name) if disks.has_snapshots(host.conn, name) else ()
+    return tuple(one.name for one in found)
 
 
 def _device(one: ET.Element) -> str:

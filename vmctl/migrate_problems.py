@@ -65,7 +65,7 @@ class VmFacts:
     host_devices: tuple[str, ...] = ()
     shares: tuple[str, ...] = ()
     huge_pages_kib: int = 0
-    snapshots: int = 0
+    snapshots: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
     disk_jobs: tuple[str, ...] = ()
     busy: bool = False
@@ -209,7 +209,9 @@ def _devices(facts: Facts) -> Iterator[Problem]:
         )
         yield Problem(what, mend) if facts.live else Problem(f"{what}; on {there} it is that one's folder", note=True)
     if vm.snapshots:
-        yield Problem(f"{vm.name} has {vm.snapshots} snapshots, which libvirt does not move", "vmctl snapshot delete")
+        named = " ".join(f"{vm.name}.{one}" for one in vm.snapshots)
+        mend = f"vmctl snapshot delete {named}, which loses what they hold"
+        yield Problem(f"{vm.name} has snapshots, which libvirt does not move: {', '.join(vm.snapshots)}", mend)
     if vm.checkpoints:
         what = (
             f"{vm.name} has checkpoints of backups ({', '.join(vm.checkpoints)}): the next backup there is a full one"

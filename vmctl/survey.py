@@ -201,7 +201,7 @@ def _pinned(guest: Guest, root: ET.Element, labels: Mapping[str, str], *, runnin
     if not off and guest.state not in {State.RUNNING, State.PAUSED} or guest.why in _UNSURE:
         return f"it is {guest.state}" + (f" ({guest.why})" if guest.why else "")
     if guest.snapshots:
-        return "it has snapshots, which libvirt does not move"
+        return f"it has snapshots, which libvirt does not move: vmctl snapshot list {guest.name}"
     devices = [*root.iterfind("devices/hostdev"), *root.iterfind("devices/interface[@type='hostdev']")]
     if running and devices:
         return "it has a device of its host"

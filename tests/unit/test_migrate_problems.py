@@ -47,7 +47,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("cannot give web its processor", {}, {}, {"cpu": Cpu(False, "host-passthrough")}),
     ("a device of its host: pci 1", {"host_devices": ("pci 1",)}, {}, {}),
     ("a folder of its host mounted: /srv", {"shares": ("/srv",)}, {}, {}),
-    ("2 snapshots", {"snapshots": 2}, {}, {}),
+    ("snapshots, which libvirt does not move: a, b", {"snapshots": ("a", "b")}, {}, {}),
     ("the state of web's TPM lies on h1", {"tpm": True}, {}, {"live": False}),
     ("512 MiB of memory to spare", {}, {"available_mib": 512}, {}),
     ("3 free huge pages of 2048 KiB, not 512", {"huge_pages_kib": 2048}, {"huge_pages_free": 3}, {}),
@@ -75,6 +75,11 @@ def test_each(said: str, vm: dict[str, Any], there: dict[str, Any], both: dict[s
     assert found.mend or "same UUID" in found.what
 
 
+def test_the_mend_for_snapshots_is_a_command() -> None:
+    (found,) = fatal(problems(replace(FINE, vm=replace(VM, snapshots=("a", "b")))))
+    assert found.mend.startswith("vmctl snapshot delete web.a web.b, ")
+
+
 def test_one_host_is_told_once() -> None:
     facts = replace(FINE, target=replace(THERE, uuid="a"), needs=(DiskNeed("d", "/p/x", True, users=("web",)),))
     assert len(problems(facts)) == 1
@@ -95,7 +100,7 @@ def test_notes_keep_nobody_from_it() -> None:
 def test_all_at_once_and_stopped_ones_ask_less() -> None:
     bad = replace(
         FINE,
-        vm=replace(VM, snapshots=1, shares=("/srv",)),
+        vm=replace(VM, snapshots=("one",), shares=("/srv",)),
         target=replace(THERE, kinds=("qemu",), qemu="6.0.0", available_mib=1, networks={}),
         cpu=Cpu(False, "x"),
         needs=(DiskNeed("disk vda", "/p/x", False),),

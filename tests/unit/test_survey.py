@@ -88,7 +88,7 @@ def test_the_processor_it_needs(cpu: str, kind: str, needs: Cpu) -> None:
         (guest(state=State.SAVED), "its saved memory lies there"),
         (guest(state=State.PAUSED, why="I/O error"), "it is paused (I/O error)"),
         (guest(state=State.CRASHED, why="guest panicked"), "it is crashed (guest panicked)"),
-        (guest(snapshots=True), "it has snapshots, which libvirt does not move"),
+        (guest(snapshots=True), "it has snapshots, which libvirt does not move: vmctl snapshot list a"),
         (guest("<devices><hostdev type='pci'/></devices>"), "it has a device of its host"),
         (guest("<devices><interface type='hostdev'/></devices>"), "it has a device of its host"),
         (guest("<devices><filesystem/></devices>"), "it has a folder of its host mounted"),
