@@ -20,11 +20,25 @@ def begin() -> None:
             ["libvirtd", "-d"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60
         ).returncode
 
-    def answers() -> bool:
-        return not _status("virsh", "-q", "uri")
-
     wait_until(started, what="start of libvirtd", timeout_s=60, interval_s=0.02)
-    wait_until(answers, what="answer of libvirtd", timeout_s=60, interval_s=0.02)
+    awake()
+
+
+def awake() -> None:
+    """See it answer."""
+    wait_until(lambda: not _status("virsh", "-q", "uri"), what="answer of libvirtd", timeout_s=60, interval_s=0.02)
+
+
+def revived() -> bool:
+    """Whether it had died by itself, and was started again, as systemd does where it watches over it.
+
+    libvirt 9.0 that was killed while a job is switched over may come back with the job and without its mark; when that
+    job ends, a null pointer in qemuBlockJobUpdate ends the daemon.
+    """
+    if not _status("virsh", "-q", "uri"):
+        return False
+    begin()
+    return True
 
 
 def lost(shell: Shell, vm: str) -> bool:

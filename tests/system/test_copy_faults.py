@@ -142,7 +142,7 @@ def test_clone_stopped_after_every_step(shell: Shell, off: str, tmp_path: Path, 
 def test_fork_stopped_at_every_step(shell: Shell, vm: str, tmp_path: Path, which: str) -> None:
     new = f"{vm}-new"
     for _ in after_every_step(tmp_path, which, "fork", vm, new):
-        awake()
+        libvirtd.awake()
         nothing_left(shell, new)
         runs_on(shell, vm)
     nothing_left(shell, new)
@@ -156,15 +156,6 @@ def test_a_vm_that_libvirtd_died_upon_runs_on(shell: Shell, vm: str) -> None:
         threading.Timer(0.5, libvirtd.begin).start()
         raise VmctlError("gone")
     assert shell.virsh("domstate", vm) == "running"
-
-
-def awake() -> None:
-    """libvirtd answers."""
-    wait_until(
-        lambda: subprocess.run(["virsh", "-q", "uri"], capture_output=True, timeout=60).returncode == 0,
-        what="libvirtd",
-        timeout_s=60,
-    )
 
 
 def qemu_of(name: str) -> int | None:

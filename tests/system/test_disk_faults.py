@@ -14,7 +14,6 @@ import pytest
 from tests.system import libvirtd, pattern
 from tests.system.conftest import Shell, volumes
 from tests.system.test_interrupted import interrupted
-from tests.system.test_snapshot_faults import awake
 from vmctl import disk_xml
 
 pytestmark = pytest.mark.system
@@ -142,8 +141,10 @@ def test_while_its_vm_runs_whatever_dies_at_whatever_step(
         code, steps = interrupted(tmp_path, which, at, "disk", *do)
         over = len(steps) < at if which == "SIGKILL" else not steps
         assert code == 0 or not over, (code, steps)
-        awake(shell)
+        libvirtd.awake()
         shell.run("doctor", "--fix", check=None)
+        if which == "LIBVIRTD" and libvirtd.revived():
+            shell.run("doctor", "--fix", check=None)
         state = shell.virsh("domstate", vm)
         if which == "LIBVIRTD" and libvirtd.lost(shell, vm):
             shell.run("doctor", "--fix", check=None)

@@ -179,10 +179,23 @@ def job(conn: Connection, name: str, target: str) -> Job | None:
     return Job(int(info["cur"]), int(info["end"])) if info else None
 
 
+_MIRRORED = (libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY, libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT)
+
+
+def _known_job(conn: Connection, name: str, target: str) -> bool:
+    """Whether libvirt knows where the job on a disk leads. It may not after it was killed while one was switched over.
+
+    libvirt 9.0 dies itself (a null pointer in qemuBlockJobUpdate) when it is asked to end such a job.
+    """
+    info = domain.handle(conn, name).blockJobInfo(target, 0) or {}
+    return info.get("type") not in _MIRRORED or bool(find(conn, name, target, inactive=False).mirror)
+
+
 def abort_job(conn: Connection, name: str, target: str) -> None:
     """End the job on a disk, the disk as it was; none is no error."""
     with suppress(libvirt.libvirtError):
-        domain.handle(conn, name).blockJobAbort(target, 0)
+        if _known_job(conn, name, target):
+            domain.handle(conn, name).blockJobAbort(target, 0)
 
 
 def copy_and_switch(
@@ -249,6 +262,12 @@ def commit(conn: Connection, name: str, target: str, base: str, top: str, moved:
     try:
         with calling(doing):
             if (dom.blockJobInfo(target, 0) or {}).get("type") in _COMMITS:  # one that a killed vmctl left
+                if not _known_job(conn, name, target):
+                    raise HypervisorError(
+                        f"cannot {doing}: another job works on it",
+                        code=libvirt.VIR_ERR_BLOCK_COPY_ACTIVE,
+                        domain=libvirt.VIR_FROM_QEMU,
+                    )
                 dom.blockJobAbort(target, 0)
             dom.blockCommit(target, base, top, 0, libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if active else 0)
     except HypervisorError as error:
