@@ -11,7 +11,7 @@ import libvirt
 
 from vmctl import disk_xml
 from vmctl.disk_xml import DiskDevice
-from vmctl.errors import HypervisorError, NotFound, WaitTimeout, WrongState
+from vmctl.errors import HypervisorError, NotFound, VmctlError, WaitTimeout, WrongState
 from vmctl.hypervisor import domain
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling, translated
@@ -193,7 +193,7 @@ def _known_job(conn: Connection, name: str, target: str) -> bool:
 
 def abort_job(conn: Connection, name: str, target: str) -> None:
     """End the job on a disk, the disk as it was; none is no error."""
-    with suppress(libvirt.libvirtError):
+    with suppress(libvirt.libvirtError, VmctlError):
         if _known_job(conn, name, target):
             domain.handle(conn, name).blockJobAbort(target, 0)
 
