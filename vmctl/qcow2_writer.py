@@ -27,7 +27,7 @@ _PER_REFBLOCK = CLUSTER // 2
 COPIED, _COMPRESSED, _ZERO = 1 << 63, 1 << 62, 1
 _SIZE_SHIFT = 62 - (BITS - 8)
 _SECTOR = 512
-_STEP = 256 << 20
+_FIRST_ROOM, _MORE_ROOM = 1 << 20, 256 << 20
 _COMPRESSION_FEATURE = 1 << 3
 
 
@@ -55,11 +55,15 @@ class PastTheCache:
             self._direct = io.FileIO(again, "w")
 
     def reach(self, end: int) -> None:
-        """Have room up to there: what is written beyond a file's end, its writers wait for one another to write."""
+        """Have room up to there: what is written beyond a file's end, its writers wait for one another to write.
+
+        As much again each time, so that a file of some clusters is not given room for thousands.
+        """
         while self._direct is not None and self._room < end:
+            step = min(max(self._room, _FIRST_ROOM), _MORE_ROOM)
             with suppress(OSError):  # no room for as much may be room enough
-                os.posix_fallocate(self._handle, self._room, _STEP)
-            self._room += _STEP
+                os.posix_fallocate(self._handle, self._room, step)
+            self._room += step
 
     def put(self, offset: int, data: memoryview) -> None:
         """Write whole pages of memory, at a page's begin. From any thread. Raises OSError."""

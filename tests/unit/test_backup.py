@@ -352,6 +352,17 @@ def test_a_definition_of_others_made_over() -> None:
     assert "<name>web2<" in text and "<nvram>/new/n<" in text and UUID not in text
 
 
+def test_a_file_is_given_no_more_room_than_twice_what_it_needs(tmp_path: Path) -> None:
+    """An increment is some clusters; of a quarter of a GiB each a folder of backups may have no room for many."""
+    with (tmp_path / "disk").open("wb") as file:
+        writer = Qcow2Writer(file.fileno(), 64 << 20)
+        for number in range(512):
+            writer.write(number, memoryview(bytes(CLUSTER)))
+            size = os.fstat(file.fileno()).st_size
+            assert size <= 2 * max(1 << 20, (number + 2) * CLUSTER), number
+        assert writer.finish() == os.fstat(file.fileno()).st_size
+
+
 def test_what_a_definition_reaches() -> None:
     def reaches(extra: str) -> frozenset[str]:
         text = DEFINITION.replace("</devices>", extra + "</devices>")
