@@ -2,7 +2,8 @@
 
 /run/cloud-init/result.json appears when all stages are over; its errors are those that made cloud-init fail. What
 went wrong without that, "degraded" in cloud-init's own words since 23.4, is in status.json's recoverable_errors;
-older releases only log it.
+older releases only log it. A boot without the seed, which goes after the first one, leaves the word "disabled" there,
+and the last result in /var/lib/cloud/data.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _PATIENCE_S = 20
 NOT_YET, ABSENT, DISABLED = 75, 76, 77  # exit codes of the script
 
 
-def script(folder: str = "/run/cloud-init", patience_s: float = _PATIENCE_S) -> str:
+def script(folder: str = "/run/cloud-init", patience_s: float = _PATIENCE_S, kept: str = "/var/lib/cloud/data") -> str:
     """What a shell in the guest runs: waits for the result, at most ``patience_s``, and prints what ``read`` reads.
 
     One log-in for many looks, for each costs a guest under TCG seconds. The looks are one process's: a shell's loop
@@ -34,11 +35,13 @@ end = time.monotonic() + {patience_s}
 while time.monotonic() < end and not (os.path.exists("{result}") or os.path.exists("{disabled}")):
     time.sleep(0.25)' 2>/dev/null || sleep 2
 fi
+at={folder}
 if [ ! -e {result} ]; then
-  [ ! -e {disabled} ] || exit {DISABLED}
-  exit {NOT_YET}
+  [ -e {disabled} ] || exit {NOT_YET}
+  at={kept}
+  [ -e $at/result.json ] || exit {DISABLED}
 fi
-cat {result}; echo; echo {_MARK}; cat {folder}/status.json; echo; echo {_MARK}
+cat $at/result.json; echo; echo {_MARK}; cat $at/status.json; echo; echo {_MARK}
 for log in /var/log/cloud-init.log; do
   [ -r $log ] && cat $log || sudo -n cat $log
 done 2>/dev/null | tr -d '\\000' | grep -E '\\[?(WARNING|ERROR|CRITICAL)\\]?:' | tail -n 20

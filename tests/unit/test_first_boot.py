@@ -196,7 +196,7 @@ def test_a_fork_has_had_its_first_boot_until_it_boots_itself(log: str, over: boo
 def look(folder: Path, patience_s: float, path: str) -> subprocess.CompletedProcess[str]:
     """The script as a guest's shell would run it, with a cloud-init and a sleep of the test's own."""
     return subprocess.run(
-        ["/bin/sh", "-c", cloud_init.script(str(folder), patience_s)],
+        ["/bin/sh", "-c", cloud_init.script(str(folder), patience_s, str(folder.parent / "kept"))],
         env={"PATH": path}, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
 
@@ -221,6 +221,11 @@ def test_the_wait_in_the_guest_is_one_process(tmp_path: Path) -> None:
     (run / "result.json").unlink()
     (run / "disabled").touch()
     assert look(run, 30, path).returncode == cloud_init.DISABLED
+    # It is so at each boot after the one that had the seed, and that one's result stays the guest's.
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/status.json").write_text('{"v1": {"init": {"recoverable_errors": {"WARNING": ["odd"]}}}}')
+    (tmp_path / "kept/result.json").write_text('{"v1": {"errors": []}}')
+    assert cloud_init.read(look(run, 30, path).stdout) == cloud_init.Outcome(Status.DEGRADED, ("odd",))
     # One that is no Python of its own (a wrapper) is asked again rather than in a busy loop.
     (run / "disabled").unlink()
     (programs / "cloud-init").write_text("#!/bin/sh\n")
