@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from vmctl import host_ssh, images, render
+from vmctl.disk_xml import DiskDevice
 from vmctl.errors import NotFound, VmctlError, quietly
 from vmctl.folder_pools import shown
 from vmctl.hosts import Host
@@ -37,7 +38,10 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file. Bytes: ``capacity`` as the guest sees it, ``size`` of the file. ``target`` of a disk, for libvirt."""
+    """One file. Bytes: ``capacity`` as the guest sees it, ``size`` of the file. ``target`` of a disk, for libvirt.
+
+    ``later``: a running VM gets it at its next start, or what is based on it; libvirt sends nothing of it.
+    """
 
     role: Role
     path: str
@@ -48,6 +52,7 @@ class File:
     backing: str = ""
     cache: str = "default"
     network: bool = False
+    later: bool = False
 
     @property
     def folder(self) -> str:
@@ -83,7 +88,7 @@ def _known(host: Host, vm: Domain, looks: ExitStack) -> dict[str, VolumeFacts]:
     Those are shown as pools until ``looks`` is closed: without, not even the size of a disk is known.
     """
     known = {one.path: one for one in storage.all_volumes(host.conn) if not one.pool.startswith(PASSING)}
-    wanted = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=not vm.active)} | {nvram(vm)}
+    wanted = {disk.source for disk, _ in _disks(host, vm)} | {nvram(vm)}
     looked: set[str] = {"", "/dev"}
     while folders := {path.rpartition("/")[0] for path in wanted if path[:1] == "/" and path not in known} - looked:
         looked |= folders
@@ -95,20 +100,30 @@ def _known(host: Host, vm: Domain, looks: ExitStack) -> dict[str, VolumeFacts]:
     return known
 
 
+def _disks(host: Host, vm: Domain) -> list[tuple[DiskDevice, bool]]:
+    """The VM's disks, those of a running one as it runs; and whether it gets them only at its next start."""
+    now = disks.disks(host.conn, vm.name, inactive=not vm.active)
+    there = {disk.source for disk in now}
+    then = disks.disks(host.conn, vm.name, inactive=True) if vm.active and vm.persistent else ()
+    return [*((disk, False) for disk in now), *((disk, True) for disk in then if disk.source not in there)]
+
+
 def _files(host: Host, vm: Domain, known: Mapping[str, VolumeFacts]) -> tuple[File, ...]:
     paths = {f"{one.pool}/{one.name}": one.path for one in known.values()}
     found: dict[str, File] = {}
-    for disk in disks.disks(host.conn, vm.name, inactive=not vm.active):
+    for disk, later in _disks(host, vm):
         source = paths.get(disk.source, disk.source)
-        if not source:
+        if not source or (later and source in found):
             continue
         role = Role.READONLY if disk.readonly or disk.device == "cdrom" else Role.DISK
         if not source.startswith("/"):
             found[source] = File(role, source, disk.target, network=True)
             continue
-        top = _file(host, known.get(source), File(role, source, disk.target, disk.format, cache=disk.cache))
+        plain = File(role, source, disk.target, disk.format, cache=disk.cache, later=later)
+        top = _file(host, known.get(source), plain)
         for below in reversed(_below(host, top, known, disk.backing)):
-            found.setdefault(below.path, below)
+            if later or below.path not in found:
+                found[below.path] = replace(below, later=later)
         found[source] = top
     for role, path in ((Role.KERNEL, vm.facts.kernel), (Role.INITRD, vm.facts.initrd), (Role.NVRAM, nvram(vm))):
         if path and (role is not Role.NVRAM or path in known):  # libvirt makes those at the first start
@@ -123,9 +138,7 @@ def _file(host: Host, volume: VolumeFacts | None, plain: File) -> File:
         return plain
     size = storage.volume_size(host.conn, volume.pool, volume.name)
     form = plain.format if plain.role is Role.DISK and plain.format else volume.format
-    return File(
-        plain.role, plain.path, plain.target, form, volume.capacity, size, volume.backing, plain.cache, plain.network
-    )
+    return replace(plain, format=form, capacity=volume.capacity, size=size, backing=volume.backing)
 
 
 def _below(host: Host, top: File, known: Mapping[str, VolumeFacts], told: Sequence[str]) -> list[File]:
@@ -245,9 +258,9 @@ def look(
             if makes and makes[-1].file is one and makes[-1].backing:
                 base = next((below.format for below in found if below.path == one.backing), "qcow2")
                 makes[-1] = replace(makes[-1], backing_format=base)
-        elif one.role is Role.NVRAM and live:
+        elif one.role is Role.LOG or (one.role is Role.NVRAM and live):
             obsolete.append(one.path)
-        elif one.role is not Role.LOG:
+        else:
             needs.append(DiskNeed(one.told, one.path, False, cache=one.cache))
     return Look(
         tuple(needs),
@@ -272,9 +285,9 @@ def _judged(
     source: Host, target: Host, one: File, own: set[str], *, live: bool, copying: Copying, makes: list[Make]
 ) -> DiskNeed:
     """What must be made of a file on the target; what is, is added to ``makes``."""
-    empty = one.role is Role.DISK and live
+    empty = one.role is Role.DISK and live and not one.later
     needless = one.role is Role.LOG or (one.role is Role.NVRAM and live)
-    if one.role is Role.BASE and live and copying is Copying.FULL:
+    if one.role is Role.BASE and live and not one.later and copying is Copying.FULL:
         return DiskNeed(one.told, one.path, False, copied=True)
     missing, there = _there(target, one)
     if needless:
@@ -283,7 +296,7 @@ def _judged(
         same = not empty and there == one.size and digest(source, one) == digest(target, one)
         why = "" if same else "another file is"
         return DiskNeed(one.told, one.path, False, copied=True, in_the_way=why)
-    backing = one.backing if copying is Copying.OVERLAY or not live else ""
+    backing = one.backing if copying is Copying.OVERLAY or not live or one.later else ""
     makes.append(Make(one, empty, backing))
     need = one.size if not empty else (one.capacity if copying is Copying.FULL else one.size)
     return DiskNeed(

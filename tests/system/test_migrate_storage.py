@@ -129,6 +129,30 @@ def test_a_disk_in_a_folder_that_is_no_pool(pair: Pair, vm: str, way: str) -> No
             machine.run("rm", "-rf", "/var/lib/libvirt/loose")
 
 
+@pytest.mark.parametrize("way", ["overlay", "full"])
+def test_a_disk_that_it_gets_at_its_next_start(pair: Pair, vm: str, way: str) -> None:
+    """Its definition names it and its QEMU does not have it: libvirt sends nothing of it."""
+    first, second = pair.machine("h1"), pair.machine("h2")
+    folder = "/var/lib/libvirt/vmctl/vmctl"
+    base, top = f"{folder}/{vm}-later-base.qcow2", f"{folder}/{vm}-later.qcow2"
+    first.run("qemu-img", "create", "-q", "-f", "qcow2", base, "16M")
+    first.run("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 1M", base)
+    first.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+    first.run("qemu-io", "-f", "qcow2", "-c", "write -q -P 8 1M 1M", top)
+    first.virsh("attach-disk", vm, top, "vdz", "--driver", "qemu", "--subdriver", "qcow2", "--config")
+    try:
+        pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", way)
+        second.run("qemu-io", "-r", "-f", "qcow2", "-c", "read -q -P 7 0 1M", "-c", "read -q -P 8 1M 1M", top)
+        assert "vdz" in second.virsh("domblklist", vm, "--inactive")
+        assert first.run("test", "-e", top, check=False).returncode, "and is gone from where it was"
+        second.virsh("detach-disk", vm, "vdz", "--config")
+    finally:
+        if pair.where(vm).get("h1"):
+            first.virsh("detach-disk", vm, "vdz", "--config")
+        for machine in (first, second):
+            machine.run("rm", "-f", base, top)
+
+
 def test_stopped(pair: Pair, vm: str) -> None:
     digest = written(pair, "h1", vm)
     pair.vmctl("-c", "h1", "stop", vm, "--force")
