@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +152,37 @@ def test_a_disk_that_it_gets_at_its_next_start(pair: Pair, vm: str, way: str) ->
             first.virsh("detach-disk", vm, "vdz", "--config")
         for machine in (first, second):
             machine.run("rm", "-f", base, top)
+
+
+def test_clones_that_leave_one_after_the_other_leave_nothing(pair: Pair, vm: str, name: str) -> None:
+    """What they share goes with the last of them, and is for no other eyes on the target than it was here."""
+    pair.vmctl("create", name, "--image", "micro", "--memory", "128M", "--wait", "agent")
+    pair.vmctl("stop", name, "--force")
+    pair.vmctl("clone", name, f"{name}-twin")
+    here = Path("/var/lib/libvirt/vmctl/vmctl")
+    (log,) = here.glob(f"{name}-????????-console.log")
+    log.with_name(f"{log.name}.0").write_text("what the log daemon puts aside\n")
+    (base,) = here.glob(f"{name}-????????.qcow2")
+    second, words = pair.machine("h2"), ("--to", "h2", "--copy-storage", "overlay")
+    second.run(
+        "sh", "-c", "cat >/tmp/n.xml; virsh net-create /tmp/n.xml", input=pair.shell.virsh("net-dumpxml", "vmctl")
+    )
+    try:
+        pair.vmctl("migrate", name, *words)
+        assert base.exists(), "its twin needs it"
+        assert not log.with_name(f"{log.name}.0").exists()
+        pair.vmctl("migrate", f"{name}-twin", *words)
+        assert not list(here.glob(f"{name}-*"))
+        mode = second.run("stat", "-c", "%a", str(base)).stdout
+        assert mode == "600\n", "it holds what a VM had written"
+        for one in (name, f"{name}-twin"):
+            pair.vmctl("-c", "h2", "start", one)
+    finally:
+        for one in (name, f"{name}-twin"):
+            pair.vmctl("-c", "h2", "delete", one, "--yes", "--missing-ok", check=None)
+            pair.vmctl("delete", one, "--yes", "--missing-ok", check=None)
+        second.virsh("net-destroy", "vmctl")
+    assert not of(name, pair.files("h2"))
 
 
 def test_stopped(pair: Pair, vm: str) -> None:
