@@ -18,7 +18,7 @@ from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.folders import PASSING
 from vmctl.hypervisor.migration import Copying
 from vmctl.hypervisor.storage import VolumeFacts
-from vmctl.migrate_problems import DiskNeed
+from vmctl.migrate_problems import DiskNeed, PoolNeed
 
 _DIGEST_S = 3600.0
 MARK = ".migrating"  # the name of a file that is being made, with this after it, is a file as long as it is not whole
@@ -40,7 +40,8 @@ class Role(StrEnum):
 class File:
     """One file. Bytes: ``capacity`` as the guest sees it, ``size`` of the file. ``target`` of a disk, for libvirt.
 
-    ``later``: a running VM gets it at its next start, or what is based on it; libvirt sends nothing of it.
+    ``later``: a running VM gets it at its next start, or what is based on it; libvirt sends nothing of it. ``missing``:
+    it is named, and not there.
     """
 
     role: Role
@@ -53,6 +54,7 @@ class File:
     cache: str = "default"
     network: bool = False
     later: bool = False
+    missing: bool = False
 
     @property
     def folder(self) -> str:
@@ -68,6 +70,9 @@ class File:
     def told(self) -> str:
         """What to call it."""
         return f"{self.role} {self.target}" if self.target and self.role is not Role.BASE else str(self.role)
+
+
+_LOOKED_FOR = frozenset({Role.DISK, Role.READONLY, Role.BASE})  # in any folder of the host's
 
 
 def nvram(vm: Domain) -> str:
@@ -135,8 +140,11 @@ def _files(host: Host, vm: Domain, known: Mapping[str, VolumeFacts]) -> tuple[Fi
 
 def _file(host: Host, volume: VolumeFacts | None, plain: File) -> File:
     if volume is None:
-        return plain
-    size = storage.volume_size(host.conn, volume.pool, volume.name)
+        return replace(plain, missing=plain.role in _LOOKED_FOR and plain.folder not in {"", "/dev"})
+    try:
+        size = storage.volume_size(host.conn, volume.pool, volume.name)
+    except NotFound:
+        return replace(plain, missing=True)
     form = plain.format if plain.role is Role.DISK and plain.format else volume.format
     return replace(plain, format=form, capacity=volume.capacity, size=size, backing=volume.backing)
 
@@ -146,14 +154,27 @@ def _below(host: Host, top: File, known: Mapping[str, VolumeFacts], told: Sequen
     found: list[File] = []
     at = top.backing
     while at and at not in {one.path for one in found}:
-        volume = known.get(at)
-        if volume is None:
-            found.append(File(Role.BASE, at, top.target))
-            break
-        size = storage.volume_size(host.conn, volume.pool, volume.name)
-        found.append(File(Role.BASE, at, top.target, volume.format, volume.capacity, size, volume.backing))
-        at = volume.backing
+        found.append(_file(host, known.get(at), File(Role.BASE, at, top.target)))
+        at = found[-1].backing
     return found or [File(Role.BASE, path, top.target) for path in told if path.startswith("/")]
+
+
+def pools(source: Host, target: Host, vm: Domain, found: Iterable[File]) -> tuple[PoolNeed, ...]:
+    """The pools in which the VM has files of its own, by its record, and where those of that name are on the target."""
+    owned = vm.facts.record.owned if vm.facts.record else ()
+    paths = {one.path for one in found}
+    own = {target.settings.pool, target.settings.image_pool}
+    needs = []
+    for name in dict.fromkeys(one.pool for one in owned):
+        path = storage.pool_path(source.conn, name) if storage.pool_exists(source.conn, name) else ""
+        if not paths & {f"{path}/{one.volume}" for one in owned if one.pool == name}:
+            continue
+        if name in own:
+            there = images.pool_path(target, name)  # which is made when it is not there
+        else:
+            there = storage.pool_path(target.conn, name) if storage.pool_exists(target.conn, name) else ""
+        needs.append(PoolNeed(name, path, there))
+    return tuple(needs)
 
 
 # --- one folder or two --------------------------------------------------------------------------------------
@@ -247,6 +268,9 @@ def look(
     leavings: list[File] = []
     obsolete: list[str] = []
     for one in found:
+        if one.missing and one.folder not in both:
+            needs.append(DiskNeed(one.told, one.path, False, missing=True, later=one.later))
+            continue
         if one.network or one.folder in both:
             users = in_use.get(one.path, ()) if one.role is Role.DISK else ()
             needs.append(DiskNeed(one.told, one.path, True, cache=one.cache, network=one.network, users=users))

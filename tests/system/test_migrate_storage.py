@@ -154,7 +154,47 @@ def test_a_disk_that_it_gets_at_its_next_start(pair: Pair, vm: str, way: str) ->
             machine.run("rm", "-f", base, top)
 
 
-def test_clones_that_leave_one_after_the_other_leave_nothing(pair: Pair, vm: str, name: str) -> None:
+@pytest.fixture
+def network(pair: Pair) -> Iterator[None]:
+    """The second host has the network that VMs of the machine itself are in."""
+    second, text = pair.machine("h2"), pair.shell.virsh("net-dumpxml", "vmctl")
+    second.run("sh", "-c", "cat >/tmp/n.xml; virsh net-create /tmp/n.xml", input=text)
+    yield
+    second.virsh("net-destroy", "vmctl")
+
+
+def test_a_disk_in_a_pool_that_the_target_lacks(pair: Pair, vm: str, name: str, network: None) -> None:
+    """A VM's own disks are known by pool and name: without the pool, nobody could delete them there, nor the VM."""
+    second, other = pair.machine("h2"), "/var/lib/libvirt/other"
+    pair.vmctl("disk", "pool", "create", "other", "--path", other)
+    words = ("migrate", name, "--to", "h2", "--copy-storage", "overlay")
+    try:
+        pair.vmctl("create", name, "--image", "micro", "--no-start")
+        pair.vmctl("disk", "attach", name, "16M")
+        pair.vmctl("disk", "move", f"{name}:vdc", "--pool", "other")
+        said = pair.vmctl(*words, check=11).stderr
+        assert f"disks of its own in storage pool other ({other}), and h2 has no such pool" in said
+        assert f"mend: vmctl -c h2 disk pool create other --path {other}" in said and "mkdir" not in said
+        pair.vmctl("-c", "h2", "disk", "pool", "create", "other", "--path", other)
+        (file,) = Path(other).iterdir()
+        file.rename("/var/lib/libvirt/away")
+        assert f"{file}) is not there on " in pair.vmctl(*words, check=11).stderr
+        Path("/var/lib/libvirt/away").rename(file)
+        pair.vmctl(*words)
+        assert not list(Path(other).iterdir())
+        second.virsh("pool-destroy", "other")
+        assert "no storage pool other runs here" in pair.vmctl("-c", "h2", "delete", name, "--yes").stderr
+        assert pair.where(name) == {} and second.run("ls", other).stdout == f"{file.name}\n"
+    finally:
+        pair.vmctl("delete", name, "--yes", "--missing-ok", check=None)
+        pair.shell.virsh("pool-destroy", "other")
+        pair.shell.virsh("pool-undefine", "other")
+        second.virsh("pool-destroy", "other", check=False)
+        second.virsh("pool-undefine", "other", check=False)
+        second.run("rm", "-rf", other)
+
+
+def test_clones_that_leave_one_after_the_other_leave_nothing(pair: Pair, vm: str, name: str, network: None) -> None:
     """What they share goes with the last of them, and is for no other eyes on the target than it was here."""
     pair.vmctl("create", name, "--image", "micro", "--memory", "128M", "--wait", "agent")
     pair.vmctl("stop", name, "--force")
@@ -164,9 +204,6 @@ def test_clones_that_leave_one_after_the_other_leave_nothing(pair: Pair, vm: str
     log.with_name(f"{log.name}.0").write_text("what the log daemon puts aside\n")
     (base,) = here.glob(f"{name}-????????.qcow2")
     second, words = pair.machine("h2"), ("--to", "h2", "--copy-storage", "overlay")
-    second.run(
-        "sh", "-c", "cat >/tmp/n.xml; virsh net-create /tmp/n.xml", input=pair.shell.virsh("net-dumpxml", "vmctl")
-    )
     try:
         pair.vmctl("migrate", name, *words)
         assert base.exists(), "its twin needs it"
@@ -181,7 +218,6 @@ def test_clones_that_leave_one_after_the_other_leave_nothing(pair: Pair, vm: str
         for one in (name, f"{name}-twin"):
             pair.vmctl("-c", "h2", "delete", one, "--yes", "--missing-ok", check=None)
             pair.vmctl("delete", one, "--yes", "--missing-ok", check=None)
-        second.virsh("net-destroy", "vmctl")
     assert not of(name, pair.files("h2"))
 
 
