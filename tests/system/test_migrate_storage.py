@@ -233,6 +233,23 @@ def test_stopped(pair: Pair, vm: str) -> None:
     assert read(pair, "h2", vm) == digest
 
 
+def test_a_stopped_one_cut_off_at_its_end(pair: Pair, vm: str, two: tuple[str, str]) -> None:
+    """vmctl was killed when only the target had its definition: the marks stand there, and the files here."""
+    first, second, name = pair.machine("h1"), pair.machine("h2"), two[0]
+    before = of(name, pair.files("h1"))
+    words = ("-c", "h1", "migrate", name, "--to", "h2")
+    pair.vmctl(*words, "--copy-storage", "overlay", "--keep-source")
+    first.virsh("undefine", name)
+    for file in of(name, pair.files("h2")):
+        second.run("touch", f"/var/lib/libvirt/vmctl/vmctl/{file}.migrating")
+    said = pair.vmctl(*words, check=4).stderr
+    assert f"vmctl migrate {name} --to h2 --recover" in said, "what a plain second run names"
+    pair.vmctl(*words, "--recover")
+    assert of(name, pair.files("h1")) == set() and pair.where(name) == {"h2": "shut off"}
+    assert before - of(name, pair.files("h2")) <= {file for file in before if file.endswith("console.log")}
+    assert not [file for file in pair.files("h2") if "migrating" in file]
+
+
 def test_stopped_with_uefi_variables_and_a_tpm(pair: Pair) -> None:
     """What the firmware has written goes along; what the TPM keeps cannot, and is not left behind unsaid."""
     first, second = pair.machine("h1"), pair.machine("h2")
