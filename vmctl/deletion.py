@@ -98,6 +98,8 @@ def _deletable(host: Host, vm: Domain, files: tuple[str, ...]) -> tuple[Owned, .
     needed = image_users.needed(host.conn)  # through overlays too, in a pool or outside of any
     free = []
     for one in owned:
+        if not storage.pool_exists(host.conn, one.pool):
+            continue  # it keeps nobody from deleting the VM; remove() tells of it
         path = f"{storage.pool_path(host.conn, one.pool)}/{one.volume}"
         users = set(needed.by(path)) - {vm.name, *(o.volume for o in owned), *(Path(file).name for file in files)}
         if path not in used and f"{one.pool}/{one.volume}" not in used and not users:
@@ -145,7 +147,9 @@ def remove(host: Host, vm: Domain, report: Reporter) -> None:
         for one in volumes:
             storage.delete_volume(host.conn, one.pool, one.volume)
         for one in sorted(owned - set(volumes) - _owned_by_others(host, vm), key=lambda o: o.volume):
-            report(Warned(f"kept volume {one.volume}: another VM uses it, or a disk is based on it"))
+            there = storage.pool_exists(host.conn, one.pool)
+            why = "another VM uses it, or a disk is based on it" if there else f"no storage pool {one.pool} runs here"
+            report(Warned(f"kept volume {one.volume}: {why}"))
         if vm.persistent:
             domain.undefine(host.conn, vm.name)
 

@@ -71,6 +71,7 @@ def gather(
             target=theirs,
             cpu=cpu,
             needs=look.needs,
+            pools=migrate_files.pools(source, target, vm, files),
             peer_problem=ways.there,
             peer_mend=host_check.PEER_MEND,
             back_problem=ways.back,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from vmctl import host_ssh, images, render
+from vmctl.disk_xml import DiskDevice
 from vmctl.errors import NotFound, VmctlError, quietly
 from vmctl.folder_pools import shown
 from vmctl.hosts import Host
@@ -17,7 +18,7 @@ from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.folders import PASSING
 from vmctl.hypervisor.migration import Copying
 from vmctl.hypervisor.storage import VolumeFacts
-from vmctl.migrate_problems import DiskNeed
+from vmctl.migrate_problems import DiskNeed, PoolNeed
 
 _DIGEST_S = 3600.0
 MARK = ".migrating"  # the name of a file that is being made, with this after it, is a file as long as it is not whole
@@ -37,7 +38,11 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file. Bytes: ``capacity`` as the guest sees it, ``size`` of the file. ``target`` of a disk, for libvirt."""
+    """One file. Bytes: ``capacity`` as the guest sees it, ``size`` of the file. ``target`` of a disk, for libvirt.
+
+    ``later``: a running VM gets it at its next start, or what is based on it; libvirt sends nothing of it. ``missing``:
+    it is named, and not there.
+    """
 
     role: Role
     path: str
@@ -48,6 +53,8 @@ class File:
     backing: str = ""
     cache: str = "default"
     network: bool = False
+    later: bool = False
+    missing: bool = False
 
     @property
     def folder(self) -> str:
@@ -63,6 +70,9 @@ class File:
     def told(self) -> str:
         """What to call it."""
         return f"{self.role} {self.target}" if self.target and self.role is not Role.BASE else str(self.role)
+
+
+_LOOKED_FOR = frozenset({Role.DISK, Role.READONLY, Role.BASE})  # in any folder of the host's
 
 
 def nvram(vm: Domain) -> str:
@@ -83,7 +93,7 @@ def _known(host: Host, vm: Domain, looks: ExitStack) -> dict[str, VolumeFacts]:
     Those are shown as pools until ``looks`` is closed: without, not even the size of a disk is known.
     """
     known = {one.path: one for one in storage.all_volumes(host.conn) if not one.pool.startswith(PASSING)}
-    wanted = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=not vm.active)} | {nvram(vm)}
+    wanted = {disk.source for disk, _ in _disks(host, vm)} | {nvram(vm)}
     looked: set[str] = {"", "/dev"}
     while folders := {path.rpartition("/")[0] for path in wanted if path[:1] == "/" and path not in known} - looked:
         looked |= folders
@@ -95,20 +105,30 @@ def _known(host: Host, vm: Domain, looks: ExitStack) -> dict[str, VolumeFacts]:
     return known
 
 
+def _disks(host: Host, vm: Domain) -> list[tuple[DiskDevice, bool]]:
+    """The VM's disks, those of a running one as it runs; and whether it gets them only at its next start."""
+    now = disks.disks(host.conn, vm.name, inactive=not vm.active)
+    there = {disk.source for disk in now}
+    then = disks.disks(host.conn, vm.name, inactive=True) if vm.active and vm.persistent else ()
+    return [*((disk, False) for disk in now), *((disk, True) for disk in then if disk.source not in there)]
+
+
 def _files(host: Host, vm: Domain, known: Mapping[str, VolumeFacts]) -> tuple[File, ...]:
     paths = {f"{one.pool}/{one.name}": one.path for one in known.values()}
     found: dict[str, File] = {}
-    for disk in disks.disks(host.conn, vm.name, inactive=not vm.active):
+    for disk, later in _disks(host, vm):
         source = paths.get(disk.source, disk.source)
-        if not source:
+        if not source or (later and source in found):
             continue
         role = Role.READONLY if disk.readonly or disk.device == "cdrom" else Role.DISK
         if not source.startswith("/"):
             found[source] = File(role, source, disk.target, network=True)
             continue
-        top = _file(host, known.get(source), File(role, source, disk.target, disk.format, cache=disk.cache))
+        plain = File(role, source, disk.target, disk.format, cache=disk.cache, later=later)
+        top = _file(host, known.get(source), plain)
         for below in reversed(_below(host, top, known, disk.backing)):
-            found.setdefault(below.path, below)
+            if later or below.path not in found:
+                found[below.path] = replace(below, later=later)
         found[source] = top
     for role, path in ((Role.KERNEL, vm.facts.kernel), (Role.INITRD, vm.facts.initrd), (Role.NVRAM, nvram(vm))):
         if path and (role is not Role.NVRAM or path in known):  # libvirt makes those at the first start
@@ -120,12 +140,13 @@ def _files(host: Host, vm: Domain, known: Mapping[str, VolumeFacts]) -> tuple[Fi
 
 def _file(host: Host, volume: VolumeFacts | None, plain: File) -> File:
     if volume is None:
-        return plain
-    size = storage.volume_size(host.conn, volume.pool, volume.name)
+        return replace(plain, missing=plain.role in _LOOKED_FOR and plain.folder not in {"", "/dev"})
+    try:
+        size = storage.volume_size(host.conn, volume.pool, volume.name)
+    except NotFound:
+        return replace(plain, missing=True)
     form = plain.format if plain.role is Role.DISK and plain.format else volume.format
-    return File(
-        plain.role, plain.path, plain.target, form, volume.capacity, size, volume.backing, plain.cache, plain.network
-    )
+    return replace(plain, format=form, capacity=volume.capacity, size=size, backing=volume.backing)
 
 
 def _below(host: Host, top: File, known: Mapping[str, VolumeFacts], told: Sequence[str]) -> list[File]:
@@ -133,14 +154,27 @@ def _below(host: Host, top: File, known: Mapping[str, VolumeFacts], told: Sequen
     found: list[File] = []
     at = top.backing
     while at and at not in {one.path for one in found}:
-        volume = known.get(at)
-        if volume is None:
-            found.append(File(Role.BASE, at, top.target))
-            break
-        size = storage.volume_size(host.conn, volume.pool, volume.name)
-        found.append(File(Role.BASE, at, top.target, volume.format, volume.capacity, size, volume.backing))
-        at = volume.backing
+        found.append(_file(host, known.get(at), File(Role.BASE, at, top.target)))
+        at = found[-1].backing
     return found or [File(Role.BASE, path, top.target) for path in told if path.startswith("/")]
+
+
+def pools(source: Host, target: Host, vm: Domain, found: Iterable[File]) -> tuple[PoolNeed, ...]:
+    """The pools in which the VM has files of its own, by its record, and where those of that name are on the target."""
+    owned = vm.facts.record.owned if vm.facts.record else ()
+    paths = {one.path for one in found}
+    own = {target.settings.pool, target.settings.image_pool}
+    needs = []
+    for name in dict.fromkeys(one.pool for one in owned):
+        path = storage.pool_path(source.conn, name) if storage.pool_exists(source.conn, name) else ""
+        if not paths & {f"{path}/{one.volume}" for one in owned if one.pool == name}:
+            continue
+        if name in own:
+            there = images.pool_path(target, name)  # which is made when it is not there
+        else:
+            there = storage.pool_path(target.conn, name) if storage.pool_exists(target.conn, name) else ""
+        needs.append(PoolNeed(name, path, there))
+    return tuple(needs)
 
 
 # --- one folder or two --------------------------------------------------------------------------------------
@@ -234,6 +268,9 @@ def look(
     leavings: list[File] = []
     obsolete: list[str] = []
     for one in found:
+        if one.missing and one.folder not in both:
+            needs.append(DiskNeed(one.told, one.path, False, missing=True, later=one.later))
+            continue
         if one.network or one.folder in both:
             users = in_use.get(one.path, ()) if one.role is Role.DISK else ()
             needs.append(DiskNeed(one.told, one.path, True, cache=one.cache, network=one.network, users=users))
@@ -245,9 +282,9 @@ def look(
             if makes and makes[-1].file is one and makes[-1].backing:
                 base = next((below.format for below in found if below.path == one.backing), "qcow2")
                 makes[-1] = replace(makes[-1], backing_format=base)
-        elif one.role is Role.NVRAM and live:
+        elif one.role is Role.LOG or (one.role is Role.NVRAM and live):
             obsolete.append(one.path)
-        elif one.role is not Role.LOG:
+        else:
             needs.append(DiskNeed(one.told, one.path, False, cache=one.cache))
     return Look(
         tuple(needs),
@@ -272,9 +309,9 @@ def _judged(
     source: Host, target: Host, one: File, own: set[str], *, live: bool, copying: Copying, makes: list[Make]
 ) -> DiskNeed:
     """What must be made of a file on the target; what is, is added to ``makes``."""
-    empty = one.role is Role.DISK and live
+    empty = one.role is Role.DISK and live and not one.later
     needless = one.role is Role.LOG or (one.role is Role.NVRAM and live)
-    if one.role is Role.BASE and live and copying is Copying.FULL:
+    if one.role is Role.BASE and live and not one.later and copying is Copying.FULL:
         return DiskNeed(one.told, one.path, False, copied=True)
     missing, there = _there(target, one)
     if needless:
@@ -283,7 +320,7 @@ def _judged(
         same = not empty and there == one.size and digest(source, one) == digest(target, one)
         why = "" if same else "another file is"
         return DiskNeed(one.told, one.path, False, copied=True, in_the_way=why)
-    backing = one.backing if copying is Copying.OVERLAY or not live else ""
+    backing = one.backing if copying is Copying.OVERLAY or not live or one.later else ""
     makes.append(Make(one, empty, backing))
     need = one.size if not empty else (one.capacity if copying is Copying.FULL else one.size)
     return DiskNeed(

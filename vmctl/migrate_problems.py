@@ -32,7 +32,8 @@ class Cpu:
 class DiskNeed:
     """A disk, or another file the VM needs: whether both hosts see the same one, and what the target has in its place.
 
-    ``space`` bytes are needed to make it there; ``users`` run there now with that very file.
+    ``space`` bytes are needed to make it there; ``users`` run there now with that very file. ``missing``: the source
+    has none, though the VM names it, or with ``later`` will at its next start.
     """
 
     name: str
@@ -45,6 +46,16 @@ class DiskNeed:
     in_the_way: str = ""
     folder_missing: bool = False
     users: tuple[str, ...] = ()
+    missing: bool = False
+    later: bool = False
+
+
+class PoolNeed(NamedTuple):
+    """A storage pool in which the VM has disks of its own: its folder, and the target's of that name, "" for none."""
+
+    name: str
+    path: str
+    there: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +112,7 @@ class Facts:
     target: HostSide
     cpu: Cpu
     needs: tuple[DiskNeed, ...]
+    pools: tuple[PoolNeed, ...] = ()
     peer_problem: str = ""
     peer_mend: str = ""
     back_problem: str = ""
@@ -118,7 +130,7 @@ def problems(facts: Facts) -> tuple[Problem, ...]:
     """All of them, notes last."""
     found = [
         one
-        for part in (_state, _identity, _machine, _devices, _memory, _networks, _storage, _postcopy, _way)
+        for part in (_state, _identity, _machine, _devices, _memory, _networks, _pools, _storage, _postcopy, _way)
         for one in part(facts)
     ]
     return tuple(sorted(found, key=lambda one: one.note))
@@ -250,12 +262,30 @@ def _networks(facts: Facts) -> Iterator[Problem]:
             yield Problem(f"{there.name} has no bridge {name}", f"make it there as it is on {facts.source.name}")
 
 
+def _pools(facts: Facts) -> Iterator[Problem]:
+    """What a VM owns is known by pool and name: where the pool is not the same, nobody would find it."""
+    vm, here, there = facts.vm, facts.source, facts.target
+    for pool in facts.pools:
+        what = f"{vm.name} has disks of its own in storage pool {pool.name} ({pool.path})"
+        if not pool.there:
+            mend = f"vmctl -c {there.name} disk pool create {pool.name} --path {pool.path}"
+            yield Problem(f"{what}, and {there.name} has no such pool", mend)
+        elif pool.there != pool.path:
+            mend = f"vmctl disk move, on {here.name}, into a pool that is in the same folder on both"
+            yield Problem(f"{what}, which on {there.name} is in {pool.there}", mend)
+
+
 def _storage(facts: Facts) -> Iterator[Problem]:
     vm, here, there = facts.vm, facts.source, facts.target
     space: dict[str, int] = {}
+    told = {pool.path for pool in facts.pools if pool.there != pool.path}
     for need in facts.needs:
         what = f"{need.name} ({need.path})"
         if need.network:
+            continue
+        if need.missing:
+            gone = f"{what} is not there on {here.name}, though {vm.name} {'will need' if need.later else 'needs'} it"
+            yield Problem(gone, "put it back, or detach the disk", note=need.later)
             continue
         if need.shared:
             if need.cache == "unsafe" and facts.live:
@@ -272,7 +302,8 @@ def _storage(facts: Facts) -> Iterator[Problem]:
             continue
         if need.folder_missing:
             folder = need.path.rpartition("/")[0]
-            yield Problem(f"{there.name} has no folder {folder} for {need.name}", f"on it: mkdir -p {folder}")
+            if folder not in told:
+                yield Problem(f"{there.name} has no folder {folder} for {need.name}", f"on it: mkdir -p {folder}")
         elif need.in_the_way:
             yield Problem(
                 f"{need.name} would be {need.path} on {there.name}, where {need.in_the_way}", "take that away"

@@ -42,7 +42,7 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             _resume_postcopy(ends, vm, wish)
             where, seen = migrate_settle.settle(ends, vm.uuid)
         here, there = ends.names
-        if where is Where.MOVED:
+        if where is Where.MOVED or _off_there(seen):
             looked = _looked(ends, vm, wish)
             migrate.end_on_target(ends, looked, wish, report)
             _clear_marks(ends, looked)
@@ -76,6 +76,11 @@ _HINTS = {
 def _only_off(seen: tuple[Seen, Seen]) -> bool:
     """Whether it simply is off, on the source: nothing was lost."""
     return seen[0].state is not None and seen[1].known and not seen[1].there
+
+
+def _off_there(seen: tuple[Seen, Seen]) -> bool:
+    """Whether it is off, and only the target has it: it went as one that was off, or has ended there since."""
+    return seen[0].known and seen[0].state is None and seen[1].state is not None and not seen[1].there
 
 
 def _await_job(ends: Ends, vm: Domain, wish: Wish, report: Reporter) -> None:

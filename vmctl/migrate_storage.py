@@ -90,6 +90,7 @@ def _make(ends: Ends, make: Make, others: Callable[[], set[str]], undo: ExitStac
     with _alone(target, file, report), shown(target, file.folder) as pool:
         _on_undo(undo, target, file, others, report)
         storage.refresh(target.conn, pool)
+        view = _view(make, store=file.folder == images.pool_path(target, target.settings.image_pool))
         mark, names = _mark(file).leaf, storage.volume_names(target.conn, pool)
         if _public(file) and file.leaf in names and digest(target, file) == digest(ends.source, file):
             return  # another move has made it since, or a killed one had
@@ -97,15 +98,16 @@ def _make(ends: Ends, make: Make, others: Callable[[], set[str]], undo: ExitStac
             storage.delete_volume(target.conn, pool, file.leaf)
         else:
             storage.create_volume(target.conn, pool, render.volume(render.VolumeView(mark, 1, "raw")), name=mark)
-        storage.create_volume(target.conn, pool, render.volume(_view(make)), name=file.leaf)
+        storage.create_volume(target.conn, pool, render.volume(view), name=file.leaf)
         if not make.empty:
             _fill(ends.source, target, file, pool, report)
 
 
-def _view(make: Make) -> render.VolumeView:
+def _view(make: Make, *, store: bool) -> render.VolumeView:
+    """How a file is made: those of the image store may be read by all, and a layer of a VM's disk by its QEMU alone."""
     file = make.file
     if not make.empty:
-        return render.VolumeView(file.leaf, file.size, "raw", mode="0644" if _public(file) else "0600")
+        return render.VolumeView(file.leaf, file.size, "raw", mode="0644" if store else "0600")
     return render.VolumeView(
         file.leaf, file.capacity, file.format, backing=make.backing, backing_format=make.backing_format
     )
@@ -166,25 +168,58 @@ def remove(host: Host, file: File) -> None:
 
 
 _COPIED = frozenset({Role.DISK, Role.READONLY, Role.NVRAM})
+_SHARED_S = 300.0
 
 
 def clear_source(ends: Ends, vm: Domain, found: Sequence[File], left: Sequence[str], report: Reporter) -> None:
     """Delete what was the VM's own on its old host and lies on no shared storage: ``left``. Others' disks stay, and so
-    does what the target has not, whatever became of it there: it is all there is."""
-    record, source, target = vm.facts.record, ends.source, ends.target
+    does what the target has not, whatever became of it there: it is all there is.
+
+    What clones and forks share goes with the last of them. Of several that leave at once one must be the last, so they
+    take turns.
+    """
+    record, source = vm.facts.record, ends.source
     own = {owned.volume for owned in record.owned} if record else set()
-    needed = image_users.needed(source.conn)
-    there = {folder: _names(target, folder) for folder in {one.folder for one in found if one.path in left}}
-    for one in found:
-        if one.path not in left or one.role in {Role.BASE, Role.KERNEL, Role.INITRD}:
-            continue
-        if one.role is Role.READONLY and one.leaf not in own:
-            continue
-        if one.role in _COPIED and one.leaf not in there[one.folder]:
-            report(Warned(f"kept {one.path} on {source.name}: {target.name} has no such file"))
-            continue
-        users = set(needed.by(one.path)) - {vm.name, one.leaf}
-        if users:
-            report(Warned(f"kept {one.path} on {source.name}: {', '.join(sorted(users))} needs it"))
-            continue
-        remove(source, one)
+    local = [one for one in found if one.path in left]
+    with held(source.folders.runtime, f"shared disks on {source.lock_scope}", timeout_s=_SHARED_S):
+        needed, gone = image_users.needed(source.conn), {vm.name}
+        there = {folder: _names(ends.target, folder) for folder in {one.folder for one in local}}
+        for one in reversed(local):  # what is based on a file goes before it
+            if _public(one) or (one.role is Role.READONLY and one.leaf not in own):
+                continue
+            if one.role in _COPIED and one.leaf not in there[one.folder]:
+                report(Warned(f"kept {one.path} on {source.name}: {ends.names[1]} has no such file"))
+                continue
+            if users := set(needed.by(one.path)) - gone - {one.leaf}:
+                report(Warned(f"kept {one.path} on {source.name}: {', '.join(sorted(users))} needs it"))
+                continue
+            remove(source, one)
+            gone.add(one.leaf)
+            if one.role is Role.LOG:
+                _remove_older(source, one)
+        layers = [one for one in reversed(local) if one.role is Role.BASE and one.leaf in own]
+        _clear_layers(ends, layers, needed, gone, report)
+
+
+def _remove_older(source: Host, log: File) -> None:
+    """Delete what the log daemon put aside of a console log when it had become long."""
+    for leaf in _names(source, log.folder):
+        if leaf.startswith(f"{log.leaf}.") and leaf.removeprefix(f"{log.leaf}.").isdecimal():
+            remove(source, replace(log, path=f"{log.folder}/{leaf}"))
+
+
+def _clear_layers(
+    ends: Ends, layers: Sequence[File], needed: image_users.Needed, gone: set[str], report: Reporter
+) -> None:
+    """Delete those files below the VM's disks that no image is made of and nobody needs any more; top ones first."""
+    free: list[File] = []
+    for one in layers:
+        if not set(needed.by(one.path)) - gone - {one.leaf}:
+            free.append(one)
+            gone.add(one.leaf)
+    lacking = image_users.needed(ends.target.conn).users if free else {}
+    for one in free:
+        if one.path in lacking and one.leaf not in _names(ends.target, one.folder):
+            report(Warned(f"kept {one.path} on {ends.names[0]}: {ends.names[1]} has no such file"))
+        else:
+            remove(ends.source, one)

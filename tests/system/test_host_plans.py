@@ -279,6 +279,56 @@ def test_a_vm_that_others_ask_at_that_moment_can_be_moved(fleet: Fleet) -> None:
             one.wait()
 
 
+@pytest.fixture
+def with_disk(fleet: Fleet) -> Iterator[Callable[[str], str]]:
+    """A function that defines a VM on h1 with a disk of its own, and returns its path."""
+    first = fleet.machines["h1"]
+    paths: list[str] = []
+
+    def make(name: str) -> str:
+        fleet.run("-c", "h1", "disk", "create", f"vmctl/{name}", "8M")
+        paths.append(f"/var/lib/libvirt/vmctl/vmctl/{name}.qcow2")
+        first.run("qemu-io", "-f", "qcow2", "-c", "write -q -P 5 0 4M", paths[-1])
+        fleet.define("h1", name, start=False)
+        first.virsh("attach-disk", name, paths[-1], "vda", "--driver", "qemu", "--subdriver", "qcow2", "--config")
+        return paths[-1]
+
+    yield make
+    fleet.clear()
+    for machine in fleet.machines.values():
+        machine.run("rm", "-f", *paths)
+
+
+def test_a_drain_ends_what_one_that_was_killed_left(fleet: Fleet, with_disk: Callable[[str], str]) -> None:
+    """One VM has gone meanwhile, by libvirt alone; of another a half made file lies where it does not go now."""
+    gone, stays = with_disk("a"), with_disk("b")
+    first, second, third = fleet.bed.machines
+    first.virsh("start", "a")
+    fleet.bed.limit("2mbit")
+    try:
+        drain = fleet.begin("host", "drain", "h1", "--yes", "--copy-storage", "full", "--avoid", "h3", "--at-once", "1")
+        wait_until(lambda: "Outgoing" in first.virsh("domjobinfo", "a", check=False), what="a is sent", timeout_s=60)
+        drain.kill()
+        drain.communicate(timeout=60)
+    finally:
+        fleet.bed.limit(None)
+    wait_until(lambda: "a" not in first.virsh("list", "--all", "--name").split(), what="a has gone", timeout_s=60)
+    assert not first.run("test", "-e", gone, check=False).returncode, "which nobody has cleared up"
+    fleet.run("-c", "h3", "disk", "create", "vmctl/b", "8M")
+    third.run("touch", f"{stays}.migrating")
+
+    fleet.run("host", "drain", "h1", "--dry-run")
+    assert not third.run("test", "-e", stays, check=False).returncode, "nothing is done"
+    said = fleet.run("host", "drain", "h1", "--yes", "--copy-storage", "full", "--avoid", "h3").stderr
+    assert "a has moved from h1 to h2" in said and f"deleted {stays} on h3" in said
+    assert fleet.where() == {"a": "h2", "b": "h2"} and fleet.running() == {"a"}
+    for machine in (first, second, third):
+        there = set(machine.run("ls", gone.rpartition("/")[0], check=False).stdout.split())
+        assert there == ({"a.qcow2", "b.qcow2"} if machine is second else set()), machine.name
+    for path in (gone, stays):
+        second.run("qemu-io", "-r", "-U", "-f", "qcow2", "-c", "read -q -P 5 0 4M", path)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_drain_that_is_cut_off_goes_on(fleet: Fleet, number: signal.Signals) -> None:
     for name in ("a", "b", "c"):

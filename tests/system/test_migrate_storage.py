@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -129,6 +130,97 @@ def test_a_disk_in_a_folder_that_is_no_pool(pair: Pair, vm: str, way: str) -> No
             machine.run("rm", "-rf", "/var/lib/libvirt/loose")
 
 
+@pytest.mark.parametrize("way", ["overlay", "full"])
+def test_a_disk_that_it_gets_at_its_next_start(pair: Pair, vm: str, way: str) -> None:
+    """Its definition names it and its QEMU does not have it: libvirt sends nothing of it."""
+    first, second = pair.machine("h1"), pair.machine("h2")
+    folder = "/var/lib/libvirt/vmctl/vmctl"
+    base, top = f"{folder}/{vm}-later-base.qcow2", f"{folder}/{vm}-later.qcow2"
+    first.run("qemu-img", "create", "-q", "-f", "qcow2", base, "16M")
+    first.run("qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 1M", base)
+    first.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+    first.run("qemu-io", "-f", "qcow2", "-c", "write -q -P 8 1M 1M", top)
+    first.virsh("attach-disk", vm, top, "vdz", "--driver", "qemu", "--subdriver", "qcow2", "--config")
+    try:
+        pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", way)
+        second.run("qemu-io", "-r", "-f", "qcow2", "-c", "read -q -P 7 0 1M", "-c", "read -q -P 8 1M 1M", top)
+        assert "vdz" in second.virsh("domblklist", vm, "--inactive")
+        assert first.run("test", "-e", top, check=False).returncode, "and is gone from where it was"
+        second.virsh("detach-disk", vm, "vdz", "--config")
+    finally:
+        if pair.where(vm).get("h1"):
+            first.virsh("detach-disk", vm, "vdz", "--config")
+        for machine in (first, second):
+            machine.run("rm", "-f", base, top)
+
+
+@pytest.fixture
+def network(pair: Pair) -> Iterator[None]:
+    """The second host has the network that VMs of the machine itself are in."""
+    second, text = pair.machine("h2"), pair.shell.virsh("net-dumpxml", "vmctl")
+    second.run("sh", "-c", "cat >/tmp/n.xml; virsh net-create /tmp/n.xml", input=text)
+    yield
+    second.virsh("net-destroy", "vmctl")
+
+
+def test_a_disk_in_a_pool_that_the_target_lacks(pair: Pair, vm: str, name: str, network: None) -> None:
+    """A VM's own disks are known by pool and name: without the pool, nobody could delete them there, nor the VM."""
+    second, other = pair.machine("h2"), "/var/lib/libvirt/other"
+    pair.vmctl("disk", "pool", "create", "other", "--path", other)
+    words = ("migrate", name, "--to", "h2", "--copy-storage", "overlay")
+    try:
+        pair.vmctl("create", name, "--image", "micro", "--no-start")
+        pair.vmctl("disk", "attach", name, "16M")
+        pair.vmctl("disk", "move", f"{name}:vdc", "--pool", "other")
+        said = pair.vmctl(*words, check=11).stderr
+        assert f"disks of its own in storage pool other ({other}), and h2 has no such pool" in said
+        assert f"mend: vmctl -c h2 disk pool create other --path {other}" in said and "mkdir" not in said
+        pair.vmctl("-c", "h2", "disk", "pool", "create", "other", "--path", other)
+        (file,) = Path(other).iterdir()
+        file.rename("/var/lib/libvirt/away")
+        assert f"{file}) is not there on " in pair.vmctl(*words, check=11).stderr
+        Path("/var/lib/libvirt/away").rename(file)
+        pair.vmctl(*words)
+        assert not list(Path(other).iterdir())
+        second.virsh("pool-destroy", "other")
+        assert "no storage pool other runs here" in pair.vmctl("-c", "h2", "delete", name, "--yes").stderr
+        assert pair.where(name) == {} and second.run("ls", other).stdout == f"{file.name}\n"
+    finally:
+        pair.vmctl("delete", name, "--yes", "--missing-ok", check=None)
+        pair.shell.virsh("pool-destroy", "other")
+        pair.shell.virsh("pool-undefine", "other")
+        second.virsh("pool-destroy", "other", check=False)
+        second.virsh("pool-undefine", "other", check=False)
+        second.run("rm", "-rf", other)
+
+
+def test_clones_that_leave_one_after_the_other_leave_nothing(pair: Pair, vm: str, name: str, network: None) -> None:
+    """What they share goes with the last of them, and is for no other eyes on the target than it was here."""
+    pair.vmctl("create", name, "--image", "micro", "--memory", "128M", "--wait", "agent")
+    pair.vmctl("stop", name, "--force")
+    pair.vmctl("clone", name, f"{name}-twin")
+    here = Path("/var/lib/libvirt/vmctl/vmctl")
+    (log,) = here.glob(f"{name}-????????-console.log")
+    log.with_name(f"{log.name}.0").write_text("what the log daemon puts aside\n")
+    (base,) = here.glob(f"{name}-????????.qcow2")
+    second, words = pair.machine("h2"), ("--to", "h2", "--copy-storage", "overlay")
+    try:
+        pair.vmctl("migrate", name, *words)
+        assert base.exists(), "its twin needs it"
+        assert not log.with_name(f"{log.name}.0").exists()
+        pair.vmctl("migrate", f"{name}-twin", *words)
+        assert not list(here.glob(f"{name}-*"))
+        mode = second.run("stat", "-c", "%a", str(base)).stdout
+        assert mode == "600\n", "it holds what a VM had written"
+        for one in (name, f"{name}-twin"):
+            pair.vmctl("-c", "h2", "start", one)
+    finally:
+        for one in (name, f"{name}-twin"):
+            pair.vmctl("-c", "h2", "delete", one, "--yes", "--missing-ok", check=None)
+            pair.vmctl("delete", one, "--yes", "--missing-ok", check=None)
+    assert not of(name, pair.files("h2"))
+
+
 def test_stopped(pair: Pair, vm: str) -> None:
     digest = written(pair, "h1", vm)
     pair.vmctl("-c", "h1", "stop", vm, "--force")
@@ -139,6 +231,23 @@ def test_stopped(pair: Pair, vm: str) -> None:
     pair.vmctl("-c", "h2", "start", vm)
     pair.vmctl("-c", "h2", "wait", vm, "--for", "agent")
     assert read(pair, "h2", vm) == digest
+
+
+def test_a_stopped_one_cut_off_at_its_end(pair: Pair, vm: str, two: tuple[str, str]) -> None:
+    """vmctl was killed when only the target had its definition: the marks stand there, and the files here."""
+    first, second, name = pair.machine("h1"), pair.machine("h2"), two[0]
+    before = of(name, pair.files("h1"))
+    words = ("-c", "h1", "migrate", name, "--to", "h2")
+    pair.vmctl(*words, "--copy-storage", "overlay", "--keep-source")
+    first.virsh("undefine", name)
+    for file in of(name, pair.files("h2")):
+        second.run("touch", f"/var/lib/libvirt/vmctl/vmctl/{file}.migrating")
+    said = pair.vmctl(*words, check=4).stderr
+    assert f"vmctl migrate {name} --to h2 --recover" in said, "what a plain second run names"
+    pair.vmctl(*words, "--recover")
+    assert of(name, pair.files("h1")) == set() and pair.where(name) == {"h2": "shut off"}
+    assert before - of(name, pair.files("h2")) <= {file for file in before if file.endswith("console.log")}
+    assert not [file for file in pair.files("h2") if "migrating" in file]
 
 
 def test_stopped_with_uefi_variables_and_a_tpm(pair: Pair) -> None:

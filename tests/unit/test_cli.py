@@ -255,6 +255,43 @@ def test_an_interrupt_reaches_all_workers_and_says_what_was_done(number: int, tm
     assert all((tmp_path / f"{one}.undone").exists() for one in begun if one not in {"v02", "v03"})
 
 
+def test_a_second_interrupt_waits_for_nobody_and_still_says_what_was_done(tmp_path: Path) -> None:
+    script = tmp_path / "each.py"
+    script.write_text(
+        "import os, sys, threading\n"
+        "from vmctl.cli import many\n"
+        "from vmctl.errors import Interrupted\n"
+        "begun = threading.Barrier(3)\n"
+        "def work(name):\n"
+        "    try:\n"
+        "        begun.wait()\n"
+        "        while True: pass\n"
+        "    finally:\n"
+        "        threading.Event().wait()  # takes for ever to take itself back\n"
+        "def watch():\n"
+        "    begun.wait()\n"
+        "    print('begun', flush=True)\n"
+        "threading.Thread(target=watch).start()\n"
+        "try:\n"
+        "    waits = lambda: print('waits', flush=True)\n"
+        "    many.each(['a', 'b'], work, lambda name, said: None, 'move', undo_s=3600, waits=waits)\n"
+        "except Interrupted as error:\n"
+        "    print(error.message, flush=True)\n"
+        "    os._exit(error.exit_code)\n"
+    )
+    running = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPO)}
+    )
+    assert running.stdout is not None
+    for line in ("begun", "waits"):
+        assert running.stdout.readline() == f"{line}\n"
+        running.send_signal(signal.SIGINT)
+    out, _ = running.communicate(timeout=60)
+    assert running.returncode == 130
+    said = "a (its end was not waited for), b (its end was not waited for)"
+    assert out == f"cannot move all 2 VMs: interrupted; cut off: {said}\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_while_libvirt_does_not_answer(number: int, tmp_path: Path) -> None:
     """A daemon that takes the call and says nothing: libvirt's call, in the main thread, hears no signal."""

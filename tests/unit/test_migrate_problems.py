@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vmctl.hypervisor.states import State
-from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, VmFacts, fatal, problems
+from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, PoolNeed, VmFacts, fatal, problems
 
 VM = VmFacts("web", "u1", State.RUNNING, "", True, "kvm", "pc-q35-7.2", "/usr/bin/qemu", 1024, ("lan",))
 HERE = HostSide(
@@ -63,6 +63,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("in use on h2, by running VM db", {}, {}, {"needs": (DiskNeed("disk vda", "/p/x", True, users=("db",)),)}),
     ("no folder /p", {}, {}, {"copy": True, "needs": (DiskNeed("disk", "/p/x", False, folder_missing=True),)}),
     ("where another file is", {}, {}, {"copy": True, "needs": (TAKEN,)}),
+    ("is not there on h1", {}, {}, {"copy": True, "needs": (DiskNeed("disk", "/p/x", False, missing=True),)}),
+    ("and h2 has no such pool", {}, {}, {"pools": (PoolNeed("fast", "/p", ""),)}),
+    ("which on h2 is in /q", {}, {}, {"pools": (PoolNeed("fast", "/p", "/q"),)}),
     ("1 MiB free", {}, {"space": {"/p": 1 << 20}}, {"copy": True, "needs": (LARGE,)}),
 ]  # fmt: skip
 
@@ -83,6 +86,18 @@ def test_the_mend_for_snapshots_is_a_command() -> None:
 def test_one_host_is_told_once() -> None:
     facts = replace(FINE, target=replace(THERE, uuid="a"), needs=(DiskNeed("d", "/p/x", True, users=("web",)),))
     assert len(problems(facts)) == 1
+
+
+def test_a_pool_that_is_missing_is_told_and_not_its_folder_too() -> None:
+    need = DiskNeed("disk vdc", "/p/x", False, folder_missing=True)
+    (one,) = problems(replace(FINE, copy=True, needs=(need,), pools=(PoolNeed("fast", "/p", ""),)))
+    assert one.mend == "vmctl -c h2 disk pool create fast --path /p"
+    assert not problems(replace(FINE, pools=(PoolNeed("fast", "/p", "/p"),)))
+
+
+def test_what_is_missing_at_the_next_start_is_a_note() -> None:
+    (one,) = problems(replace(FINE, needs=(DiskNeed("disk vdc", "/p/x", False, missing=True, later=True),)))
+    assert one.note and "will need it" in one.what
 
 
 def test_notes_keep_nobody_from_it() -> None:

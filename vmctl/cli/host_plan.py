@@ -24,7 +24,7 @@ from vmctl.cli.options import (
     refuse_unless_yes,
     reporter,
 )
-from vmctl.errors import PartialFailure, PreflightFailed, VmctlError
+from vmctl.errors import Interrupted, PartialFailure, PreflightFailed, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ Direct = Annotated[
     bool, typer.Option("--direct", help="vmctl speaks with both hosts, which need not reach each other's libvirt.")
 ]
 _LOOK_S = 20.0
+_UNDO_S = 120.0  # a move that is cut off asks both hosts where its VM is, however slow the way between is
+_WAITS = "taking back what was begun; one more Ctrl-C does not wait for it"
+_AGAIN = "the same again goes on with the rest; vmctl migrate NAME --to HOST --recover ends what was cut off"
 HostTimeout = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Longest wait for what each host has.")
 ]
@@ -106,6 +109,12 @@ def drain(
     asked.entries([name])
     others = [called(one) for one in asked.entries() if called(one) != name]
     how = _How(copy_storage, direct, at_once, check, dry_run, yes)
+    if not (dry_run or check):
+        from vmctl import migrate_left
+        from vmctl.hypervisor.events import start_loop
+
+        start_loop()
+        migrate_left.settle(asked, name, others, how.wish(), reporter(), timeout)
     _planned(asked, (name, *others), avoid, timeout, lambda census: rebalance.drain(census, name), how, output)
 
 
@@ -379,9 +388,11 @@ def _make(
         by = {_called(move): move for move in wave}
         left -= len(by)
         try:
-            each([*by], work, done, "move", most=at_once)
+            each([*by], work, done, "move", most=at_once, undo_s=_UNDO_S, waits=lambda: note(_WAITS))
         except PartialFailure as error:
             failures = {by[name]: cause for name, cause in error.failures.items()}
+        except Interrupted as early:
+            raise Interrupted(early.message, hint=early.hint or _AGAIN) from early
         except VmctlError as error:  # the only one of its wave
             failures = dict.fromkeys(by.values(), error)
         if failures:

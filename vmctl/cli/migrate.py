@@ -18,7 +18,7 @@ from vmctl.cli.options import (
     fleet_of_config,
     reporter,
 )
-from vmctl.errors import HostUnreachable, PartialFailure, PreflightFailed, SpecError, VmctlError
+from vmctl.errors import HostUnreachable, Interrupted, PartialFailure, PreflightFailed, SpecError, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -243,6 +243,11 @@ def _each(names: tuple[str, ...], work: Callable[[str], Moved], output: Output) 
     for name in names:
         try:
             result = work(name)
+        except Interrupted as early:
+            rest = names[names.index(name) + 1 :]
+            raise Interrupted(
+                early.message + (f"; not begun: {', '.join(rest)}" if rest else ""), hint=early.hint
+            ) from early
         except VmctlError as error:
             if len(names) == 1:
                 raise
