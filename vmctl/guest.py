@@ -76,6 +76,8 @@ def address(host: Host, vm: Domain) -> Address | None:
         for entry in facts.reservations:
             if entry.mac == nic.mac:
                 return Address(entry.address, 22, nic.mac, facts.name)
+        if not facts.gateway:  # libvirt gives no addresses there
+            continue
         held = [lease for lease in network.leases(host.conn, facts.name) if lease.mac == nic.mac]
         if held:
             return Address(max(held, key=lambda lease: lease.expiry).address, 22, nic.mac, facts.name)
@@ -87,7 +89,7 @@ def _told_by_agent(host: Host, vm: Domain) -> Address | None:
     if vm.state is not State.RUNNING or not vm.facts.agent:
         return None
     macs = {nic.mac for nic in vm.facts.nics}
-    found, mac = agent.glance(host, vm.name, active=True).reachable(macs)
+    found, mac = agent.glance(host, vm).reachable(macs)
     return Address(found, 22, mac, "") if found else None
 
 
@@ -193,11 +195,11 @@ def await_answer(host: Host, vm: Domain, why: str, report: Reporter) -> None:
         raise unanswered(host, vm.name, f"{last}, {error.after_s:.0f} s later still") from error
 
 
-def target(host: Host, vm: Domain, *, user: str | None = None) -> Target:
-    """How to log in to a running guest. Raises WrongState, NotFound."""
+def target(host: Host, vm: Domain, *, user: str | None = None, known: Address | None = None) -> Target:
+    """How to log in to a running guest, where it is ``known`` to be or found to be. Raises WrongState, NotFound."""
     domain.require(vm, frozenset({State.RUNNING}), "reach", f"vmctl start {vm.name}")
     ssh = _require_login(vm)
-    where = address(host, vm)
+    where = known or address(host, vm)
     if where is None:
         raise NotFound(f"cannot reach VM {vm.name}: it has no address yet", hint=f"vmctl wait {vm.name} --for ip")
     return Target(where.host, where.port, user or ssh.user, ssh.host_key, private_key(host))
@@ -248,8 +250,10 @@ def execute(
         return attempt(target(host, vm, user=user))
     try:
         # At once where an address is known: to ask first would cost the guest a connection for each command.
-        known = address(host, vm) is not None
-        return attempt(target(host, vm, user=user) if known else reachable(host, name, user=user, report=report))
+        known = address(host, vm)
+        if known is None:
+            return attempt(reachable(host, name, user=user, report=report))
+        return attempt(target(host, vm, user=user, known=known))
     except ssh.NotAnswering as error:
         await_answer(host, vm, error.why, report)
     return attempt(target(host, vm, user=user))
