@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import Testbed
+from tests.hosts import Machine, Testbed
 from tests.system.conftest import VMCTL, Shell
+from vmctl import config
+from vmctl.fleet import Fleet, Watch
+from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
 
@@ -170,6 +173,35 @@ def test_top_and_show(known: Shell, bed: Testbed) -> None:
     assert shown["peer"] == bed.machines[1].peer_uri and shown["address"] == bed.machines[1].address
     assert "lan" in shown["networks"]
     assert known.json("-c", "h2", "host", "info")["name"] == "h2"
+
+
+def test_top_waits_once_for_a_host_that_is_stopped(known: Shell, bed: Testbed) -> None:
+    """Else each look would take as long as that one's, and leave a thread and an SSH client behind."""
+    first, third = bed.machines[0], bed.machines[2]
+    folders = config.folders()
+    watch = Watch(Fleet(config.load(folders.config / "config.toml"), folders), ("h1", "h3"), timeout_s=10)
+    assert [row.problem for row in watch.look()] == ["", ""]
+    watch = Watch(Fleet(config.load(folders.config / "config.toml"), folders), ("h1", "h3"), timeout_s=3)
+    clients = len(_clients(third))
+    third.kill("libvirtd", signal.SIGSTOP)
+    try:
+        looks = [watch.look() for _ in range(5)]
+        assert [rows[1].problem for rows in looks[:1]] == ["cannot ask host h3: no answer within 3 s"]
+        assert all("cannot ask host h3: no answer for " in rows[1].problem for rows in looks[1:])
+        assert [rows[0].problem for rows in looks[1:]] == [""] * 4, "the other one is asked"
+        assert len(_clients(third)) == clients + 1
+        assert len(_clients(first)) >= 1
+    finally:
+        third.kill("libvirtd", signal.SIGCONT)
+    wait_until(lambda: not watch.look()[1].problem, what="h3 to be asked again", timeout_s=60)
+
+
+def _clients(machine: Machine) -> list[str]:
+    """SSH clients of this process that go there."""
+    said = subprocess.run(
+        ["ps", "-ww", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True, check=True
+    )
+    return [line for line in said.stdout.splitlines() if machine.address in line and line.startswith("ssh ")]
 
 
 def test_setup_shows_what_it_changes_and_changes_it_once(here: Shell, bed: Testbed) -> None:
