@@ -83,13 +83,19 @@ def folders(env: Mapping[str, str] = os.environ) -> Folders:
 
 def load(path: Path) -> Settings:
     """Read the config file; a missing one is all defaults. Raises SpecError that names every problem."""
-    if not path.exists():
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         return Settings()
+    except OSError as error:
+        raise SpecError(
+            f"cannot read config file {path}: {reason(error)}", hint="XDG_CONFIG_HOME names another"
+        ) from error
     import tomllib  # late: most runs have no config file, and all pay for an import
 
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(text.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SpecError(
             f"cannot read config file {path}: {reason(error)}", hint='it is TOML: connect = "qemu:///system"'
         ) from error

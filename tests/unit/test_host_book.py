@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmctl import config, host_add, host_book, host_ssh
+from vmctl.cli import run
 from vmctl.config import Folders, HostEntry
 from vmctl.errors import Conflict, NotFound, SpecError
 
@@ -47,6 +48,35 @@ def test_add_and_remove_leave_the_rest_to_the_letter(folders: Folders) -> None:
     host_book.remove(folders, "one")
     assert "# mine" in path.read_text() and "root@one" not in path.read_text()
     assert set(config.load(path).hosts) == {"two"}
+
+
+def test_the_host_that_connect_names_is_removed(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folders.config))
+    (folders.config / "vmctl").mkdir()
+    (folders.config / "vmctl/config.toml").write_text(FILE)
+    for name, named in (("two", False), ("one", True)):
+        assert run(["host", "remove", name]) == 0
+        assert ("`connect` in the config file still names it" in capsys.readouterr().err) is named
+
+
+def test_line_ends_are_left_too(folders: Folders) -> None:
+    path = folders.config / "config.toml"
+    before = FILE.replace("\n", "\r\n").replace("mine", "m\u00efne").encode()
+    path.write_bytes(before)
+    host_book.add(folders, HostEntry("three", "qemu:///system"))
+    host_book.remove(folders, "three")
+    assert path.read_bytes().rstrip() == before.rstrip()
+
+
+def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        with pytest.raises(SpecError, match=f"cannot read config file .*: {why}"):
+            config.load(path)
+    for nothing in (tmp_path / "none", tmp_path / "file/config.toml"):
+        (tmp_path / "file").touch()
+        assert config.load(nothing) == config.Settings()
 
 
 def test_the_first_host_makes_the_file(folders: Folders) -> None:
