@@ -206,8 +206,8 @@ def _clients(machine: Machine) -> list[str]:
 
 def test_setup_shows_what_it_changes_and_changes_it_once(here: Shell, bed: Testbed) -> None:
     first, second = bed.machines[:2]
-    second.kill("libvirtd")  # as after a boot without it
-    second.run("rm", "-f", "/run/libvirt/libvirt-sock")
+    second.kill("libvirtd")  # which leaves its socket
+    second.kill("virtlogd")
     second.run("sh", "-c", "rm -f ~/.ssh/known_hosts ~/.ssh/id_ed25519*")
     here.run("host", "add", "h1", first.ssh_uri, "--host-key", first.host_key)
     words = ("host", "setup", f"root@{second.address}", "--name", "h2", "--keyfile", str(bed.key), "--peers")
@@ -217,6 +217,7 @@ def test_setup_shows_what_it_changes_and_changes_it_once(here: Shell, bed: Testb
         assert f"+ {line}" in shown
     assert "no terminal to ask on" in here.run(*words, check=2).stderr
     assert "cannot find host h2" in here.run("-c", "h2", "list", check=4).stderr, "nothing was changed"
+    _interrupted_when_libvirt_is_started(words, second)
     here.run(*words, "--yes")
     assert here.run(*words, "--yes").stdout == "h2: nothing to change\n"
     assert here.json("-c", "h2", "list") == []
@@ -224,6 +225,26 @@ def test_setup_shows_what_it_changes_and_changes_it_once(here: Shell, bed: Testb
     assert {"vmctl", "vmctl-images"} <= set(pools) and "vmctl" in second.virsh("net-list", "--name").split()
     checked = {(one["host"], one["name"]): one["result"] for one in here.json("host", "check")}
     assert checked["h2", "reaches h1"] == checked["h1", "reaches h2"] == "ok"
+
+
+def _interrupted_when_libvirt_is_started(words: tuple[str, ...], machine: Machine) -> None:
+    """Nothing of it is lost, and how to go on is told."""
+    held = "#!/bin/sh\necho $PPID $$ >/run/held; exec sleep 1000\n"
+    machine.run("sh", "-c", "cat >/run/held.sh; chmod 755 /run/held.sh", input=held)
+    machine.run("mount", "--bind", "/run/held.sh", "/usr/sbin/virtlogd")
+    try:
+        process = subprocess.Popen([*VMCTL, *words, "--yes"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        begun = process.stderr.readline()
+        assert begun == "h2: libvirtd running\n", begun + process.communicate(timeout=60)[1]
+        wait_until(lambda: machine.run("cat", "/run/held", check=False).stdout, what="it to be at it", timeout_s=60)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 130
+        assert "cannot set up h2: interrupted; what was done stays" in said and "again does the rest" in said
+    finally:
+        machine.run("umount", "/usr/sbin/virtlogd")
+        machine.run("sh", "-c", "kill $(cat /run/held)", check=False)
 
 
 def test_setup_by_a_user_who_becomes_root(here: Shell, bed: Testbed) -> None:
