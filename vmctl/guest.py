@@ -37,6 +37,7 @@ _PAUSED_S = 30.0
 _SILENT_S = 120.0
 _GONE_S = 35.0
 _GREETING_S = 5.0
+_SOON_S = 10.0
 _AGAIN_S = 0.1
 _PANIC_LINES = 5
 _LOOK_S = 1.0
@@ -140,7 +141,15 @@ def unanswered(host: Host, name: str, why: str) -> VmctlError:
             hint=domain.remedy(name, vm.state, domain.PANICKED),
         )
     last = f"; last on its console: {lines[-1]}" if lines else ""
-    return HostUnreachable(f"cannot reach VM {name} by SSH: {why}", hint=f"`vmctl wait {name}` shows each stage{last}")
+    hint = behind(host) or f"`vmctl wait {name}` shows each stage"
+    return HostUnreachable(f"cannot reach VM {name} by SSH: {why}", hint=hint + last)
+
+
+def behind(host: Host) -> str:
+    """What may keep all guests of a host of another machine from being reached; "" for this machine's."""
+    if host.conn.local:
+        return ""
+    return f"a network of {host.name}'s own, as vmctl's is, is not reached from here: exec --via agent needs none"
 
 
 def panic_line(lines: Sequence[str]) -> str:
@@ -150,7 +159,10 @@ def panic_line(lines: Sequence[str]) -> str:
 
 def booting_left_s(host: Host, vm: Domain) -> float:
     """For how long not answering may still mean that it boots; as long as `vmctl wait` waits."""
-    up = inventory.uptime_s(host.conn, vm.name) or 0.0
+    up = inventory.uptime_s(host.conn, vm.name)
+    if up is None and vm.facts.agent_connected:  # of another machine's guest it is the sign of a boot that is over
+        return _SOON_S
+    up = up or 0.0
     if vm.facts.record is not None and vm.facts.record.restarted:
         up = min(up, max(0.0, time.time() - vm.facts.record.restarted))
     return 60.0 * timeout_scale(vm.facts.accel or Accel.KVM) - up

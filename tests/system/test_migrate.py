@@ -100,6 +100,21 @@ def test_to_where_there_is_room(pair: Pair, vm: str) -> None:
     assert f"{vm}: h1 -> h2" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "auto").stdout
 
 
+def test_a_guest_behind_its_host_is_told_as_such(pair: Pair, vm: str) -> None:
+    """On a network that is the host's own, as vmctl's is, it is not reached, however long it is waited for."""
+    name = f"{vm}-nat"
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--wait", "agent")
+    try:
+        told = pair.vmctl("-c", "h1", "exec", name, "--", "true", check=3).stderr
+        assert "at most 10 s" in told, "its agent is up: it has booted"
+        assert "a network of h1's own" in told and "--via agent" in told
+        assert pair.vmctl("-c", "h1", "exec", "--via", "agent", name, "--", "hostname").stdout == f"{name}\n"
+        told = pair.vmctl("-c", "h1", "wait", name, "--for", "ssh", "--timeout", "1", check=7).stderr
+        assert "a network of h1's own" in told
+    finally:
+        pair.vmctl("-c", "h1", "delete", name, "--yes")
+
+
 def test_one_host_by_two_names(pair: Pair, vm: str) -> None:
     """What is on both is there once: nothing of it is what a move left."""
     pair.vmctl("host", "add", "alias", pair.machine("h1").tcp_uri, "--insecure")
