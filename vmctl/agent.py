@@ -18,6 +18,7 @@ from vmctl.errors import GuestCommandFailed, Interrupted, SpecError, VmctlError,
 from vmctl.hosts import Host
 from vmctl.hypervisor import agent
 from vmctl.hypervisor.agent import AgentState
+from vmctl.hypervisor.domain import Domain, State
 from vmctl.wait import wait_until
 
 _ASK_S = 8.0  # libvirt itself spends 5 s on an agent that does not answer
@@ -43,11 +44,12 @@ class _Asked:
         self.host, self.name, self.doing = host, name, doing
         self.silent = False  # it left a question unanswered
         agent.require(host.conn, name, doing)
+        self._line = agent.Line(host.conn, name, doing)
 
     def __call__(self, command: str, *, deadline_s: float = _ASK_S, **arguments: object) -> Any:
         words = {key.replace("_", "-"): value for key, value in arguments.items()}
         try:
-            return agent.call(self.host.conn, self.name, command, words, doing=self.doing, deadline_s=deadline_s)
+            return self._line.ask(command, words, deadline_s=deadline_s)
         except WaitTimeout:
             self.silent = True
             raise
@@ -275,9 +277,12 @@ class GuestAddress:
     address: str
 
 
+SILENT = "silent"
+
+
 @dataclass(frozen=True, slots=True)
 class Glance:
-    """What an agent tells at once. ``state`` is "answers", "frozen", "silent", or why it could not be asked."""
+    """What an agent tells at once. ``state`` is "answers", "frozen", SILENT, or why it could not be asked."""
 
     state: str
     addresses: tuple[GuestAddress, ...] = ()
@@ -291,23 +296,26 @@ class Glance:
         return "", ""
 
 
-def glance(host: Host, name: str, *, active: bool) -> Glance:
-    """The agent's state and addresses, in a second at most."""
-    known = agent.state(host.conn, name)
-    if known is not AgentState.CONNECTED or not active:
+def glance(host: Host, vm: Domain, *, last: bool = False) -> Glance:
+    """The agent's state and addresses, in a second at most.
+
+    ``last``: the VM has just been found, and nothing is asked of the host by that connection afterwards.
+    """
+    known = agent.state_in(vm.facts) if last else agent.state(host.conn, vm.name)
+    if known is not AgentState.CONNECTED or vm.state is not State.RUNNING:
         return Glance(str(known))
     began = time.monotonic()
+    line = agent.Line(host.conn, vm.name, "look into", last=vm if last else None)
 
     def ask(command: str) -> Any:
-        left = max(0.1, began + _GLANCE_S - time.monotonic())
-        return agent.call(host.conn, name, command, doing="look into", deadline_s=left)
+        return line.ask(command, deadline_s=max(0.1, began + _GLANCE_S - time.monotonic()))
 
     try:
         if ask("guest-fsfreeze-status") == "frozen":
             return Glance("frozen")
         return Glance("answers", addresses(ask("guest-network-get-interfaces")))
     except WaitTimeout:
-        return Glance("silent")
+        return Glance(SILENT)
     except GuestCommandFailed:
         return Glance("answers")  # it refuses, as an administrator may have told it to
 

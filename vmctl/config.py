@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,12 @@ from vmctl.errors import NotFound, SpecError, reason
 
 _HOSTS = "host"
 AUTO = "auto"  # no host in particular: no host is called that
+_NAME, _ADDRESS = re.compile("[A-Za-z0-9][A-Za-z0-9._-]*"), re.compile(r"[A-Za-z0-9._:%\[\]-]+")
+# How a host of QEMU's guests is reached, and what else libvirt drives, which a URI may name but no host be.
+_WAYS = frozenset({"", "unix", "ssh", "libssh", "libssh2", "tls", "tcp", "ext"})
+_DRIVERS = frozenset(
+    "qemu test lxc xen ch vz parallels bhyve vbox esx vpx gsx hyperv vmwareplayer vmwarews vmwarefusion openvz".split()
+)
 
 
 class HostEntry(NamedTuple):
@@ -27,6 +34,9 @@ class HostEntry(NamedTuple):
     host_key: str = ""
     peer: str = ""
     address: str = ""
+
+
+_ENTRY_KEYS = tuple(one for one in HostEntry._fields if one != "name")
 
 
 class Settings(NamedTuple):
@@ -73,13 +83,19 @@ def folders(env: Mapping[str, str] = os.environ) -> Folders:
 
 def load(path: Path) -> Settings:
     """Read the config file; a missing one is all defaults. Raises SpecError that names every problem."""
-    if not path.exists():
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         return Settings()
+    except OSError as error:
+        raise SpecError(
+            f"cannot read config file {path}: {reason(error)}", hint="XDG_CONFIG_HOME names another"
+        ) from error
     import tomllib  # late: most runs have no config file, and all pay for an import
 
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(text.decode())
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SpecError(
             f"cannot read config file {path}: {reason(error)}", hint='it is TOML: connect = "qemu:///system"'
         ) from error
@@ -99,23 +115,43 @@ def read(values: Mapping[str, Any], path: Path) -> Settings:
     for name, table in tables.items():
         problems += _host_problems(name, table)
     if problems:
-        raise SpecError(
-            f"cannot use config file {path}", problems=problems, hint="known keys: " + ", ".join(sorted(known))
+        unknown = [one.endswith("]") for one in problems if one.startswith("unknown key")]  # of a host, or not
+        hint = "; ".join(
+            ["known keys: " + ", ".join(sorted(known))] * (False in unknown)
+            + ["known keys of a host: " + ", ".join(_ENTRY_KEYS)] * (True in unknown)
         )
+        raise SpecError(f"cannot use config file {path}", problems=problems, hint=hint or "edit it")
     return Settings(**plain, hosts={name: HostEntry(name, **table) for name, table in tables.items()})
 
 
 def _host_problems(name: str, table: Mapping[str, Any]) -> list[str]:
-    known = [one for one in HostEntry._fields if one != "name"]
+    known = _ENTRY_KEYS
     where = f"[{_HOSTS}.{name}]"
     problems = [f"unknown key {key!r} in {where}" for key in table if key not in known]
-    problems += [f"{key} in {where} is not a string" for key in table if not isinstance(table[key], str)]
+    plain = {key: value for key, value in table.items() if key in known}
+    problems += [f"{key} in {where} is not a string" for key, value in plain.items() if not isinstance(value, str)]
     if "uri" not in table:
         problems.append(f"no uri in {where}")
+    if name == AUTO or _NAME.fullmatch(name) is None:
+        problems.append(f"{name!r} in {where} is no name for a host")
     for key in ("uri", "peer"):
-        if isinstance(uri := table.get(key), str) and not readable(uri):
-            problems.append(f"{key} in {where} is no URI: {uri}")
+        if isinstance(uri := table.get(key), str) and not (key == "peer" and not uri) and not of_qemu(uri):
+            problems.append(f"{key} in {where} is no URI of a libvirt host: {uri!r}")
+    address = table.get("address")
+    if isinstance(address, str) and address and not is_address(address):
+        problems.append(f"address in {where} is none: {address!r}")
     return problems
+
+
+def of_qemu(uri: str) -> bool:
+    """Whether it is a URI of a libvirt that drives QEMU, which a host of vmctl's is."""
+    driver, _, way = urlsplit(uri).scheme.partition("+") if readable(uri) else ("", "", "")
+    return driver == "qemu" and way in _WAYS
+
+
+def is_address(text: str) -> bool:
+    """Whether it may be a name or an address of a machine, without a port."""
+    return _ADDRESS.fullmatch(text) is not None and (":" not in text or text.count(":") > 1)
 
 
 def readable(uri: str) -> bool:
@@ -132,29 +168,40 @@ def backup_folder(flag: Path | None, settings: Settings, own: Folders) -> Path:
     return flag or (Path(settings.backups).expanduser() if settings.backups else own.data / "backups")
 
 
-def chosen_uri(flag: str | None, env: Mapping[str, str], settings: Settings) -> str:
-    """The URI to connect to, by precedence: flag, VMCTL_CONNECT, LIBVIRT_DEFAULT_URI, config file; "" for none."""
-    return flag or env.get("VMCTL_CONNECT") or env.get("LIBVIRT_DEFAULT_URI") or settings.connect
+def chosen(flag: str | None, settings: Settings, env: Mapping[str, str] = os.environ) -> HostEntry | None:
+    """The host to connect to, by precedence: flag, VMCTL_CONNECT, LIBVIRT_DEFAULT_URI, config file; None for none.
+
+    Raises NotFound, SpecError, which say who named it where that was not the command line.
+    """
+    if flag:
+        return entry(flag, settings)
+    for variable in ("VMCTL_CONNECT", "LIBVIRT_DEFAULT_URI"):
+        if text := env.get(variable):
+            return entry(text, settings, by=f"{variable} names it")
+    return entry(settings.connect, settings, by="`connect` in the config file names it") if settings.connect else None
 
 
-def chosen_entry(flag: str | None, settings: Settings, env: Mapping[str, str] = os.environ) -> HostEntry:
-    """The host to connect to, by the same precedence, else this machine. Raises NotFound."""
-    uri = chosen_uri(flag, env, settings)
-    return entry(uri, settings) if uri else HostEntry("", "qemu:///system")
+def chosen_entry(flag: str | None, settings: Settings) -> HostEntry:
+    """The host to connect to, by the same precedence, else this machine. Raises as ``chosen`` does."""
+    return chosen(flag, settings) or HostEntry("", "qemu:///system")
 
 
-def entry(text: str, settings: Settings) -> HostEntry:
-    """The host that a name or URI means; one by its URI has no name and no key. Raises NotFound, SpecError."""
+def entry(text: str, settings: Settings, *, by: str = "") -> HostEntry:
+    """The host that a name or URI means; one by its URI has no name and no key. Raises NotFound, SpecError.
+
+    ``by`` tells a user who did not type it where it stands.
+    """
     if text in settings.hosts:
         return settings.hosts[text]
+    by = f"{by}; " if by else ""
     if ":" not in text:
         hint = f"known: {', '.join(settings.hosts)}" if settings.hosts else "vmctl host add NAME URI makes one known"
         if not text:
             raise SpecError("cannot find a host by an empty name", hint=hint)
-        raise NotFound(f"cannot find host {text}: the config file has none of that name", hint=hint)
-    if not readable(text):
+        raise NotFound(f"cannot find host {text}: the config file has none of that name", hint=by + hint)
+    if not readable(text) or urlsplit(text).scheme.partition("+")[0] not in _DRIVERS:
         raise SpecError(
-            f"cannot find host {text}: it is no URI",
-            hint="such as qemu+ssh://root@host/system; an IPv6 address stands in brackets",
+            f"cannot find host {text}: it is no URI" + (" of libvirt's" if readable(text) else ""),
+            hint=f"{by}such as qemu+ssh://root@host/system; an IPv6 address stands in brackets",
         )
     return HostEntry("", text)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vmctl.agent import GuestAddress, glance
+from vmctl.agent import SILENT, Glance, GuestAddress, glance
 from vmctl.choices import AccelChoice, ShareDriver
 from vmctl.domain_brief import Brief
 from vmctl.domain_xml import DiskFacts, NicFacts, TpmFacts
@@ -67,29 +67,52 @@ class Detail:
     host: str
 
 
-def detail(host: Host, name: str) -> Detail:
-    """One VM in full, the host's accelerator decision beside what the VM uses. Raises NotFound."""
+def details(host: Host, names: Sequence[str]) -> tuple[Detail, ...]:
+    """VMs in full, the host's accelerator decision beside what each uses. Raises NotFound.
+
+    Each thing is asked once, and agents last, by the same connection: to open another takes longer than all the rest.
+    """
     try:
-        return _look(host, name)
-    except WrongState:  # it stopped or crashed while it was looked at: what it is now is the answer
-        return _look(host, name)
+        return _look(host, names)
+    except WrongState:  # one stopped or crashed while it was looked at: what it is now is the answer
+        return _look(host, names)
 
 
-def _look(host: Host, name: str) -> Detail:
-    vm = domain.find(host.conn, name)
-    facts, record = vm.facts, vm.facts.record
+def _look(host: Host, names: Sequence[str]) -> tuple[Detail, ...]:
+    vms = [domain.find(host.conn, name) for name in names]
+    entries = [_entry(vm) for vm in vms]
+    here = decide_accel(host, AccelChoice.AUTO).to_json()
+    shares = [_shares(vm) for vm in vms]
+    glances: dict[str, Glance] = {}
+    addresses = addresses_of(host, entries, glances.__getitem__)
+    ours = True
+    for vm in vms:
+        glances[vm.name] = glance(host, vm, last=ours)
+        ours = ours and glances[vm.name].state != SILENT  # a question that was given up keeps the connection
+    return tuple(
+        _detail(host, vm, here, glances[vm.name], addresses(entry), its)
+        for vm, entry, its in zip(vms, entries, shares, strict=True)
+    )
+
+
+def _entry(vm: Domain) -> Entry:
+    facts = vm.facts
     pairs = tuple((nic.mac, nic.source) for nic in facts.nics)
-    short = Brief(vm.uuid, facts.accel, facts.vcpus, facts.memory_mib, pairs, record)
-    entry = Entry(vm.name, vm.uuid, vm.state, facts.vcpus, facts.memory_mib, None, short)
-    here = decide_accel(host, AccelChoice.AUTO)
+    short = Brief(vm.uuid, facts.accel, facts.vcpus, facts.memory_mib, pairs, facts.record)
+    return Entry(vm.name, vm.uuid, vm.state, facts.vcpus, facts.memory_mib, None, short)
+
+
+def _detail(
+    host: Host, vm: Domain, here: Mapping[str, object], agent: Glance, address: str, shares: tuple[ShareFacts, ...]
+) -> Detail:
+    facts, record = vm.facts, vm.facts.record
     accel: dict[str, object] = {
         "chosen": facts.accel or "",
         "requested": record.accel_requested if record else "",
         "reason": record.accel_reason if record else "defined outside vmctl",
-        "host": here.to_json(),
+        "host": here,
     }
     ssh = record.ssh if record else None
-    agent = glance(host, vm.name, active=vm.state is State.RUNNING)
     return Detail(
         name=vm.name,
         uuid=vm.uuid,
@@ -107,13 +130,13 @@ def _look(host: Host, name: str) -> Detail:
         tpm=facts.tpm,
         image=record.image if record else "",
         image_digest=record.image_digest if record else "",
-        address=addresses_of(host, [entry], lambda _name: agent)(entry),
+        address=address,
         addresses=agent.addresses,
         ssh_user=ssh.user if ssh else "",
         ssh_host_key=ssh.host_key if ssh else "",
         disks=facts.disks,
         nics=facts.nics,
-        shares=_shares(host, vm),
+        shares=shares,
         graphics=facts.graphics,
         agent=facts.agent,
         agent_state=agent.state,
@@ -125,10 +148,9 @@ def _look(host: Host, name: str) -> Detail:
     )
 
 
-def _shares(host: Host, vm: Domain) -> tuple[ShareFacts, ...]:
+def _shares(vm: Domain) -> tuple[ShareFacts, ...]:
     """Those it has now, and those it has from its next start on."""
-    now = {one.tag: one for one in devices.shares(host.conn, vm.name, live=True)} if vm.active else {}
-    later = {one.tag: one for one in devices.shares(host.conn, vm.name)} if vm.persistent else {}
+    now, later = ({one.tag: one for one in these} for these in devices.shares_by_now(vm))
     mounts = vm.facts.record.mounts if vm.facts.record else {}
     return tuple(
         ShareFacts(

@@ -60,6 +60,7 @@ class DomainFacts:
     tpm: TpmFacts | None
     graphics: str
     agent: bool
+    agent_connected: bool
     serial_log: str
     nvram: str
     kernel: str
@@ -129,6 +130,7 @@ def read(root: ET.Element) -> DomainFacts:
     memory = root.find("memory")
     kib = 0.0 if memory is None else int(memory.text or 0) * _KIB_PER.get(memory.get("unit", "KiB"), 1)
     loader = root.find("os/loader")
+    agent = root.find("devices/channel/target[@name='org.qemu.guest_agent.0']")
     uefi = _attribute(root, "os", "firmware") == "efi" or (loader is not None and loader.get("type") == "pflash")
     secure = loader is not None and loader.get("secure") == "yes"
     return DomainFacts(
@@ -145,10 +147,8 @@ def read(root: ET.Element) -> DomainFacts:
         nics=tuple(_nic(nic) for nic in root.iterfind("devices/interface")),
         tpm=_tpm(root),
         graphics=_attribute(root, "devices/graphics", "type") or "none",
-        agent=any(
-            _attribute(channel, "target", "name") == "org.qemu.guest_agent.0"
-            for channel in root.iterfind("devices/channel")
-        ),
+        agent=agent is not None,
+        agent_connected=agent is not None and agent.get("state") == "connected",
         serial_log=_attribute(root, "devices/serial/log", "file"),
         nvram=_text(root, "os/nvram"),
         kernel=_text(root, "os/kernel"),

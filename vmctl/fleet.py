@@ -19,6 +19,7 @@ from vmctl.listing import Row
 
 T = TypeVar("T")
 DEADLINE_S = 10.0
+_ANEW_S = 60.0
 SAYS_MORE = "vmctl host check says more"
 
 
@@ -161,26 +162,50 @@ class TopRow:
 
 
 class Watch:
-    """Looks at hosts again and again over connections that stay open."""
+    """Looks at hosts again and again over connections that stay open.
+
+    One that was late is not waited for in the looks that follow, nor asked again before it has answered, or a minute
+    has gone: a question to a daemon that is stopped, and the SSH client that carries it, stay as long as it does.
+    """
 
     def __init__(self, fleet: Fleet, names: Sequence[str], *, timeout_s: float = DEADLINE_S) -> None:
         self._fleet, self._entries, self._timeout_s = fleet, fleet.entries(names), timeout_s
         self._open: dict[str, Host] = {}
         self._before: dict[str, NodeLoad] = {}
+        self._since: dict[str, float] = {}  # when a question was put that is not answered yet
 
     def look(self) -> tuple[TopRow, ...]:
         """Each host now; processors as busy as they were since the last look, at the first since its boot."""
-        return tuple(self._row(name, answer) for name, answer in each(self._entries, self._ask, self._timeout_s))
+        now = time.monotonic()
+        late: dict[str, NodeLoad | VmctlError] = {
+            name: HostUnreachable(f"cannot ask host {name}: no answer for {now - since:.0f} s", hint=SAYS_MORE)
+            for name, since in self._since.copy().items()
+            if now - since < _ANEW_S
+        }
+        for name in self._since.copy().keys() - late:
+            self._open.pop(name, None)  # what still waits on it may do so
+        asked = [entry for entry in self._entries if called(entry) not in late]
+        found = late | dict(each(asked, self._ask, self._timeout_s))
+        return tuple(self._row(called(entry), found[called(entry)]) for entry in self._entries)
 
     def _ask(self, entry: HostEntry) -> NodeLoad:
-        name = called(entry)
-        if name not in self._open:
-            self._open[name] = self._fleet.open(entry)
+        name, mine = called(entry), time.monotonic()
+        self._since[name] = mine
+        host = self._open.get(name)
         try:
-            return node.load(self._open[name].conn)
+            host = host or self._fleet.open(entry)
+            found = node.load(host.conn)
         except VmctlError:
-            self._open.pop(name).conn.close()  # opened anew at the next look
+            if host is not None:
+                host.conn.close()  # opened anew at the next look
+            if self._since.get(name) == mine:
+                self._open.pop(name, None)
+                del self._since[name]
             raise
+        if self._since.get(name) == mine:
+            self._open[name] = host
+            del self._since[name]
+        return found
 
     def _row(self, name: str, answer: NodeLoad | VmctlError) -> TopRow:
         if isinstance(answer, VmctlError):

@@ -37,6 +37,7 @@ _PAUSED_S = 30.0
 _SILENT_S = 120.0
 _GONE_S = 35.0
 _GREETING_S = 5.0
+_SOON_S = 10.0
 _AGAIN_S = 0.1
 _PANIC_LINES = 5
 _LOOK_S = 1.0
@@ -76,6 +77,8 @@ def address(host: Host, vm: Domain) -> Address | None:
         for entry in facts.reservations:
             if entry.mac == nic.mac:
                 return Address(entry.address, 22, nic.mac, facts.name)
+        if not facts.gateway:  # libvirt gives no addresses there
+            continue
         held = [lease for lease in network.leases(host.conn, facts.name) if lease.mac == nic.mac]
         if held:
             return Address(max(held, key=lambda lease: lease.expiry).address, 22, nic.mac, facts.name)
@@ -87,7 +90,7 @@ def _told_by_agent(host: Host, vm: Domain) -> Address | None:
     if vm.state is not State.RUNNING or not vm.facts.agent:
         return None
     macs = {nic.mac for nic in vm.facts.nics}
-    found, mac = agent.glance(host, vm.name, active=True).reachable(macs)
+    found, mac = agent.glance(host, vm).reachable(macs)
     return Address(found, 22, mac, "") if found else None
 
 
@@ -138,7 +141,15 @@ def unanswered(host: Host, name: str, why: str) -> VmctlError:
             hint=domain.remedy(name, vm.state, domain.PANICKED),
         )
     last = f"; last on its console: {lines[-1]}" if lines else ""
-    return HostUnreachable(f"cannot reach VM {name} by SSH: {why}", hint=f"`vmctl wait {name}` shows each stage{last}")
+    hint = behind(host) or f"`vmctl wait {name}` shows each stage"
+    return HostUnreachable(f"cannot reach VM {name} by SSH: {why}", hint=hint + last)
+
+
+def behind(host: Host) -> str:
+    """What may keep all guests of a host of another machine from being reached; "" for this machine's."""
+    if host.conn.local:
+        return ""
+    return f"a network of {host.name}'s own, as vmctl's is, is not reached from here: exec --via agent needs none"
 
 
 def panic_line(lines: Sequence[str]) -> str:
@@ -148,7 +159,10 @@ def panic_line(lines: Sequence[str]) -> str:
 
 def booting_left_s(host: Host, vm: Domain) -> float:
     """For how long not answering may still mean that it boots; as long as `vmctl wait` waits."""
-    up = inventory.uptime_s(host.conn, vm.name) or 0.0
+    up = inventory.uptime_s(host.conn, vm.name)
+    if up is None and vm.facts.agent_connected:  # of another machine's guest it is the sign of a boot that is over
+        return _SOON_S
+    up = up or 0.0
     if vm.facts.record is not None and vm.facts.record.restarted:
         up = min(up, max(0.0, time.time() - vm.facts.record.restarted))
     return 60.0 * timeout_scale(vm.facts.accel or Accel.KVM) - up
@@ -193,11 +207,11 @@ def await_answer(host: Host, vm: Domain, why: str, report: Reporter) -> None:
         raise unanswered(host, vm.name, f"{last}, {error.after_s:.0f} s later still") from error
 
 
-def target(host: Host, vm: Domain, *, user: str | None = None) -> Target:
-    """How to log in to a running guest. Raises WrongState, NotFound."""
+def target(host: Host, vm: Domain, *, user: str | None = None, known: Address | None = None) -> Target:
+    """How to log in to a running guest, where it is ``known`` to be or found to be. Raises WrongState, NotFound."""
     domain.require(vm, frozenset({State.RUNNING}), "reach", f"vmctl start {vm.name}")
     ssh = _require_login(vm)
-    where = address(host, vm)
+    where = known or address(host, vm)
     if where is None:
         raise NotFound(f"cannot reach VM {vm.name}: it has no address yet", hint=f"vmctl wait {vm.name} --for ip")
     return Target(where.host, where.port, user or ssh.user, ssh.host_key, private_key(host))
@@ -248,8 +262,10 @@ def execute(
         return attempt(target(host, vm, user=user))
     try:
         # At once where an address is known: to ask first would cost the guest a connection for each command.
-        known = address(host, vm) is not None
-        return attempt(target(host, vm, user=user) if known else reachable(host, name, user=user, report=report))
+        known = address(host, vm)
+        if known is None:
+            return attempt(reachable(host, name, user=user, report=report))
+        return attempt(target(host, vm, user=user, known=known))
     except ssh.NotAnswering as error:
         await_answer(host, vm, error.why, report)
     return attempt(target(host, vm, user=user))

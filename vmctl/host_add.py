@@ -8,12 +8,11 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from vmctl import host_book, host_ssh, spec
-from vmctl.config import AUTO, HostEntry, readable
+from vmctl.config import AUTO, HostEntry, is_address, of_qemu, readable
 from vmctl.errors import Conflict, HostUnreachable, SpecError
 from vmctl.fleet import Fleet
 from vmctl.hypervisor import connection
 
-_SCHEMES = ("qemu", "qemu+unix", "qemu+ssh", "qemu+libssh", "qemu+libssh2", "qemu+tls", "qemu+tcp", "test")
 _CHECK_S = 30.0
 
 
@@ -50,11 +49,12 @@ def problems(wish: Wish) -> list[str]:
     if wish.name == AUTO:
         found.append(f"{AUTO} is what `vmctl migrate --to` calls no host in particular")
     for uri in filter(None, (wish.uri, wish.peer)):
-        scheme = urlsplit(uri).scheme if readable(uri) else ""
-        if scheme not in _SCHEMES:
+        if not of_qemu(uri):
             found.append(f"{uri!r} is no URI of a libvirt host, such as qemu+ssh://root@host/system")
-        elif scheme == "qemu+tcp" and not wish.insecure:
+        elif urlsplit(uri).scheme == "qemu+tcp" and not wish.insecure:
             found.append(f"{uri} is neither encrypted nor authenticated; in a test network, --insecure lets it be")
+    if wish.address and not is_address(wish.address):
+        found.append(f"--address {wish.address!r} is no address")
     if (wish.host_key or wish.fingerprint) and readable(wish.uri) and not host_ssh.by_ssh(wish.uri):
         found.append("an SSH host key is for qemu+ssh only")
     if wish.fingerprint and not wish.fingerprint.startswith("SHA256:"):

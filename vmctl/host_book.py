@@ -76,7 +76,8 @@ def without(text: str, name: str) -> str:
 
 
 def _text(folders: Folders) -> str:
-    return path(folders).read_text() if path(folders).exists() else ""
+    found = path(folders)
+    return found.read_bytes().decode() if found.exists() else ""  # its line ends, too, are left as they are
 
 
 def _write(folders: Folders, text: str, hosts: dict[str, HostEntry]) -> None:
@@ -94,9 +95,9 @@ def _write(folders: Folders, text: str, hosts: dict[str, HostEntry]) -> None:
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=".config-", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".config-", delete=False) as file:
             try:
-                file.write(text)
+                file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
                 if target.exists():

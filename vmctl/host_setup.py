@@ -39,13 +39,16 @@ _LOOK = r"""
 echo "uid=$(id -u)"
 echo "user=$(id -un)"
 echo "groups=$(id -Gn)"
-echo "root=$([ "$(id -u)" = 0 ] && echo yes || { sudo -n true 2>/dev/null && echo yes || echo no; })"
+root=no sudo=
+if [ "$(id -u)" = 0 ]; then root=yes; elif sudo -n true 2>/dev/null; then root=yes sudo='sudo -n'; fi
+echo "root=$root"
 echo "os=$(. /etc/os-release 2>/dev/null; echo "$ID ${ID_LIKE-}")"
 for package in "$@"; do
     dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null | grep -qx installed || echo "missing=$package"
 done
 echo "systemd=$([ -d /run/systemd/system ] && echo yes || echo no)"
-echo "libvirt=$([ -S /run/libvirt/libvirt-sock ] && echo yes || echo no)"
+# A daemon that was killed leaves its socket.
+echo "libvirt=$($sudo timeout 10 virsh -q -c qemu:///system uri </dev/null >/dev/null 2>&1 && echo yes || echo no)"
 [ ! -c /dev/kvm ] || echo "kvm=$(stat -c '%G %a' /dev/kvm)"
 """
 _AS_ROOT = '[ "$(id -u)" = 0 ] && exec sh -c "$1"; exec sudo -n -H sh -c "$1"'
@@ -129,11 +132,16 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One thing that is not yet as it should be: what to call it, and the script that does it, as root there."""
+    """One thing that is not yet as it should be: what to call it, and the script that does it, as root there.
+
+    ``doing`` is what that is called where it does more than the one thing, ``hint`` what to do when it fails.
+    """
 
     what: str
     script: str
     timeout_s: float = field(default=_STEP_S, compare=False)
+    doing: str = field(default="", compare=False)
+    hint: str = field(default="", compare=False)
 
 
 def read(text: str) -> Machine:
@@ -163,12 +171,15 @@ def changes(machine: Machine) -> tuple[Change, ...]:
         again = f"{{ dpkg --configure -a; {install}; }}"
         script = f"export DEBIAN_FRONTEND=noninteractive; apt-get -q update; {install} || {again}"
         found += [Change(f"package {name}", "") for name in machine.missing[:-1]]
-        found.append(Change(f"package {machine.missing[-1]}", script, _INSTALL_S))
+        many = f"{len(machine.missing)} packages" if machine.missing[1:] else ""
+        hint = "does `apt-get update` there reach its mirror, and `dpkg --configure -a` end well? then this again"
+        found.append(Change(f"package {machine.missing[-1]}", script, _INSTALL_S, many, hint))
     if machine.kvm and machine.kvm.split()[0] != "kvm":
         found.append(Change(f"/dev/kvm: group kvm instead of {machine.kvm}", "chgrp kvm /dev/kvm; chmod 660 /dev/kvm"))
     if not machine.libvirt or machine.missing:
         start = "systemctl enable --now virtlogd.socket libvirtd.socket libvirtd.service"
-        by_hand = "[ -S /run/libvirt/virtlogd-sock ] || virtlogd -d; libvirtd -d"
+        # Either may run by now, and says so then.
+        by_hand = "virtlogd -d || :; libvirtd -d || timeout 10 virsh -q -c qemu:///system uri"
         found.append(Change("libvirtd running", start if machine.systemd else by_hand))
     if machine.uid != "0":
         lacking = [group for group in ("libvirt", "kvm") if group not in machine.groups]
@@ -189,7 +200,7 @@ def look(fleet: Fleet, entry: HostEntry) -> Machine:
         )
     if not found.root:
         raise Unsupported(
-            f"cannot set up {called(entry)}: {found.user} is not root there, and sudo asks for a password",
+            f"cannot set up {called(entry)}: {found.user} is not root there, nor becomes it by sudo without a password",
             hint="log in as root, or let the user sudo without a password",
         )
     return found
@@ -201,12 +212,14 @@ def apply(fleet: Fleet, entry: HostEntry, machine: Machine, wanted: Sequence[Cha
     for change in wanted:
         if not change.script:
             continue  # done with the ones after it
-        report(Step(f"{called(entry)}: {change.what}"))
+        doing = change.doing or change.what
+        report(Step(f"{called(entry)}: {doing}"))
         argv = [*prefix, "sh", "-e", "-c", change.script]
         done = host_ssh.run(entry, fleet.folders.runtime, *argv, timeout_s=change.timeout_s)
         if done.code:
             words = [line for line in (done.err or done.out).splitlines() if line.strip()]
-            raise VmctlError(f"cannot set up {called(entry)}: {change.what}: {words[-1] if words else done.code}")
+            why = f"cannot set up {called(entry)}: {doing}: {words[-1] if words else done.code}"
+            raise VmctlError(why, hint=change.hint)
 
 
 def as_root(fleet: Fleet, entry: HostEntry, script: str, *, timeout_s: float) -> host_ssh.Answer:

@@ -113,7 +113,8 @@ def offered(there: Place) -> list[str]:
     ]
     keys = _best_first(line for line in _said(argv, timeout_s=2 * _CONNECT_S).splitlines() if line)
     if not keys:
-        raise HostUnreachable(f"cannot ask {there.host} for its SSH host key: no SSH server answers")
+        text = f"cannot ask {there.host} for its SSH host key: no SSH server answers"
+        raise HostUnreachable(text, hint="--host-key tells the key of one that does not answer now")
     return keys
 
 

@@ -71,14 +71,14 @@ def open_host(connect: str | None = None, env: Mapping[str, str] = os.environ, r
     """Open the host that flag, environment or config name, or the one that answers. Raises HostUnreachable."""
     folders = config.folders(env)
     settings = config.load(folders.config / "config.toml")
-    uri = config.chosen_uri(connect, env, settings)
+    entry = config.chosen(connect, settings, env)
 
     def fell_back(why: str) -> None:
         text = f"using {connection.SESSION}, for {connection.SYSTEM} does not answer: {why}"
         report(Warned(text, "-c or VMCTL_CONNECT chooses"))
 
-    if uri:
-        return open_entry(config.entry(uri, settings), settings, folders)
+    if entry is not None:
+        return open_entry(entry, settings, folders)
     return Host(connection.connect_default(fell_back), settings, folders)
 
 

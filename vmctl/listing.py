@@ -14,6 +14,7 @@ from vmctl.hypervisor.states import State
 
 if TYPE_CHECKING:
     from vmctl.agent import Glance
+    from vmctl.domain_brief import Brief
     from vmctl.hosts import Host
     from vmctl.record import Record
 
@@ -90,19 +91,23 @@ def addresses_of(
     neighbours is all that a list may ask; ``glance`` is what the guest's agent said, for who has asked it.
     """
     used: dict[str, set[str]] = {}
-    for mac, source in (nic for entry in entries if entry.facts for nic in entry.facts.nics):
-        used.setdefault(source, set()).add(mac)
+    for entry in entries:
+        for mac, source in entry.facts.nics if entry.facts and not _fixed(entry.facts) else ():
+            used.setdefault(source, set()).add(mac)
     known: dict[str, str] = {}
     given: set[str] = set()
     if used and host.conn.qemu and not host.conn.session:
         from vmctl.hypervisor import network  # late: without a card there is nothing to look up
 
-        for net in network.all_networks(host.conn):
+        # Of one VM or a few its own networks are asked for, of a list all at once.
+        nets = network.named(host.conn, used) if glance else network.all_networks(host.conn)
+        for net in nets:
             if net.gateway:
                 given.add(net.name)
             if net.name in used:
                 kept = {entry.mac: entry.address for entry in net.reservations}
-                if used[net.name] - kept.keys():  # a card whose MAC the user chose has none on vmctl's network either
+                # A card whose MAC the user chose has none on vmctl's network either.
+                if net.gateway and used[net.name] - kept.keys():
                     known |= {lease.mac: lease.address for lease in network.leases(host.conn, net.name)}
                 known |= kept
         if used.keys() - given and host.conn.local:
@@ -112,16 +117,22 @@ def addresses_of(
         facts = entry.facts
         if facts is None:
             return ""
-        if facts.record and facts.record.ssh and facts.record.ssh.forward_port:
-            return f"127.0.0.1:{facts.record.ssh.forward_port}"
-        if facts.record and facts.record.ssh and facts.record.ssh.address:
-            return facts.record.ssh.address
+        if fixed := _fixed(facts):
+            return fixed
         if found := next((known[mac] for mac, _ in facts.nics if mac in known), ""):
             return found
         bridged = {mac.lower() for mac, source in facts.nics if source not in given}
         return glance(entry.name).reachable(bridged)[0] if glance and bridged else ""
 
     return look_up
+
+
+def _fixed(facts: Brief) -> str:
+    """The address that a VM's record tells, which nobody needs to be asked for; "" for none."""
+    ssh = facts.record.ssh if facts.record else None
+    if ssh and ssh.forward_port:
+        return f"127.0.0.1:{ssh.forward_port}"
+    return (ssh and ssh.address) or ""
 
 
 def neighbours(table: Path) -> dict[str, str]:

@@ -7,12 +7,13 @@ import time
 
 from vmctl import fleet as fleets
 from vmctl.config import HostEntry
-from vmctl.errors import NotFound, VmctlError
+from vmctl.errors import NotFound, PreflightFailed, Unsupported, VmctlError
 from vmctl.fleet import Fleet
 from vmctl.hosts import Host
-from vmctl.hypervisor import connection, domain, migration
+from vmctl.hypervisor import capabilities, connection, domain, migration
 from vmctl.migrate_facts import Asking
 from vmctl.migrate_outcome import Seen
+from vmctl.migrate_problems import one_host
 
 _OPEN_S, _ASK_S, _VALID_S = 25.0, 15.0, 60.0
 
@@ -45,6 +46,9 @@ class Ends:
         for which in self._entries:
             if which in failures:
                 raise failures[which]
+            if not self._host(which).conn.qemu:
+                way = "from" if which == "source" else "to"
+                raise Unsupported(f"cannot migrate {way} {fleets.called(self._entries[which])}: no QEMU is there")
 
     def asking(self) -> Asking:
         """That question, which is not put again for the VMs that follow within the minute."""
@@ -95,6 +99,15 @@ class Ends:
                 migration.keep_alive(answer.conn)
                 self._open[which] = answer
         return self._open[which]
+
+    def require_two(self, doing: str) -> None:
+        """Raise PreflightFailed when both answer, and are one host by two names: what is on both is there once."""
+        try:
+            here, there = (capabilities.who(host.conn).uuid for host in (self.source, self.target))
+        except VmctlError:
+            return
+        if here == there:
+            raise PreflightFailed(f"cannot {doing}: nothing was changed", problems=[one_host(*self.names, here)[:2]])
 
     def seen(self, uuid: str) -> tuple[Seen, Seen]:
         """The VM of that UUID on source and target, asked anew, both at once."""

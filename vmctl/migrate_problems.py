@@ -168,11 +168,19 @@ def _state(facts: Facts) -> Iterator[Problem]:
         yield Problem(f"{vm.name} is transient, and does not run", "start it")
 
 
+def one_host(here: str, there: str, uuid: str) -> Problem:
+    """Source and target are one to libvirt: nothing can go from one to the other."""
+    if here == there:
+        return Problem(f"{there} is the host it is on", "--to another host")
+    what = f"{here} and {there} are one host to libvirt: both have host UUID {uuid}"
+    mend = "--to another host; if they are two: give one another host_uuid in /etc/libvirt/libvirtd.conf"
+    return Problem(what, mend)
+
+
 def _identity(facts: Facts) -> Iterator[Problem]:
     vm, there = facts.vm, facts.target
     if facts.source.uuid == there.uuid:
-        what = f"{facts.source.name} and {there.name} are one host to libvirt: both have host UUID {there.uuid}"
-        yield Problem(what, "if they are two: give one another host_uuid in /etc/libvirt/libvirtd.conf")
+        yield one_host(facts.source.name, there.name, there.uuid)
         return
     if facts.source.hostname == there.hostname:
         yield Problem(f"both hosts are called {there.hostname}", "give one another host name")

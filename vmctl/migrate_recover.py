@@ -33,10 +33,12 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
     Raises MigrationFailed where physics leaves nothing to settle, or a host cannot be asked.
     """
     with holding(ends.source, name):
+        ends.require_two(f"recover VM {name}")
         vm = domain.find_or_none(ends.source.conn, name) or domain.find(ends.target.conn, name)
         began = time.monotonic()
         _await_job(ends, vm, wish, report)
         where, seen = migrate_settle.settle(ends, vm.uuid)
+        ends.require_two(f"recover VM {name}")  # one may have come back only now
         if where is Where.POSTCOPY:
             report(Step(f"{name}: going on with its post-copy"))
             _resume_postcopy(ends, vm, wish)

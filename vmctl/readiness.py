@@ -16,7 +16,7 @@ from vmctl.accel import timeout_scale
 from vmctl.cloud_init import Outcome, Status
 from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, WrongState, reason
 from vmctl.events import Reporter, StageBegan, StageDone, Warned
-from vmctl.guest import Address, address, console_tail, execute, panic_line
+from vmctl.guest import Address, address, behind, console_tail, execute, panic_line
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, inventory, network
 from vmctl.hypervisor.agent import AgentState, Ping
@@ -204,6 +204,8 @@ class _Watch:
             lines.append(f"address: none known; its network cards: {cards or 'none'}")
         if self.last_error:
             lines.append(f"last try: {self.last_error}")
+        if far := behind(self.host):
+            lines.append(far)
         tail = console_tail(self.host, self.vm, _LOG_LINES)
         lines += ["console, last lines:", *(f"  {line}" for line in tail)] if tail else ["console: nothing printed"]
         return lines

@@ -37,14 +37,25 @@ class Left(NamedTuple):
     why: str
 
 
+class Unseen(NamedTuple):
+    """A host that the plan takes for not there, and why."""
+
+    host: str
+    why: str
+
+
 class Plan(NamedTuple):
-    """Moves in order, what they leave, and how far the most and the least used host are apart, as shares of 1."""
+    """Moves in order, what they leave, and how far the most and the least used host are apart, as shares of 1.
+
+    ``unseen`` are hosts of which nothing is known, and why.
+    """
 
     moves: tuple[Move, ...]
     left: tuple[Left, ...]
     spread_before: float
     spread_after: float
     freed: tuple[str, ...] = ()
+    unseen: tuple[Unseen, ...] = ()
 
 
 class _Draft:
@@ -81,7 +92,8 @@ class _Draft:
 
     def plan(self, freed: Iterable[str] = ()) -> Plan:
         moves = in_waves(self.census, self.limits, self.moves)
-        return Plan(moves, tuple(self.left), self.before, self.ledger.spread(), tuple(freed))
+        unseen = tuple(Unseen(one.name, one.problem) for one in self.census.hosts if one.problem)
+        return Plan(moves, tuple(self.left), self.before, self.ledger.spread(), tuple(freed), unseen)
 
 
 def in_waves(census: Census, limits: Limits, moves: Sequence[tuple[VmSeen, Move]]) -> tuple[Move, ...]:

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import Testbed
+from tests.hosts import Machine, Testbed
 from tests.system.conftest import VMCTL, Shell
+from vmctl import config
+from vmctl.fleet import Fleet, Watch
+from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
 
@@ -172,10 +175,39 @@ def test_top_and_show(known: Shell, bed: Testbed) -> None:
     assert known.json("-c", "h2", "host", "info")["name"] == "h2"
 
 
+def test_top_waits_once_for_a_host_that_is_stopped(known: Shell, bed: Testbed) -> None:
+    """Else each look would take as long as that one's, and leave a thread and an SSH client behind."""
+    first, third = bed.machines[0], bed.machines[2]
+    folders = config.folders()
+    watch = Watch(Fleet(config.load(folders.config / "config.toml"), folders), ("h1", "h3"), timeout_s=10)
+    assert [row.problem for row in watch.look()] == ["", ""]
+    watch = Watch(Fleet(config.load(folders.config / "config.toml"), folders), ("h1", "h3"), timeout_s=3)
+    clients = len(_clients(third))
+    third.kill("libvirtd", signal.SIGSTOP)
+    try:
+        looks = [watch.look() for _ in range(5)]
+        assert [rows[1].problem for rows in looks[:1]] == ["cannot ask host h3: no answer within 3 s"]
+        assert all("cannot ask host h3: no answer for " in rows[1].problem for rows in looks[1:])
+        assert [rows[0].problem for rows in looks[1:]] == [""] * 4, "the other one is asked"
+        assert len(_clients(third)) == clients + 1
+        assert len(_clients(first)) >= 1
+    finally:
+        third.kill("libvirtd", signal.SIGCONT)
+    wait_until(lambda: not watch.look()[1].problem, what="h3 to be asked again", timeout_s=60)
+
+
+def _clients(machine: Machine) -> list[str]:
+    """SSH clients of this process that go there."""
+    said = subprocess.run(
+        ["ps", "-ww", "--ppid", str(os.getpid()), "-o", "args="], capture_output=True, text=True, check=True
+    )
+    return [line for line in said.stdout.splitlines() if machine.address in line and line.startswith("ssh ")]
+
+
 def test_setup_shows_what_it_changes_and_changes_it_once(here: Shell, bed: Testbed) -> None:
     first, second = bed.machines[:2]
-    second.kill("libvirtd")  # as after a boot without it
-    second.run("rm", "-f", "/run/libvirt/libvirt-sock")
+    second.kill("libvirtd")  # which leaves its socket
+    second.kill("virtlogd")
     second.run("sh", "-c", "rm -f ~/.ssh/known_hosts ~/.ssh/id_ed25519*")
     here.run("host", "add", "h1", first.ssh_uri, "--host-key", first.host_key)
     words = ("host", "setup", f"root@{second.address}", "--name", "h2", "--keyfile", str(bed.key), "--peers")
@@ -185,6 +217,7 @@ def test_setup_shows_what_it_changes_and_changes_it_once(here: Shell, bed: Testb
         assert f"+ {line}" in shown
     assert "no terminal to ask on" in here.run(*words, check=2).stderr
     assert "cannot find host h2" in here.run("-c", "h2", "list", check=4).stderr, "nothing was changed"
+    _interrupted_when_libvirt_is_started(words, second)
     here.run(*words, "--yes")
     assert here.run(*words, "--yes").stdout == "h2: nothing to change\n"
     assert here.json("-c", "h2", "list") == []
@@ -192,6 +225,26 @@ def test_setup_shows_what_it_changes_and_changes_it_once(here: Shell, bed: Testb
     assert {"vmctl", "vmctl-images"} <= set(pools) and "vmctl" in second.virsh("net-list", "--name").split()
     checked = {(one["host"], one["name"]): one["result"] for one in here.json("host", "check")}
     assert checked["h2", "reaches h1"] == checked["h1", "reaches h2"] == "ok"
+
+
+def _interrupted_when_libvirt_is_started(words: tuple[str, ...], machine: Machine) -> None:
+    """Nothing of it is lost, and how to go on is told."""
+    held = "#!/bin/sh\necho $PPID $$ >/run/held; exec sleep 1000\n"
+    machine.run("sh", "-c", "cat >/run/held.sh; chmod 755 /run/held.sh", input=held)
+    machine.run("mount", "--bind", "/run/held.sh", "/usr/sbin/virtlogd")
+    try:
+        process = subprocess.Popen([*VMCTL, *words, "--yes"], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        begun = process.stderr.readline()
+        assert begun == "h2: libvirtd running\n", begun + process.communicate(timeout=60)[1]
+        wait_until(lambda: machine.run("cat", "/run/held", check=False).stdout, what="it to be at it", timeout_s=60)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 130
+        assert "cannot set up h2: interrupted; what was done stays" in said and "again does the rest" in said
+    finally:
+        machine.run("umount", "/usr/sbin/virtlogd")
+        machine.run("sh", "-c", "kill $(cat /run/held)", check=False)
 
 
 def test_setup_by_a_user_who_becomes_root(here: Shell, bed: Testbed) -> None:

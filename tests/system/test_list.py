@@ -20,27 +20,30 @@ pytestmark = pytest.mark.system
 
 # Counts every call into libvirt's library but those that only read what the client already has.
 COUNT = """
-import collections, sys, libvirtmod
+import collections, sys, libvirtmod, libvirtmod_qemu
 calls = collections.Counter()
 LOCAL = {"virDomainGetName", "virDomainGetUUIDString", "virDomainGetID", "virDomainGetUUID", "virNetworkGetName",
-         "virNetworkGetUUIDString", "virDomainFree", "virNetworkFree", "virGetLastError"}
-for name in dir(libvirtmod):
-    original = getattr(libvirtmod, name)
-    if callable(original) and name.startswith("vir") and name not in LOCAL:
-        def counted(*args, _name=name, _original=original):
-            calls[_name] += 1
-            return _original(*args)
-        setattr(libvirtmod, name, counted)
+         "virNetworkGetUUIDString", "virDomainFree", "virNetworkFree", "virGetLastError", "virGetVersion",
+         "virRegisterErrorHandler"}
+for module in (libvirtmod, libvirtmod_qemu):
+    for name in dir(module):
+        original = getattr(module, name)
+        if callable(original) and name.startswith("vir") and name not in LOCAL:
+            def counted(*args, _name=name, _original=original):
+                calls[_name] += 1
+                return _original(*args)
+            setattr(module, name, counted)
 from vmctl.cli import run
-code = run(["list", "-o", "json"])
+code = run(sys.argv[1:])
 print(sum(calls.values()), dict(calls), file=sys.stderr)
 sys.exit(code)
 """
 
 
-def calls() -> tuple[int, str]:
-    """How many libvirt calls one `vmctl list` makes, and which."""
-    done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, cwd=REPO, timeout=60)
+def calls(*words: str) -> tuple[int, str]:
+    """How many libvirt calls a command makes, `vmctl list` for one, and which."""
+    argv = [sys.executable, "-c", COUNT, *(words or ("list", "-o", "json"))]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=REPO, timeout=60)
     assert done.returncode == 0, done.stderr
     return int(done.stderr.split()[0]), done.stderr
 
@@ -76,6 +79,47 @@ def test_the_number_of_calls_does_not_grow(
     assert {row["name"] for row in shell.json("list")} >= set(made)
     assert lots == few, f"{which_few} became {which_lots}"
     assert lots < 20
+
+
+def test_show_asks_each_thing_once(shell: Shell, names: Callable[[], str]) -> None:
+    """Each call is a way there and back to a host that may be far away, and a connection some ten of them."""
+    far = ("-c", "qemu+unix:///system")  # as a host of another machine: no files of its libvirt's are read
+    first, second = names(), names()
+    shell.run("create", first, "--image", "micro", "--wait", "agent")
+    shell.run("create", second, "--image", "micro", "--no-start")
+    shell.run(*far, "host", "info")  # what its KVM is worth is found out once a day
+    one, which = calls(*far, "show", first)
+    assert one <= 14, which  # 12, and the connection is opened and closed
+    assert "'virConnectOpen': 1," in which
+    assert "'virDomainLookupByName': 1," in which and "'virDomainQemuAgentCommand': 2," in which
+    both, which_both = calls(*far, "show", first, second)
+    assert both - one <= 6, f"{which} became {which_both}"
+    shown = shell.json(*far, "show", first, second)
+    assert [(vm["name"], vm["agent_state"], bool(vm["address"])) for vm in shown] == [
+        (first, "answers", True),
+        (second, "not connected", True),
+    ]
+
+
+def test_a_silent_agent_hides_nothing_of_other_vms(shell: Shell, names: Callable[[], str]) -> None:
+    """Its question is given up, and goes on in libvirt: the next agent is asked by another connection."""
+    first, second = names(), names()
+    for one in (first, second):
+        shell.run("create", one, "--image", "micro", "--wait", "agent")
+    shell.run("exec", "--via", "agent", first, "--", "sh", "-c", "kill -STOP $(pidof qemu-ga)", check=None)
+    assert [vm["agent_state"] for vm in shell.json("show", first, second)] == ["silent", "answers"]
+
+
+def test_other_commands_ask_nothing_twice_in_a_row(shell: Shell, name: str) -> None:
+    far = ("-c", "qemu+unix:///system")
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    for verb in ("pause", "resume"):
+        number, which = calls(*far, verb, name)
+        assert number <= 9, f"{verb}: {which}"
+    _, which = calls(*far, "exec", name, "--", "true")
+    assert "'virNetworkLookupByName': 1," in which and "'virDomainIsPersistent': 1," in which, which
+    _, which = calls(*far, "exec", "--via", "agent", name, "--", "true")
+    assert "'virDomainLookupByName': 2," in which, which  # by either connection once
 
 
 def test_a_hung_guest_hangs_nothing(shell: Shell, name: str) -> None:

@@ -100,6 +100,39 @@ def test_to_where_there_is_room(pair: Pair, vm: str) -> None:
     assert f"{vm}: h1 -> h2" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "auto").stdout
 
 
+def test_a_guest_behind_its_host_is_told_as_such(pair: Pair, vm: str) -> None:
+    """On a network that is the host's own, as vmctl's is, it is not reached, however long it is waited for."""
+    name = f"{vm}-nat"
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--wait", "agent")
+    try:
+        told = pair.vmctl("-c", "h1", "exec", name, "--", "true", check=3).stderr
+        assert "at most 10 s" in told, "its agent is up: it has booted"
+        assert "a network of h1's own" in told and "--via agent" in told
+        assert pair.vmctl("-c", "h1", "exec", "--via", "agent", name, "--", "hostname").stdout == f"{name}\n"
+        told = pair.vmctl("-c", "h1", "wait", name, "--for", "ssh", "--timeout", "1", check=7).stderr
+        assert "a network of h1's own" in told
+    finally:
+        pair.vmctl("-c", "h1", "delete", name, "--yes")
+
+
+def test_one_host_by_two_names(pair: Pair, vm: str) -> None:
+    """What is on both is there once: nothing of it is what a move left."""
+    pair.vmctl("host", "add", "alias", pair.machine("h1").tcp_uri, "--insecure")
+    off = f"{vm}-off"
+    pair.vmctl("-c", "h1", "create", off, "--image", "micro", "--network", "lan", "--no-start")
+    try:
+        for name, words in ((off, ["--recover"]), (vm, ["--recover"]), (off, []), (vm, ["--check"])):
+            told = pair.vmctl("-c", "h1", "migrate", name, "--to", "alias", *words, check=11).stderr
+            assert "h1 and alias are one host to libvirt: both have host UUID" in told
+        assert pair.where(off) == {"h1": "shut off"} and pair.where(vm) == {"h1": "running"}
+        assert "h1 is the host it is on" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h1", check=11).stderr
+        told = pair.vmctl("-c", "h1", "migrate", vm, "--to", "test:///default", check=8).stderr
+        assert told == "cannot migrate to test:///default: no QEMU is there\n"
+    finally:
+        pair.vmctl("host", "remove", "alias")
+        pair.vmctl("-c", "h1", "delete", off, "--yes")
+
+
 def test_what_is_asked_to_stay(pair: Pair, vm: str) -> None:
     pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--transient", "--keep-source")
     assert pair.where(vm) == {"h1": "shut off", "h2": "running"}

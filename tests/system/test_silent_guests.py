@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.system.conftest import REPO, VMCTL, Shell
-from vmctl.detail import detail
+from vmctl.detail import details
 from vmctl.hosts import open_host
 from vmctl.hypervisor import agent
 from vmctl.hypervisor.states import State
@@ -128,15 +128,15 @@ def test_a_panic_ends_all_that_waits_at_once_and_says_so(shell: Shell, name: str
 def test_it_stops_while_show_looks_at_it(shell: Shell, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between its state and its agent's: what it is now is shown, and no error."""
     shell.run("create", name, "--image", "micro", "--wait", "agent")
-    asked = agent.call
+    asked = agent.Line.ask
 
     def plug_pulled(*words: Any, **options: Any) -> Any:
         shell.virsh("destroy", name)
         return asked(*words, **options)
 
-    monkeypatch.setattr(agent, "call", plug_pulled)
+    monkeypatch.setattr(agent.Line, "ask", plug_pulled)
     with open_host() as host:
-        found = detail(host, name)
+        (found,) = details(host, [name])
     assert (found.state, found.agent_state) == (State.STOPPED, "not connected")
 
 

@@ -129,6 +129,8 @@ def private_key(folder: Path) -> Path:
     ("line", "said"),
     [
         (["wait", "x", "--timeout", "nan"], "'nan' is not a number"),
+        (["wait", "x", "--timeout", "inf"], "'inf' is more than 1000000000"),
+        (["host", "list", "--timeout", "1e300"], "'1e300' is more than 1000000000"),
         (["image", "pull", "http://127.0.0.1/x", "--stall-timeout", "nan"], "'nan' is not a number"),
         (["image", "pull", "http://127.0.0.1/x", "--stall-timeout", "inf"], "inf is not in the range"),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vmctl import config, host_add, host_book, host_ssh
+from vmctl.cli import run
 from vmctl.config import Folders, HostEntry
 from vmctl.errors import Conflict, NotFound, SpecError
 
@@ -38,7 +39,7 @@ def write(folders: Folders, text: str) -> Path:
 def test_add_and_remove_leave_the_rest_to_the_letter(folders: Folders) -> None:
     path = write(folders, FILE)
     path.chmod(0o640)
-    entry = HostEntry("three", "qemu+ssh://root@three/system", KEY, address='10.0.0.3"')
+    entry = HostEntry("three", "qemu+ssh://root@three/system", KEY, peer='qemu+ssh://three/system?no_tty="1"')
     host_book.add(folders, entry)
     assert path.read_text().startswith(FILE) and path.stat().st_mode & 0o777 == 0o640
     assert config.load(path).hosts["three"] == entry
@@ -47,6 +48,35 @@ def test_add_and_remove_leave_the_rest_to_the_letter(folders: Folders) -> None:
     host_book.remove(folders, "one")
     assert "# mine" in path.read_text() and "root@one" not in path.read_text()
     assert set(config.load(path).hosts) == {"two"}
+
+
+def test_the_host_that_connect_names_is_removed(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folders.config))
+    (folders.config / "vmctl").mkdir()
+    (folders.config / "vmctl/config.toml").write_text(FILE)
+    for name, named in (("two", False), ("one", True)):
+        assert run(["host", "remove", name]) == 0
+        assert ("`connect` in the config file still names it" in capsys.readouterr().err) is named
+
+
+def test_line_ends_are_left_too(folders: Folders) -> None:
+    path = folders.config / "config.toml"
+    before = FILE.replace("\n", "\r\n").replace("mine", "m\u00efne").encode()
+    path.write_bytes(before)
+    host_book.add(folders, HostEntry("three", "qemu:///system"))
+    host_book.remove(folders, "three")
+    assert path.read_bytes().rstrip() == before.rstrip()
+
+
+def test_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        with pytest.raises(SpecError, match=f"cannot read config file .*: {why}"):
+            config.load(path)
+    for nothing in (tmp_path / "none", tmp_path / "file/config.toml"):
+        (tmp_path / "file").touch()
+        assert config.load(nothing) == config.Settings()
 
 
 def test_the_first_host_makes_the_file(folders: Folders) -> None:
@@ -67,8 +97,8 @@ def test_what_is_refused(folders: Folders) -> None:
     write(folders, 'host = "x"\nwrong = 1\n')
     with pytest.raises(SpecError, match=r"unknown key 'wrong'; host is not made of tables"):
         config.load(path)
-    write(folders, "[host.one]\nurl = 1\n")
-    with pytest.raises(SpecError, match=r"unknown key 'url' in \[host.one\]; url in .* no uri in"):
+    write(folders, "[host.one]\nurl = 1\npeer = 2\n")
+    with pytest.raises(SpecError, match=r"unknown key 'url' in \[host.one\]; peer in .* not a string; no uri in"):
         config.load(path)
 
 
@@ -92,6 +122,45 @@ def test_a_uri_that_cannot_be_taken_apart(folders: Folders) -> None:
             config.load(path)
     wish = host_add.Wish("one", broken, KEY, "", broken)
     assert [one.split(" is ")[1][:6] for one in host_add.problems(wish)] == ["no URI", "no URI"]
+
+
+def test_what_is_no_host(folders: Folders) -> None:
+    for uri in ("http://h/x", "test:///default", "qemu+carrier-pigeon://h/system", ""):
+        wish = host_add.Wish("one", uri, peer="" if uri else "ftp://h")
+        assert "is no URI of a libvirt host" in "; ".join(host_add.problems(wish))
+        path = write(folders, f'[host.one]\nuri = "{uri}"\nbogus = 1\n')
+        with pytest.raises(SpecError) as caught:
+            config.load(path)
+        wrong = ["unknown key 'bogus' in [host.one]", f"uri in [host.one] is no URI of a libvirt host: {uri!r}"]
+        assert list(caught.value.problems) == wrong
+    for name in ("auto", "../a", "qemu:///system", ""):
+        with pytest.raises(SpecError, match="is no name for a host"):
+            config.load(write(folders, f'[host."{name}"]\nuri = "qemu:///system"\n'))
+    for address in ("a b", "10.0.0.1:49152", "/x"):
+        assert host_add.problems(host_add.Wish("one", "qemu:///system", address=address)) == [
+            f"--address {address!r} is no address"
+        ]
+        with pytest.raises(SpecError, match=r"address in \[host.one\] is none"):
+            config.load(write(folders, f'[host.one]\nuri = "qemu:///system"\naddress = "{address}"\n'))
+    for address in ("fe80::1", "[fe80::1]", "10.0.0.1", "big.example", ""):
+        assert host_add.problems(host_add.Wish("one", "qemu:///system", address=address)) == []
+
+
+def test_who_named_a_host_that_is_none(folders: Folders) -> None:
+    settings = config.load(write(folders, 'connect = "three"\n' + FILE.partition('connect = "one"')[2]))
+    assert config.chosen("one", settings, {"VMCTL_CONNECT": "nosuch"}) == settings.hosts["one"]
+    for env, by in (
+        ({"VMCTL_CONNECT": "nosuch", "LIBVIRT_DEFAULT_URI": "none"}, "VMCTL_CONNECT names it; known: one, two"),
+        ({"LIBVIRT_DEFAULT_URI": "none"}, "LIBVIRT_DEFAULT_URI names it; known: one, two"),
+        ({}, "`connect` in the config file names it; known: one, two"),
+    ):
+        with pytest.raises(NotFound) as caught:
+            config.chosen(None, settings, env)
+        assert caught.value.hint == by
+    with pytest.raises(SpecError, match="no URI of libvirt's") as wrong:
+        config.chosen(None, settings, {"VMCTL_CONNECT": "http://h"})
+    assert "VMCTL_CONNECT names it" in wrong.value.hint
+    assert config.chosen(None, config.Settings(), {}) is None
 
 
 def test_the_way_there_knows_the_pinned_key_alone(folders: Folders) -> None:

@@ -38,7 +38,9 @@ def test_a_bare_one() -> None:
     assert scripts[0] == "" and scripts[1].endswith(f"; {install} || {{ dpkg --configure -a; {install}; }}")
     assert "systemctl enable --now" in scripts[3] and scripts[4] == "usermod -a -G libvirt me"
     without = changes(read(BARE.replace("systemd=yes", "systemd=no")))
-    assert "|| virtlogd -d; libvirtd -d" in without[3].script
+    assert without[3].script.startswith("virtlogd -d || :; libvirtd -d || ")
+    assert found[1].doing == "2 packages" and "apt-get update" in found[1].hint
+    assert changes(read(FINE + "missing=ovmf\n"))[0].doing == ""
 
 
 def test_its_packages_are_among_those_that_vmctl_says_it_needs() -> None:

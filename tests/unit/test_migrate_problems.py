@@ -22,6 +22,11 @@ def test_nothing_stands_against_it() -> None:
     assert problems(FINE) == ()
 
 
+def test_the_host_it_is_on() -> None:
+    here = replace(FINE, target=replace(FINE.target, name=FINE.source.name, uuid=FINE.source.uuid))
+    assert [one.what for one in problems(here)] == [f"{FINE.source.name} is the host it is on"]
+
+
 def test_one_whose_qemu_died_is_off() -> None:
     assert problems(replace(FINE, vm=replace(FINE.vm, state=State.CRASHED), live=False)) == ()
 

@@ -448,6 +448,12 @@ def test_what_needs_room_that_another_frees_goes_in_a_later_wave() -> None:
         assert [move.wave for move in rebalance.in_waves(Census(hosts, vms), LIMITS, moves)] == waves
 
 
+def test_a_host_that_nobody_could_ask_is_in_each_plan() -> None:
+    census = Census((host("h1"), host("h2"), host("gone", problem="no route")), (vm("a", "h1", 9000),))
+    for plan in (rebalance.balance(census), rebalance.consolidate(census), rebalance.drain(census, "h1")):
+        assert plan.unseen == (("gone", "no route"),)
+
+
 def test_consolidation_packs_the_fullest_and_keeps_a_reserve() -> None:
     hosts = tuple(host(f"h{n}") for n in range(1, 5))
     vms = (vm("a", "h1", 8192), vm("b", "h2", 2048), vm("c", "h3", 1024), vm("d", "h3", 1024))
@@ -460,7 +466,7 @@ def test_consolidation_packs_the_fullest_and_keeps_a_reserve() -> None:
     half = (vm("a", "h1", 10000), vm("b", "h2", 1024, priority=1), vm("c", "h2", 4096))
     assert rebalance.consolidate(Census(hosts, half)).moves == ()
     full = Census(hosts[:2], (vm("a", "h1", 9000), vm("b", "h2", 9000)))
-    assert rebalance.consolidate(full) == ((), (), pytest.approx(0.0), pytest.approx(0.0), ())
+    assert rebalance.consolidate(full) == ((), (), pytest.approx(0.0), pytest.approx(0.0), (), ())
     assert rebalance.consolidate(Census(hosts, vms), most=1).freed == ("h2",)
 
 

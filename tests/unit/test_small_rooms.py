@@ -80,13 +80,19 @@ def test_wait_is_bounded_and_carries_evidence() -> None:
 
 
 def test_uri_precedence() -> None:
-    settings = config.Settings(connect="config")
-    env = {"VMCTL_CONNECT": "ours", "LIBVIRT_DEFAULT_URI": "theirs"}
-    assert config.chosen_uri("flag", env, settings) == "flag"
-    assert config.chosen_uri(None, env, settings) == "ours"
-    assert config.chosen_uri(None, {"LIBVIRT_DEFAULT_URI": "theirs"}, settings) == "theirs"
-    assert config.chosen_uri(None, {}, settings) == "config"
-    assert config.chosen_uri(None, {}, config.Settings()) == ""
+    settings = config.Settings(connect="qemu:///config")
+    env = {"VMCTL_CONNECT": "qemu:///ours", "LIBVIRT_DEFAULT_URI": "qemu:///theirs"}
+
+    def chosen(flag: str | None, env: dict[str, str]) -> str:
+        found = config.chosen(flag, settings, env)
+        assert found is not None
+        return found.uri
+
+    assert chosen("qemu:///flag", env) == "qemu:///flag"
+    assert chosen(None, env) == "qemu:///ours"
+    assert chosen(None, {"LIBVIRT_DEFAULT_URI": "qemu:///theirs"}) == "qemu:///theirs"
+    assert chosen(None, {}) == "qemu:///config"
+    assert config.chosen(None, config.Settings(), {}) is None
 
 
 def test_config_file(tmp_path: Path) -> None:

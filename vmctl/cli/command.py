@@ -23,6 +23,7 @@ def _sets(verbosity: Verbosity) -> Any:
     return chosen
 
 
+_MOST = 1e9  # seconds, thirty years of them: no thread, and no call of the kernel's, waits for ever by a number
 _CLOSE = 0.74  # of difflib: one letter wrong, too many, too few or in the wrong place; "clone" is not "console"
 
 
@@ -75,6 +76,8 @@ def _gathering(param: Any) -> None:
             found = plain(ctx, value)
             if isinstance(found, float) and isnan(found):  # it is below and above no bound, and no time ever passes it
                 raise typer.BadParameter(f"{value!r} is not a number")
+            if isinstance(found, float) and found > _MOST:
+                raise typer.BadParameter(f"{value!r} is more than {_MOST:.0f}")
             return found
         except typer.BadParameter as error:
             error.ctx, error.param = error.ctx or ctx, error.param or param

@@ -319,7 +319,10 @@ def delete(
     with opened(connect) as host:
         wanted = []
         lines: list[str] = []
-        for name in matching(host, names):
+        found = matching(host, names)
+        if yes and not dry_run and not missing_ok:
+            wanted, found = [*found], ()  # nobody is shown what goes: it is looked at once, when it does
+        for name in found:
             try:
                 lines += deletion.doomed(host, name).lines
             except NotFound:

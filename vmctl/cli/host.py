@@ -170,8 +170,11 @@ def remove(name: HostName) -> None:
     """Take a host out of the config file. Nothing is done on the host."""
     from vmctl import config, host_book
 
-    gone = host_book.remove(config.folders(), name)
+    folders = config.folders()
+    gone = host_book.remove(folders, name)
     ui.say(f"{name}: no longer known; it was {gone.uri}")
+    if config.load(host_book.path(folders)).connect == name:
+        note("`connect` in the config file still names it, for every command without -c")
 
 
 @app.command("top", cls=Command)

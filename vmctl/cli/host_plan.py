@@ -285,7 +285,7 @@ def _tell(plan: Plan) -> None:
         note(f"{one.vm or 'VMs'} on {one.host}: {one.why}")
     if plan.freed:
         note(f"empty then: {', '.join(plan.freed)}")
-    elif plan.moves:
+    elif plan.moves and (plan.spread_before or plan.spread_after):  # else there is but one to move to
         note(f"hosts are {plan.spread_before:.0%} apart in use, and {plan.spread_after:.0%} then")
 
 

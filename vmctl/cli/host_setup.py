@@ -8,6 +8,7 @@ import typer
 
 from vmctl import ui
 from vmctl.cli.options import YesOption, fleet_of_config, note, refuse_unless_yes, reporter
+from vmctl.errors import Interrupted
 
 
 def setup(
@@ -66,14 +67,18 @@ def setup(
     if dry_run:
         return
     refuse_unless_yes([], yes=yes, question="Change this?")
-    host_setup.apply(fleet, entry, found, wanted, report)
-    host_setup.furnish(fleet, entry, report)
-    if certificates:
-        host_tls.make(fleet, entry, report)
-    if new:
-        host_book.add(fleet.folders, entry)
-    while others:
-        for on, change in others:
-            host_setup.apply(fleet, on, host_setup.look(fleet, on), [change], report)
-        others = tuple(one for one in host_setup.peers(fleet_of_config(), entry) if one not in others)
+    try:
+        host_setup.apply(fleet, entry, found, wanted, report)
+        host_setup.furnish(fleet, entry, report)
+        if certificates:
+            host_tls.make(fleet, entry, report)
+        if new:
+            host_book.add(fleet.folders, entry)
+        while others:
+            for on, change in others:
+                host_setup.apply(fleet, on, host_setup.look(fleet, on), [change], report)
+            others = tuple(one for one in host_setup.peers(fleet_of_config(), entry) if one not in others)
+    except (KeyboardInterrupt, Interrupted) as early:
+        text = f"cannot set up {chosen}: {f'{early}' or 'interrupted'}; what was done stays, and apt may go on there"
+        raise Interrupted(text, hint="the same command again does the rest") from early
     note(f"{chosen} is set up; vmctl host check {chosen}")

@@ -175,11 +175,11 @@ def _tpm(d: Detail) -> str:
 
 def show(names: Names, connect: ConnectOption = None, output: OutputOption = Output.TABLE) -> None:
     """Show everything about VMs. With -o json, one VM is an object and several are a list."""
-    from vmctl.detail import detail
+    from vmctl.detail import details
     from vmctl.listing import matching
 
     with opened(connect) as host:
-        found = [detail(host, name) for name in matching(host, names)]
+        found = details(host, matching(host, names))
         value = found[0] if len(names) == 1 and len(found) == 1 else found
         ui.emit(value, output, lambda: "\n\n".join(map(_details, found)), lambda: [d.name for d in found])
 

@@ -18,10 +18,13 @@ from typing import Any
 
 import libvirt
 
+from vmctl.domain_xml import DomainFacts, parse
 from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, WrongState
 from vmctl.hypervisor import answers, domain
 from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.errors import calling, translated
+from vmctl.hypervisor.states import state_of
 from vmctl.hypervisor.waiting import Waiting
 from vmctl.wait import wait_until
 
@@ -29,7 +32,6 @@ from vmctl.wait import wait_until
 # that has just been resumed from memory, the agent is there before it is known.
 _KNOWN_S = 2.0
 _SILENT = {libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED, libvirt.VIR_ERR_OPERATION_TIMEOUT}
-_CHANNEL = "devices/channel/target[@name='org.qemu.guest_agent.0']"
 
 
 class AgentState(StrEnum):
@@ -42,22 +44,27 @@ class AgentState(StrEnum):
 
 def state(conn: Connection, name: str) -> AgentState:
     """Whether the guest has opened the agent's channel. Needs nothing from the guest."""
-    import xml.etree.ElementTree as ET
+    return state_in(parse(domain.xml(conn, name)))
 
-    target = ET.fromstring(domain.xml(conn, name)).find(_CHANNEL)
-    if target is None:
+
+def state_in(facts: DomainFacts) -> AgentState:
+    """The same, of a domain that has been read."""
+    if not facts.agent:
         return AgentState.NONE
-    return AgentState.CONNECTED if target.get("state") == "connected" else AgentState.DISCONNECTED
+    return AgentState.CONNECTED if facts.agent_connected else AgentState.DISCONNECTED
 
 
 def require(conn: Connection, name: str, doing: str) -> None:
     """Raise WrongState, Unsupported or, after two seconds, GuestCommandFailed unless there is an agent to ask."""
-    now, why = domain.state(conn, name)
+    with calling(f"look up VM {name}"):
+        dom = domain.handle(conn, name)
+        now, why = state_of(*dom.state())
     if now is not domain.State.RUNNING:
         raise WrongState(f"cannot {doing} VM {name}: it is {domain.told(now, why)}", hint=domain.remedy(name, now, why))
 
     def connected() -> bool:
-        found = state(conn, name)
+        with calling(f"read the XML of VM {name}"):
+            found = state_in(parse(dom.XMLDesc()))
         if found is AgentState.NONE:
             raise Unsupported(
                 f"cannot {doing} VM {name}: it has no guest agent channel",
@@ -74,38 +81,47 @@ def require(conn: Connection, name: str, doing: str) -> None:
         ) from None
 
 
-def call(
-    conn: Connection,
-    name: str,
-    command: str,
-    arguments: Mapping[str, object] | None = None,
-    *,
-    doing: str,
-    deadline_s: float,
-) -> Any:
-    """The agent's answer to ``command``, as parsed JSON. ``doing`` ("freeze") and the name make the error's text.
+class Line:
+    """A way to one guest's agent, for one purpose: ``doing`` ("freeze") and the name make the errors' text."""
 
-    Raises WaitTimeout when the agent does not answer in time, GuestCommandFailed when it refuses, or answers what no
-    agent would.
-    """
-    text = json.dumps({"execute": command} | ({"arguments": dict(arguments)} if arguments else {}))
-    with calling(f"{doing} VM {name}"):
-        handle = domain.handle(conn.apart(), name)
-    began = time.monotonic()
-    asked = Waiting(lambda: _ask(handle, text, deadline_s))
-    try:
-        answer = asked.answer(deadline_s)
-    except libvirt.libvirtError as error:
-        if error.get_error_code() in _SILENT:
-            raise _unanswered(name, doing, time.monotonic() - began) from error
-        raise _refused(error, name, doing) from error
-    except BaseException:
-        conn.leave_apart()
-        raise
-    if answer is None:
-        conn.leave_apart()
-        raise _unanswered(name, doing, time.monotonic() - began)
-    return _read(answer, command, name, doing)
+    def __init__(self, conn: Connection, name: str, doing: str, *, last: Domain | None = None) -> None:
+        """``last``: the domain as found by this connection, of which nothing is asked any more but what is asked here.
+
+        A connection apart, which takes a while to open, is then only taken once a call is given up.
+        """
+        self._conn, self._name, self._doing = conn, name, doing
+        self._handle: Any = last and last.handle
+
+    def ask(self, command: str, arguments: Mapping[str, object] | None = None, *, deadline_s: float) -> Any:
+        """The agent's answer to ``command``, as parsed JSON.
+
+        Raises WaitTimeout when the agent does not answer in time, GuestCommandFailed when it refuses, or answers what
+        no agent would.
+        """
+        text = json.dumps({"execute": command} | ({"arguments": dict(arguments)} if arguments else {}))
+        if self._handle is None:
+            with calling(f"{self._doing} VM {self._name}"):
+                self._handle = domain.handle(self._conn.apart(), self._name)
+        handle, began = self._handle, time.monotonic()
+        asked = Waiting(lambda: _ask(handle, text, deadline_s))
+        try:
+            answer = asked.answer(deadline_s)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() in _SILENT:
+                raise _unanswered(self._name, self._doing, time.monotonic() - began) from error
+            raise _refused(error, self._name, self._doing) from error
+        except BaseException:
+            self._leave()
+            raise
+        if answer is None:
+            self._leave()
+            raise _unanswered(self._name, self._doing, time.monotonic() - began)
+        return _read(answer, command, self._name, self._doing)
+
+    def _leave(self) -> None:
+        """Give a call up, which goes on: the next is made on another connection."""
+        self._handle = None
+        self._conn.leave_apart()
 
 
 def _read(answer: str, command: str, name: str, doing: str) -> Any:

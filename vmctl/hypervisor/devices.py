@@ -10,6 +10,7 @@ import libvirt
 from vmctl.domain_xml import with_shared_memory
 from vmctl.hypervisor import domain
 from vmctl.hypervisor.connection import Connection
+from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.errors import calling
 
 
@@ -34,8 +35,21 @@ def _definition(conn: Connection, name: str, *, inactive: bool) -> ET.Element:
 
 def shares(conn: Connection, name: str, *, live: bool = False) -> tuple[SharedFolder, ...]:
     """The folders that ``name`` has from its next start on, or with ``live`` those it has now."""
+    return _shares(_definition(conn, name, inactive=not live))
+
+
+def shares_by_now(vm: Domain) -> tuple[tuple[SharedFolder, ...], tuple[SharedFolder, ...]]:
+    """The folders that a domain has now, and those it has from its next start on."""
+    found = _shares(ET.fromstring(vm.xml))
+    if not (vm.active and vm.persistent):
+        return (found, ()) if vm.active else ((), found)
+    with calling(f"read the XML of VM {vm.name}"):
+        return found, _shares(ET.fromstring(vm.handle.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE)))
+
+
+def _shares(root: ET.Element) -> tuple[SharedFolder, ...]:
     found = []
-    for one in _definition(conn, name, inactive=not live).iterfind("devices/filesystem"):
+    for one in root.iterfind("devices/filesystem"):
         source, target = one.find("source"), one.find("target")
         if source is not None and target is not None:
             virtiofs = one.find("driver[@type='virtiofs']") is not None

@@ -6,7 +6,7 @@ import os
 import signal
 import xml.etree.ElementTree as ET
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,11 @@ _KILLED_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """One domain as found: identity, state, and what its XML says. Memory and vCPUs: see ``facts``."""
+    """One domain as found: identity, state, and what its XML says. Memory and vCPUs: see ``facts``.
+
+    ``xml`` is what ``facts`` are read from; ``handle`` is libvirt's, of the connection it was found by, and stays
+    inside this room.
+    """
 
     name: str
     uuid: str
@@ -37,6 +41,8 @@ class Domain:
     persistent: bool
     autostart: bool
     facts: DomainFacts
+    xml: str = field(default="", compare=False, repr=False)
+    handle: Any = field(default=None, compare=False, repr=False)
 
     @property
     def active(self) -> bool:
@@ -76,18 +82,21 @@ def absent(conn: Connection, name: str) -> NotFound:
 
 def _describe(dom: Any) -> Domain:
     code, reason = dom.state()
-    saved = bool(dom.hasManagedSaveImage())
+    active, persistent = dom.ID() != -1, bool(dom.isPersistent())
+    saved = not active and bool(dom.hasManagedSaveImage())  # of one that runs it says nothing
     state, why = state_of(code, reason, saved=saved)
-    active = dom.ID() != -1
+    text = str(dom.XMLDesc())
     return Domain(
         name=dom.name(),
         uuid=dom.UUIDString(),
         state=state,
         why=why,
         id=dom.ID() if active else None,
-        persistent=bool(dom.isPersistent()),
-        autostart=bool(dom.autostart()) if dom.isPersistent() else False,
-        facts=domain_xml.parse(dom.XMLDesc()),
+        persistent=persistent,
+        autostart=persistent and bool(dom.autostart()),
+        facts=domain_xml.parse(text),
+        xml=text,
+        handle=dom,
     )
 
 

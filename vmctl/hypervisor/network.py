@@ -13,6 +13,7 @@ from vmctl.reservation import Reservation
 
 if TYPE_CHECKING:
     import ipaddress
+    from collections.abc import Iterable
 
 
 class Lease(NamedTuple):
@@ -44,7 +45,7 @@ class NetworkFacts(NamedTuple):
         return ipaddress.IPv4Network(f"{self.gateway}/{self.mask}", strict=False) if self.gateway else None
 
 
-def _facts(network: Any) -> NetworkFacts:
+def _facts(network: Any, *, active: bool) -> NetworkFacts:
     root = ET.fromstring(network.XMLDesc())
     bridge = root.find("bridge")
     mask, gateway = "", ""
@@ -56,7 +57,7 @@ def _facts(network: Any) -> NetworkFacts:
     return NetworkFacts(
         name=network.name(),
         uuid=network.UUIDString(),
-        active=bool(network.isActive()),
+        active=active,
         bridge="" if bridge is None else bridge.get("name", ""),
         gateway=gateway,
         mask=mask,
@@ -70,14 +71,22 @@ def _facts(network: Any) -> NetworkFacts:
 def all_networks(conn: Connection) -> tuple[NetworkFacts, ...]:
     """Every network, defined or running."""
     with calling("list networks"):
-        return tuple(_facts(network) for network in conn.handle.listAllNetworks(0))
+        every = conn.handle.listAllNetworks(0)
+        up = {one.UUIDString() for one in conn.handle.listAllNetworks(libvirt.VIR_CONNECT_LIST_NETWORKS_ACTIVE)}
+        return tuple(_facts(one, active=one.UUIDString() in up) for one in every)
+
+
+def named(conn: Connection, names: Iterable[str]) -> tuple[NetworkFacts, ...]:
+    """Those of the networks that there are."""
+    return tuple(net for name in names if (net := find(conn, name)) is not None)
 
 
 def find(conn: Connection, name: str) -> NetworkFacts | None:
     """The network called ``name``; None only when libvirt says there is none."""
     with calling(f"look up network {name}"):
         try:
-            return _facts(conn.handle.networkLookupByName(name))
+            network = conn.handle.networkLookupByName(name)
+            return _facts(network, active=bool(network.isActive()))
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_NO_NETWORK:
                 return None
@@ -113,10 +122,12 @@ def remove(conn: Connection, name: str) -> None:
 def leases(conn: Connection, network: str) -> tuple[Lease, ...]:
     """Current IPv4 leases of a network; none when it is down."""
     with calling(f"read the leases of network {network}"):
-        handle = conn.handle.networkLookupByName(network)
-        if not handle.isActive():
+        try:
+            found = conn.handle.networkLookupByName(network).DHCPLeases()
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:  # it is down
+                raise
             return ()
-        found = handle.DHCPLeases()
     return tuple(
         Lease(
             str(lease["mac"]).lower(), str(lease["ipaddr"]), str(lease.get("hostname") or ""), int(lease["expirytime"])
