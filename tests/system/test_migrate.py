@@ -175,7 +175,7 @@ def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_pat
         first.virsh("detach-interface", vm, "bridge", "--mac", "52:54:00:00:00:09", "--live")
         until(lambda: "br9" not in first.virsh("domiflist", vm), "it is unplugged")
         first.run("ip", "link", "del", "br9")
-    assert "are one host" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h1", check=11).stderr
+    assert "h1 is the host it is on" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h1", check=11).stderr
     assert pair.vmctl("-c", "h1", "migrate", "nope", "--to", "h2", check=4).stderr.startswith("cannot find VM nope")
     every = pair.vmctl("-c", "h1", "migrate", "nope", vm, "gone", "--to", "h2", "--check", check=11)
     assert f"ok       {vm}" in every.stdout, "one that is not there does not keep the others from being looked at"
