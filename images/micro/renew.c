@@ -473,6 +473,37 @@ static void set_address(int control, const char *text)
         failed(text);
 }
 
+/* Takes its IPv4 addresses off the card: they are those of the machine whose memory this is, which goes on and has them. A
+ * DHCP client would give them up only with the carrier's news, and the agent would tell them of this machine till then. */
+static void drop_addresses(int control, const char *text)
+{
+    uint8_t mac[6];
+    struct ifreq card;
+    if (!read_mac(text, mac) || !find_card(control, mac, &card))
+        return;
+    for (int some = 0; some < 64; some++) {
+        struct sockaddr_in *is = (struct sockaddr_in *)&card.ifr_addr;
+        if (ioctl(control, SIOCGIFADDR, &card) != 0 || is->sin_addr.s_addr == 0)
+            return;
+        is->sin_family = AF_INET;
+        is->sin_addr.s_addr = 0;
+        if (ioctl(control, SIOCSIFADDR, &card) != 0) {
+            failed(text);
+            return;
+        }
+    }
+}
+
+/* Whether there is an address for the card with the new MAC of `text`, which is OLD NEW. */
+static bool is_told_address(const char *told, const char *text)
+{
+    char word[512];
+    for (const char *at = NULL; (at = value(told, "address", at, word, sizeof word));)
+        if (strncmp(word, text + 18, 17) == 0)
+            return true;
+    return false;
+}
+
 /* Down to the disk, with nobody waiting for it: the agent waits for all who hold its pipes. Not at once, for it would be in
  * the way of the SSH server, and what the seed says is the same. And haste has an end. */
 static void finish_behind(void)
@@ -500,8 +531,11 @@ static bool renew(const char *text, long long age_ns)
         stir(word);
     if (armored && value(text, "public", NULL, public, sizeof public))
         set_host_key(armored + strlen("\nprivate\n"), public);
-    for (const char *at = NULL; (at = value(text, "mac", at, word, sizeof word));)
+    for (const char *at = NULL; (at = value(text, "mac", at, word, sizeof word));) {
         change_mac(control, word);
+        if (strlen(word) >= 18 + 17 && !is_told_address(text, word))
+            drop_addresses(control, word + 18);
+    }
     for (const char *at = NULL; (at = value(text, "address", at, word, sizeof word));)
         set_address(control, word);
     if (value(text, "hostname", NULL, word, sizeof word))

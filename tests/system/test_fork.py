@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -160,3 +162,39 @@ def test_a_fork_is_renewed_by_who_waits_for_it_and_starts_no_program(shell: Shel
         said = shell.run("exec", fork, "--", "ip", "-6", "addr", "show", "dev", "eth0").stdout.split()
         (address,) = [after for word, after in pairwise(said) if word == "inet6"]
         assert ipaddress.ip_interface(address).packed[13:] == bytes.fromhex(mac.replace(":", ""))[3:]
+
+
+@pytest.fixture
+def plain_bridge(shell: Shell, name: str, tmp_path: Path) -> Iterator[str]:
+    """A libvirt network on a bridge whose addresses libvirt does not give: somebody else's DHCP server does."""
+    bridge, net = f"br-{name[-8:]}", f"net-{name}"
+    definition = tmp_path / "net.xml"
+    definition.write_text(f"<network><name>{net}</name><forward mode='bridge'/><bridge name='{bridge}'/></network>")
+    subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], check=True)
+    subprocess.run(["ip", "addr", "add", "198.51.100.1/24", "dev", bridge], check=True)
+    subprocess.run(["ip", "link", "set", bridge, "up"], check=True)
+    words = [f"--interface={bridge}", "--bind-interfaces", "--port=0", "--dhcp-range=198.51.100.10,198.51.100.250"]
+    words += ["--except-interface=lo", "--conf-file=/dev/null", f"--dhcp-leasefile={tmp_path}/leases", "--pid-file"]
+    server = subprocess.Popen([shutil.which("dnsmasq") or "/usr/sbin/dnsmasq", "-k", *words])
+    try:
+        shell.virsh("net-define", str(definition))
+        shell.virsh("net-start", net)
+        yield net
+    finally:
+        shell.run("delete", f"{name}*", "--yes", check=None)
+        shell.virsh("net-destroy", net)
+        shell.virsh("net-undefine", net)
+        server.terminate()
+        server.wait(10)
+        subprocess.run(["ip", "link", "del", bridge], check=True)
+
+
+def test_forks_on_a_plain_bridge_are_not_taken_for_the_one_they_come_from(
+    shell: Shell, name: str, several: str, plain_bridge: str
+) -> None:
+    warmed(shell, name, "--network", plain_bridge)
+    (address,) = (one["address"] for one in shell.json("list") if one["name"] == name)
+    forks = shell.json("fork", name, several, "--count", "2")
+    assert len({address, *(one["address"] for one in forks)}) == 3, (address, forks)
+    assert [who(shell, one["name"])[0] for one in forks] == [one["name"] for one in forks]
+    assert who(shell, name)[0] == name
