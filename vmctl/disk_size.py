@@ -51,7 +51,8 @@ def resize(host: Host, text: str, size: str, report: Reporter, *, grow_fs: bool,
         if after < before:
             layers = _require_shrinkable(host, disk)
             alone = ", which is based on no other then" if layers.base else ""
-            touches: tuple[str, ...] = (f"rewrite {disk.path}{alone}",)
+            fits = ", once a copy has shown that what is on it fits"
+            touches: tuple[str, ...] = (f"rewrite {disk.path}{alone}{fits}",)
             if not dry:
                 _shrink(disk, after, layers.top.virtual_size, report)
                 if disk.pool:

@@ -67,8 +67,10 @@ def list_disks(host: Host, names: Collection[str], *, pool: str = "") -> tuple[L
     if names and not found:
         raise NotFound(f"cannot list disks of {', '.join(names)}: no VM of that name has any")
     if not names:
-        bases = {one.backing for one in volumes.values()}
-        loose = [one for one in volumes.values() if one.path not in used | bases and one.pool == pool]
+        for path in used.copy():  # of a stopped VM's disk libvirt does not tell what it is based on
+            while (one := volumes.get(path)) is not None and (path := one.backing) and path not in used:
+                used.add(path)
+        loose = [one for one in volumes.values() if one.path not in used and one.pool == pool]
         found += [
             Listed("", one.name, "", "", one.format, one.capacity, one.allocation, one.pool, one.path)
             for one in sorted(loose, key=lambda volume: volume.name)

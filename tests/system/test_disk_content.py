@@ -141,6 +141,8 @@ def test_a_disk_grows_under_a_running_guest_and_the_file_system_with_it(shell: S
 def test_what_cannot_be_checked_is_not_shrunk(shell: Shell, vm: str, disk: str) -> None:
     stop(shell, vm)
     before = file_of(shell, vm).read_bytes()
+    dry = shell.run("disk", "resize", f"{vm}:data", "16M", "--shrink", "--dry-run").stdout
+    assert f"would rewrite {file_of(shell, vm)}, " in dry and "once a copy has shown that what is on it fits" in dry
     told = shell.run("disk", "resize", f"{vm}:data", "16M", "--shrink", check=10)
     assert "neither ext2, 3 or 4 nor a partition table" in told.stderr
     assert file_of(shell, vm).read_bytes() == before and leftovers() == []
@@ -203,6 +205,11 @@ def test_a_deep_chain_is_rebased_onto_its_lowest_file_while_the_guest_runs(shell
     ensure_running(shell, vm)
     for at, words in enumerate((["16M"], ["--backing", "deep-0"], ["--backing", "deep-1"])):
         shell.run("disk", "create", f"deep-{at}", *words)
+    deep = {f"deep-{at}.qcow2" for at in range(3)}
+    assert deep <= {one["disk"] for one in shell.json("disk", "list")}, "nobody's, be it that another is based on it"
+    done = shell.json("disk", "attach", vm, "deep-2", "--serial", "deep", "--next-start")
+    assert not deep & {one["disk"] for one in shell.json("disk", "list")}, "a stopped VM's, with all it is based on"
+    shell.run("disk", "detach", f"{vm}:deep")
     done = shell.json("disk", "attach", vm, "deep-2", "--serial", "deep")
     pattern.write(vm, f"/dev/{done['guest']}", ONE)
     shell.run("disk", "rebase", f"{vm}:deep", "--onto", "deep-0")
