@@ -1,5 +1,6 @@
 """A saved memory, read by several VMs through pipes, each behind a head of its own; also while it is still written.
 
+Pages of zeros are left out: who reads has them (ram_stream.py).
 Who restores it starts its QEMU meanwhile. The last bytes are held back until the file is whole: until then the VM that
 was saved still writes to its disks, and no other may begin to use them.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from vmctl import saved_memory
 from vmctl.errors import VmctlError
+from vmctl.ram_stream import RamStream
 from vmctl.saved_memory import Head
 from vmctl.wait import wait_until
 
@@ -35,6 +37,11 @@ class SavedMemory:
         self.path = path
         self._over = threading.Event()
         self._good = whole
+        self._reading = threading.Lock()
+        self._stream, self._needed = (
+            RamStream(),
+            list[tuple[int, int]](),
+        )  # read once, for all pipes; from its first byte
         if whole:
             self._over.set()
 
@@ -117,15 +124,29 @@ class SavedMemory:
             os.write(out, _NO_STREAM)
 
     def _pour_stream(self, start: int, out: int) -> bool:
+        told = 0
         with self.path.open("rb") as file:
             while True:
                 over = self._over.is_set()  # before the size is looked at
                 if over and not self._good:
                     return False
                 end = os.fstat(file.fileno()).st_size - (0 if over else _HELD_BACK)
-                if start < end:
-                    start += os.sendfile(out, file.fileno(), start, min(_CHUNK, end - start))
-                elif over:
+                more = self._read_on(file.fileno(), start, end, last=over)
+                while told < len(self._needed):
+                    begin, upto = self._needed[told]
+                    told += 1
+                    while begin < upto:
+                        begin += os.sendfile(out, file.fileno(), start + begin, min(_CHUNK, upto - begin))
+                if over and not more:
                     return True
-                else:
+                if not more:
                     self._over.wait(_LOOK_S)
+
+    def _read_on(self, file: int, start: int, end: int, *, last: bool) -> bool:
+        """Look at the next piece of the stream, which begins at ``start`` of the file; whether there was one."""
+        with self._reading:
+            at = start + self._stream.at
+            data = os.pread(file, min(_CHUNK, end - at), at) if at < end else b""
+            before = self._stream.at
+            self._needed += self._stream.read(data, last=last and at + len(data) >= end)
+            return self._stream.at > before

@@ -83,6 +83,25 @@ def test_forks_run_on_and_are_machines_of_their_own(shell: Shell, name: str, sev
     assert volumes(shell) == before
 
 
+def held_mib(name: str) -> int:
+    """How much of the host's memory the VM's QEMU holds."""
+    pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
+    words = Path(f"/proc/{pid}/status").read_text().split()
+    return int(words[words.index("VmRSS:") + 1]) >> 10
+
+
+def test_a_fork_takes_no_more_memory_than_is_in_use(shell: Shell, name: str, several: str) -> None:
+    warmed(shell, name, "--memory", "1G")
+    shell.run("fork", name, several, timeout=240)
+    assert held_mib(several) < 400, held_mib(several)
+    assert count(shell, several) > 0 and pattern.holds(shell, several, "/root/data", pattern.blocks("base", 64))
+    # It is a machine like any other all the same: it is saved and goes on, stops and starts.
+    shell.run("save", several)
+    shell.run("start", several)
+    assert count(shell, several) > 0
+    assert "memfd" in shell.virsh("dumpxml", several) and "memfd" not in shell.virsh("dumpxml", several, "--inactive")
+
+
 def test_a_fork_of_a_fork_with_a_second_disk(shell: Shell, name: str, several: str) -> None:
     before = volumes(shell)
     warmed(shell, name, "--disk", "16M")
