@@ -13,12 +13,23 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import agent, copies, domain_copy, domain_job, hosts, images, readiness, renewal, renewing, saved_memory
+from vmctl import (
+    agent,
+    copies,
+    domain_copy,
+    domain_job,
+    hosts,
+    images,
+    memory_pipe,
+    readiness,
+    renewal,
+    renewing,
+    saved_memory,
+)
 from vmctl.at_once import at_once, beside
 from vmctl.cloning import own
 from vmctl.copies import Layer, Newcomer
 from vmctl.disk_replace import PREFIX
-from vmctl.domain_xml import with_shared_memory
 from vmctl.errors import Unsupported, VmctlError, WaitTimeout, quietly
 from vmctl.events import Reporter, Step, silent
 from vmctl.hosts import Host
@@ -30,8 +41,6 @@ from vmctl.seed_disk import WENT_ON, first_boot_is_over
 from vmctl.spec import Accel
 from vmctl.wait import wait_until
 from vmctl.workspace import workspace
-
-_KSM = Path("/sys/kernel/mm/ksm/run")
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,29 +249,14 @@ def go_on(host: Host, vm: Domain, new: Sequence[Newcomer], memory: SavedMemory, 
 def _restore(host: Host, vm: Domain, new: Sequence[Newcomer], memory: SavedMemory) -> None:
     """Bring them to where the memory is, their processors held and their cables pulled."""
     head = memory.head()
-    adapted = with_shared_memory if _in_small_pages(vm, head.xml) else str
 
     def restore(one: Newcomer) -> None:
-        own_head = saved_memory.head(adapted(copies.xml_of(host, vm, head.xml, one)), head.cookie)
+        own_head = saved_memory.head(memory_pipe.adapted(copies.xml_of(host, vm, head.xml, one)), head.cookie)
         with hosts.another(host) as own, memory.piped(head.size, own_head) as pipe:
             saved.restore_paused(own.conn, str(pipe), name=one.name)
             saved.set_links(own.conn, one.name, up=False)
 
     at_once([lambda one=one: restore(one) for one in new])  # type: ignore[misc]
-
-
-def _in_small_pages(vm: Domain, text: str) -> bool:
-    """Whether a fork's memory is to be a file without a name until it ends, whose pages the kernel gives one by one.
-
-    QEMU asks for huge pages for any other, and a fork then clears and holds 2 MiB for each page that it gets: the whole
-    of its memory, and half a second of the time for 1 GiB here. On KVM they are worth that; and KSM, where it runs,
-    finds what is equal only in memory that is no file's.
-    """
-    try:
-        merged = _KSM.read_text().strip() == "1"
-    except OSError:
-        merged = False
-    return vm.facts.accel is Accel.TCG and "<memoryBacking" not in text and not merged
 
 
 def _wake(host: Host, vm: Domain, new: Sequence[Newcomer], report: Reporter) -> tuple[Forked, ...]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vmctl import saved_memory
+from vmctl import domain_xml, saved_memory
 from vmctl.errors import VmctlError
 from vmctl.ram_stream import RamStream
 from vmctl.saved_memory import Head
@@ -28,6 +28,19 @@ _NO_STREAM = bytes(8)  # QEMU 7.2 waits for ever for the first byte of a pipe th
 _LOOK_S = 0.005
 _READER_S = 60.0
 _BEGIN_S = 60.0
+_KSM = Path("/sys/kernel/mm/ksm/run")
+
+
+def adapted(xml: str) -> str:
+    """The XML of a domain that is to read its memory, so that it holds no more of it than is in use.
+
+    As it is where KSM runs, which finds what is equal only in memory that is no file's.
+    """
+    try:
+        merging = _KSM.read_text().strip() == "1"
+    except OSError:
+        merging = False
+    return xml if merging else domain_xml.with_small_pages(xml)
 
 
 class SavedMemory:
@@ -79,9 +92,12 @@ class SavedMemory:
         return saved_memory.parse(data, partial=True) if len(data) == length + 4 else None
 
     @contextmanager
-    def piped(self, start: int, head: bytes) -> Iterator[Path]:
-        """A pipe from which ``head`` can be read, and behind it the file from ``start`` on. Who reads it may die."""
-        pipe = self.path.with_name(f"{secrets.token_hex(8)}.pipe")
+    def piped(self, start: int, head: bytes, folder: Path | None = None) -> Iterator[Path]:
+        """A pipe from which ``head`` can be read, and behind it the file from ``start`` on. Who reads it may die.
+
+        It is in ``folder``, or beside the file.
+        """
+        pipe = (folder or self.path.parent) / f"{secrets.token_hex(8)}.pipe"
         os.mkfifo(pipe, 0o600)
         left = threading.Event()
 

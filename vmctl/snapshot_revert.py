@@ -21,8 +21,10 @@ from vmctl import (
     domain_files,
     hosts,
     image_users,
+    memory_pipe,
     qcow2_overlay,
     resolve,
+    saved_memory,
     snapshot_journal,
     snapshot_layers,
     snapshot_plan,
@@ -37,9 +39,11 @@ from vmctl.hypervisor import disks, domain
 from vmctl.hypervisor import snapshots as known
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.image_users import Seen
+from vmctl.memory_pipe import SavedMemory
 from vmctl.snapshot_journal import Entry
 from vmctl.snapshot_plan import OURS, Ref
 from vmctl.snapshot_xml import Snapshot
+from vmctl.workspace import workspace
 
 if TYPE_CHECKING:
     from vmctl.snapshot_create import Taken
@@ -316,9 +320,32 @@ def _run(host: Host, found: _Plan, saved: str, *, start: bool | None) -> None:
     doing = f"revert VM {vm.name} to snapshot {one.name}"
     with disk_guard.claimed(host, vm.name, devices, doing):
         if saved:
-            known.restore(host.conn, one.memory_file, saved, doing=doing, paused=None if start is None else False)
+            with _memory(host, one.memory_file, saved) as path:
+                known.restore(
+                    host.conn,
+                    path,
+                    saved if path == one.memory_file else None,
+                    doing=doing,
+                    paused=None if start is None else False,
+                )
         else:
             domain.start(host.conn, vm.name)
+
+
+@contextmanager
+def _memory(host: Host, file: str, xml: str) -> Iterator[str]:
+    """What libvirt reads the memory from: a pipe without pages of zeros, where the file can be read; or the file."""
+    with ExitStack() as until:
+        path = file
+        with suppress(VmctlError, OSError):
+            if host.conn.local:
+                memory = SavedMemory(Path(file))
+                head = memory.head()
+                own = saved_memory.head(memory_pipe.adapted(xml), head.cookie, was_running=head.was_running)
+                host.folders.runtime.mkdir(parents=True, exist_ok=True, mode=0o700)
+                folder = until.enter_context(workspace(host.folders.runtime, "memory-"))
+                path = str(until.enter_context(memory.piped(head.size, own, folder)))
+        yield path
 
 
 def _settled(host: Host, name: str, report: Reporter) -> None:

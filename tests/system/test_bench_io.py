@@ -120,9 +120,10 @@ def test_registers_are_counted_and_tell_the_devices_apart(disks: dict[str, Any])
 
 
 def test_the_figures_are_plausible(disks: dict[str, Any]) -> None:
-    """What others' work on the machine cannot turn round: one short round is a rough look."""
-    iops, host = figures(disks, "read-iops"), "host raw none"
-    assert iops[host]["median"] > iops["virtio-blk raw none native"]["median"], "the host is the ceiling"
+    """What others' work on the machine cannot turn round: one short round is a rough look, of a busy one."""
+    iops = figures(disks, "read-iops")
+    cost = {name: line["details"]["host_cpu_ns_per_io"] for name, line in iops.items()}
+    assert cost["host raw none"] < cost["virtio-blk raw none native"], "a guest's is the host's and more"
     for line in iops.values():
         # So many in a second at so much CPU time: no more than the CPUs of the host, and a little for what is not I/O.
         assert line["median"] * line["details"]["host_cpu_ns_per_io"] < 1.5e9 * (disks["environment"]["cpus"] + 1)

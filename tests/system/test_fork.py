@@ -95,7 +95,12 @@ def test_a_fork_takes_no_more_memory_than_is_in_use(shell: Shell, name: str, sev
     shell.run("fork", name, several, timeout=240)
     assert held_mib(several) < 400, held_mib(several)
     assert count(shell, several) > 0 and pattern.holds(shell, several, "/root/data", pattern.blocks("base", 64))
-    # It is a machine like any other all the same: it is saved and goes on, stops and starts.
+    shell.run("snapshot", "create", f"{several}.then", "--memory")
+    shell.run("snapshot", "revert", f"{several}.then", "--yes")
+    assert held_mib(several) < 400, held_mib(several)
+    assert count(shell, several) > 0
+    shell.run("snapshot", "delete", f"{several}.then", "--yes")
+    # It is a machine like any other all the same.
     shell.run("save", several)
     shell.run("start", several)
     assert count(shell, several) > 0

@@ -165,8 +165,8 @@ def saved_xml(conn: Connection, path: str) -> str:
         return str(conn.handle.saveImageGetXMLDesc(path, libvirt.VIR_DOMAIN_SAVE_IMAGE_XML_SECURE))
 
 
-def restore(conn: Connection, path: str, xml: str, *, doing: str, paused: bool | None) -> None:
-    """Let a domain go on from the memory saved in a file, with the disks that ``xml`` names.
+def restore(conn: Connection, path: str, xml: str | None, *, doing: str, paused: bool | None) -> None:
+    """Let a domain go on from the memory saved in a file, with the disks that ``xml`` names; None: the file does.
 
     ``paused``: whether it stays paused; None: as it was.
     """
