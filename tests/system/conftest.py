@@ -56,6 +56,13 @@ class Shell:
         return done.stdout.strip()
 
 
+def held_mib(name: str) -> int:
+    """How much of the host's memory the VM's QEMU holds."""
+    pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
+    words = Path(f"/proc/{pid}/status").read_text().split()
+    return int(words[words.index("VmRSS:") + 1]) >> 10
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

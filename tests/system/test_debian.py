@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import REPO, VMCTL, Shell, volumes
+from tests.system.conftest import REPO, VMCTL, Shell, held_mib, volumes
 from vmctl.wait import wait_until
 
 # Full systems, emulated, three at a time on two processors.
@@ -277,6 +277,7 @@ def test_a_fork_of_one_with_uefi_is_a_machine_of_its_own(guests: Guests, several
     fork = f"{several}-1"
     shell.run("fork", name, fork, timeout=300)
     try:
+        assert held_mib(fork) < 700, "of 1 GiB, all of which it held in huge pages"
         own_machine(guests, fork)
         script = "cat /proc/sys/kernel/random/boot_id; sudo sh -c 'logger its own; journalctl --sync; journalctl -ocat'"
         boot, *journal = shell.run("exec", fork, "--", "sh", "-c", script, timeout=300).stdout.splitlines()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.system import pattern
-from tests.system.conftest import REPO, VMCTL, Shell, volumes
+from tests.system.conftest import REPO, VMCTL, Shell, held_mib, volumes
 from tests.system.test_clone import checked, who
 from vmctl.wait import wait_until
 
@@ -81,13 +81,6 @@ def test_forks_run_on_and_are_machines_of_their_own(shell: Shell, name: str, sev
     assert pattern.holds(shell, forks[0], "/root/data", pattern.blocks(forks[0], 8), at=16)
     shell.run("delete", forks[0], forks[2], "--yes")
     assert volumes(shell) == before
-
-
-def held_mib(name: str) -> int:
-    """How much of the host's memory the VM's QEMU holds."""
-    pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
-    words = Path(f"/proc/{pid}/status").read_text().split()
-    return int(words[words.index("VmRSS:") + 1]) >> 10
 
 
 def test_a_fork_takes_no_more_memory_than_is_in_use(shell: Shell, name: str, several: str) -> None:
