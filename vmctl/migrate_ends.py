@@ -10,7 +10,7 @@ from vmctl.config import HostEntry
 from vmctl.errors import NotFound, PreflightFailed, Unsupported, VmctlError
 from vmctl.fleet import Fleet
 from vmctl.hosts import Host
-from vmctl.hypervisor import capabilities, connection, domain, migration
+from vmctl.hypervisor import capabilities, connection, domain
 from vmctl.migrate_facts import Asking
 from vmctl.migrate_outcome import Seen
 from vmctl.migrate_problems import one_host
@@ -96,7 +96,7 @@ class Ends:
             for _, answer in fleets.each([entry], self.fleet.open, _OPEN_S):
                 if isinstance(answer, VmctlError):
                     raise answer
-                migration.keep_alive(answer.conn)
+                connection.keep_alive(answer.conn)
                 self._open[which] = answer
         return self._open[which]
 

@@ -6,6 +6,7 @@ import operator
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ SYSTEM = "qemu:///system"
 SESSION = "qemu:///session"
 _WAKES_UP = 10_001_000
 _OPEN_S = 30.0
+_KEEPALIVE_S, _KEEPALIVE_COUNT = 5, 3
 
 
 # libvirt prints each error to stderr unless told otherwise; vmctl reports them itself. It must be a function in C: one
@@ -151,6 +153,12 @@ def versions(conn: Connection) -> Versions:
     """What runs there."""
     with calling("ask for versions"):
         return Versions(_dotted(conn.handle.getLibVersion()), _dotted(conn.handle.getVersion()))
+
+
+def keep_alive(conn: Connection) -> None:
+    """Have a dead other side noticed within seconds. Needs libvirt's event loop."""
+    with suppress(libvirt.libvirtError):
+        conn.handle.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
 
 
 def is_alive(conn: Connection) -> bool:

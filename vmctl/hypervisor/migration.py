@@ -20,7 +20,6 @@ from vmctl.wait import pause
 
 _MIB = 1 << 20
 _THROTTLE_STEP = 20  # per cent; by 10, as QEMU would, a guest over a slow link takes two minutes to be slow enough
-_KEEPALIVE_S, _KEEPALIVE_COUNT = 5, 3
 _LET_GO_S, _AGAIN_S = 60.0, 0.5
 _SOON_OVER = frozenset({libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC})
 
@@ -218,12 +217,6 @@ def set_bandwidth(source: Connection, name: str, bytes_per_s: int) -> None:
     """At most that much, from now on."""
     with calling(f"limit the migration of VM {name}"):
         handle(source, name).migrateSetMaxSpeed(max(1, bytes_per_s // _MIB), 0)
-
-
-def keep_alive(conn: Connection) -> None:
-    """Have a dead other side noticed within seconds. Needs libvirt's event loop."""
-    with suppress(libvirt.libvirtError):
-        conn.handle.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
 
 
 def busy(conn: Connection, name: str) -> bool:
