@@ -177,6 +177,24 @@ def pools(source: Host, target: Host, vm: Domain, found: Iterable[File]) -> tupl
     return tuple(needs)
 
 
+def left_below(source: Host, vm: Domain, found: Sequence[File]) -> tuple[File, ...]:
+    """What the disks of a VM that has moved are based on at its old host and no more where it is: they went whole.
+
+    ``found`` are its files as they are now. Only its own, by its record, are told; what others are based on first.
+    """
+    own = {(one.pool, one.volume) for one in vm.facts.record.owned} if vm.facts.record else set()
+    now = {one.path for one in found}
+    volumes = {one.path: one for one in storage.all_volumes(source.conn)}
+    left: dict[str, File] = {}
+    for disk in found:
+        if disk.path in volumes:
+            for one in reversed(_below(source, replace(disk, backing=volumes[disk.path].backing), volumes, ())):
+                known = volumes.get(one.path)
+                if known is not None and (known.pool, known.name) in own and one.path not in now:
+                    left.setdefault(one.path, one)
+    return tuple(left.values())
+
+
 # --- one folder or two --------------------------------------------------------------------------------------
 
 

@@ -221,6 +221,41 @@ def test_clones_that_leave_one_after_the_other_leave_nothing(pair: Pair, vm: str
     assert not of(name, pair.files("h2"))
 
 
+def test_layers_go_when_a_whole_move_was_cut_off_at_its_end(pair: Pair, vm: str, name: str, network: None) -> None:
+    """vmctl was killed when its VM had arrived, with disks of one file each: nothing there tells what lies below."""
+    clones = [f"{name}-twin", f"{name}-third"]
+    here = Path("/var/lib/libvirt/vmctl/vmctl")
+
+    def left() -> list[str]:
+        return sorted(path.name for path in here.glob(f"{name}-*"))
+
+    try:
+        pair.vmctl("create", name, "--image", "micro", "--memory", "128M", "--wait", "agent")
+        pair.vmctl("stop", name, "--force")
+        for one in clones:
+            pair.vmctl("clone", name, one)
+        (shared,) = here.glob(f"{name}-????????.qcow2")
+        pair.vmctl("delete", name, "--yes")
+        assert shared.exists(), "its clones need it"
+        for one in clones:
+            pair.vmctl("start", one, "--wait", "agent")
+            words = ("migrate", one, "--to", "h2")
+            pair.vmctl(*words, "--copy-storage", "full", "--direct", "--keep-source")
+            pair.shell.virsh("undefine", one)
+            said = pair.vmctl(*words, check=4).stderr
+            assert f"vmctl migrate {one} --to h2 --recover" in said, "what a plain second run names"
+            pair.vmctl(*words, "--recover")
+            pair.vmctl("-c", "h2", "exec", "--via", "agent", one, "true")
+            if one is clones[0]:
+                assert shared.name in left() and not [leaf for leaf in left() if "-twin-" in leaf]
+        assert left() == [], "it was the last of them"
+    finally:
+        for one in (name, *clones):
+            pair.vmctl("-c", "h2", "delete", one, "--yes", "--missing-ok", check=None)
+            pair.vmctl("delete", one, "--yes", "--missing-ok", check=None)
+    assert not of(name, pair.files("h2"))
+
+
 def test_stopped(pair: Pair, vm: str) -> None:
     digest = written(pair, "h1", vm)
     pair.vmctl("-c", "h1", "stop", vm, "--force")
