@@ -10,7 +10,7 @@ from vmctl.config import HostEntry
 from vmctl.errors import NotFound, PreflightFailed, Unsupported, VmctlError
 from vmctl.fleet import Fleet
 from vmctl.hosts import Host
-from vmctl.hypervisor import capabilities, connection, domain
+from vmctl.hypervisor import connection, domain
 from vmctl.migrate_facts import Asking
 from vmctl.migrate_outcome import Seen
 from vmctl.migrate_problems import one_host
@@ -103,7 +103,7 @@ class Ends:
     def require_two(self, doing: str) -> None:
         """Raise PreflightFailed when both answer, and are one host by two names: what is on both is there once."""
         try:
-            here, there = (capabilities.who(host.conn).uuid for host in (self.source, self.target))
+            here, there = (host.facts.uuid for host in (self.source, self.target))
         except VmctlError:
             return
         if here == there:
