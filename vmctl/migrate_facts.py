@@ -77,7 +77,7 @@ def gather(
             needs=look.needs,
             pools=migrate_files.pools(source, target, vm, files, own),
             peer_problem=ways.there,
-            peer_mend=host_check.PEER_MEND,
+            peer_mend=host_check.peer_mend(target.entry, ways.there),
             back_problem=ways.back,
             skew_s=ways.skew_s,
             live=live,

@@ -188,8 +188,16 @@ def test_check(known: Shell, bed: Testbed) -> None:
     try:
         said = known.run("host", "check", "h1", "h2", check=1).stdout
         assert "failed   h1 reaches h2" in said and "failed   h2 reaches h1" in said and "mend: " in said
+        assert "an SSH key" not in said, "keys are no mend for that"
     finally:
         first.mend_from(second)
+    second.kill("sshd")
+    try:
+        said = known.run("host", "check", "h1", "h2", check=1).stdout
+        assert said.count("no SSH server listens there") == 2 and "SSH key" not in said, said
+        assert "no SSH server listens there" in known.run("-c", "h2", "list", check=3).stderr
+    finally:
+        second.start("sshd")
     first.run("mount", "--bind", "/bin/true", "/usr/bin/date")
     try:
         by = {

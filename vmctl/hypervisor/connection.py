@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import libvirt
 
+from vmctl import unreached
 from vmctl.errors import HostUnreachable, VmctlError
 from vmctl.hypervisor.errors import calling, translated
 from vmctl.hypervisor.waiting import Waiting
@@ -107,7 +108,8 @@ def connect(uri: str, way: str = "") -> Connection:
         else:
             handle = libvirt.open(way or uri)
     except libvirt.libvirtError as error:
-        raise HostUnreachable(translated(error, f"connect to {uri}").message, hint=_unreachable_hint(uri)) from error
+        text = translated(error, f"connect to {uri}").message
+        raise HostUnreachable(text, hint=_unreachable_hint(uri, text)) from error
     if handle is None:
         raise HostUnreachable(
             f"cannot connect to {uri}: no answer within {_OPEN_S:g} s", hint="vmctl host check says more"
@@ -115,14 +117,15 @@ def connect(uri: str, way: str = "") -> Connection:
     return Connection(uri, handle, way)
 
 
-def _unreachable_hint(uri: str) -> str:
+def _unreachable_hint(uri: str, why: str) -> str:
     if uri == SYSTEM:
         if os.geteuid() != 0:
             return "is libvirtd running, and are you in group libvirt? without either, try -c qemu:///session"
         return "start libvirtd, or let `sh vmctl/bootstrap.sh` do it; `vmctl doctor` says more"
     if uri == SESSION:
         return "are libvirt-daemon and its QEMU driver installed?"
-    return "check the address, then `virsh -c URI version`"
+    ssh = "ssh" in urlsplit(uri).scheme
+    return unreached.mend(why.partition(uri)[2], ssh=ssh) or "check the address, then `virsh -c URI version`"
 
 
 def connect_default(fell_back: Callable[[str], None] = lambda _why: None) -> Connection:
