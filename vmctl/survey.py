@@ -203,7 +203,7 @@ def _pinned(guest: Guest, root: ET.Element, labels: Mapping[str, str], *, runnin
     if guest.snapshots:
         return f"it has snapshots, which libvirt does not move: vmctl snapshot list {guest.name}"
     devices = [*root.iterfind("devices/hostdev"), *root.iterfind("devices/interface[@type='hostdev']")]
-    if running and devices:
+    if devices:  # also of one that is off: what has that address on another host is another device
         return "it has a device of its host"
     if running and root.find("devices/filesystem") is not None:
         return "it has a folder of its host mounted"
