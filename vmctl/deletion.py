@@ -59,7 +59,7 @@ def doomed(host: Host, name: str) -> Doomed:
 def _leftovers(host: Host, name: str) -> tuple[Owned, ...]:
     """Volumes that a killed creation of ``name`` left: named by its identity, with no VM of that identity there.
 
-    Not those that clones of a deleted VM of that name are based on.
+    Not those that clones of a deleted VM of that name are based on, nor those of one that went to another host.
     """
     pool = host.settings.pool
     if not storage.pool_exists(host.conn, pool) or spec.name_problems(name):
@@ -67,7 +67,8 @@ def _leftovers(host: Host, name: str) -> tuple[Owned, ...]:
     storage.refresh(host.conn, pool)  # a killed restore wrote its disk's file itself
     present = {uuid for _, uuid in domain.identities(host.conn)}
     vm_uuid = resolve.identity(host.conn.host, name, present)
-    volumes = identity.volumes_of(host, resolve.volume_prefix(name, vm_uuid))
+    prefix = resolve.volume_prefix(name, vm_uuid)
+    volumes = () if identity.is_moved(host, prefix) else identity.volumes_of(host, prefix)
     needed = identity.needed_of(host, volumes)
     return tuple(Owned(pool, one) for one in volumes if one not in needed)
 
@@ -152,6 +153,8 @@ def remove(host: Host, vm: Domain, report: Reporter) -> None:
             report(Warned(f"kept volume {one.volume}: {why}"))
         if vm.persistent:
             domain.undefine(host.conn, vm.name)
+    if owned:
+        identity.unmark_moved(host, resolve.volume_prefix(vm.name, vm.uuid))
 
 
 def _owned_by_others(host: Host, vm: Domain) -> set[Owned]:

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vmctl.agent import SILENT, Glance, GuestAddress, glance
-from vmctl.choices import AccelChoice, ShareDriver
+from vmctl.choices import ShareDriver
 from vmctl.domain_brief import Brief
 from vmctl.domain_xml import DiskFacts, NicFacts, TpmFacts
 from vmctl.errors import WrongState
-from vmctl.hosts import Host, decide_accel
+from vmctl.hosts import Host, known_accel
 from vmctl.hypervisor import devices, domain, inventory
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.inventory import Entry
@@ -68,7 +68,7 @@ class Detail:
 
 
 def details(host: Host, names: Sequence[str]) -> tuple[Detail, ...]:
-    """VMs in full, the host's accelerator decision beside what each uses. Raises NotFound.
+    """VMs in full, the host's accelerator decision, where it is known, beside what each uses. Raises NotFound.
 
     Each thing is asked once, and agents last, by the same connection: to open another takes longer than all the rest.
     """
@@ -81,7 +81,8 @@ def details(host: Host, names: Sequence[str]) -> tuple[Detail, ...]:
 def _look(host: Host, names: Sequence[str]) -> tuple[Detail, ...]:
     vms = [domain.find(host.conn, name) for name in names]
     entries = [_entry(vm) for vm in vms]
-    here = decide_accel(host, AccelChoice.AUTO).to_json()
+    known = known_accel(host)
+    here = known.to_json() if known else None
     shares = [_shares(vm) for vm in vms]
     glances: dict[str, Glance] = {}
     addresses = addresses_of(host, entries, glances.__getitem__)
@@ -103,7 +104,12 @@ def _entry(vm: Domain) -> Entry:
 
 
 def _detail(
-    host: Host, vm: Domain, here: Mapping[str, object], agent: Glance, address: str, shares: tuple[ShareFacts, ...]
+    host: Host,
+    vm: Domain,
+    here: Mapping[str, object] | None,
+    agent: Glance,
+    address: str,
+    shares: tuple[ShareFacts, ...],
 ) -> Detail:
     facts, record = vm.facts, vm.facts.record
     accel: dict[str, object] = {

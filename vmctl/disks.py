@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from vmctl import disk_chain, disk_guard, render
+from vmctl import disk_chain, disk_guard, identity, render
 from vmctl.choices import DiskFormat
 from vmctl.disk_chain import Chain
 from vmctl.disk_find import folders, locate, require_idle, require_no_overlays
@@ -220,6 +220,11 @@ def deletable(host: Host, text: str) -> str:
         )
     if not found.volume:
         raise NotFound(f"cannot delete disk {text}: it is in no storage pool")
+    if found.volume in identity.moved(storage.volume_names(host.conn, found.pool)):
+        raise Conflict(
+            f"cannot delete disk {text}: its VM went to another host, which sees the same storage",
+            hint="vmctl -c HOST delete NAME, there",
+        )
     require_idle(host, found, "delete")
     require_no_overlays(host, found, "delete")
     return found.path

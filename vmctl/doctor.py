@@ -19,6 +19,7 @@ from vmctl import (
     disk_replace,
     forgotten,
     hosts,
+    identity,
     image_users,
     images,
     kvm_device,
@@ -187,10 +188,13 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     attached = image_users.needed(host.conn).users  # the layers below disks and snapshots too
     folder = images.pool_path(host, host.settings.pool)
     storage.refresh(host.conn, host.settings.pool)
+    names = storage.volume_names(host.conn, host.settings.pool)
+    moved = identity.moved(names)
     orphans = [
         v
-        for v in storage.volume_names(host.conn, host.settings.pool)
-        if not any(v == k or v.startswith(f"{k}.") for k in known)
+        for v in names
+        if v not in moved
+        and not any(v == k or v.startswith(f"{k}.") for k in known)
         and not {f"{folder}/{v}", os.path.realpath(f"{folder}/{v}")} & attached.keys()
         and not v.startswith((disk_replace.PREFIX, MEASURING))  # folders that work is done in: checks of their own
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from vmctl import fleet, host_ssh
+from vmctl import fleet, host_ssh, unreached
 from vmctl.config import HostEntry
 from vmctl.errors import VmctlError
 from vmctl.fleet import Fleet, called
@@ -135,18 +135,16 @@ def _peer(asked: Fleet, entry: HostEntry, other: HostEntry) -> _Found:
     name = f"reaches {called(other)}"
     if not host_ssh.by_ssh(entry.uri):
         return name, "note", "cannot be asked from here: it is not reached by SSH", ""
-    why = unreached(asked, entry, host_ssh.elsewhere(other))
+    uri = host_ssh.elsewhere(other)
+    why = seen_from(asked, entry, uri).problem
     if why:
-        return name, "failed", f"{host_ssh.elsewhere(other)}: {why}", PEER_MEND
-    return name, "ok", host_ssh.elsewhere(other), ""
+        return name, "failed", f"{uri}: {why}", peer_mend(other, why)
+    return name, "ok", uri, ""
 
 
-PEER_MEND = "give its root an SSH key that the other lets in, and the other's host key; or migrate with --direct"
-
-
-def unreached(asked: Fleet, entry: HostEntry, uri: str) -> str:
-    """Why libvirt on that host does not reach another by ``uri``; "" when it does. Raises HostUnreachable."""
-    return seen_from(asked, entry, uri).problem
+def peer_mend(other: HostEntry | None, why: str) -> str:
+    """What makes a libvirt that does not reach that host reach it."""
+    return unreached.peer_mend(why, ssh=other is None or host_ssh.by_ssh(host_ssh.elsewhere(other)))
 
 
 class SeenFrom(NamedTuple):

@@ -52,7 +52,7 @@ def show(fleet: Fleet, name: str) -> HostDetail:
     entry = config.entry(name, fleet.settings)
     with fleet.open(entry) as host:
         facts, versions, load = host.facts, connection.versions(host.conn), node.load(host.conn)
-        who = capabilities.who(host.conn)
+        hostname = capabilities.hostname(host.conn)
         pools = tuple(PoolBrief(*one) for one in storage.pools(host.conn))
         networks = tuple(sorted(net.name for net in network.all_networks(host.conn)))
     return HostDetail(
@@ -61,8 +61,8 @@ def show(fleet: Fleet, name: str) -> HostDetail:
         peer=host_ssh.elsewhere(entry),
         address=host_ssh.address(entry),
         fingerprint=host_ssh.fingerprint(entry.host_key) if entry.host_key else "",
-        hostname=who.hostname,
-        uuid=who.uuid,
+        hostname=hostname,
+        uuid=facts.uuid,
         arch=facts.arch,
         cpu_model=facts.cpu_model,
         cpus=facts.cpus,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
 
+from vmctl import unreached
 from vmctl.config import HostEntry
 from vmctl.errors import HostUnreachable, NotFound, SpecError, VmctlError, reason
 
@@ -239,5 +240,7 @@ def run(entry: HostEntry, runtime: Path, *command: str, timeout_s: float) -> Ans
         raise HostUnreachable(f"cannot run {command[0]} on host {name}: no answer within {timeout_s:.0f} s") from error
     if done.returncode == _SSH_FAILED:
         why = (done.stderr.strip().splitlines() or ["ssh gives no reason"])[-1]
-        raise HostUnreachable(f"cannot log in to host {name}: {why}", hint=other_key(entry, why))
+        raise HostUnreachable(
+            f"cannot log in to host {name}: {why}", hint=other_key(entry, why) or unreached.mend(why, ssh=True)
+        )
     return Answer(done.returncode, done.stdout, done.stderr)

@@ -156,3 +156,13 @@ def decide_accel(host: Host, requested: AccelChoice, *, refresh: bool = False) -
     if requested is AccelChoice.TCG:  # no need to run a guest to learn what nobody wants to know
         return accel.choose(requested, accel.not_examined("TCG was asked for"))
     return accel.choose(requested, kvm_findings(host, refresh=refresh))
+
+
+def known_accel(host: Host) -> Decision | None:
+    """That decision, where it is known; None of a host elsewhere on which a guest would have to be started for it."""
+    from vmctl import accel, remote_kvm
+
+    if host.conn.local or not host.conn.qemu:
+        return decide_accel(host, AccelChoice.AUTO)
+    findings = remote_kvm.known(host.conn, cache_dir=host.folders.cache)
+    return accel.choose(AccelChoice.AUTO, findings) if findings else None

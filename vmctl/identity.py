@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 
-from vmctl import image_users, resolve
+from vmctl import image_users, render, resolve
+from vmctl.errors import Conflict
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 
@@ -16,6 +18,39 @@ def volumes_of(host: Host, prefix: str) -> tuple[str, ...]:
         return ()
     names = storage.volume_names(host.conn, pool)
     return tuple(one for one in names if one == f"{prefix}.qcow2" or one.startswith(f"{prefix}-"))
+
+
+_MOVED = ".moved"
+
+
+def mark_moved(host: Host, prefix: str) -> None:
+    """Note beside volumes of that prefix that their VM goes to another host, and they stay, on storage both see.
+
+    What a killed creation left has no VM either: without a mark it would be taken for that, and cleared away.
+    """
+    name = prefix + _MOVED
+    with suppress(Conflict):
+        storage.create_volume(
+            host.conn, host.settings.pool, render.volume(render.VolumeView(name, 1, "raw")), name=name
+        )
+
+
+def unmark_moved(host: Host, prefix: str) -> None:
+    """The VM is no more, or has taken its volumes along."""
+    storage.delete_volume(host.conn, host.settings.pool, prefix + _MOVED)
+
+
+def moved(names: Collection[str]) -> frozenset[str]:
+    """Those of a pool's volumes that are of VMs which went to other hosts, and the marks themselves. Pure."""
+    marks = {one.removesuffix(_MOVED) for one in names if one.endswith(_MOVED)}
+    ours = tuple(f"{mark}{sign}" for mark in marks for sign in ".-")
+    return frozenset(one for one in names if ours and one.startswith(ours))
+
+
+def is_moved(host: Host, prefix: str) -> bool:
+    """Whether volumes of that prefix are of a VM that went to another host."""
+    pool = host.settings.pool
+    return storage.pool_exists(host.conn, pool) and prefix + _MOVED in storage.volume_names(host.conn, pool)
 
 
 def needed_of(host: Host, volumes: Collection[str]) -> frozenset[str]:
@@ -32,6 +67,7 @@ def free_uuid(host: Host, name: str, taken: Iterable[str] = ()) -> str:
     held = {uuid for other, uuid in domain.identities(host.conn) if other != name} | {*taken}
     while True:
         found = resolve.identity(host.conn.host, name, held)
-        if not needed_of(host, volumes_of(host, resolve.volume_prefix(name, found))):
+        prefix = resolve.volume_prefix(name, found)
+        if not is_moved(host, prefix) and not needed_of(host, volumes_of(host, prefix)):
             return found
         held.add(found)

@@ -52,9 +52,7 @@ class Image:
 
 def pool_path(host: Host, leaf: str) -> str:
     """The folder of a pool of vmctl's: of the pool that is there, or the one it would be made with."""
-    if storage.pool_exists(host.conn, leaf):
-        return storage.pool_path(host.conn, leaf)
-    return pool_folder(host, leaf)
+    return storage.running_path(host.conn, leaf) or pool_folder(host, leaf)
 
 
 def ensure_pools(host: Host) -> None:

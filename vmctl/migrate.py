@@ -142,6 +142,7 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
                 f"{name} is lost with what it did"
             )
             report(Warned(text))
+        migrate_storage.mark_shared(source, target, looked.vm, looked.facts.needs)
         return (_live if looked.vm.active else _offline)(ends, looked, wish, report, began)
 
 
@@ -222,6 +223,7 @@ def _clear_source(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
     try:
         if left:
             migrate_storage.clear_source(ends, looked.vm, looked.files, left, report)
+            migrate_storage.unmark_shared(ends.source, looked.vm, looked.facts.needs)
         known_hosts(ends.source, looked.vm.name).unlink(missing_ok=True)
     except VmctlError as error:
         name, again = looked.vm.name, migrate_settle.again(looked.vm.name, ends.names[1])

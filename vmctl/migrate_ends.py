@@ -10,7 +10,7 @@ from vmctl.config import HostEntry
 from vmctl.errors import NotFound, PreflightFailed, Unsupported, VmctlError
 from vmctl.fleet import Fleet
 from vmctl.hosts import Host
-from vmctl.hypervisor import capabilities, connection, domain, migration
+from vmctl.hypervisor import connection, domain
 from vmctl.migrate_facts import Asking
 from vmctl.migrate_outcome import Seen
 from vmctl.migrate_problems import one_host
@@ -96,14 +96,14 @@ class Ends:
             for _, answer in fleets.each([entry], self.fleet.open, _OPEN_S):
                 if isinstance(answer, VmctlError):
                     raise answer
-                migration.keep_alive(answer.conn)
+                connection.keep_alive(answer.conn)
                 self._open[which] = answer
         return self._open[which]
 
     def require_two(self, doing: str) -> None:
         """Raise PreflightFailed when both answer, and are one host by two names: what is on both is there once."""
         try:
-            here, there = (capabilities.who(host.conn).uuid for host in (self.source, self.target))
+            here, there = (host.facts.uuid for host in (self.source, self.target))
         except VmctlError:
             return
         if here == there:

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from vmctl import host_check, host_ssh, migrate_files
+from vmctl import disk_xml, host_check, host_ssh, migrate_files
 from vmctl.at_once import beside
 from vmctl.config import HostEntry
 from vmctl.errors import NotFound, VmctlError
 from vmctl.fleet import Fleet, called
 from vmctl.host_check import SeenFrom
 from vmctl.hosts import Host
-from vmctl.hypervisor import capabilities, connection, disks, domain, migration, network, node
+from vmctl.hypervisor import capabilities, connection, domain, migration, network, node
 from vmctl.hypervisor.domain import Domain
-from vmctl.hypervisor.migration import Copying, Way
+from vmctl.hypervisor.migration import Copying, Standing, Way
 from vmctl.migrate_files import File, Look
 from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, Problem, VmFacts, problems
 
@@ -48,22 +48,23 @@ def gather(
     if postcopy or tls:
         asking.back()  # whether it may, and can
 
-    def there() -> tuple[HostSide, dict[str, tuple[str, ...]]]:
-        return side(target), migrate_files.in_use(target)
+    def there() -> tuple[HostSide, dict[str, tuple[str, ...]], dict[str, str]]:
+        return side(target), migrate_files.in_use(target), migrate_files.own_pools(target)
 
     with beside(there) as answered:
         vm = _found(source, target, name)
         live = vm.active
         files = migrate_files.files(source, vm)
-        facts, here = vm_facts(source, vm), side(source)
-        theirs, in_use = answered()
+        standing = migration.standing(vm)
+        facts, here = vm_facts(source, vm, standing), side(source)
+        theirs, in_use, own = answered()
     if here.uuid == theirs.uuid:  # and there is nothing else to look for
         one = Facts(facts, here, theirs, Cpu(None, ""), (), live=live)
         return Found(one, vm, files, Look((), (), True, {}))
-    look = migrate_files.look(source, target, files, in_use, live=live, copying=copying)
+    look = migrate_files.look(source, target, files, in_use, {*own.values()}, live=live, copying=copying)
     free = migration.free_huge_pages(target.conn, facts.huge_pages_kib) if facts.huge_pages_kib else 0
     theirs = replace(theirs, huge_pages_free=free, space=dict(look.space))
-    cpu = _cpu(source, target, vm) if live else Cpu(None, "")
+    cpu = _cpu(target, vm, standing.cpu)
     if live and facts.bridges:
         asking.back()  # whether it has them
     ways = asking.answer(way) if live else Ways()
@@ -74,9 +75,9 @@ def gather(
             target=theirs,
             cpu=cpu,
             needs=look.needs,
-            pools=migrate_files.pools(source, target, vm, files),
+            pools=migrate_files.pools(source, target, vm, files, own),
             peer_problem=ways.there,
-            peer_mend=host_check.PEER_MEND,
+            peer_mend=host_check.peer_mend(target.entry, ways.there),
             back_problem=ways.back,
             skew_s=ways.skew_s,
             live=live,
@@ -116,9 +117,9 @@ def found_after(vm: Domain, needs: tuple[DiskNeed, ...], files: tuple[File, ...]
     return Found(Facts(brief, nobody, nobody, Cpu(None, ""), needs), vm, files, look)
 
 
-def vm_facts(host: Host, vm: Domain) -> VmFacts:
+def vm_facts(host: Host, vm: Domain, standing: Standing) -> VmFacts:
     """The VM where it is."""
-    root = ET.fromstring(domain.xml(host.conn, vm.name, inactive=not vm.active))
+    root = ET.fromstring(vm.xml)
     pages = root.find("memoryBacking/hugepages")
     page = None if pages is None else pages.find("page")
     devices = list(root.iterfind("devices/hostdev"))
@@ -138,10 +139,10 @@ def vm_facts(host: Host, vm: Domain) -> VmFacts:
         host_devices=tuple(_device(one) for one in devices),
         shares=tuple(_share(one) for one in root.iterfind("devices/filesystem")),
         huge_pages_kib=0 if pages is None else int("2048" if page is None else page.get("size", "2048")),
-        snapshots=_snapshots(host, vm.name),
-        checkpoints=tuple(migration.checkpoints(host.conn, vm.name)),
-        disk_jobs=tuple(one.target for one in disks.disks(host.conn, vm.name, inactive=False) if one.mirror),
-        busy=vm.active and migration.busy(host.conn, vm.name),
+        snapshots=_snapshots(host, vm.name) if standing.snapshots else (),
+        checkpoints=standing.checkpoints,
+        disk_jobs=tuple(one.target for one in disk_xml.read(vm.xml) if one.mirror),
+        busy=standing.busy,
         tpm=root.find("devices/tpm/backend[@type='emulator']") is not None,
     )
 
@@ -149,8 +150,7 @@ def vm_facts(host: Host, vm: Domain) -> VmFacts:
 def _snapshots(host: Host, name: str) -> tuple[str, ...]:
     from vmctl.hypervisor import snapshots
 
-    found = snapshots.snapshots(host.conn, name) if disks.has_snapshots(host.conn, name) else ()
-    return tuple(one.name for one in found)
+    return tuple(one.name for one in snapshots.snapshots(host.conn, name))
 
 
 def _device(one: ET.Element) -> str:
@@ -166,26 +166,25 @@ def _share(one: ET.Element) -> str:
 
 def side(host: Host) -> HostSide:
     """One of the hosts."""
-    who, versions, load = capabilities.who(host.conn), connection.versions(host.conn), node.load(host.conn)
+    versions = connection.versions(host.conn)
     nets = network.all_networks(host.conn)
     return HostSide(
         name=host.name,
-        uuid=who.uuid,
-        hostname=who.hostname,
+        uuid=host.facts.uuid,
+        hostname=capabilities.hostname(host.conn),
         libvirt=versions.libvirt,
         qemu=versions.hypervisor,
         kinds=host.facts.domain_types,
-        machines=capabilities.machines(host.conn, host.facts.arch),
+        machines=host.facts.machines,
         emulator=str(host.facts.emulator),
-        available_mib=load.available_mib,
+        available_mib=node.available_mib(host.conn),
         networks={net.name: net.active for net in nets},
         nat=frozenset(net.name for net in nets if net.gateway),
         vms=dict(domain.identities(host.conn)),
     )
 
 
-def _cpu(source: Host, target: Host, vm: Domain) -> Cpu:
-    text = migration.portable_cpu(source.conn, vm.name)
+def _cpu(target: Host, vm: Domain, text: str) -> Cpu:
     if not text:
         return Cpu(None, "")
     kind = "kvm" if vm.facts.accel and vm.facts.accel.value == "kvm" else "qemu"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
-from vmctl import host_ssh, images, render
+from vmctl import disk_xml, host_ssh, images, render
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import NotFound, VmctlError, quietly
 from vmctl.folder_pools import shown
@@ -83,17 +84,20 @@ def nvram(vm: Domain) -> str:
 
 def files(host: Host, vm: Domain) -> tuple[File, ...]:
     """All that the VM needs, each once; what others are based on comes before them."""
+    wanted = _disks(host, vm)
     with ExitStack() as looks:
-        return _files(host, vm, _known(host, vm, looks))
+        return _files(host, vm, wanted, _known(host, vm, wanted, looks))
 
 
-def _known(host: Host, vm: Domain, looks: ExitStack) -> dict[str, VolumeFacts]:
+def _known(
+    host: Host, vm: Domain, named: Sequence[tuple[DiskDevice, bool]], looks: ExitStack
+) -> dict[str, VolumeFacts]:
     """The volumes of all pools by path, and what lies in the folders of the VM's disks that are no pools.
 
     Those are shown as pools until ``looks`` is closed: without, not even the size of a disk is known.
     """
     known = {one.path: one for one in storage.all_volumes(host.conn) if not one.pool.startswith(PASSING)}
-    wanted = {disk.source for disk, _ in _disks(host, vm)} | {nvram(vm)}
+    wanted = {disk.source for disk, _ in named} | {nvram(vm)}
     looked: set[str] = {"", "/dev"}
     while folders := {path.rpartition("/")[0] for path in wanted if path[:1] == "/" and path not in known} - looked:
         looked |= folders
@@ -107,16 +111,18 @@ def _known(host: Host, vm: Domain, looks: ExitStack) -> dict[str, VolumeFacts]:
 
 def _disks(host: Host, vm: Domain) -> list[tuple[DiskDevice, bool]]:
     """The VM's disks, those of a running one as it runs; and whether it gets them only at its next start."""
-    now = disks.disks(host.conn, vm.name, inactive=not vm.active)
+    now = disk_xml.read(vm.xml)
     there = {disk.source for disk in now}
     then = disks.disks(host.conn, vm.name, inactive=True) if vm.active and vm.persistent else ()
     return [*((disk, False) for disk in now), *((disk, True) for disk in then if disk.source not in there)]
 
 
-def _files(host: Host, vm: Domain, known: Mapping[str, VolumeFacts]) -> tuple[File, ...]:
+def _files(
+    host: Host, vm: Domain, named: Sequence[tuple[DiskDevice, bool]], known: Mapping[str, VolumeFacts]
+) -> tuple[File, ...]:
     paths = {f"{one.pool}/{one.name}": one.path for one in known.values()}
     found: dict[str, File] = {}
-    for disk, later in _disks(host, vm):
+    for disk, later in named:
         source = paths.get(disk.source, disk.source)
         if not source or (later and source in found):
             continue
@@ -142,7 +148,7 @@ def _file(host: Host, volume: VolumeFacts | None, plain: File) -> File:
     if volume is None:
         return replace(plain, missing=plain.role in _LOOKED_FOR and plain.folder not in {"", "/dev"})
     try:
-        size = storage.volume_size(host.conn, volume.pool, volume.name)
+        size = volume.physical or storage.volume_size(host.conn, volume.pool, volume.name)
     except NotFound:
         return replace(plain, missing=True)
     form = plain.format if plain.role is Role.DISK and plain.format else volume.format
@@ -159,61 +165,85 @@ def _below(host: Host, top: File, known: Mapping[str, VolumeFacts], told: Sequen
     return found or [File(Role.BASE, path, top.target) for path in told if path.startswith("/")]
 
 
-def pools(source: Host, target: Host, vm: Domain, found: Iterable[File]) -> tuple[PoolNeed, ...]:
-    """The pools in which the VM has files of its own, by its record, and where those of that name are on the target."""
+def pools(
+    source: Host, target: Host, vm: Domain, found: Iterable[File], own: Mapping[str, str]
+) -> tuple[PoolNeed, ...]:
+    """The pools in which the VM has files of its own, by its record, and where those of that name are on the target.
+
+    ``own`` are the folders of vmctl's pools there, by their names; one that is not there is made.
+    """
     owned = vm.facts.record.owned if vm.facts.record else ()
     paths = {one.path for one in found}
-    own = {target.settings.pool, target.settings.image_pool}
     needs = []
     for name in dict.fromkeys(one.pool for one in owned):
-        path = storage.pool_path(source.conn, name) if storage.pool_exists(source.conn, name) else ""
+        path = storage.running_path(source.conn, name)
         if not paths & {f"{path}/{one.volume}" for one in owned if one.pool == name}:
             continue
-        if name in own:
-            there = images.pool_path(target, name)  # which is made when it is not there
-        else:
-            there = storage.pool_path(target.conn, name) if storage.pool_exists(target.conn, name) else ""
+        there = own.get(name) or storage.running_path(target.conn, name)
         needs.append(PoolNeed(name, path, there))
     return tuple(needs)
+
+
+def left_below(source: Host, vm: Domain, found: Sequence[File]) -> tuple[File, ...]:
+    """What the disks of a VM that has moved are based on at its old host and no more where it is: they went whole.
+
+    ``found`` are its files as they are now. Only its own, by its record, are told; what others are based on first.
+    """
+    own = {(one.pool, one.volume) for one in vm.facts.record.owned} if vm.facts.record else set()
+    now = {one.path for one in found}
+    volumes = {one.path: one for one in storage.all_volumes(source.conn)}
+    left: dict[str, File] = {}
+    for disk in found:
+        if disk.path in volumes:
+            for one in reversed(_below(source, replace(disk, backing=volumes[disk.path].backing), volumes, ())):
+                known = volumes.get(one.path)
+                if known is not None and (known.pool, known.name) in own and one.path not in now:
+                    left.setdefault(one.path, one)
+    return tuple(left.values())
 
 
 # --- one folder or two --------------------------------------------------------------------------------------
 
 
+class Folder(NamedTuple):
+    """A folder as the target has it. ``shared``: it is the source's; ``space``: bytes left, None: there is none."""
+
+    shared: bool = False
+    names: frozenset[str] = frozenset()
+    space: int | None = None
+
+
 def shared_folders(source: Host, target: Host, folders: Iterable[str]) -> frozenset[str]:
     """Those of the folders that both hosts see: a file with a random content made on one is read on the other."""
-    return frozenset(folder for folder in dict.fromkeys(folders) if _shared(source, target, folder))
+    return frozenset(path for path, one in _folders(source, target, folders).items() if one.shared)
 
 
-def _shared(source: Host, target: Host, folder: str) -> bool:
+def _folders(source: Host, target: Host, paths: Iterable[str]) -> dict[str, Folder]:
+    return {path: _folder(source, target, path) for path in dict.fromkeys(paths)}
+
+
+def _folder(source: Host, target: Host, path: str) -> Folder:
+    try:
+        with shown(target, path) as there:
+            return _compared(source, target, path, there)
+    except NotFound:
+        return Folder()  # it is made later, on a file system that is not known yet
+
+
+def _compared(source: Host, target: Host, path: str, there: str) -> Folder:
+    """Look into a folder, which the pool ``there`` shows on the target, while the source has a token in its own."""
     token, name = secrets.token_hex(16).encode(), f"vmctl-token-{secrets.token_hex(8)}"
-    view = render.VolumeView(name, len(token), "raw", mode="0600")
+    text = render.volume(render.VolumeView(name, len(token), "raw", mode="0600"))
     try:
-        with shown(source, folder) as pool:
-            storage.create_volume(source.conn, pool, render.volume(view), name=name)
-            try:
-                storage.upload_bytes(source.conn, pool, name, token)
-                return _reads(target, folder, name) == token
-            finally:
-                quietly(lambda: storage.delete_volume(source.conn, pool, name))
-    except NotFound:
-        return False
-
-
-def _reads(target: Host, folder: str, name: str) -> bytes:
-    try:
-        with shown(target, folder) as pool:
-            storage.refresh(target.conn, pool)
-            found = storage.download(target.conn, pool, name)
-    except NotFound:
-        return b""
-    quietly(lambda: _refresh(target, folder))
-    return found
-
-
-def _refresh(target: Host, folder: str) -> None:
-    with shown(target, folder) as pool:
-        storage.refresh(target.conn, pool)
+        with shown(source, path) as here, storage.passing(source.conn, here, text, name, token):
+            names, space = storage.listing(target.conn, there)
+            shared = name in names and storage.download(target.conn, there, name) == token
+    except NotFound:  # the source has none such, or the token went early
+        names, space = storage.listing(target.conn, there)
+        return Folder(names=names, space=space.available)
+    if shared:
+        quietly(lambda: storage.refresh(target.conn, there))  # the token is no more
+    return Folder(shared, names - {name}, space.available)
 
 
 # --- what the target has -------------------------------------------------------------------------------------
@@ -255,14 +285,15 @@ def look(
     target: Host,
     found: Sequence[File],
     in_use: Mapping[str, tuple[str, ...]],
+    own: Set[str],
     *,
     live: bool,
     copying: Copying,
 ) -> Look:
-    """Compare. Changes nothing but for tokens and pools that are gone again."""
+    """Compare. Changes nothing but for tokens and pools that are gone again. ``own``: folders that vmctl makes."""
     local = [one for one in found if not one.network]
-    both = shared_folders(source, target, (one.folder for one in local))
-    own = {images.pool_path(target, leaf) for leaf in (target.settings.pool, target.settings.image_pool)}
+    folders = _folders(source, target, (one.folder for one in local))
+    both = {path for path, one in folders.items() if one.shared}
     needs: list[DiskNeed] = []
     makes: list[Make] = []
     leavings: list[File] = []
@@ -275,10 +306,11 @@ def look(
             users = in_use.get(one.path, ()) if one.role is Role.DISK else ()
             needs.append(DiskNeed(one.told, one.path, True, cache=one.cache, network=one.network, users=users))
             continue
-        if one.role in {Role.LOG, Role.NVRAM} and live and _there(target, one)[1] is None:
+        there = folders[one.folder]
+        if one.role in {Role.LOG, Role.NVRAM} and live and not _has(there, one):
             leavings.append(one)
         if copying is not Copying.NONE:
-            needs.append(_judged(source, target, one, own, live=live, copying=copying, makes=makes))
+            needs.append(_judged(source, target, one, there, own, live=live, copying=copying, makes=makes))
             if makes and makes[-1].file is one and makes[-1].backing:
                 base = next((below.format for below in found if below.path == one.backing), "qcow2")
                 makes[-1] = replace(makes[-1], backing_format=base)
@@ -290,10 +322,16 @@ def look(
         tuple(needs),
         tuple(makes),
         bool(both) or not local,
-        _space(target, (one.file.folder for one in makes)),
+        {folder: space for one in makes if (space := folders[folder := one.file.folder].space) is not None},
         tuple(leavings),
         tuple(obsolete),
     )
+
+
+def own_pools(host: Host) -> dict[str, str]:
+    """The folders of vmctl's pools on a host, by their names, also of those that are yet to be made."""
+    names = host.settings.pool, host.settings.image_pool
+    return {name: images.pool_path(host, name) for name in names}
 
 
 def in_use(target: Host) -> dict[str, tuple[str, ...]]:
@@ -306,18 +344,26 @@ def in_use(target: Host) -> dict[str, tuple[str, ...]]:
 
 
 def _judged(
-    source: Host, target: Host, one: File, own: set[str], *, live: bool, copying: Copying, makes: list[Make]
+    source: Host,
+    target: Host,
+    one: File,
+    folder: Folder,
+    own: Set[str],
+    *,
+    live: bool,
+    copying: Copying,
+    makes: list[Make],
 ) -> DiskNeed:
     """What must be made of a file on the target; what is, is added to ``makes``."""
     empty = one.role is Role.DISK and live and not one.later
     needless = one.role is Role.LOG or (one.role is Role.NVRAM and live)
     if one.role is Role.BASE and live and not one.later and copying is Copying.FULL:
         return DiskNeed(one.told, one.path, False, copied=True)
-    missing, there = _there(target, one)
+    missing = folder.space is None
     if needless:
         return DiskNeed(one.told, one.path, False, copied=True, folder_missing=missing and one.folder not in own)
-    if there is not None:
-        same = not empty and there == one.size and digest(source, one) == digest(target, one)
+    if _has(folder, one):
+        same = not empty and _size(target, one) == one.size and digest(source, one) == digest(target, one)
         why = "" if same else "another file is"
         return DiskNeed(one.told, one.path, False, copied=True, in_the_way=why)
     backing = one.backing if copying is Copying.OVERLAY or not live or one.later else ""
@@ -328,29 +374,18 @@ def _judged(
     )
 
 
-def _there(target: Host, one: File) -> tuple[bool, int | None]:
-    """Whether the folder is missing there, and the size of the file of that name; None for none, or a half made one."""
+def _has(folder: Folder, one: File) -> bool:
+    """Whether a file of that name is there; a half made one is none."""
+    return one.leaf in folder.names and one.leaf + MARK not in folder.names
+
+
+def _size(host: Host, one: File) -> int | None:
+    """The length of a file; None of one that has just gone."""
     try:
-        with shown(target, one.folder) as pool:
-            storage.refresh(target.conn, pool)
-            names = storage.volume_names(target.conn, pool)
-            if one.leaf not in names or one.leaf + MARK in names:
-                return False, None
-            return False, storage.volume_size(target.conn, pool, one.leaf)
+        with shown(host, one.folder) as pool:
+            return storage.volume_size(host.conn, pool, one.leaf)
     except NotFound:
-        return True, None
-
-
-def _space(target: Host, folders: Iterable[str]) -> dict[str, int]:
-    found = {}
-    for folder in dict.fromkeys(folders):
-        try:
-            with shown(target, folder) as pool:
-                storage.refresh(target.conn, pool)
-                found[folder] = storage.pool_space(target.conn, pool).available
-        except NotFound:
-            continue  # it is made later, on a file system that is not known yet
-    return found
+        return None
 
 
 def digest(host: Host, one: File) -> str:

@@ -111,6 +111,7 @@ def _looked(ends: Ends, vm: Domain, wish: Wish) -> migrate_facts.Found:
     """The files of a VM that has moved, as the target has them, and which of them lie on the source too."""
     now = domain.find(ends.target.conn, vm.uuid)
     files = migrate_files.files(ends.target, now)
+    files = (*migrate_files.left_below(ends.source, now, files), *files)
     both = migrate_files.shared_folders(ends.source, ends.target, (one.folder for one in files if not one.network))
     needs = tuple(DiskNeed(one.told, one.path, one.network or one.folder in both) for one in files)
     return migrate_facts.found_after(now, needs, files, Look(needs, (), True, {}))

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
-from vmctl import image_users, images, render
+from vmctl import identity, image_users, images, render, resolve
 from vmctl.errors import Conflict, ImageError, NotFound, quietly
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.folder_pools import shown
@@ -17,6 +17,7 @@ from vmctl.hypervisor.domain import Domain
 from vmctl.locks import held
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import MARK, File, Make, Role, digest
+from vmctl.migrate_problems import DiskNeed
 
 _MADE_S = 3600.0  # as long as a base image may take over a slow link
 _UNMADE_S = 3.0  # who holds it for longer still makes it
@@ -165,6 +166,24 @@ def remove(host: Host, file: File) -> None:
             storage.delete_volume(host.conn, pool, file.leaf)
     except NotFound:
         return
+
+
+def mark_shared(source: Host, target: Host, vm: Domain, needs: Sequence[DiskNeed]) -> None:
+    """Note beside the VM's own volumes that stay where they are, and are left without a VM here, whose they are.
+
+    The target gets the pool in which they are then the VM's own, to be deleted with it.
+    """
+    folder, prefix = images.pool_path(source, source.settings.pool), resolve.volume_prefix(vm.name, vm.uuid)
+    if any(need.shared and need.path.startswith(f"{folder}/{prefix}") for need in needs):
+        for host in (source, target):
+            images.ensure_pools(host)
+        identity.mark_moved(source, prefix)
+
+
+def unmark_shared(source: Host, vm: Domain, needs: Sequence[DiskNeed]) -> None:
+    """It took all of its volumes along, also from where it shared them with another host before."""
+    if not any(need.shared for need in needs):
+        identity.unmark_moved(source, resolve.volume_prefix(vm.name, vm.uuid))
 
 
 _COPIED = frozenset({Role.DISK, Role.READONLY, Role.NVRAM})

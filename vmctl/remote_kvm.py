@@ -36,9 +36,8 @@ def examine(
         raise VmctlError(
             "cannot examine KVM: the probe guest was not compiled", hint="install the package again; it needs gcc"
         )
-    key = _key(conn, guest.read_bytes())
-    path = cache_dir / f"accel-at-{hashlib.sha256(conn.uri.encode()).hexdigest()[:16]}.json"
-    if not refresh and _fresh(path) and (kept := load(path, key)):
+    path, key = _place(conn, cache_dir), _key(conn, guest.read_bytes())
+    if not refresh and (kept := _kept(path, key)):
         return kept
     findings = judge(
         capabilities.host_facts(conn).domain_types,
@@ -49,11 +48,32 @@ def examine(
     return findings
 
 
+def known(conn: Connection, *, cache_dir: Path) -> KvmFindings | None:
+    """What KVM is worth there, as far as that is known without a guest; None where it takes one to find out."""
+    guest = baremetal_guest("probe")
+    if guest.exists() and (kept := _kept(_place(conn, cache_dir), _key(conn, guest.read_bytes()))):
+        return kept
+    offered = capabilities.host_facts(conn).domain_types
+    return None if "kvm" in offered else _absent()
+
+
+def _place(conn: Connection, cache_dir: Path) -> Path:
+    return cache_dir / f"accel-at-{hashlib.sha256(conn.uri.encode()).hexdigest()[:16]}.json"
+
+
+def _kept(path: Path, key: str) -> KvmFindings | None:
+    return load(path, key) if _fresh(path) else None
+
+
+def _absent() -> KvmFindings:
+    mend = "on that host: modprobe kvm_intel or kvm_amd; `vmctl host info` there says more"
+    return KvmFindings(Verdict.ABSENT, (Check("device", "failed", "libvirt there offers no KVM", mend),))
+
+
 def judge(offered: tuple[str, ...], run: Callable[[], ProbeRun]) -> KvmFindings:
     """The findings that follow from what libvirt offers there and from the run, made only where it offers KVM."""
     if "kvm" not in offered:
-        mend = "on that host: modprobe kvm_intel or kvm_amd; `vmctl host info` there says more"
-        return KvmFindings(Verdict.ABSENT, (Check("device", "failed", "libvirt there offers no KVM", mend),))
+        return _absent()
     device = Check("device", "ok", "libvirt there offers KVM, which by itself proves little")
     try:
         verdict, check = probe_check(run())

@@ -16,7 +16,7 @@ from vmctl.domain_brief import ACCEL_OF_TYPE
 from vmctl.errors import VmctlError
 from vmctl.fleet import Fleet, called
 from vmctl.hosts import Host
-from vmctl.hypervisor import capabilities, network, node, population
+from vmctl.hypervisor import network, node, population
 from vmctl.hypervisor.population import Guest, Measure
 from vmctl.hypervisor.states import State
 from vmctl.wait import pause
@@ -71,7 +71,7 @@ def _part(asked: Fleet, entry: HostEntry) -> _Part:
     with ExitStack() as stack:
         host, first = _opened(asked, entry, stack)
         began, before, seen = time.monotonic(), node.load(host.conn), _host(name, host)
-        guests, uuid = population.guests(host.conn), capabilities.who(host.conn).uuid
+        guests, uuid = population.guests(host.conn), host.facts.uuid
         pause(max(0.0, _INTERVAL_S - (time.monotonic() - began)))
         running = {guest.uuid for guest in guests if ET.fromstring(guest.xml).get("id") is not None}
         second, host = _answers(asked, entry, host, running, stack)
@@ -143,7 +143,7 @@ def _host(name: str, host: Host) -> HostSeen:
         cpu_model=facts.cpu_model,
         cpu_flags=population.cpu_flags(host.conn),
         cpu_models=population.kvm_cpu_models(host.conn, facts.arch) if Accel.KVM in accels else frozenset(),
-        machines=capabilities.machines(host.conn, facts.arch),
+        machines=facts.machines,
         networks=_networks(host),
     )
 
@@ -203,7 +203,7 @@ def _pinned(guest: Guest, root: ET.Element, labels: Mapping[str, str], *, runnin
     if guest.snapshots:
         return f"it has snapshots, which libvirt does not move: vmctl snapshot list {guest.name}"
     devices = [*root.iterfind("devices/hostdev"), *root.iterfind("devices/interface[@type='hostdev']")]
-    if running and devices:
+    if devices:  # also of one that is off: what has that address on another host is another device
         return "it has a device of its host"
     if running and root.find("devices/filesystem") is not None:
         return "it has a folder of its host mounted"

@@ -135,6 +135,47 @@ def test_all_hosts_and_one_that_does_not_answer(known: Shell, bed: Testbed, name
         second.virsh("undefine", name)
 
 
+def test_events_of_all_hosts_and_of_one_that_is_lost(known: Shell, bed: Testbed, name: str) -> None:
+    first, second, third = bed.machines
+    xml = f"<domain type='qemu'><name>{name}</name><memory>8192</memory><os><type>hvm</type></os></domain>"
+    pipe = subprocess.PIPE
+    assert "goes with no --connect" in known.run("-c", "h1", "events", "--all-hosts", check=2).stderr
+    assert f"cannot find VM {name} on any of 3" in known.run("events", name, "--all-hosts", check=4).stderr
+    words = [*VMCTL, "events", f"{name}*", "--all-hosts", "--count", "2", "-o", "json"]
+    watcher = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True)
+    alone = subprocess.Popen([*VMCTL, "-c", "h3", "events"], stdout=pipe, stderr=pipe, text=True)
+    try:
+        assert watcher.stdout and watcher.stderr and alone.stderr
+        assert watcher.stderr.readline() == alone.stderr.readline() == "watching; Ctrl-C ends\n"
+        second.kill("libvirtd")
+        seen = [json.loads(watcher.stdout.readline())]
+        first.run("sh", "-c", "cat >/tmp/d.xml; virsh define /tmp/d.xml", input=xml)
+        seen.append(json.loads(watcher.stdout.readline()))
+        third.kill("libvirtd", signal.SIGSTOP)  # no connection of it breaks
+        seen.append(json.loads(watcher.stdout.readline()))
+        _, said = alone.communicate(timeout=60)
+        assert alone.returncode == 3 and said.startswith("cannot watch events: ") and said.count("\n") == 2, said
+        second.start("libvirtd")
+        seen.append(json.loads(watcher.stdout.readline()))
+        first.virsh("undefine", name)
+        out, said = watcher.communicate(timeout=30)
+        assert watcher.returncode == 0 and said == ""
+        seen += [json.loads(line) for line in out.splitlines()]
+    finally:
+        for process in (watcher, alone):
+            process.kill()
+        third.kill("libvirtd", signal.SIGCONT)
+        first.virsh("undefine", name, check=False)
+    assert [(one["host"], one["name"], one["event"]) for one in seen] == [
+        ("h2", "", "unreachable"),
+        ("h1", name, "defined"),
+        ("h3", "", "unreachable"),
+        ("h2", "", "reachable"),
+        ("h1", name, "undefined"),
+    ]
+    assert seen[0]["detail"].endswith("went away")
+
+
 def test_check(known: Shell, bed: Testbed) -> None:
     first, second = bed.machines[:2]
     found = known.json("host", "check")
@@ -147,8 +188,16 @@ def test_check(known: Shell, bed: Testbed) -> None:
     try:
         said = known.run("host", "check", "h1", "h2", check=1).stdout
         assert "failed   h1 reaches h2" in said and "failed   h2 reaches h1" in said and "mend: " in said
+        assert "an SSH key" not in said, "keys are no mend for that"
     finally:
         first.mend_from(second)
+    second.kill("sshd")
+    try:
+        said = known.run("host", "check", "h1", "h2", check=1).stdout
+        assert said.count("no SSH server listens there") == 2 and "SSH key" not in said, said
+        assert "no SSH server listens there" in known.run("-c", "h2", "list", check=3).stderr
+    finally:
+        second.start("sshd")
     first.run("mount", "--bind", "/bin/true", "/usr/bin/date")
     try:
         by = {

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -133,6 +135,31 @@ def test_drain_goes_on_where_it_was_left(fleet: Fleet) -> None:
     assert [(one["vm"], one["source"]) for one in moved] == [("held", "h2")] and moved[0]["mode"] != "stopped"
     assert "h2" not in fleet.where().values()
     assert fleet.run("host", "drain", "h2", "--yes").stdout == "nothing to move\n"
+
+
+def test_two_drains_at_once(fleet: Fleet) -> None:
+    """Neither moves to the host that the other one empties; the first has planned, and waits for an answer."""
+    fleet.define("h1", "a")
+    fleet.define("h2", "b")
+    main, side = pty.openpty()
+    env = {**os.environ, "XDG_CONFIG_HOME": str(fleet.config)}
+    first = subprocess.Popen([*VMCTL, "host", "drain", "h1"], stdin=side, stdout=side, stderr=side, env=env)
+    os.close(side)
+    try:
+        said = ""
+        while "[y/N]" not in said:
+            assert select.select([main], [], [], 60)[0], said
+            said += os.read(main, 4096).decode()
+        plan = fleet.json("host", "drain", "h2", "--dry-run")
+        assert [(move["vm"], move["target"]) for move in plan["moves"]] == [("b", "h3")]
+        second = fleet.run("host", "drain", "h2", "--yes")
+        assert "h1: another vmctl is emptying it" in second.stderr and fleet.where() == {"a": "h1", "b": "h3"}
+    finally:
+        first.kill()
+        first.wait()
+        os.close(main)
+    plan = fleet.json("host", "drain", "h3", "--avoid", "h2", "--dry-run")
+    assert [move["target"] for move in plan["moves"]] == ["h1"], "what was killed empties nothing"
 
 
 def test_one_whose_qemu_died_is_moved_as_one_that_is_off(fleet: Fleet) -> None:

@@ -101,6 +101,24 @@ def test_show_asks_each_thing_once(shell: Shell, names: Callable[[], str]) -> No
     ]
 
 
+def test_show_starts_no_guest_elsewhere(
+    shell: Shell, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a VM is run by, its definition tells. What KVM is worth on its host, nobody asked."""
+    far = ("-c", "qemu+unix:///system")
+    shell.run("create", name, "--image", "micro", "--no-start")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _, which = calls(*far, "show", name)
+    assert "virDomainCreate" not in which and "virStorageVol" not in which, which
+    shown = shell.json(*far, "show", name)["accel"]
+    assert shown["chosen"] == shell.json("show", name)["accel"]["chosen"]
+    if "kvm" in shell.virsh("capabilities"):
+        assert shown["host"] is None
+        shell.run(*far, "host", "info")
+        shown = shell.json(*far, "show", name)["accel"]
+    assert shown["host"]["kvm"]["evidence"]
+
+
 def test_a_silent_agent_hides_nothing_of_other_vms(shell: Shell, names: Callable[[], str]) -> None:
     """Its question is given up, and goes on in libvirt: the next agent is asked by another connection."""
     first, second = names(), names()

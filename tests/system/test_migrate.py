@@ -66,7 +66,9 @@ def test_live_with_its_memory_address_and_connections(pair: Pair, vm: str) -> No
             left, right = [one["mac"] for one in left], [one["mac"] for one in right]
         assert left == right, key
     assert [one["address"] for one in after["addresses"]] == [one["address"] for one in before["addresses"]]
-    assert pair.files("h1") == files
+    (mark,) = pair.files("h1") - files
+    assert mark.startswith(f"{vm}-") and mark.endswith(".moved"), "it tells whose they are"
+    assert pair.files("h1") == files | {mark}
     assert after["address"] == before["address"] != "", "by its agent: here no libvirt gives addresses"
 
     said = pair.vmctl("-c", "h2", "migrate", vm, "--to", "h1", "--direct")
@@ -94,6 +96,25 @@ def test_a_stopped_one(pair: Pair, vm: str) -> None:
     pair.vmctl("-c", "h1", "start", vm)
     pair.vmctl("-c", "h1", "wait", vm, "--for", "agent")
     assert pair.vmctl("-c", "h1", "exec", vm, "--", "cat", "/root/kept").stdout == "on disk\n"
+
+
+def test_its_files_are_nobodys_to_clear_away_where_it_was(pair: Pair) -> None:
+    """They lie on shared storage, and no VM of its old host has them: as if a creation there had been killed."""
+    with guest(pair) as name:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2")
+        folder = pair.machine("h1").images.parent / "vmctl"
+        (disk,) = folder.glob(f"{name}-????????.qcow2")
+        was = disk.stat().st_ino
+        assert f"cannot find VM {name}" in pair.vmctl("-c", "h1", "delete", name, "--yes", check=4).stderr
+        assert "went to another host" in pair.vmctl("-c", "h1", "disk", "delete", f"vmctl/{disk.name}", check=5).stderr
+        assert name not in pair.vmctl("-c", "h1", "doctor", check=None).stdout
+        pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--network", "lan", "--no-start")
+        assert disk.stat().st_ino == was, "a new VM of that name has another disk"
+        pair.vmctl("-c", "h1", "delete", name, "--yes")
+        assert disk.stat().st_ino == was
+        pair.vmctl("-c", "h2", "exec", "--via", "agent", name, "true")
+        pair.vmctl("-c", "h2", "delete", name, "--yes")
+        assert not list(folder.glob(f"{name}-*")), "the mark is gone, too"
 
 
 def test_to_where_there_is_room(pair: Pair, vm: str) -> None:

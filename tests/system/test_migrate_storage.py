@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 
 from tests.faults.phases import Hold, Phase, install
 from tests.system.migrating import Pair, guest, pair_fixture, until
+from tests.system.test_list import calls
 from vmctl.wait import pause
 
 pytestmark = pytest.mark.system
@@ -55,6 +58,25 @@ def test_it_is_refused_without_and_says_which_files(pair: Pair, vm: str) -> None
         assert f"{file} (" in said
     assert said.count("h2 does not see the same file") == 5 and "--copy-storage" in said
     assert pair.files("h2") == set() and pair.where(vm) == {"h1": "running"}
+
+
+# What the client has already, or keeps to itself.
+_LOCAL = re.compile(
+    r"virEvent|vir\w+(Free|GetName)$|virConnect(IsAlive|SetKeepAlive|Close)|virStream(New|Free)|virStorageVolGetKey"
+)
+
+
+def test_a_check_asks_each_thing_once(pair: Pair, vm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call is a way there and back. There were twice as many of them."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(pair.config))
+    second = pair.machine("h2")
+    for folders, most in (False, 70), (True, 108):
+        if folders:
+            second.run("mkdir", "-p", "/var/lib/libvirt/vmctl/vmctl", "/var/lib/libvirt/vmctl/vmctl-images")
+        _, said = calls("-c", "h1", "migrate", vm, "--to", "h2", "--check", "--copy-storage", "overlay")
+        made = ast.literal_eval(said.splitlines()[-1].partition(" ")[2])
+        far = {name: count for name, count in made.items() if not _LOCAL.match(name)}
+        assert sum(far.values()) <= most, far
 
 
 def test_live_with_what_lies_above_the_base(pair: Pair, vm: str) -> None:
@@ -216,6 +238,41 @@ def test_clones_that_leave_one_after_the_other_leave_nothing(pair: Pair, vm: str
             pair.vmctl("-c", "h2", "start", one)
     finally:
         for one in (name, f"{name}-twin"):
+            pair.vmctl("-c", "h2", "delete", one, "--yes", "--missing-ok", check=None)
+            pair.vmctl("delete", one, "--yes", "--missing-ok", check=None)
+    assert not of(name, pair.files("h2"))
+
+
+def test_layers_go_when_a_whole_move_was_cut_off_at_its_end(pair: Pair, vm: str, name: str, network: None) -> None:
+    """vmctl was killed when its VM had arrived, with disks of one file each: nothing there tells what lies below."""
+    clones = [f"{name}-twin", f"{name}-third"]
+    here = Path("/var/lib/libvirt/vmctl/vmctl")
+
+    def left() -> list[str]:
+        return sorted(path.name for path in here.glob(f"{name}-*"))
+
+    try:
+        pair.vmctl("create", name, "--image", "micro", "--memory", "128M", "--wait", "agent")
+        pair.vmctl("stop", name, "--force")
+        for one in clones:
+            pair.vmctl("clone", name, one)
+        (shared,) = here.glob(f"{name}-????????.qcow2")
+        pair.vmctl("delete", name, "--yes")
+        assert shared.exists(), "its clones need it"
+        for one in clones:
+            pair.vmctl("start", one, "--wait", "agent")
+            words = ("migrate", one, "--to", "h2")
+            pair.vmctl(*words, "--copy-storage", "full", "--direct", "--keep-source")
+            pair.shell.virsh("undefine", one)
+            said = pair.vmctl(*words, check=4).stderr
+            assert f"vmctl migrate {one} --to h2 --recover" in said, "what a plain second run names"
+            pair.vmctl(*words, "--recover")
+            pair.vmctl("-c", "h2", "exec", "--via", "agent", one, "true")
+            if one is clones[0]:
+                assert shared.name in left() and not [leaf for leaf in left() if "-twin-" in leaf]
+        assert left() == [], "it was the last of them"
+    finally:
+        for one in (name, *clones):
             pair.vmctl("-c", "h2", "delete", one, "--yes", "--missing-ok", check=None)
             pair.vmctl("delete", one, "--yes", "--missing-ok", check=None)
     assert not of(name, pair.files("h2"))

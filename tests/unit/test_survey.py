@@ -92,7 +92,8 @@ def test_the_processor_it_needs(cpu: str, kind: str, needs: Cpu) -> None:
         (guest("<devices><hostdev type='pci'/></devices>"), "it has a device of its host"),
         (guest("<devices><interface type='hostdev'/></devices>"), "it has a device of its host"),
         (guest("<devices><filesystem/></devices>"), "it has a folder of its host mounted"),
-        (guest("<devices><filesystem/><hostdev/></devices>", state=State.STOPPED), ""),
+        (guest("<devices><filesystem/></devices>", state=State.STOPPED), ""),
+        (guest("<devices><hostdev/></devices>", state=State.STOPPED), "it has a device of its host"),
     ],
 )
 def test_what_keeps_it_where_it_is(seen: Guest, why: str) -> None:

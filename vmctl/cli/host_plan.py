@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional, TypeAlias
 
 import typer
 
@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from vmctl.fleet import Fleet
     from vmctl.migrate import Moved, Wish
     from vmctl.migrate_ends import Ends
+    from vmctl.plans_of_others import Told
     from vmctl.rebalance import Move, Plan
+
+    _Barred: TypeAlias = dict[tuple[str, str], tuple[tuple[str, str], ...]]  # a VM on a host: who refused it, and why
 
 Avoid = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -115,7 +118,8 @@ def drain(
 
         start_loop()
         migrate_left.settle(asked, name, others, how.wish(), reporter(), timeout)
-    _planned(asked, (name, *others), avoid, timeout, lambda census: rebalance.drain(census, name), how, output)
+    names = (name, *others)
+    _planned(asked, names, avoid, timeout, lambda census: rebalance.drain(census, name), how, output, emptied=(name,))
 
 
 def balance(
@@ -181,7 +185,7 @@ def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, 
 
     Raises PreflightFailed for all that have none, before anything is changed.
     """
-    from vmctl import config, rebalance
+    from vmctl import config, plans_of_others, rebalance
     from vmctl.fleet import called
     from vmctl.hypervisor.events import start_loop
 
@@ -202,7 +206,7 @@ def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, 
 
     look = partial(_look, asked, [called(source), *others], (), _LOOK_S)
     if check:
-        found = plan(look())
+        found = plan(plans_of_others.counted(look(), plans_of_others.others(asked.folders.runtime)))
         begin(found, 0)
         ui.emit(found, output, lambda: _table(found), lambda: [move.vm for move in found.moves])
         _check(asked, found, wish)
@@ -244,8 +248,11 @@ def _planned(
     plan: Callable[[Census], Plan],
     how: _How,
     output: Output,
+    *,
+    emptied: Sequence[str] = (),
 ) -> None:
     """Look at the hosts, plan, and do with the plan what was asked for."""
+    from vmctl import plans_of_others
     from vmctl.hypervisor.events import start_loop
 
     start_loop()  # migrations need it, and it must come before any connection
@@ -260,13 +267,14 @@ def _planned(
             refuse_unless_yes(what, yes=how.yes, question="Move these VMs?", hint="add --yes, or see --dry-run")
 
     if how.dry_run or how.check:
-        found = plan(look())
+        told = plans_of_others.others(asked.folders.runtime)
+        found = plan(plans_of_others.counted(look(), told, emptied))
         ui.emit(found, output, lambda: _table(found), lambda: [move.vm for move in found.moves])
         _tell(found)
         if how.check:
             _check(asked, found, how.wish())
     else:
-        found = _carry_out(asked, look, plan, begin, how.wish(), how.at_once, output)
+        found = _carry_out(asked, look, plan, begin, how.wish(), how.at_once, output, emptied=emptied)
     if found.left and not how.dry_run:
         failures = {f"{one.vm or 'VMs'} on {one.host}": VmctlError(one.why) for one in found.left}
         raise PartialFailure(f"cannot move {len(found.left)} that should", failures=failures)
@@ -332,19 +340,52 @@ def _carry_out(
     wish: Wish,
     at_once: int,
     output: Output,
+    *,
+    emptied: Sequence[str] = (),
 ) -> Plan:
     """Make the moves of a plan, and where a host refuses a VM, those of another plan without that; the last plan.
 
-    ``begin`` is shown each plan, with how many moves were made before it.
+    ``begin`` is shown each plan, with how many moves were made before it. What other vmctl processes of this user are
+    at counts, and they are told of this, and that hosts are ``emptied``.
     """
-    moved: list[Moved] = []
-    barred: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {}
-    while True:
-        census = look()
+    from vmctl.plans_of_others import Told
+
+    with Told(asked.folders.runtime, emptied) as ours:
+        return _carried_out(asked, partial(_plan, ours, look, plan, emptied), begin, wish, at_once, output, ours)
+
+
+def _plan(
+    ours: Told, look: Callable[[], Census], plan: Callable[[Census], Plan], emptied: Sequence[str], barred: _Barred
+) -> Plan:
+    """Look at the hosts, and plan, while nobody else does."""
+    from vmctl.plans_of_others import counted
+
+    with ours.planning() as others:
+        census = counted(look(), others, emptied)
         vms = tuple(vm._replace(barred=barred.get((vm.name, vm.host), ())) for vm in census.vms)
-        found = plan(census._replace(vms=vms))
+        census = census._replace(vms=vms)
+        found = plan(census)
+        ours.plans(census, found.moves, found.freed)
+    for host in sorted(others.emptied):
+        note(f"{host}: another vmctl is emptying it")
+    return found
+
+
+def _carried_out(
+    asked: Fleet,
+    plan: Callable[[_Barred], Plan],
+    begin: Callable[[Plan, int], None],
+    wish: Wish,
+    at_once: int,
+    output: Output,
+    ours: Told,
+) -> Plan:
+    moved: list[Moved] = []
+    barred: _Barred = {}
+    while True:
+        found = plan(barred)
         begin(found, len(moved))
-        failures = _make(asked, found, wish, at_once, output, moved)
+        failures = _make(asked, found, wish, at_once, output, moved, ours)
         refused = {move: error for move, error in failures.items() if isinstance(error, PreflightFailed)}
         for move, error in refused.items():
             for what, mend in error.problems:
@@ -364,7 +405,7 @@ def _carry_out(
 
 
 def _make(
-    asked: Fleet, plan: Plan, wish: Wish, at_once: int, output: Output, moved: list[Moved]
+    asked: Fleet, plan: Plan, wish: Wish, at_once: int, output: Output, moved: list[Moved], ours: Told
 ) -> dict[Move, VmctlError]:
     """Wave by wave. One that fails keeps the next from beginning, which may need the room it did not free."""
     from vmctl import migrate
@@ -375,7 +416,7 @@ def _make(
     left = len(plan.moves)
 
     def work(name: str) -> Moved:
-        with _ends(asked, by[name]) as ends:
+        with ours.making(by[name]), _ends(asked, by[name]) as ends:
             ends.open()
             return migrate.migrate(ends, by[name].vm, wish, report)
 

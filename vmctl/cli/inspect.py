@@ -8,6 +8,7 @@ import typer
 
 from vmctl import ui
 from vmctl.cli.options import (
+    GLOBALS,
     ConnectOption,
     Name,
     Names,
@@ -23,9 +24,10 @@ from vmctl.errors import PartialFailure, SpecError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from vmctl.detail import Detail
+    from vmctl.fleet_events import HostEvent
     from vmctl.hypervisor.states import State
     from vmctl.listing import Row
 
@@ -88,8 +90,8 @@ def list_(
     states = {known[text] for text in state or []}
     labels = {key: value if sep else None for key, sep, value in (text.partition("=") for text in label or [])}
     if all_hosts:
-        if connect or watch:
-            raise SpecError(f"cannot list VMs: --all-hosts goes with no {'--connect' if connect else '--watch'}")
+        if (one := connect or GLOBALS.connect) or watch:
+            raise SpecError(f"cannot list VMs: --all-hosts goes with no {'--connect' if one else '--watch'}")
         _list_all(states, labels, timeout, output)
         return
     with opened(connect, events=watch) as host:
@@ -252,32 +254,61 @@ def events(
     ] = None,
     count: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option("--count", metavar="N", min=1, help="End after N events."),
+        typer.Option("--count", metavar="N", min=1, help="End after N events of VMs."),
     ] = None,
+    all_hosts: Annotated[bool, typer.Option("--all-hosts", help="Of all hosts that `vmctl host list` lists.")] = False,
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """Show what happens to VMs as it happens: a line each; with -o json, a JSON object per line."""
+    """Show what happens to VMs as it happens: a line each; with -o json, a JSON object per line.
+
+    With --all-hosts, one that does not answer or was lost is a line of its own, and is looked for again; the others go
+    on. A host that is watched alone and lost is an error.
+    """
+    from vmctl import fleet_events
+    from vmctl.fleet_events import HostEvent
+    from vmctl.hypervisor import domain
+    from vmctl.hypervisor import events as stream
+    from vmctl.listing import is_glob
+
+    def begun() -> None:
+        note("watching; Ctrl-C ends")
+
+    names = names or []
+    if all_hosts:
+        if connect or GLOBALS.connect:
+            raise SpecError("cannot show events: --all-hosts goes with no --connect")
+        stream.start_loop()
+        asked = fleet_of_config()
+        wanted = {*names, *fleet_events.known(asked, [one for one in names if not is_glob(one)])}
+        _show(fleet_events.watch(asked, begun, ui.require_reader), wanted, count, output, with_host=True)
+        return
+    with opened(connect, events=True) as host:
+        wanted = {one if is_glob(one) else domain.find(host.conn, one).name for one in names}
+        heard = stream.watch(host.conn, ready=begun, idle=ui.require_reader)
+        _show((HostEvent.of(host.name, one) for one in heard), wanted, count, output, with_host=False)
+
+
+def _show(
+    heard: Iterable[HostEvent], wanted: Collection[str], count: int | None, output: Output, *, with_host: bool
+) -> None:
+    """A line for each event of the VMs that are meant, and of hosts, which are none of those that are counted."""
     import fnmatch
     import json
 
-    from vmctl import listing
-    from vmctl.hypervisor import domain
-    from vmctl.hypervisor import events as stream
-
-    with opened(connect, events=True) as host:
-        wanted = [one if listing.is_glob(one) else domain.find(host.conn, one).name for one in names or ()]
-        seen = 0
-        for event in stream.watch(host.conn, ready=lambda: note("watching; Ctrl-C ends"), idle=ui.require_reader):
-            if wanted and not any(fnmatch.fnmatchcase(event.name, pattern) for pattern in wanted):
-                continue
-            if output is Output.NAME:
-                ui.write(f"{event.name}\n")
-            elif output in {Output.JSON, Output.YAML}:
-                ui.write(json.dumps(ui.jsonable(event), ensure_ascii=False) + "\n")
-            else:
-                stamp = event.time.astimezone().strftime("%H:%M:%S.%f")[:-3]
-                ui.write(f"{stamp}  {ui.visible(event.name)}  {event.event}  {event.detail}".rstrip() + "\n")
-            seen += 1
-            if seen == count:
-                return
+    seen = 0
+    for event in heard:
+        if wanted and event.name and not any(fnmatch.fnmatchcase(event.name, pattern) for pattern in wanted):
+            continue
+        if output is Output.NAME:
+            ui.write(f"{event.name}\n" if event.name else "")
+        elif output in {Output.JSON, Output.YAML}:
+            ui.write(json.dumps(ui.jsonable(event), ensure_ascii=False) + "\n")
+        else:
+            stamp = event.time.astimezone().strftime("%H:%M:%S.%f")[:-3]
+            where = f"{ui.visible(event.host)}  " if with_host else ""
+            said = f"{ui.visible(event.name) or '-'}  {event.event}  {ui.visible(event.detail)}"
+            ui.write(f"{stamp}  {where}{said}".rstrip() + "\n")
+        seen += bool(event.name)
+        if seen == count:
+            return

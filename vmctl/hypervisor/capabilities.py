@@ -5,7 +5,6 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import libvirt
 
@@ -15,7 +14,11 @@ from vmctl.hypervisor.errors import calling
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """The host as libvirt sees it. Memory in MiB; ``qemu_user`` None: QEMU runs as the connecting user."""
+    """The host as libvirt sees it. Memory in MiB; ``qemu_user`` None: QEMU runs as the connecting user.
+
+    ``uuid`` is libvirt's of the host; ``machines`` are the types it has for guests of its own architecture, by all
+    their names.
+    """
 
     arch: str
     cpu_model: str
@@ -24,6 +27,8 @@ class HostFacts:
     emulator: Path
     domain_types: tuple[str, ...]
     qemu_user: str | None
+    uuid: str
+    machines: frozenset[str]
 
 
 def _dac_user(root: ET.Element) -> str | None:
@@ -78,29 +83,20 @@ def host_facts(conn: Connection) -> HostFacts:
         emulator=Path(emulator),
         domain_types=tuple(types),
         qemu_user=None if conn.session else _dac_user(root),
+        uuid=root.findtext("host/uuid") or "",
+        machines=_machines(root, arch),
     )
 
 
-class Who(NamedTuple):
-    """What tells a host from others: its own name, and libvirt's UUID of it."""
-
-    hostname: str
-    uuid: str
-
-
-def who(conn: Connection) -> Who:
-    """Which host that is, by whatever URI it was reached."""
-    with calling("ask the host who it is"):
-        root = ET.fromstring(conn.handle.getCapabilities())
-        return Who(str(conn.handle.getHostname()), root.findtext("host/uuid") or "")
-
-
-def machines(conn: Connection, arch: str) -> frozenset[str]:
-    """The machine types a host has for guests of its own architecture, by all their names."""
-    with calling("read host capabilities"):
-        root = ET.fromstring(conn.handle.getCapabilities())
+def _machines(root: ET.Element, arch: str) -> frozenset[str]:
     found = root.iterfind(f"guest/arch[@name='{arch}']//machine")
     return frozenset(name for one in found for name in (one.text or "", one.get("canonical", "")) if name)
+
+
+def hostname(conn: Connection) -> str:
+    """The host's own name, by whatever URI it was reached."""
+    with calling("ask the host who it is"):
+        return str(conn.handle.getHostname())
 
 
 def text(conn: Connection) -> str:

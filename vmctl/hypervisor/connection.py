@@ -6,6 +6,7 @@ import operator
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 
 import libvirt
 
+from vmctl import unreached
 from vmctl.errors import HostUnreachable, VmctlError
 from vmctl.hypervisor.errors import calling, translated
 from vmctl.hypervisor.waiting import Waiting
@@ -21,6 +23,7 @@ SYSTEM = "qemu:///system"
 SESSION = "qemu:///session"
 _WAKES_UP = 10_001_000
 _OPEN_S = 30.0
+_KEEPALIVE_S, _KEEPALIVE_COUNT = 5, 3
 
 
 # libvirt prints each error to stderr unless told otherwise; vmctl reports them itself. It must be a function in C: one
@@ -105,7 +108,8 @@ def connect(uri: str, way: str = "") -> Connection:
         else:
             handle = libvirt.open(way or uri)
     except libvirt.libvirtError as error:
-        raise HostUnreachable(translated(error, f"connect to {uri}").message, hint=_unreachable_hint(uri)) from error
+        text = translated(error, f"connect to {uri}").message
+        raise HostUnreachable(text, hint=_unreachable_hint(uri, text)) from error
     if handle is None:
         raise HostUnreachable(
             f"cannot connect to {uri}: no answer within {_OPEN_S:g} s", hint="vmctl host check says more"
@@ -113,14 +117,15 @@ def connect(uri: str, way: str = "") -> Connection:
     return Connection(uri, handle, way)
 
 
-def _unreachable_hint(uri: str) -> str:
+def _unreachable_hint(uri: str, why: str) -> str:
     if uri == SYSTEM:
         if os.geteuid() != 0:
             return "is libvirtd running, and are you in group libvirt? without either, try -c qemu:///session"
         return "start libvirtd, or let `sh vmctl/bootstrap.sh` do it; `vmctl doctor` says more"
     if uri == SESSION:
         return "are libvirt-daemon and its QEMU driver installed?"
-    return "check the address, then `virsh -c URI version`"
+    ssh = "ssh" in urlsplit(uri).scheme
+    return unreached.mend(why.partition(uri)[2], ssh=ssh) or "check the address, then `virsh -c URI version`"
 
 
 def connect_default(fell_back: Callable[[str], None] = lambda _why: None) -> Connection:
@@ -151,6 +156,12 @@ def versions(conn: Connection) -> Versions:
     """What runs there."""
     with calling("ask for versions"):
         return Versions(_dotted(conn.handle.getLibVersion()), _dotted(conn.handle.getVersion()))
+
+
+def keep_alive(conn: Connection) -> None:
+    """Have a dead other side noticed within seconds. Needs libvirt's event loop."""
+    with suppress(libvirt.libvirtError):
+        conn.handle.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
 
 
 def is_alive(conn: Connection) -> bool:

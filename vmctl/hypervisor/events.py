@@ -13,7 +13,7 @@ from typing import Any
 import libvirt
 
 from vmctl.errors import HostUnreachable
-from vmctl.hypervisor.connection import Connection, is_alive
+from vmctl.hypervisor.connection import Connection, is_alive, keep_alive
 from vmctl.hypervisor.errors import calling
 
 _EVENTS = {
@@ -32,9 +32,12 @@ _DETAILS = {
     (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_MIGRATED): "by migration",
     (libvirt.VIR_DOMAIN_EVENT_STARTED, libvirt.VIR_DOMAIN_EVENT_STARTED_BOOTED): "booted",
     (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_IOERROR): "by an I/O error",
+    (libvirt.VIR_DOMAIN_EVENT_SUSPENDED, libvirt.VIR_DOMAIN_EVENT_SUSPENDED_MIGRATED): "by migration",
+    (libvirt.VIR_DOMAIN_EVENT_RESUMED, libvirt.VIR_DOMAIN_EVENT_RESUMED_MIGRATED): "by migration",
     (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_SHUTDOWN): "by the guest",
     (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_DESTROYED): "powered off",
     (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED): "crashed",
+    (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_MIGRATED): "by migration",
     (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_SAVED): "saved",
     (libvirt.VIR_DOMAIN_EVENT_STOPPED, libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED): "failed",
     (libvirt.VIR_DOMAIN_EVENT_CRASHED, libvirt.VIR_DOMAIN_EVENT_CRASHED_PANICKED): "guest panicked",
@@ -111,8 +114,10 @@ def watch(
     """Lifecycle events and reboots of all domains from now on, until the consumer stops or the daemon goes away.
 
     ``ready`` is called once when nothing can be missed any more, ``idle`` each second in which nothing happens.
-    The connection must have been opened after start_loop().
+    The connection must have been opened after start_loop(). Raises HostUnreachable, of a daemon that is stopped, or no
+    more reached, within half a minute.
     """
+    keep_alive(conn)
     seen: queue.SimpleQueue[DomainEvent] = queue.SimpleQueue()
 
     def heard(_conn: Any, dom: Any, event: int, detail: int, _opaque: Any) -> None:
@@ -135,4 +140,6 @@ def watch(
             except queue.Empty:
                 idle()
                 if not is_alive(conn):
-                    raise HostUnreachable(f"cannot watch events: {conn.uri} went away") from None
+                    raise HostUnreachable(
+                        f"cannot watch events: {conn.uri} went away", hint="what happens there now is not known"
+                    ) from None

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import libvirt
 
 from vmctl.errors import NotFound
 from vmctl.hypervisor.connection import Connection
-from vmctl.hypervisor.domain import handle
+from vmctl.hypervisor.domain import Domain, handle
 from vmctl.hypervisor.errors import calling
 from vmctl.migrate_policy import Sample
 from vmctl.wait import pause
 
 _MIB = 1 << 20
 _THROTTLE_STEP = 20  # per cent; by 10, as QEMU would, a guest over a slow link takes two minutes to be slow enough
-_KEEPALIVE_S, _KEEPALIVE_COUNT = 5, 3
 _LET_GO_S, _AGAIN_S = 60.0, 0.5
 _SOON_OVER = frozenset({libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC})
 
@@ -220,25 +219,46 @@ def set_bandwidth(source: Connection, name: str, bytes_per_s: int) -> None:
         handle(source, name).migrateSetMaxSpeed(max(1, bytes_per_s // _MIB), 0)
 
 
-def keep_alive(conn: Connection) -> None:
-    """Have a dead other side noticed within seconds. Needs libvirt's event loop."""
-    with suppress(libvirt.libvirtError):
-        conn.handle.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_COUNT)
-
-
 def busy(conn: Connection, name: str) -> bool:
     """Whether some job of the domain is under way."""
     with calling(f"ask for the job of VM {name}"):
         return bool(handle(conn, name).jobInfo()[0])
 
 
-def portable_cpu(conn: Connection, name: str) -> str:
-    """The <cpu> a target must offer, "" for none, as libvirt would send it."""
+class Standing(NamedTuple):
+    """What libvirt knows of a VM beside its XML. ``cpu``: the <cpu> a target must offer a running one, "" for none."""
+
+    snapshots: bool
+    checkpoints: tuple[str, ...]
+    busy: bool
+    cpu: str
+
+
+def standing(vm: Domain) -> Standing:
+    """Ask, by the connection that the VM was found by."""
     import xml.etree.ElementTree as ET
 
-    with calling(f"read the XML of VM {name}"):
-        found = ET.fromstring(handle(conn, name).XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)).find("cpu")
-    return "" if found is None else ET.tostring(found, encoding="unicode")
+    dom, cpu = vm.handle, None
+    with calling(f"look at VM {vm.name}"):
+        snapshots, checkpoints = _told(dom.snapshotNum) or 0, _told(dom.listAllCheckpoints) or ()
+        if vm.active:
+            cpu = ET.fromstring(dom.XMLDesc(libvirt.VIR_DOMAIN_XML_MIGRATABLE)).find("cpu")
+        return Standing(
+            snapshots=bool(snapshots),
+            checkpoints=tuple(str(one.getName()) for one in checkpoints),
+            busy=vm.active and bool(dom.jobInfo()[0]),
+            cpu="" if cpu is None else ET.tostring(cpu, encoding="unicode"),
+        )
+
+
+def _told(ask: Callable[[], Any]) -> Any:
+    """The answer; None of a driver that has no such thing."""
+    try:
+        return ask()
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
+            return None
+        raise
 
 
 def offers_cpu(conn: Connection, cpu: str, *, arch: str, machine: str, kind: str) -> bool | None:
@@ -260,14 +280,3 @@ def free_huge_pages(conn: Connection, size_kib: int) -> int:
         except libvirt.libvirtError:
             return 0
     return sum(int(pages) for node in found.values() for pages in node.values())
-
-
-def checkpoints(conn: Connection, name: str) -> Sequence[str]:
-    """Names of the domain's checkpoints."""
-    try:
-        return [str(one.getName()) for one in handle(conn, name).listAllCheckpoints(0)]
-    except libvirt.libvirtError as error:
-        if error.get_error_code() == libvirt.VIR_ERR_NO_SUPPORT:
-            return []
-        with calling(f"list the checkpoints of VM {name}"):
-            raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import libvirt
@@ -26,6 +27,16 @@ class NodeLoad(NamedTuple):
     given_mib: int
 
 
+def _available(memory: Mapping[str, int]) -> int:
+    return sum(memory.get(kind, 0) for kind in ("free", "buffers", "cached")) // 1024
+
+
+def available_mib(conn: Connection) -> int:
+    """How much memory guests can still be given."""
+    with calling("ask for the memory of the host"):
+        return _available(conn.handle.getMemoryStats(libvirt.VIR_NODE_MEMORY_STATS_ALL_CELLS, 0))
+
+
 def load(conn: Connection) -> NodeLoad:
     """Look. None of it is asked of a QEMU, which may hang."""
     with calling("ask for the load of the host"):
@@ -45,7 +56,7 @@ def load(conn: Connection) -> NodeLoad:
         busy_ns=sum(times.values()) - idle - times.get("intr", 0),
         all_ns=sum(times.values()) - times.get("intr", 0),
         memory_mib=memory["total"] // 1024,
-        available_mib=sum(memory.get(kind, 0) for kind in ("free", "buffers", "cached")) // 1024,
+        available_mib=_available(memory),
         running=len(active),
         vms=len(vms),
         vcpus=sum(one.vcpus for one in active),

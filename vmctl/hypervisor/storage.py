@@ -25,6 +25,7 @@ _REFRESH_TIMEOUT_S = 60.0
 class VolumeFacts:
     """A volume: its pool, format, sizes in bytes, and its backing file's path ("" if none).
 
+    ``physical`` is the length of its file, whatever is in it; 0 where libvirt does not tell.
     ``path`` is the one on the host; of a volume that Ceph has, its address.
     """
 
@@ -35,6 +36,7 @@ class VolumeFacts:
     capacity: int
     allocation: int
     backing: str
+    physical: int = 0
 
 
 def _pool(conn: Connection, pool: str) -> Any:
@@ -100,6 +102,18 @@ class Space(NamedTuple):
     available: int
 
 
+def running_path(conn: Connection, pool: str) -> str:
+    """The folder of a pool that runs; "" where there is none of that name."""
+    with calling(f"read storage pool {pool}"):
+        try:
+            found = _pool(conn, pool)
+            return ET.fromstring(found.XMLDesc()).findtext("target/path") or "" if found.isActive() else ""
+        except libvirt.libvirtError as error:
+            if error.get_error_code() == libvirt.VIR_ERR_NO_STORAGE_POOL:
+                return ""
+            raise
+
+
 def pool_space(conn: Connection, pool: str) -> Space:
     """How large a pool is and how much of it is free; as old as its last refresh."""
     with calling(f"read storage pool {pool}"):
@@ -120,10 +134,15 @@ def pools(conn: Connection) -> tuple[tuple[str, str, str, int, int], ...]:
 
 def refresh(conn: Connection, pool: str) -> None:
     """Look at the pool's folder again. libvirt refuses while a volume is being made: wait for that, bounded."""
+    with calling(f"refresh storage pool {pool}"):
+        found = _pool(conn, pool)
+    _refresh(found, pool)
 
+
+def _refresh(found: Any, pool: str) -> None:
     def attempt() -> bool:
         try:
-            _pool(conn, pool).refresh()
+            found.refresh()
         except libvirt.libvirtError as error:
             if error.get_error_code() in {libvirt.VIR_ERR_INTERNAL_ERROR, libvirt.VIR_ERR_OPERATION_INVALID}:
                 return False
@@ -131,6 +150,22 @@ def refresh(conn: Connection, pool: str) -> None:
         return True
 
     wait_until(attempt, what=f"refresh of storage pool {pool}", timeout_s=_REFRESH_TIMEOUT_S, interval_s=0.05)
+
+
+class Listing(NamedTuple):
+    """What is in a pool, after a fresh look: the names of its volumes, and its space."""
+
+    names: frozenset[str]
+    space: Space
+
+
+def listing(conn: Connection, pool: str) -> Listing:
+    """Look at a pool again. Raises NotFound."""
+    with calling(f"list storage pool {pool}"):
+        found = _pool(conn, pool)
+        _refresh(found, pool)
+        names, info = found.listVolumes(), found.info()
+    return Listing(frozenset(names), Space(int(info[1]), int(info[3])))
 
 
 def volume_names(conn: Connection, pool: str) -> tuple[str, ...]:
@@ -157,9 +192,8 @@ def _all_facts(pool: Any) -> tuple[VolumeFacts, ...]:
     return tuple(sorted(found, key=lambda one: one.name))
 
 
-def _place(volume: Any) -> str:
+def _place(volume: Any, path: str) -> str:
     """A volume's path; the address of one that Ceph has, whose path begins at the cluster."""
-    path = str(volume.path())
     if path.startswith("/"):
         return path
     pool = ET.fromstring(volume.storagePoolLookupByVolume().XMLDesc())
@@ -176,11 +210,12 @@ def _facts(pool: str, volume: Any) -> VolumeFacts:
     return VolumeFacts(
         pool=pool,
         name=volume.name(),
-        path=_place(volume),
+        path=_place(volume, root.findtext("target/path") or ""),
         format="raw" if form is None else form.get("type", "raw"),
         capacity=int(root.findtext("capacity") or 0),
         allocation=int(root.findtext("allocation") or 0),
         backing=root.findtext("backingStore/path") or "",
+        physical=int(root.findtext("physical") or 0),
     )
 
 
@@ -235,8 +270,15 @@ def upload(
     conn: Connection, pool: str, name: str, source: IO[bytes], size: int, moved: Callable[[int], None] = lambda _n: None
 ) -> None:
     """Fill a volume from ``source``; ``moved`` hears how many bytes have gone so far."""
-    with calling(f"upload volume {name}"), _stream(conn) as stream:
-        _volume(conn, pool, name).upload(stream, 0, size, 0)
+    with calling(f"upload volume {name}"):
+        _upload(conn, _volume(conn, pool, name), name, source, size, moved)
+
+
+def _upload(
+    conn: Connection, volume: Any, name: str, source: IO[bytes], size: int, moved: Callable[[int], None]
+) -> None:
+    with _stream(conn) as stream:
+        volume.upload(stream, 0, size, 0)
         sent = 0
         while chunk := source.read(CHUNK):
             view = memoryview(chunk)
@@ -247,6 +289,20 @@ def upload(
                 view = view[count:]
                 sent += count
             moved(sent)
+
+
+@contextmanager
+def passing(conn: Connection, pool: str, xml: str, name: str, data: bytes) -> Iterator[None]:
+    """A small volume with that content, for the time of the block."""
+    with calling(f"create volume {name}"):
+        volume = _pool(conn, pool).createXML(xml, 0)
+    try:
+        with calling(f"upload volume {name}"):
+            _upload(conn, volume, name, io.BytesIO(data), len(data), lambda _n: None)
+        yield
+    finally:
+        with suppress(libvirt.libvirtError):
+            volume.delete(0)
 
 
 def upload_bytes(conn: Connection, pool: str, name: str, data: bytes) -> None:
@@ -333,10 +389,13 @@ def tail(conn: Connection, pool: str, name: str, *, limit: int) -> bytes:
 def all_volumes(conn: Connection) -> tuple[VolumeFacts, ...]:
     """The volumes of all pools that run, after a fresh look."""
     found: list[VolumeFacts] = []
-    for name in _pool_names(conn, libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE):
+    with calling("list storage pools"):
+        running = conn.handle.listAllStoragePools(libvirt.VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE)
+    for pool in running:
         try:
-            refresh(conn, name)
-            found += volumes(conn, name)
+            _refresh(pool, pool.name())
+            with calling(f"list storage pool {pool.name()}"):
+                found += _all_facts(pool)
         except NotFound:
             continue  # undefined since the list was made
     return tuple(found)
