@@ -13,7 +13,7 @@ from vmctl import bare_guest
 from vmctl.accel import LASTING, NATIVE_NOPS_CYCLES, Check, KvmFindings, Verdict, load, probe_check, store
 from vmctl.accel_probe import End, ProbeRun, lines_of
 from vmctl.errors import VmctlError
-from vmctl.hypervisor import capabilities
+from vmctl.hypervisor import capabilities, connection
 from vmctl.hypervisor.connection import Connection
 from vmctl.render import ProbeView
 from vmctl.resources import baremetal_guest
@@ -36,22 +36,19 @@ def examine(
         raise VmctlError(
             "cannot examine KVM: the probe guest was not compiled", hint="install the package again; it needs gcc"
         )
-    path, key = _place(conn, cache_dir), _key(conn, guest.read_bytes())
-    if not refresh and (kept := _kept(path, key)):
+    path, data = _place(conn, cache_dir), guest.read_bytes()
+    if not refresh and (kept := _kept(conn, path, data)):
         return kept
-    findings = judge(
-        capabilities.host_facts(conn).domain_types,
-        lambda: _run(conn, guest.read_bytes(), pool, pool_xml),
-    )
+    findings = judge(capabilities.host_facts(conn).domain_types, lambda: _run(conn, data, pool, pool_xml))
     if findings.verdict in LASTING:
-        store(path, key, findings)
+        store(path, _key(conn, data), findings)
     return findings
 
 
 def known(conn: Connection, *, cache_dir: Path) -> KvmFindings | None:
     """What KVM is worth there, as far as that is known without a guest; None where it takes one to find out."""
     guest = baremetal_guest("probe")
-    if guest.exists() and (kept := _kept(_place(conn, cache_dir), _key(conn, guest.read_bytes()))):
+    if guest.exists() and (kept := _kept(conn, _place(conn, cache_dir), guest.read_bytes())):
         return kept
     offered = capabilities.host_facts(conn).domain_types
     return None if "kvm" in offered else _absent()
@@ -61,8 +58,8 @@ def _place(conn: Connection, cache_dir: Path) -> Path:
     return cache_dir / f"accel-at-{hashlib.sha256(conn.uri.encode()).hexdigest()[:16]}.json"
 
 
-def _kept(path: Path, key: str) -> KvmFindings | None:
-    return load(path, key) if _fresh(path) else None
+def _kept(conn: Connection, path: Path, guest: bytes) -> KvmFindings | None:
+    return load(path, _key(conn, guest)) if _fresh(path) else None
 
 
 def _absent() -> KvmFindings:
@@ -85,7 +82,7 @@ def judge(offered: tuple[str, ...], run: Callable[[], ProbeRun]) -> KvmFindings:
 
 def _key(conn: Connection, guest: bytes) -> str:
     """A digest of what could change the findings, as far as it can be seen from here: not the kernel, hence the day."""
-    parts = [capabilities.text(conn), hashlib.sha256(guest).hexdigest()]
+    parts = [capabilities.text(conn), *connection.versions(conn), hashlib.sha256(guest).hexdigest()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
