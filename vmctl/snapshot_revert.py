@@ -32,6 +32,7 @@ from vmctl import (
     snapshot_xml,
     snapshots,
 )
+from vmctl.disk_replace import PREFIX
 from vmctl.errors import Interrupted, NotFound, Unsupported, VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned, silent
 from vmctl.hosts import Host
@@ -342,8 +343,8 @@ def _memory(host: Host, file: str, xml: str) -> Iterator[str]:
                 memory = SavedMemory(Path(file))
                 head = memory.head()
                 own = saved_memory.head(memory_pipe.adapted(xml), head.cookie, was_running=head.was_running)
-                host.folders.runtime.mkdir(parents=True, exist_ok=True, mode=0o700)
-                folder = until.enter_context(workspace(host.folders.runtime, "memory-"))
+                # Beside the file, which is where libvirt's daemon surely sees what we make.
+                folder = until.enter_context(workspace(memory.path.parent, PREFIX))
                 path = str(until.enter_context(memory.piped(head.size, own, folder)))
         yield path
 
