@@ -117,6 +117,22 @@ def test_its_files_are_nobodys_to_clear_away_where_it_was(pair: Pair) -> None:
         assert not list(folder.glob(f"{name}-*")), "the mark is gone, too"
 
 
+def test_files_of_one_that_was_renamed_are_marked_too(pair: Pair, vm: str) -> None:
+    """They have the name it was made with: as if a creation of that one had been killed."""
+    old, new = f"{vm}-old", f"{vm}-new"
+    pair.vmctl("-c", "h1", "create", old, "--image", "micro", "--network", "lan", "--no-start")
+    try:
+        pair.vmctl("-c", "h1", "rename", old, new)
+        pair.vmctl("-c", "h1", "migrate", new, "--to", "h2")
+        files = {one for one in pair.files("h2") if one.startswith(f"{old}-")}
+        assert f"cannot find VM {old}" in pair.vmctl("-c", "h1", "delete", old, "--yes", check=4).stderr
+        assert {one for one in pair.files("h2") if one.startswith(f"{old}-")} == files
+    finally:
+        pair.vmctl("-c", "h1", "delete", new, "--yes", "--missing-ok")
+        pair.vmctl("-c", "h2", "delete", new, "--yes", "--missing-ok")
+    assert not [one for one in pair.files("h2") if one.startswith((old, new))], "no mark is left"
+
+
 def test_to_where_there_is_room(pair: Pair, vm: str) -> None:
     assert f"{vm}: h1 -> h2" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "auto").stdout
 
