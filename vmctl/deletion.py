@@ -153,8 +153,8 @@ def remove(host: Host, vm: Domain, report: Reporter) -> None:
             report(Warned(f"kept volume {one.volume}: {why}"))
         if vm.persistent:
             domain.undefine(host.conn, vm.name)
-    if owned:
-        identity.unmark_moved(host, resolve.volume_prefix(vm.name, vm.uuid))
+    for prefix in identity.prefixes(vm) if owned else ():
+        identity.unmark_moved(host, prefix)
 
 
 def _owned_by_others(host: Host, vm: Domain) -> set[Owned]:

@@ -17,6 +17,7 @@ from vmctl import (
     deletion,
     disk_journal,
     disk_replace,
+    elsewhere,
     forgotten,
     hosts,
     identity,
@@ -198,13 +199,16 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
         and not {f"{folder}/{v}", os.path.realpath(f"{folder}/{v}")} & attached.keys()
         and not v.startswith((disk_replace.PREFIX, MEASURING))  # folders that work is done in: checks of their own
     ]
+    theirs = elsewhere.look(host, host.settings.pool, orphans)  # of other hosts, on storage that both see
+    orphans = [one for one in orphans if one not in theirs.users]
     if orphans:
         named = [f"{host.settings.pool}/{volume}" for volume in orphans]
+        unasked = f", and not asked: {', '.join(theirs.unasked)}" if theirs.unasked else ""
         findings.append(
             Finding(
                 "volumes",
                 "warning",
-                f"no VM knows of {', '.join(orphans)} in pool {host.settings.pool}",
+                f"no VM knows of {', '.join(orphans)} in pool {host.settings.pool}{unasked}",
                 f"look at each, then: {'; '.join(f'vmctl disk delete {shlex.quote(one)}' for one in named[:3])}",
             )
         )

@@ -9,6 +9,7 @@ from vmctl import image_users, render, resolve
 from vmctl.errors import Conflict
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
+from vmctl.hypervisor.domain import Domain
 
 
 def volumes_of(host: Host, prefix: str) -> tuple[str, ...]:
@@ -18,6 +19,14 @@ def volumes_of(host: Host, prefix: str) -> tuple[str, ...]:
         return ()
     names = storage.volume_names(host.conn, pool)
     return tuple(one for one in names if one == f"{prefix}.qcow2" or one.startswith(f"{prefix}-"))
+
+
+def prefixes(vm: Domain) -> tuple[str, ...]:
+    """What the names of a VM's volumes begin with: its name, and those it had when they were made."""
+    sign = f"-{vm.uuid[:8]}"
+    owned = vm.facts.record.owned if vm.facts.record else ()
+    named = {one.volume.partition(sign)[0] + sign for one in owned if sign in one.volume}
+    return tuple(sorted({resolve.volume_prefix(vm.name, vm.uuid), *named}))
 
 
 _MOVED = ".moved"

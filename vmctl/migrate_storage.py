@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 
-from vmctl import identity, image_users, images, render, resolve
+from vmctl import identity, image_users, images, render
 from vmctl.errors import Conflict, ImageError, NotFound, quietly
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.folder_pools import shown
@@ -173,17 +173,20 @@ def mark_shared(source: Host, target: Host, vm: Domain, needs: Sequence[DiskNeed
 
     The target gets the pool in which they are then the VM's own, to be deleted with it.
     """
-    folder, prefix = images.pool_path(source, source.settings.pool), resolve.volume_prefix(vm.name, vm.uuid)
-    if any(need.shared and need.path.startswith(f"{folder}/{prefix}") for need in needs):
-        for host in (source, target):
-            images.ensure_pools(host)
+    folder = images.pool_path(source, source.settings.pool)
+    shared = [need.path for need in needs if need.shared]
+    prefixes = [one for one in identity.prefixes(vm) if any(path.startswith(f"{folder}/{one}") for path in shared)]
+    for host in (source, target) if prefixes else ():
+        images.ensure_pools(host)
+    for prefix in prefixes:
         identity.mark_moved(source, prefix)
 
 
 def unmark_shared(source: Host, vm: Domain, needs: Sequence[DiskNeed]) -> None:
     """It took all of its volumes along, also from where it shared them with another host before."""
     if not any(need.shared for need in needs):
-        identity.unmark_moved(source, resolve.volume_prefix(vm.name, vm.uuid))
+        for prefix in identity.prefixes(vm):
+            identity.unmark_moved(source, prefix)
 
 
 _COPIED = frozenset({Role.DISK, Role.READONLY, Role.NVRAM})

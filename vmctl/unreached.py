@@ -14,6 +14,9 @@ class Cause(StrEnum):
     REFUSED = "refused"
     HOST_KEY = "host key"
     LOGIN = "login"
+    SHELL = "shell"
+    RIGHTS = "rights"
+    CERTIFICATE = "certificate"
     LIBVIRT = "libvirt"
     OTHER = "other"
 
@@ -22,7 +25,10 @@ class Cause(StrEnum):
 # libvirt adds that the client went away, and a daemon that is off refuses a connection as well.
 _WORDS = (
     (Cause.HOST_KEY, ("host key verification failed",)),
+    (Cause.RIGHTS, ("-sock': permission denied", "polkit", "denied by policy")),
     (Cause.LOGIN, ("permission denied", "too many authentication failures", "authentication failed")),
+    (Cause.SHELL, ("received from server too large",)),
+    (Cause.CERTIFICATE, ("certificate", "/pki/")),
     (Cause.LIBVIRT, ("libvirt-sock", "virtqemud-sock")),
     (Cause.NAME, ("could not resolve", "name or service not known", "name resolution", "unable to resolve")),
     (Cause.ROUTE, ("no route to host", "network is unreachable", "host is down")),
@@ -33,6 +39,9 @@ _ANYWHERE = {
     Cause.NAME: "no name server and no hosts file knows that name",
     Cause.ROUTE: "is it on, and does a way lead to its network? `ip route get ADDRESS` tells which is taken",
     Cause.SILENCE: "is it on? if it is, a firewall may drop what is sent to it",
+    Cause.SHELL: "the account there prints text, or may run nothing: `ssh USER@HOST true` must print nothing",
+    Cause.RIGHTS: "it lets that user in, and its libvirt does not: there, as root: adduser USER libvirt",
+    Cause.CERTIFICATE: "by TLS both sides need certificates of one authority, in /etc/pki/CA and /etc/pki/libvirt",
     Cause.LIBVIRT: "the way there leads to the machine, and its libvirtd does not answer: start it there",
 }
 _FROM_HERE = {

@@ -117,6 +117,42 @@ def test_its_files_are_nobodys_to_clear_away_where_it_was(pair: Pair) -> None:
         assert not list(folder.glob(f"{name}-*")), "the mark is gone, too"
 
 
+def test_files_of_one_that_was_renamed_are_marked_too(pair: Pair, vm: str) -> None:
+    """They have the name it was made with: as if a creation of that one had been killed."""
+    old, new = f"{vm}-old", f"{vm}-new"
+    pair.vmctl("-c", "h1", "create", old, "--image", "micro", "--network", "lan", "--no-start")
+    try:
+        pair.vmctl("-c", "h1", "rename", old, new)
+        pair.vmctl("-c", "h1", "migrate", new, "--to", "h2")
+        files = {one for one in pair.files("h2") if one.startswith(f"{old}-")}
+        assert f"cannot find VM {old}" in pair.vmctl("-c", "h1", "delete", old, "--yes", check=4).stderr
+        assert {one for one in pair.files("h2") if one.startswith(f"{old}-")} == files
+    finally:
+        pair.vmctl("-c", "h1", "delete", new, "--yes", "--missing-ok")
+        pair.vmctl("-c", "h2", "delete", new, "--yes", "--missing-ok")
+    assert not [one for one in pair.files("h2") if one.startswith((old, new))], "no mark is left"
+
+
+def test_a_disk_of_a_vm_elsewhere_is_deleted_by_no_other_host(pair: Pair, vm: str) -> None:
+    """It was never here, or has a disk of any name: nothing on this host's storage tells of it but the other host."""
+    name, extra = f"{vm}-there", f"{vm}-extra.qcow2"
+    pair.vmctl("-c", "h2", "create", name, "--image", "micro", "--network", "lan", "--no-start")
+    try:
+        pair.vmctl("-c", "h2", "disk", "create", f"vmctl/{extra}", "1M")
+        pair.vmctl("-c", "h2", "disk", "attach", name, f"vmctl/{extra}")
+        theirs = [one for one in pair.files("h2") if one.startswith(f"{name}-") and not one.endswith(".iso")]
+        assert len(theirs) == 2, "its disk and the log of its console"
+        for one in (extra, *theirs):
+            refused = pair.vmctl("-c", "h1", "disk", "delete", f"vmctl/{one}", "--yes", check=5).stderr
+            assert f"{name} on h2 needs it" in refused
+        told = pair.vmctl("-c", "h1", "doctor", check=None).stdout
+        assert name not in told and extra not in told, "its hint would be to delete them"
+    finally:
+        pair.vmctl("-c", "h2", "delete", name, "--yes")
+    assert extra in pair.vmctl("-c", "h1", "doctor", check=None).stdout
+    pair.vmctl("-c", "h1", "disk", "delete", f"vmctl/{extra}", "--yes")
+
+
 def test_to_where_there_is_room(pair: Pair, vm: str) -> None:
     assert f"{vm}: h1 -> h2" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "auto").stdout
 

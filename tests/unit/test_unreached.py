@@ -20,6 +20,11 @@ _SAID = {
     "connect socket to '/var/run/libvirt/libvirt-sock': Connection refused: Input/output error": Cause.LIBVIRT,
     "Cannot recv data: Host key verification failed.: Connection reset by peer": Cause.HOST_KEY,
     "Cannot recv data: root@10.98.0.12: Permission denied (publickey).: Connection reset by peer": Cause.LOGIN,
+    "End of file while reading data: virt-ssh-helper: cannot connect to '/var/run/libvirt/libvirt-sock': Failed to "
+    "connect socket to '/var/run/libvirt/libvirt-sock': Permission denied: Input/output error": Cause.RIGHTS,
+    "authentication unavailable: no polkit agent available to authenticate action": Cause.RIGHTS,
+    "packet 1416128879 bytes received from server too large, want 33554432": Cause.SHELL,
+    "Cannot read CA certificate '/etc/pki/CA/cacert.pem': No such file or directory": Cause.CERTIFICATE,
     "End of file while reading data: : Input/output error": Cause.OTHER,
 }
 

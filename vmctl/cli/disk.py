@@ -146,10 +146,12 @@ def delete(
     connect: ConnectOption = None,
 ) -> None:
     """Delete a disk that no VM has and no other disk is based on."""
-    from vmctl import disks
+    from vmctl import disk_find, disks, elsewhere
 
     with opened(connect) as host:
         path = disks.deletable(host, disk)
+        found = disk_find.locate(host, disk)
+        elsewhere.require_unused(host, disk, found.pool, found.volume, reporter())
         if dry_run:
             ui.say(f"would delete {path}")
             return
