@@ -52,8 +52,10 @@ class Located:
         return self.disk.target if self.disk else ""
 
 
-def locate(host: Host, text: str) -> Located:
-    """The disk that ``text`` names. Raises NotFound, SpecError."""
+def locate(host: Host, text: str, *, anything: bool = False) -> Located:
+    """The disk that ``text`` names. Raises NotFound, SpecError; the latter not for a format that is no disk's with
+    ``anything``.
+    """
     ref = parse_ref(text, host.settings.pool)
     if ref.vm:
         vm = domain.find(host.conn, ref.vm)
@@ -64,7 +66,7 @@ def locate(host: Host, text: str) -> Located:
                 raise
             disk = disks.find(host.conn, vm.name, ref.disk, inactive=True)  # waits for the next start, or was let go
         return _attached(host, vm, disk, text)
-    return _by_file(host, ref, text)
+    return _by_file(host, ref, text, anything=anything)
 
 
 def _attached(host: Host, vm: Domain, disk: DiskDevice, text: str) -> Located:
@@ -78,7 +80,7 @@ def _attached(host: Host, vm: Domain, disk: DiskDevice, text: str) -> Located:
     return Located(text, path, disk.format, *found, vm=vm, disk=disk)
 
 
-def _by_file(host: Host, ref: Ref, text: str) -> Located:
+def _by_file(host: Host, ref: Ref, text: str, *, anything: bool) -> Located:
     if ref.path:
         pool, volume = pools.pool_of_path(host.conn, ref.path) or ("", "")
         path, form = ref.path, ""
@@ -105,7 +107,7 @@ def _by_file(host: Host, ref: Ref, text: str) -> Located:
         raise Conflict(f"cannot work on disk {text}: {' and '.join(sorted({vm for vm, _ in users}))} have it")
     if not form:
         form = "raw" if path.endswith((".raw", ".img")) else "qcow2"
-    if form not in {"qcow2", "raw"}:
+    if not anything and form not in {"qcow2", "raw"}:
         raise SpecError(f"cannot work on disk {text}: it is {form}, not qcow2 or raw")
     return Located(text, path, form, pool, volume)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from vmctl import disk_chain, disk_guard, identity, render
 from vmctl.choices import DiskFormat
 from vmctl.disk_chain import Chain
-from vmctl.disk_find import folders, locate, require_idle, require_no_overlays
+from vmctl.disk_find import Located, folders, locate, require_idle, require_no_overlays
 from vmctl.disk_spec import Ref, name_problem, parse_ref
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, VmctlError
@@ -210,9 +210,9 @@ def create(host: Host, text: str, size: int | None, form: DiskFormat | None, bac
     return made
 
 
-def deletable(host: Host, text: str) -> str:
-    """The path of the disk that deleting would destroy. Raises Conflict while anyone needs it."""
-    found = locate(host, text)
+def deletable(host: Host, text: str) -> Located:
+    """The disk that deleting would destroy. Raises Conflict while anyone of this host needs it."""
+    found = locate(host, text, anything=True)
     if found.vm is not None:
         raise Conflict(
             f"cannot delete disk {text}: VM {found.owner} has it as {found.target}",
@@ -227,13 +227,12 @@ def deletable(host: Host, text: str) -> str:
         )
     require_idle(host, found, "delete")
     require_no_overlays(host, found, "delete")
-    return found.path
+    return found
 
 
 def delete(host: Host, text: str, report: Reporter) -> None:
     """Delete a volume that no VM has attached and no disk is based on."""
-    deletable(host, text)
-    found = locate(host, text)
+    found = deletable(host, text)
     storage.delete_volume(host.conn, found.pool, found.volume)
     report(Step(f"disk {found.pool}/{found.volume} is deleted"))
 

@@ -306,3 +306,15 @@ def test_two_running_vms_never_write_one_disk(shell: Shell, vm: str, name: str) 
     link.unlink()
     shell.run("disk", "delete", "shared.raw", "--yes")
     assert not Path(path).exists()
+
+
+def test_whatever_doctor_says_can_be_deleted_is(shell: Shell, vm: str) -> None:
+    """A seed without its VM is no disk that can be worked on."""
+    pool = Path("/var/lib/libvirt/vmctl/vmctl")
+    (seed,) = pool.glob(f"{vm}-*-seed.iso")
+    stray = pool / "stray-seed.iso"
+    stray.write_bytes(seed.read_bytes())
+    told = shell.run("doctor", check=None).stdout
+    assert "vmctl disk delete vmctl/stray-seed.iso" in told, told
+    shell.run("disk", "delete", "vmctl/stray-seed.iso", "--yes")
+    assert not stray.exists()

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,34 @@ def test_drain_goes_on_where_it_was_left(fleet: Fleet) -> None:
     assert [(one["vm"], one["source"]) for one in moved] == [("held", "h2")] and moved[0]["mode"] != "stopped"
     assert "h2" not in fleet.where().values()
     assert fleet.run("host", "drain", "h2", "--yes").stdout == "nothing to move\n"
+
+
+def test_a_host_to_which_something_came_is_not_called_empty(fleet: Fleet) -> None:
+    """Whoever brought it there: the plan that was asked about did not know of it."""
+    fleet.define("h1", "a")
+    main, side = pty.openpty()
+    env = {**os.environ, "XDG_CONFIG_HOME": str(fleet.config)}
+    drain = subprocess.Popen([*VMCTL, "host", "drain", "h1"], stdin=side, stdout=side, stderr=side, env=env)
+    os.close(side)
+    said = ""
+    try:
+        while "[y/N]" not in said:
+            assert select.select([main], [], [], 60)[0], said
+            said += os.read(main, 4096).decode()
+        fleet.define("h1", "late")
+        os.write(main, b"y\n")
+        with suppress(OSError):  # the other side is closed
+            while select.select([main], [], [], 120)[0] and (more := os.read(main, 4096).decode()):
+                said += more
+        assert drain.wait(60) == 14, said
+    finally:
+        drain.kill()
+        drain.wait()
+        os.close(main)
+    assert "late on h1: it came there after the look; the same again moves it" in said, said
+    assert fleet.where()["a"] != "h1" and fleet.where()["late"] == "h1"
+    fleet.run("host", "drain", "h1", "--yes")
+    assert "h1" not in fleet.where().values()
 
 
 def test_two_drains_at_once(fleet: Fleet) -> None:

@@ -146,16 +146,15 @@ def delete(
     connect: ConnectOption = None,
 ) -> None:
     """Delete a disk that no VM has and no other disk is based on."""
-    from vmctl import disk_find, disks, elsewhere
+    from vmctl import disks, elsewhere
 
     with opened(connect) as host:
-        path = disks.deletable(host, disk)
-        found = disk_find.locate(host, disk)
+        found = disks.deletable(host, disk)
         elsewhere.require_unused(host, disk, found.pool, found.volume, reporter())
         if dry_run:
-            ui.say(f"would delete {path}")
+            ui.say(f"would delete {found.path}")
             return
-        refuse_unless_yes([f"disk {path}"], yes=yes)
+        refuse_unless_yes([f"disk {found.path}"], yes=yes)
         disks.delete(host, disk, reporter())
         ui.say(disk)
 

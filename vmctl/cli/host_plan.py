@@ -275,9 +275,31 @@ def _planned(
             _check(asked, found, how.wish())
     else:
         found = _carry_out(asked, look, plan, begin, how.wish(), how.at_once, output, emptied=emptied)
-    if found.left and not how.dry_run:
-        failures = {f"{one.vm or 'VMs'} on {one.host}": VmctlError(one.why) for one in found.left}
-        raise PartialFailure(f"cannot move {len(found.left)} that should", failures=failures)
+    failures = {f"{one.vm or 'VMs'} on {one.host}": VmctlError(one.why) for one in found.left}
+    if found.moves and not (how.dry_run or how.check):
+        failures |= _came(asked, emptied, found)
+    if failures and not how.dry_run:
+        raise PartialFailure(f"cannot move {len(failures)} that should", failures=failures)
+
+
+def _came(asked: Fleet, hosts: Sequence[str], plan: Plan) -> dict[str, VmctlError]:
+    """What is on hosts that were to be emptied and no plan knew of: somebody else made it, or moved it there."""
+    from vmctl import fleet
+    from vmctl.hypervisor import domain
+
+    def ask(entry: HostEntry) -> tuple[str, ...]:
+        with asked.open(entry) as host:
+            return tuple(name for name, _ in domain.identities(host.conn))
+
+    known = {(one.vm, one.host) for one in plan.left} | {(move.vm, move.source) for move in plan.moves}
+    found: dict[str, VmctlError] = {}
+    for host, names in fleet.each(asked.entries(hosts) if hosts else (), ask, _LOOK_S):
+        if isinstance(names, VmctlError):
+            found[f"VMs on {host}"] = names
+            continue
+        why = "it came there after the look; the same again moves it"
+        found |= {f"{name} on {host}": VmctlError(why) for name in names if (name, host) not in known}
+    return found
 
 
 def _table(plan: Plan) -> str:
