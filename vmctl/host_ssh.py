@@ -9,6 +9,7 @@ import base64
 import hashlib
 import os
 import shlex
+import socket
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -114,9 +115,22 @@ def offered(there: Place) -> list[str]:
     ]
     keys = _best_first(line for line in _said(argv, timeout_s=2 * _CONNECT_S).splitlines() if line)
     if not keys:
-        text = f"cannot ask {there.host} for its SSH host key: no SSH server answers"
-        raise HostUnreachable(text, hint="--host-key tells the key of one that does not answer now")
+        why = _unanswered(there)
+        mends = (unreached.mend(why, ssh=True), "--host-key tells the key of one that does not answer now")
+        text = f"cannot ask {there.host} for its SSH host key: {why}"
+        raise HostUnreachable(text, hint="; ".join(one for one in mends if one))
     return keys
+
+
+def _unanswered(there: Place) -> str:
+    """Why nothing came, which ssh-keyscan does not tell."""
+    try:
+        socket.create_connection((there.host, there.port or 22), timeout=_CONNECT_S).close()
+    except UnicodeError:  # of a name that none can be, such as one with two dots in a row
+        return "could not resolve the name"
+    except OSError as error:
+        return error.strerror or str(error)
+    return "what listens there answers no SSH client"
 
 
 def _best_first(lines: Iterable[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import tomllib
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from vmctl import config, host_add, host_book, host_ssh
 from vmctl.cli import run
 from vmctl.config import Folders, HostEntry
-from vmctl.errors import Conflict, NotFound, SpecError
+from vmctl.errors import Conflict, HostUnreachable, NotFound, SpecError
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ2m3tqF7Qq3b0m7cXW5w0m3F4yZ1QmXyq0m1u8Hq2xS"
 FILE = """# mine
@@ -194,3 +195,15 @@ def test_all_that_is_wrong_with_a_wish() -> None:
     for part in ("no name", "neither encrypted", "ftp://h", "qemu+ssh only", "SHA256:"):
         assert part in found
     assert host_add.problems(host_add.Wish("one", "qemu+tcp://h/system", insecure=True)) == []
+
+
+def test_a_host_that_shows_no_key_is_told_with_why() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for host, port_, why, mend in (
+        ("127.0.0.1", port, "Connection refused", "no SSH server listens there"),
+        ("no..such", 22, "", "no name server and no hosts file knows that name"),
+    ):
+        with pytest.raises(HostUnreachable) as told:
+            host_ssh.offered(host_ssh.place(f"qemu+ssh://root@{host}:{port_}/system"))
+        assert why in told.value.message and mend in told.value.hint and "--host-key" in told.value.hint, told.value
