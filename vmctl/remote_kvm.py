@@ -13,7 +13,7 @@ from vmctl import bare_guest
 from vmctl.accel import LASTING, NATIVE_NOPS_CYCLES, Check, KvmFindings, Verdict, load, probe_check, store
 from vmctl.accel_probe import End, ProbeRun, lines_of
 from vmctl.errors import VmctlError
-from vmctl.hypervisor import capabilities, connection
+from vmctl.hypervisor import capabilities
 from vmctl.hypervisor.connection import Connection
 from vmctl.render import ProbeView
 from vmctl.resources import baremetal_guest
@@ -82,7 +82,7 @@ def judge(offered: tuple[str, ...], run: Callable[[], ProbeRun]) -> KvmFindings:
 
 def _key(conn: Connection, guest: bytes) -> str:
     """A digest of what could change the findings, as far as it can be seen from here: not the kernel, hence the day."""
-    parts = [capabilities.text(conn), *connection.versions(conn), hashlib.sha256(guest).hexdigest()]
+    parts = [capabilities.text(conn), hashlib.sha256(guest).hexdigest()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

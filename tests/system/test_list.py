@@ -89,7 +89,8 @@ def test_show_asks_each_thing_once(shell: Shell, names: Callable[[], str]) -> No
     shell.run("create", second, "--image", "micro", "--no-start")
     shell.run(*far, "host", "info")  # what its KVM is worth is found out once a day
     one, which = calls(*far, "show", first)
-    assert one <= 14, which  # 12, and the connection is opened and closed
+    assert one <= 15, which  # 13, and the connection is opened and closed
+    assert "'virConnectGetVersion': 1," in which, "what is known of KVM is of this QEMU"
     assert "'virConnectOpen': 1," in which
     assert "'virDomainLookupByName': 1," in which and "'virDomainQemuAgentCommand': 2," in which
     both, which_both = calls(*far, "show", first, second)

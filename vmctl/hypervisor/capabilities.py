@@ -100,9 +100,9 @@ def hostname(conn: Connection) -> str:
 
 
 def text(conn: Connection) -> str:
-    """libvirt's own words on the host: CPU with microcode, versions of QEMU's machine types, users."""
+    """libvirt's own words on the host: CPU with microcode, QEMU's machine types, users; and QEMU's version."""
     with calling("read host capabilities"):
-        return str(conn.handle.getCapabilities())
+        return f"{conn.handle.getCapabilities()}{conn.handle.getVersion()}"
 
 
 def cpu_models(conn: Connection) -> frozenset[str]:
