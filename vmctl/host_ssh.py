@@ -129,7 +129,7 @@ def _unanswered(there: Place) -> str:
     except UnicodeError:  # of a name that none can be, such as one with two dots in a row
         return "could not resolve the name"
     except OSError as error:
-        return error.strerror or str(error)
+        return reason(error)
     return "what listens there answers no SSH client"
 
 
