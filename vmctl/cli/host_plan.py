@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import groupby
-from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional, TypeAlias
+from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
 
 import typer
 
 from vmctl import ui
 from vmctl.census import By, Limits
 from vmctl.choices import StorageCopy
+from vmctl.cli import host_moves
 from vmctl.cli.many import each
 from vmctl.cli.options import (
     DryRunOption,
@@ -24,7 +24,7 @@ from vmctl.cli.options import (
     refuse_unless_yes,
     reporter,
 )
-from vmctl.errors import Interrupted, PartialFailure, PreflightFailed, VmctlError
+from vmctl.errors import PartialFailure, PreflightFailed, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -33,12 +33,8 @@ if TYPE_CHECKING:
     from vmctl.census import Census
     from vmctl.config import HostEntry
     from vmctl.fleet import Fleet
-    from vmctl.migrate import Moved, Wish
-    from vmctl.migrate_ends import Ends
-    from vmctl.plans_of_others import Told
-    from vmctl.rebalance import Move, Plan
-
-    _Barred: TypeAlias = dict[tuple[str, str], tuple[tuple[str, str], ...]]  # a VM on a host: who refused it, and why
+    from vmctl.migrate import Wish
+    from vmctl.rebalance import Plan
 
 Avoid = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -61,9 +57,6 @@ Direct = Annotated[
     bool, typer.Option("--direct", help="vmctl speaks with both hosts, which need not reach each other's libvirt.")
 ]
 _LOOK_S = 20.0
-_UNDO_S = 120.0  # a move that is cut off asks both hosts where its VM is, however slow the way between is
-_WAITS = "taking back what was begun; one more Ctrl-C does not wait for it"
-_AGAIN = "the same again goes on with the rest; vmctl migrate NAME --to HOST --recover ends what was cut off"
 HostTimeout = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.1, help="Longest wait for what each host has.")
 ]
@@ -211,7 +204,7 @@ def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, 
         ui.emit(found, output, lambda: _table(found), lambda: [move.vm for move in found.moves])
         _check(asked, found, wish)
     else:
-        _carry_out(asked, look, plan, begin, wish, 1, output)
+        host_moves.carry_out(asked, look, plan, begin, wish, 1, output)
 
 
 def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[str, ...]:
@@ -274,7 +267,7 @@ def _planned(
         if how.check:
             _check(asked, found, how.wish())
     else:
-        found = _carry_out(asked, look, plan, begin, how.wish(), how.at_once, output, emptied=emptied)
+        found = host_moves.carry_out(asked, look, plan, begin, how.wish(), how.at_once, output, emptied=emptied)
     failures = {f"{one.vm or 'VMs'} on {one.host}": VmctlError(one.why) for one in found.left}
     if found.moves and not (how.dry_run or how.check):
         failures |= _came(asked, emptied, found)
@@ -319,27 +312,16 @@ def _tell(plan: Plan) -> None:
         note(f"hosts are {plan.spread_before:.0%} apart in use, and {plan.spread_after:.0%} then")
 
 
-def _called(move: Move) -> str:
-    return f"{move.vm} ({move.source} -> {move.target})"
-
-
-def _ends(asked: Fleet, move: Move) -> Ends:
-    from vmctl import config
-    from vmctl.migrate_ends import Ends
-
-    return Ends(asked, config.entry(move.source, asked.settings), config.entry(move.target, asked.settings))
-
-
 def _check(asked: Fleet, plan: Plan, wish: Wish) -> None:
     """Both hosts of each move are asked what stands against it. Raises PreflightFailed."""
     from vmctl import migrate
     from vmctl.migrate_problems import Problem, fatal
 
-    by = {_called(move): move for move in plan.moves}
+    by = {host_moves.called(move): move for move in plan.moves}
     bad: list[tuple[str, str]] = []
 
     def work(name: str) -> tuple[Problem, ...]:
-        with _ends(asked, by[name]) as ends:
+        with host_moves.ends_of(asked, by[name]) as ends:
             ends.open()
             return migrate.check(ends, by[name].vm, wish)
 
@@ -352,114 +334,3 @@ def _check(asked: Fleet, plan: Plan, wish: Wish) -> None:
     each([*by], work, told, "look at")
     if bad:
         raise PreflightFailed(f"cannot make all of these {len(by)} moves: {len(bad)} problems", problems=bad)
-
-
-def _carry_out(
-    asked: Fleet,
-    look: Callable[[], Census],
-    plan: Callable[[Census], Plan],
-    begin: Callable[[Plan, int], None],
-    wish: Wish,
-    at_once: int,
-    output: Output,
-    *,
-    emptied: Sequence[str] = (),
-) -> Plan:
-    """Make the moves of a plan, and where a host refuses a VM, those of another plan without that; the last plan.
-
-    ``begin`` is shown each plan, with how many moves were made before it. What other vmctl processes of this user are
-    at counts, and they are told of this, and that hosts are ``emptied``.
-    """
-    from vmctl.plans_of_others import Told
-
-    with Told(asked.folders.runtime, emptied) as ours:
-        return _carried_out(asked, partial(_plan, ours, look, plan, emptied), begin, wish, at_once, output, ours)
-
-
-def _plan(
-    ours: Told, look: Callable[[], Census], plan: Callable[[Census], Plan], emptied: Sequence[str], barred: _Barred
-) -> Plan:
-    """Look at the hosts, and plan, while nobody else does."""
-    from vmctl.plans_of_others import counted
-
-    with ours.planning() as others:
-        census = counted(look(), others, emptied)
-        vms = tuple(vm._replace(barred=barred.get((vm.name, vm.host), ())) for vm in census.vms)
-        census = census._replace(vms=vms)
-        found = plan(census)
-        ours.plans(census, found.moves, found.freed)
-    for host in sorted(others.emptied):
-        note(f"{host}: another vmctl is emptying it")
-    return found
-
-
-def _carried_out(
-    asked: Fleet,
-    plan: Callable[[_Barred], Plan],
-    begin: Callable[[Plan, int], None],
-    wish: Wish,
-    at_once: int,
-    output: Output,
-    ours: Told,
-) -> Plan:
-    moved: list[Moved] = []
-    barred: _Barred = {}
-    while True:
-        found = plan(barred)
-        begin(found, len(moved))
-        failures = _make(asked, found, wish, at_once, output, moved, ours)
-        refused = {move: error for move, error in failures.items() if isinstance(error, PreflightFailed)}
-        for move, error in refused.items():
-            for what, mend in error.problems:
-                note(f"{_called(move)}: {what}" + (f"; mend: {mend}" if mend else ""))
-            why = "; ".join(what for what, _ in error.problems)
-            barred[move.vm, move.source] = (*barred.get((move.vm, move.source), ()), (move.target, why))
-        if not refused or len(refused) < len(failures):
-            break
-    if moved and output is not Output.TABLE:
-        ui.emit(moved, output, str, lambda: [one.vm for one in moved])
-    if failures:
-        raise PartialFailure(
-            f"cannot make {len(failures)} of {len(found.moves)} moves",
-            failures={_called(move): error for move, error in failures.items()},
-        )
-    return found
-
-
-def _make(
-    asked: Fleet, plan: Plan, wish: Wish, at_once: int, output: Output, moved: list[Moved], ours: Told
-) -> dict[Move, VmctlError]:
-    """Wave by wave. One that fails keeps the next from beginning, which may need the room it did not free."""
-    from vmctl import migrate
-    from vmctl.cli.migrate import told
-
-    report = reporter()
-    failures: dict[Move, VmctlError] = {}
-    left = len(plan.moves)
-
-    def work(name: str) -> Moved:
-        with ours.making(by[name]), _ends(asked, by[name]) as ends:
-            ends.open()
-            return migrate.migrate(ends, by[name].vm, wish, report)
-
-    def done(_name: str, one: Moved) -> None:
-        moved.append(one)
-        if output is Output.TABLE:
-            ui.say(told(one))
-
-    for _, wave in groupby(plan.moves, lambda move: move.wave):
-        by = {_called(move): move for move in wave}
-        left -= len(by)
-        try:
-            each([*by], work, done, "move", most=at_once, undo_s=_UNDO_S, waits=lambda: note(_WAITS))
-        except PartialFailure as error:
-            failures = {by[name]: cause for name, cause in error.failures.items()}
-        except Interrupted as early:
-            raise Interrupted(early.message, hint=early.hint or _AGAIN) from early
-        except VmctlError as error:  # the only one of its wave
-            failures = dict.fromkeys(by.values(), error)
-        if failures:
-            if left:
-                note(f"{left} moves of later waves were not begun")
-            break
-    return failures
