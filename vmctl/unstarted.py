@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -51,7 +52,8 @@ def forget(host: Host, names: tuple[str, ...]) -> None:
         _restart(daemon, session=host.conn.session)
     except (OSError, ValueError, subprocess.SubprocessError, WaitTimeout) as error:
         raise VmctlError(
-            f"cannot restart libvirt: {reason(error)}", hint=f"as root: systemctl restart {daemon.stem}"
+            f"cannot restart libvirt: {reason(error)}",
+            hint=f"as root: systemctl restart {daemon.stem}, or {daemon.stem} -d where there is no systemd",
         ) from error
 
 
@@ -76,14 +78,21 @@ def _restart(daemon: Path, *, session: bool) -> None:
         return
     pid = int(daemon.read_text())
     words = [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") if word]
-    os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: _ended(pid), what=f"process {pid} does not end", timeout_s=_END_S)
+    _end(pid)
     if {"-d", "--daemon"} & {*words}:  # else by who watches over it; a session's is begun by whoever connects
         subprocess.run([sys.executable, str(reaper.__file__), *words], check=True, capture_output=True, timeout=_END_S)
 
 
-def _ended(pid: int) -> bool:
+def _end(pid: int) -> None:
+    """End a process, and wait for the last of its threads: the pid file is locked for as long as one is left."""
+    process = os.pidfd_open(pid)
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+        signal.pidfd_send_signal(process, signal.SIGTERM)
+        wait_until(
+            lambda: select.select([process], [], [], 0)[0] or None,
+            what=f"process {pid} does not end",
+            timeout_s=_END_S,
+            interval_s=0.02,
+        )
+    finally:
+        os.close(process)
