@@ -43,7 +43,7 @@ class Started(StrEnum):
 
 
 def start(host: Host, name: str, report: Reporter) -> Started:
-    """Boot it, or bring it back from its saved memory; one that runs is left alone."""
+    """Boot it, or bring it back from its saved memory; one that runs is left alone, one on its way off waited for."""
     vm = domain.find(host.conn, name)
     if vm.facts.record is not None and vm.facts.record.creating:
         raise WrongState(
@@ -54,6 +54,14 @@ def start(host: Host, name: str, report: Reporter) -> Started:
         raise WrongState(
             f"cannot start VM {name}: it is {domain.told(vm.state, vm.why)}",
             hint=domain.remedy(name, vm.state, vm.why),
+        )
+    if vm.state is State.STOPPING:
+        report(Step(f"waiting for {name} to be off"))
+        _ended(host, name, _POWER_OFF_TIMEOUT_S)
+        vm = domain.find(host.conn, name)
+    if vm.state is State.STOPPING:
+        raise WrongState(
+            f"cannot start VM {name}: it is {vm.state}", hint=f"if that has no end: vmctl stop {name} --force"
         )
     if vm.active:
         return Started.ALREADY
@@ -164,9 +172,10 @@ def _asked_stop(host: Host, vm: Domain, way: Stopped, timeout_s: float) -> bool:
                 _answered(partial(domain.shutdown_acpi, host.conn, vm.name), deadline)
             else:
                 agent.shutdown(host.conn, vm.name, deadline_s=deadline - time.monotonic())
-        except (WrongState, NotFound):
+        except NotFound:
             return True  # it ended just now
-        except (HypervisorError, WaitTimeout):
+        except (WrongState, HypervisorError, WaitTimeout):
+            # Of one that is on its way off libvirt says that it does not run: it is off when its QEMU has ended.
             return _ended(host, vm.name, deadline - time.monotonic())
         left = deadline - time.monotonic()
         # A guest still booting drops the button's event: press again.

@@ -2,9 +2,9 @@
  *
  * The file $SICK_DISK says which, a line each, and may change at any time:
  *
- *     read|write PART-OF-PATH [PART-OF-COMMAND-LINE]
+ *     read|write|close PART-OF-PATH [PART-OF-COMMAND-LINE]
  *
- * Without it nothing fails.
+ * What closes one waits until it may. Without the file nothing fails.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -78,4 +78,11 @@ ssize_t read(int fd, void *data, size_t count)
 ssize_t write(int fd, const void *data, size_t count)
 {
     return sick(fd, "write") ? -1 : REAL(write)(fd, data, count);
+}
+
+int close(int fd)
+{
+    while (sick(fd, "close"))
+        usleep(20000);
+    return REAL(close)(fd);
 }

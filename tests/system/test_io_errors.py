@@ -209,3 +209,24 @@ def test_copies(vm: Sick) -> None:
     shell.run("wait", vm.name, "--for", "agent", "--timeout", "200", timeout=240)
     vm.well("/dev/vdb")  # its seed, used, is no longer there
     survived("clone, reading")
+
+
+def test_a_vm_is_off_when_its_disks_are(vm: Sick) -> None:
+    """Off for its guest, it is on its way there for as long as QEMU waits for a disk: no stop is done then, no start.
+
+    Its power button is pressed again after 5 s, which libvirt refuses one that is on its way.
+    """
+    shell, name = vm.shell, vm.name
+    with bad("stop, closing", f"close {Path(vm.disk()).name} guest={name},"):
+        assert f"stop {name} --force" in shell.run("stop", name, "--timeout", "16", check=7).stderr
+        assert shell.virsh("domstate", name) == "in shutdown"
+        words = [*VMCTL, "start", name]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as starting:
+            assert starting.stderr and starting.stderr.readline() == f"waiting for {name} to be off\n"
+            RULES.rename(RULES.with_suffix(".off"))
+            said, _ = starting.communicate(timeout=120)
+        RULES.with_suffix(".off").rename(RULES)
+    assert said == f"{name}: booted\n"
+    shell.run("wait", name, "--for", "agent", "--timeout", "200", timeout=240)
+    vm.well("/dev/vdb")  # booted again it has no seed between its disks
+    survived("stop, closing")
