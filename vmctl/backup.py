@@ -22,6 +22,7 @@ from vmctl import (
     disk_find,
     disk_journal,
     domain_files,
+    layer_check,
     qemu_img,
     zstd,
 )
@@ -84,6 +85,7 @@ def create(host: Host, name: str, wish: Wish, report: Reporter, *, dry: bool) ->
     with holding(host, name):
         vm = domain.find(host.conn, name)
         _require_able(vm, wish)
+        layer_check.require_known(host, vm, f"back up VM {name}")
         if dry:
             shelf = backup_store.shelf(folder)
             return _planned(host, vm, wish, shelf, folder, _usable_last(shelf))

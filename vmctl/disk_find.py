@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import disk_chain, disk_guard, disk_journal, forgotten, snapshot_settle
+from vmctl import disk_chain, disk_guard, disk_journal, forgotten, layer_check, snapshot_settle
 from vmctl.choices import DiskFormat
 from vmctl.disk_chain import Chain
 from vmctl.disk_spec import Ref, parse_ref
@@ -159,6 +159,8 @@ def working_on(host: Host, text: str, report: Reporter, *, timeout_s: float = 30
                 f"cannot work on disk {text}: running VM {now.owner} gets it at its next start only",
                 hint=f"vmctl stop {now.owner}; or detach it, and attach it again afterwards",
             )
+        if now.vm is not None:
+            layer_check.require_known(host, now.vm, f"work on disk {text}")
         yield replace(now, ref=text)
 
 

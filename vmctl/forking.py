@@ -20,6 +20,7 @@ from vmctl import (
     domain_job,
     hosts,
     images,
+    layer_check,
     memory_pipe,
     readiness,
     renewal,
@@ -96,6 +97,7 @@ def plan(host: Host, name: str, names: Sequence[str]) -> Plan:
             f"cannot fork VM {name}: it has the static address {vm.facts.record.ssh.address}, and so would its forks",
             hint="forks need a network that gives addresses",
         )
+    layer_check.require_known(host, vm, f"fork VM {name}")
     hypervisor_agent.require(host.conn, vm.name, "fork")  # by it a fork is told who it is
     layers = copies.layers(host, vm, "fork")
     shared = {layer.target for layer in layers}
@@ -195,7 +197,7 @@ def _take_back(host: Host, planned: Plan) -> None:
     """Delete the layers that the VM does not go on in after all."""
     from vmctl import render
 
-    used = {disk.source for disk in disks.disks(host.conn, planned.vm.name, inactive=False)}
+    used = {disk.source for disk in disks.disks(host.conn, planned.vm.name, inactive=False)} | layer_check.opened(host)
     unused = [one.above for one in planned.layers if one.above and copies.path_of(host, one.above) not in used]
     for volume in unused:
         storage.delete_volume(host.conn, volume.pool, volume.volume)

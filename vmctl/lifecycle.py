@@ -9,7 +9,7 @@ from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 
-from vmctl import disk_guard, domain_job, forgotten, networks, render, spec
+from vmctl import disk_guard, domain_job, forgotten, layer_check, networks, render, spec
 from vmctl.accel import timeout_scale
 from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, WaitTimeout, WrongState, quietly
 from vmctl.events import Reporter, Step
@@ -317,6 +317,7 @@ def save(host: Host, name: str, report: Reporter) -> bool:
         return False
     domain.require(vm, frozenset({State.RUNNING, State.PAUSED}), "save", f"vmctl start {name}")
     domain.require_persistent(vm, "save")
+    layer_check.require_known(host, vm, f"save VM {name}")
     domain_job.blocking(host, name, lambda: domain.save(host.conn, name), report, f"memory of {name}")
     return True
 

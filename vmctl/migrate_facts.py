@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from vmctl import disk_xml, host_check, host_ssh, migrate_files
+from vmctl import disk_xml, host_check, host_ssh, layer_check, migrate_files
 from vmctl.at_once import beside
 from vmctl.config import HostEntry
 from vmctl.errors import NotFound, VmctlError
@@ -96,7 +96,9 @@ def gather(
 
 def _found(source: Host, target: Host, name: str) -> Domain:
     try:
-        return domain.find(source.conn, name)
+        vm = domain.find(source.conn, name)
+        layer_check.require_known(source, vm, f"migrate VM {name}")
+        return vm
     except NotFound as error:
         if domain.find_or_none(target.conn, name) is None:
             raise

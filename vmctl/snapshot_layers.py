@@ -18,6 +18,7 @@ from vmctl import (
     disk_xml,
     forgotten,
     image_users,
+    layer_check,
     qemu_img,
     resolve,
     snapshot_journal,
@@ -257,6 +258,7 @@ def working_on(host: Host, vm: str, report: Reporter) -> Iterator[Domain]:
         found = domain.find(host.conn, vm)
         if not found.active:
             forgotten.require_none(host, vm, found.uuid, f"work on snapshots of VM {vm}")
+        layer_check.require_known(host, found, f"work on snapshots of VM {vm}")
         yield found
 
 

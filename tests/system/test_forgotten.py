@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import pytest
 from tests.system import libvirtd
 from tests.system.conftest import REPO, VMCTL, Shell
 from tests.system.test_interrupted import interrupted
-from vmctl import disk_journal, disk_xml
+from vmctl import disk_journal, disk_xml, snapshot_journal
 from vmctl.hosts import open_host
 from vmctl.wait import wait_until
 
@@ -101,6 +102,66 @@ def test_what_a_forgotten_vm_writes_to_is_not_deleted(
     assert Path(old).exists() != switched and (f"{new} may be newer" in said) != switched
     Path(new if not switched else old).unlink(missing_ok=True)
     shell.run("delete", name, "--yes")
+
+
+def went_on(shell: Shell, vm: str, base: str, overlay: str) -> None:
+    """Bring a VM's vda to a new layer, as libvirt does, which is killed before it has noted that it did."""
+
+    def qmp(command: str, **arguments: object) -> object:
+        text = json.dumps({"execute": command, "arguments": arguments})
+        done = json.loads(shell.virsh("qemu-monitor-command", vm, text))
+        assert "return" in done, done
+        return done["return"]
+
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, overlay]
+    subprocess.run(words, check=True, timeout=60)
+    shutil.chown(overlay, Path(base).stat().st_uid, Path(base).stat().st_gid)
+    blocks = qmp("query-block")
+    assert isinstance(blocks, list)
+    (node,) = [b["inserted"]["node-name"] for b in blocks if b.get("inserted", {}).get("file") == base]
+    file = {"driver": "file", "filename": overlay, "node-name": "later-storage"}
+    qmp("blockdev-add", **{"driver": "qcow2", "node-name": "later", "file": file, "backing": None, "discard": "unmap"})
+    qmp("blockdev-snapshot", node=node, overlay="later")
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: Path, stopped: bool) -> None:
+    """libvirt dies as a snapshot is taken: QEMU writes to the new layer, and libvirt knows of the old one alone."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    (base,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
+    _, steps = interrupted(tmp_path, "SIGKILL", 1, "snapshot", "create", f"{name}.one", "--no-memory")
+    assert steps == ["snapshot_journal.begin"]
+    with open_host() as host:
+        ((_, entry),) = snapshot_journal.entries(host)
+    (overlay,) = entry.files
+    went_on(shell, name, base, overlay)
+    shell.run("exec", name, "--", "sh", "-c", "echo later >/root/later; sync")
+    if stopped:
+        shell.run("stop", name)
+        said = shell.run("doctor", "--fix", check=None).stderr
+        assert f"{overlay} may be newer than {base}" in said
+        assert Path(overlay).exists()
+        Path(overlay).unlink()
+        return
+    for words in (
+        ("fork", name, f"{name}-new"),
+        ("snapshot", "create", f"{name}.two"),
+        ("disk", "resize", f"{name}:vda", "+1G"),
+        ("disk", "move", f"{name}:vda", "--pool", "vmctl"),
+        ("backup", "create", name, "--folder", str(tmp_path / "backups")),
+        ("save", name),
+    ):
+        refused = shell.run(*words, check=None)
+        assert refused.returncode == 5, (words, refused.stdout, refused.stderr)
+        assert f"vda in {overlay}" in refused.stderr and f"then vmctl stop {name}" in refused.stderr, refused.stderr
+    (found,) = [one for one in told(shell, "--fix") if one["name"] == "layers"]
+    assert found["result"] == "mended" and overlay in found["detail"]
+    assert Path(overlay).exists()
+    shell.run("stop", name)
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "ssh", "--timeout", "200", timeout=240)
+    assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
+    shell.run("snapshot", "create", f"{name}.two")
 
 
 @pytest.fixture
