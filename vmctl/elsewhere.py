@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from vmctl import image_users, migrate_files
+from vmctl import folder_pools, image_users
 from vmctl.config import HostEntry
 from vmctl.errors import Conflict, VmctlError
 from vmctl.events import Reporter, Warned
@@ -40,7 +40,7 @@ def look(host: Host, pool: str, volumes: Collection[str], timeout_s: float = DEA
         with fleet.open(entry) as other:
             needed, owners = image_users.needed(other.conn), _owners(other, pool)
             found = {one: users for one in volumes if (users := needed.by(f"{folder}/{one}") or _owner(owners, one))}
-            return found if found and migrate_files.shared_folders(host, other, [folder]) else {}
+            return found if found and folder_pools.shared_folders(host, other, [folder]) else {}
 
     users: dict[str, list[tuple[str, str]]] = {}
     unasked = {}
