@@ -5,9 +5,11 @@ And whether two hosts see one folder, which is proved by a token.
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from vmctl import render
@@ -16,6 +18,10 @@ from vmctl.hosts import Host
 from vmctl.hypervisor import folders, storage
 from vmctl.locks import shared
 
+_OF_ONE_MACHINE = frozenset(
+    {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "tmpfs", "overlay"}
+)
+_MANY_ROOTS = frozenset({"btrfs", "zfs"})  # whose parts are mounted by themselves
 _BUSY_S = 60.0  # another one is just taking the pool away
 
 
@@ -76,3 +82,45 @@ def _look(source: Host, target: Host, path: str, there: str) -> Folder:
     if both:
         quietly(lambda: storage.refresh(target.conn, there))  # the token is no more
     return Folder(both, names - {name}, space.available)
+
+
+def ours_alone(folder: str) -> bool:
+    """Whether a folder of this machine, by its real path, is surely seen by no other.
+
+    Not when a VM on its storage went to a host that sees it, whatever else is known.
+    """
+    if any(Path(folder).glob("*.moved")):
+        return False
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text()
+    except OSError:
+        return False
+    exports = ""
+    with suppress(OSError):
+        exports = Path("/var/lib/nfs/etab").read_text()
+    return of_one_machine(mounts, exports, folder)
+
+
+def of_one_machine(mounts: str, exports: str, folder: str) -> bool:
+    """Whether a folder lies on a file system of one machine, whole, and is not given to others by NFS. Pure.
+
+    ``mounts``: /proc/self/mountinfo (proc_pid_mountinfo(5)); ``exports``: what exportfs(8) keeps of those in effect. A
+    part of a file system that is mounted by itself has another place, which others may see: so have containers.
+    """
+    place, root, kind = "", "", ""
+    for line in mounts.splitlines():
+        left, _, right = line.partition(" - ")
+        words = left.split()
+        if len(words) > 4 and right and len(at := _unescaped(words[4])) >= len(place) and _within(folder, at):
+            place, root, kind = at, words[3], right.split()[0]
+    whole = root == "/" or kind in _MANY_ROOTS
+    given = (_unescaped(line.split()[0]) for line in exports.splitlines() if line.strip())
+    return kind in _OF_ONE_MACHINE and whole and not any(_within(folder, one) or _within(one, folder) for one in given)
+
+
+def _within(path: str, folder: str) -> bool:
+    return f"{path}/".startswith(f"{folder.rstrip('/')}/")
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)

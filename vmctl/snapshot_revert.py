@@ -32,6 +32,7 @@ from vmctl import (
     snapshot_xml,
     snapshots,
 )
+from vmctl.disk_find import Located, require_not_elsewhere
 from vmctl.disk_replace import PREFIX
 from vmctl.errors import Interrupted, NotFound, Unsupported, VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned, silent
@@ -184,6 +185,10 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
         if safety:
             kept = _safety(host, vm, report).name
             found = _plan(host, domain.find(host.conn, vm.name), ref)
+        if found.one.kind == "internal":
+            for disk in disks.disks(host.conn, vm.name, inactive=not vm.active):
+                if disk.source in found.one.files:
+                    require_not_elsewhere(host, Located(text, disk.source, disk.format), "revert", report)
         if found.one.kind == "internal" or _by_libvirt(host, found.one):
             _libvirts(host, found, report, start)
         else:
