@@ -181,14 +181,15 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
     ref, _one = snapshots.named(host, text)
     with snapshot_layers.working_on(host, ref.vm, report) as vm:
         found = _plan(host, vm, ref)
+        if found.one.kind == "internal":  # in the files themselves; else what they are stays
+            for disk in disks.disks(host.conn, vm.name, inactive=not vm.active):
+                if disk.source in found.one.files:
+                    here = Located(f"{vm.name}:{disk.target}", disk.source, disk.format)
+                    require_not_elsewhere(host, here, "revert", report)
         kept = ""
         if safety:
             kept = _safety(host, vm, report).name
             found = _plan(host, domain.find(host.conn, vm.name), ref)
-        if found.one.kind == "internal":
-            for disk in disks.disks(host.conn, vm.name, inactive=not vm.active):
-                if disk.source in found.one.files:
-                    require_not_elsewhere(host, Located(text, disk.source, disk.format), "revert", report)
         if found.one.kind == "internal" or _by_libvirt(host, found.one):
             _libvirts(host, found, report, start)
         else:

@@ -192,6 +192,8 @@ def test_no_road_takes_a_disk_from_a_vm_elsewhere(pair: Pair, vm: str, both: Pat
             ("resize", "+8M"): "resize",
             ("convert", "--format", "raw"): "convert",
             ("compact",): "compact",
+            ("flatten",): "flatten",
+            ("move", "--pool", "vmctl"): "move",
             ("check", "--repair"): "repair",
             ("delete", "--yes"): "delete",
         }
@@ -205,6 +207,11 @@ def test_no_road_takes_a_disk_from_a_vm_elsewhere(pair: Pair, vm: str, both: Pat
         assert f"cannot delete disk {mine}:vde: {theirs} on h2 needs it" in said
         assert "vde" in Shell().virsh("domblklist", mine), "told before, not when half is done"
         assert path.read_bytes() == before
+        pair.vmctl(*here, "snapshot", "create", f"{mine}.s", "--internal")
+        said = pair.vmctl(*here, "snapshot", "revert", f"{mine}.s", "--yes", check=5).stderr
+        assert f"cannot revert disk {mine}:vde: {theirs} on h2 needs it" in said
+        pair.vmctl(*here, "snapshot", "delete", f"{mine}.s", "--yes")
+        Shell().virsh("detach-disk", mine, str(path), "--config")
     finally:
         pair.vmctl(*here, "delete", mine, "--yes", "--missing-ok")
         pair.vmctl("-c", "h2", "delete", theirs, "--yes", "--missing-ok")
