@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmctl import disk_journal, forgotten, identity, image_users, resolve, snapshot_layers, snapshot_settle, spec
-from vmctl.events import Reporter, Warned
+from vmctl.events import Reporter, Warned, silent
 from vmctl.guest import known_hosts
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain, snapshots, storage
@@ -49,7 +49,7 @@ def doomed(host: Host, name: str) -> Doomed:
     if vm is not None:
         files = _of_snapshots(host, vm)
         named = tuple(one.name for one in snapshots.snapshots(host.conn, vm.name))
-        return Doomed(vm.name, vm, _deletable(host, vm, files), files, named)
+        return Doomed(vm.name, vm, _deletable(host, vm, files, silent)[0], files, named)
     volumes = _leftovers(host, name)
     if not volumes:
         raise domain.absent(host.conn, name)
@@ -78,11 +78,13 @@ def _of_snapshots(host: Host, vm: Domain) -> tuple[str, ...]:
     return snapshot_layers.only_of(host, vm) if host.conn.local else ()
 
 
-def _deletable(host: Host, vm: Domain, files: tuple[str, ...]) -> tuple[Owned, ...]:
-    """The VM's own volumes that nobody else uses, once ``files`` are gone."""
+def _deletable(
+    host: Host, vm: Domain, files: tuple[str, ...], report: Reporter
+) -> tuple[tuple[Owned, ...], dict[Owned, str]]:
+    """The VM's own volumes that nobody else uses, once ``files`` are gone; and those that other hosts need, and who."""
     record = vm.facts.record
     if record is None or not record.owned:
-        return ()
+        return (), {}
     storage.refresh(host.conn, host.settings.pool)  # the log daemon rotates the console log by itself
     log = record.console_log
     owned = list(record.owned)
@@ -97,15 +99,17 @@ def _deletable(host: Host, vm: Domain, files: tuple[str, ...]) -> tuple[Owned, .
     others = [other for other in domain.all_facts(host.conn) if other.uuid != vm.uuid]
     used = {path for other in others for path in (other.serial_log, *(disk.source for disk in other.disks))}
     needed = image_users.needed(host.conn)  # through overlays too, in a pool or outside of any
-    free = []
+    free: dict[Owned, str] = {}
     for one in owned:
         if not storage.pool_exists(host.conn, one.pool):
             continue  # it keeps nobody from deleting the VM; remove() tells of it
         path = f"{storage.pool_path(host.conn, one.pool)}/{one.volume}"
         users = set(needed.by(path)) - {vm.name, *(o.volume for o in owned), *(Path(file).name for file in files)}
         if path not in used and f"{one.pool}/{one.volume}" not in used and not users:
-            free.append(one)
-    return tuple(free)
+            free[one] = path
+    theirs = identity.needed_elsewhere(host, list(free.values()), report)
+    kept = {one: theirs[path] for one, path in free.items() if path in theirs}
+    return tuple(one for one in free if one not in kept), kept
 
 
 def delete(host: Host, name: str, report: Reporter) -> None:
@@ -144,16 +148,17 @@ def remove(host: Host, vm: Domain, report: Reporter) -> None:
             turn.enter_context(held(host.folders.runtime, what, timeout_s=_SHARED_TIMEOUT_S))
         for path in files:
             disk_journal.remove_file(host, path)
-        volumes = _deletable(host, vm, files)
+        volumes, theirs = _deletable(host, vm, files, report)
         for one in volumes:
             storage.delete_volume(host.conn, one.pool, one.volume)
         for one in sorted(owned - set(volumes) - _owned_by_others(host, vm), key=lambda o: o.volume):
             there = storage.pool_exists(host.conn, one.pool)
             why = "another VM uses it, or a disk is based on it" if there else f"no storage pool {one.pool} runs here"
+            why = f"{theirs[one]} needs it, on storage that both hosts see" if one in theirs else why
             report(Warned(f"kept volume {one.volume}: {why}"))
         if vm.persistent:
             domain.undefine(host.conn, vm.name)
-    for prefix in identity.prefixes(vm) if owned else ():
+    for prefix in identity.prefixes(vm) if owned and not theirs else ():
         identity.unmark_moved(host, prefix)
 
 

@@ -18,6 +18,7 @@ from vmctl.disk_find import (
     require_file,
     require_idle,
     require_no_overlays,
+    require_not_elsewhere,
     working_on,
 )
 from vmctl.disk_replace import share_reporter
@@ -51,8 +52,11 @@ def _refuse_snapshots(disk: Located, doing: str) -> None:
         raise Conflict(f"cannot {doing} {disk.ref}: its file holds snapshots, which would be lost")
 
 
-def _ready(host: Host, disk: Located, doing: str, *, same_place: bool) -> Chain:
-    """The chain of a disk that may be rewritten now; ``same_place``: its file keeps name and format."""
+def _ready(host: Host, disk: Located, doing: str, report: Reporter, *, same_place: bool, keep: bool = False) -> Chain:
+    """The chain of a disk that may be rewritten now.
+
+    ``same_place``: its file keeps name and format; ``keep``: it stays as it is, beside a new one.
+    """
     require_file(host, disk, doing)
     if disk.disk is not None and disk.disk.readonly:
         raise WrongState(f"cannot {doing} {disk.ref}: VM {disk.owner} has it read-only")
@@ -64,6 +68,8 @@ def _ready(host: Host, disk: Located, doing: str, *, same_place: bool) -> Chain:
         require_idle(host, disk, doing)
     if not same_place:
         require_alone(host, disk, doing)
+    if not keep and not (disk.live and same_place):
+        require_not_elsewhere(host, disk, doing, report)
     return found
 
 
@@ -87,7 +93,7 @@ def move(host: Host, text: str, pool: str, report: Reporter, *, keep: bool, dry:
     """
     with working_on(host, text, report) as disk:
         doing = "move"
-        layers = _ready(host, disk, doing, same_place=False)
+        layers = _ready(host, disk, doing, report, same_place=False, keep=keep)
         folder = Path(pool_folder(host, pool))
         new = folder / Path(disk.path).name
         if os.path.realpath(folder) == os.path.realpath(Path(disk.path).parent):
@@ -162,7 +168,7 @@ def convert(
             raise SpecError(
                 f"cannot convert {text}: it is {form} already", hint=f"vmctl disk flatten {text}, or compact"
             )
-        layers = _ready(host, disk, "convert", same_place=False)
+        layers = _ready(host, disk, "convert", report, same_place=False, keep=keep)
         old = Path(disk.path)
         stem = old.stem if old.suffix in {".qcow2", ".raw", ".img"} else old.name
         new, before = _free_name(old.parent, stem, form), _allocated(disk.path)
@@ -196,7 +202,7 @@ def compact(host: Host, text: str, report: Reporter, *, compress: bool, dry: boo
             )
         if compress and disk.format != DiskFormat.QCOW2:
             raise SpecError(f"cannot compress {text}: it is {disk.format}, and only qcow2 can be")
-        layers = _ready(host, disk, "compact", same_place=True)
+        layers = _ready(host, disk, "compact", report, same_place=True)
         _refuse_snapshots(disk, "compact")
         base = (layers.base.path, layers.base.format) if layers.base else None
         before = _allocated(disk.path)
@@ -212,7 +218,7 @@ def compact(host: Host, text: str, report: Reporter, *, compress: bool, dry: boo
 def flatten(host: Host, text: str, report: Reporter, *, dry: bool) -> Rewritten:
     """Bring all that a disk has from the files below into its own, while its VM runs or not."""
     with working_on(host, text, report) as disk:
-        layers = _ready(host, disk, "flatten", same_place=True)
+        layers = _ready(host, disk, "flatten", report, same_place=True)
         before, how = _allocated(disk.path), "live" if disk.live else "stopped"
         if layers.base is None:
             return _told(disk, disk.path, disk.format, before, (), "flat already", dry=True)
@@ -237,7 +243,7 @@ def rebase(host: Host, text: str, onto: str, report: Reporter, *, dry: bool) -> 
     While its VM runs only on one that is below it already.
     """
     with working_on(host, text, report) as disk:
-        layers = _ready(host, disk, "rebase", same_place=True)
+        layers = _ready(host, disk, "rebase", report, same_place=True)
         if disk.format != DiskFormat.QCOW2:
             raise SpecError(f"cannot rebase {text}: it is {disk.format}, and only qcow2 is based on other files")
         below = locate(host, onto)
@@ -303,6 +309,7 @@ def check(host: Host, text: str, report: Reporter, *, repair: bool, dry: bool) -
         layers = chain(host, disk, "check")
         if repair and disk.format == DiskFormat.QCOW2:
             require_no_overlays(host, disk, "repair")
+            require_not_elsewhere(host, disk, "repair", report)
             if not dry:
                 _repair(disk, report)
         found = []

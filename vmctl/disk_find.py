@@ -205,6 +205,14 @@ def require_alone(host: Host, disk: Located, doing: str) -> None:
     require_no_overlays(host, disk, doing)
 
 
+def require_not_elsewhere(host: Host, disk: Located, doing: str, report: Reporter) -> None:
+    """Raise Conflict while a VM of another host needs the file, on storage that both see; warn of hosts not asked."""
+    if host.others:
+        from vmctl import elsewhere  # late: most know one host
+
+        elsewhere.require_unused(host, f"disk {disk.ref}", disk.path, doing, report)
+
+
 def require_no_overlays(host: Host, disk: Located, doing: str) -> None:
     """Raise Conflict when other disks are based on the file: changed, all they hold would be wrong."""
     from vmctl import image_users  # late: it reads every pool

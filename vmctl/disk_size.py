@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmctl import disk_guest, disk_inside, disk_replace, qemu_img
 from vmctl.disk_chain import Chain
-from vmctl.disk_find import Located, chain, require_alone, require_file, require_idle, working_on
+from vmctl.disk_find import Located, chain, require_alone, require_file, require_idle, require_not_elsewhere, working_on
 from vmctl.disk_replace import share_reporter
 from vmctl.disk_spec import new_size
 from vmctl.errors import Conflict, SpecError, Unsupported, WrongState
@@ -50,6 +50,7 @@ def resize(host: Host, text: str, size: str, report: Reporter, *, grow_fs: bool,
             _require_growable(host, disk, after < before)
         if after < before:
             layers = _require_shrinkable(host, disk)
+            require_not_elsewhere(host, disk, "shrink", report)
             alone = ", which is based on no other then" if layers.base else ""
             fits = ", once a copy has shown that what is on it fits"
             touches: tuple[str, ...] = (f"rewrite {disk.path}{alone}{fits}",)
@@ -60,6 +61,7 @@ def resize(host: Host, text: str, size: str, report: Reporter, *, grow_fs: bool,
         elif after > before:
             if not disk.live:
                 _require_growable_file(host, disk)
+                require_not_elsewhere(host, disk, "resize", report)
             touches = (f"grow {disk.path or disk.ref}",)
             if not dry:
                 _grow(host, disk, after)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vmctl import disk_guard, disk_journal, disk_spec, disk_xml, domain_files, render
-from vmctl.disk_find import Located, locate, require_no_overlays, waits
+from vmctl.disk_find import Located, locate, require_no_overlays, require_not_elsewhere, waits
 from vmctl.disk_spec import IoLimits
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, NotFound, SpecError, WrongState
@@ -72,7 +72,7 @@ def detach(
         if delete and running and not live:
             raise SpecError(f"cannot delete {text}: VM {name} goes on using it")
         if delete:
-            _require_deletable(host, found)
+            _require_deletable(host, found, report)
         when = "now" if not running or live else "its next stop and start"
         thread = _idle_thread(host, name, disk.target, live=live)
         done = Unplugged(
@@ -95,7 +95,7 @@ def _idle_thread(host: Host, name: str, target: str, *, live: bool) -> int:
     return (found.pop() or 0) if len(found) == 1 else 0
 
 
-def _require_deletable(host: Host, found: Located) -> None:
+def _require_deletable(host: Host, found: Located, report: Reporter) -> None:
     """Raise unless the disk can be deleted once its VM has let go of it: told before, not when half is done."""
     if not found.volume:
         raise NotFound(f"cannot delete {found.ref}: it is in no storage pool", hint="without --delete it is detached")
@@ -111,6 +111,7 @@ def _require_deletable(host: Host, found: Located) -> None:
         disk_guard.running_uses(host),
     ):
         raise Conflict(f"cannot delete {found.ref}: {'; '.join(others)}")
+    require_not_elsewhere(host, found, "delete", report)
 
 
 def _unplug(

@@ -10,7 +10,7 @@ from pathlib import Path
 from vmctl import disk_chain, disk_guard, identity, render
 from vmctl.choices import DiskFormat
 from vmctl.disk_chain import Chain
-from vmctl.disk_find import Located, folders, locate, require_idle, require_no_overlays
+from vmctl.disk_find import Located, folders, locate, require_idle, require_no_overlays, require_not_elsewhere
 from vmctl.disk_spec import Ref, name_problem, parse_ref
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, VmctlError
@@ -210,8 +210,8 @@ def create(host: Host, text: str, size: int | None, form: DiskFormat | None, bac
     return made
 
 
-def deletable(host: Host, text: str) -> Located:
-    """The disk that deleting would destroy. Raises Conflict while anyone of this host needs it."""
+def deletable(host: Host, text: str, report: Reporter) -> Located:
+    """The disk that deleting would destroy. Raises Conflict while anyone needs it, also on other hosts that see it."""
     found = locate(host, text, anything=True)
     if found.vm is not None:
         raise Conflict(
@@ -227,12 +227,13 @@ def deletable(host: Host, text: str) -> Located:
         )
     require_idle(host, found, "delete")
     require_no_overlays(host, found, "delete")
+    require_not_elsewhere(host, found, "delete", report)
     return found
 
 
 def delete(host: Host, text: str, report: Reporter) -> None:
     """Delete a volume that no VM has attached and no disk is based on."""
-    found = deletable(host, text)
+    found = deletable(host, text, report)
     storage.delete_volume(host.conn, found.pool, found.volume)
     report(Step(f"disk {found.pool}/{found.volume} is deleted"))
 

@@ -199,8 +199,9 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
         and not {f"{folder}/{v}", os.path.realpath(f"{folder}/{v}")} & attached.keys()
         and not v.startswith((disk_replace.PREFIX, MEASURING))  # folders that work is done in: checks of their own
     ]
-    theirs = elsewhere.look(host, host.settings.pool, orphans)  # of other hosts, on storage that both see
-    orphans = [one for one in orphans if one not in theirs.users]
+    # Of other hosts, on storage that both see.
+    theirs = elsewhere.look(host, [f"{folder}/{one}" for one in orphans])
+    orphans = [one for one in orphans if f"{folder}/{one}" not in theirs.users]
     if orphans:
         named = [f"{host.settings.pool}/{volume}" for volume in orphans]
         unasked = f", and not asked: {', '.join(theirs.unasked)}" if theirs.unasked else ""

@@ -1,22 +1,30 @@
-"""Who on other hosts needs volumes of a host, where they see the same storage: none of its own VMs tells of them."""
+"""Who on other hosts needs files of a host, where they see the same storage: none of its own VMs tells of them.
+
+Nobody is asked where the config file has no other host, nor about a folder that this machine alone can see.
+"""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from vmctl import image_users, migrate_files
+from vmctl import folder_pools, image_users
 from vmctl.config import HostEntry
-from vmctl.errors import Conflict, VmctlError
+from vmctl.errors import Conflict, HostUnreachable, VmctlError
 from vmctl.events import Reporter, Warned
-from vmctl.fleet import DEADLINE_S, Fleet, each
+from vmctl.fleet import DEADLINE_S, Fleet, called, each
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
+
+_ANEW_S = 60.0
+_late: dict[str, tuple[float, HostUnreachable]] = {}  # who did not answer, and when: several disks wait for it once
 
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
-    """What the other hosts of the config file say: of each volume ``users`` its users, each by host and name.
+    """What the other hosts of the config file say: of each path ``users`` its users, each by host and name.
 
     ``unasked``: hosts that did not answer, and why.
     """
@@ -24,55 +32,111 @@ class Elsewhere:
     users: Mapping[str, tuple[tuple[str, str], ...]]
     unasked: Mapping[str, str]
 
+    def told(self, path: str) -> str:
+        """Who needs it, in words."""
+        return ", ".join(f"{user} on {host}" for host, user in self.users[path])
 
-def look(host: Host, pool: str, volumes: Collection[str], timeout_s: float = DEADLINE_S) -> Elsewhere:
+
+def look(host: Host, paths: Collection[str], timeout_s: float = DEADLINE_S) -> Elsewhere:
     """Ask all other hosts that vmctl knows at once, each until ``timeout_s`` are over.
 
     A path that is in use there counts where both see one folder, which is proved by a file that is gone again.
     """
-    fleet = Fleet(host.settings, host.folders)
-    entries = [one for one in host.settings.hosts.values() if one != host.entry]
-    if not entries or not volumes:
+    spelled = {path: _spellings(host, path) for path in paths if path}
+    spelled = {path: names for path, names in spelled.items() if names}
+    if not host.others or not spelled:
         return Elsewhere({}, {})
-    folder = storage.pool_path(host.conn, pool)
+    fleet, now = Fleet(host.settings, host.folders), time.monotonic()
+    silent = {name: error for name, (since, error) in _late.items() if now - since < _ANEW_S}
 
     def ask(entry: HostEntry) -> dict[str, tuple[str, ...]]:
+        if called(entry) in silent:
+            raise silent[called(entry)]
         with fleet.open(entry) as other:
-            needed, owners = image_users.needed(other.conn), _owners(other, pool)
-            found = {one: users for one in volumes if (users := needed.by(f"{folder}/{one}") or _owner(owners, one))}
-            return found if found and migrate_files.shared_folders(host, other, [folder]) else {}
+            return _asked(host, other, spelled)
 
     users: dict[str, list[tuple[str, str]]] = {}
     unasked = {}
-    for name, answer in each(entries, ask, timeout_s):
+    for name, answer in each(host.others, ask, timeout_s):
         if isinstance(answer, VmctlError):
             unasked[name] = answer.message
+            if isinstance(answer, HostUnreachable) and name not in silent:
+                _late[name] = time.monotonic(), answer
             continue
-        for volume, names in answer.items():
-            users.setdefault(volume, []).extend((name, user) for user in names)
-    return Elsewhere({volume: tuple(found) for volume, found in users.items()}, unasked)
+        for path, names in answer.items():
+            users.setdefault(path, []).extend((name, user) for user in names)
+    return Elsewhere({path: tuple(found) for path, found in users.items()}, unasked)
 
 
-def _owners(host: Host, pool: str) -> dict[str, str]:
-    """The VM whose own each volume of a pool is, be it attached or not, as a console log."""
-    facts = domain.all_facts(host.conn)
-    return {owned.volume: one.name for one in facts if one.record for owned in one.record.owned if owned.pool == pool}
+def _spellings(host: Host, path: str) -> tuple[str, ...]:
+    """The names of a file that another host may know it by; none where no other host can see it, or none can tell."""
+    if path.startswith("/dev/"):  # no file can be made there to prove that it is one folder
+        return ()
+    if not host.conn.local or not path.startswith("/"):
+        return (path,)
+    real = os.path.realpath(path)
+    return () if folder_pools.ours_alone(_folder(real)) else tuple(dict.fromkeys((path, real)))
 
 
-def _owner(owners: Mapping[str, str], volume: str) -> tuple[str, ...]:
-    """Whose a volume is: a log that was rotated has a number after its name."""
-    return tuple(sorted({vm for one, vm in owners.items() if volume == one or volume.startswith(f"{one}.")}))
+def _asked(host: Host, other: Host, spelled: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    seen, owners = image_users.look(other.conn), _owners(other)
+    named, based = image_users.chains(seen.named, seen.bases), image_users.chains(seen.volumes, seen.bases)
+    found: dict[str, set[str]] = {}
+    unattached: dict[str, set[str]] = {}
+    for name in {name for names in spelled.values() for name in names}:
+        if users := named.get(name, frozenset()) or _owner(owners, name):
+            found[name] = {*users}
+        elif volumes := based.get(name):
+            unattached[name] = {*volumes}
+    if unattached:  # those that this host sees, too, its own rules are for
+        known = {one.name for one in storage.all_volumes(host.conn)}
+        found |= {name: rest for name, volumes in unattached.items() if (rest := volumes - known)}
+    if not found or (host.conn.host, host.facts.uuid) == (other.conn.host, other.facts.uuid):
+        return {}  # the same host, by another name
+    both = folder_pools.shared_folders(host, other, {_folder(name) for name in found if name.startswith("/")})
+    theirs = {name: users for name, users in found.items() if not name.startswith("/") or _folder(name) in both}
+    answer = {path: {user for name in names for user in theirs.get(name, ())} for path, names in spelled.items()}
+    return {path: tuple(sorted(users)) for path, users in answer.items() if users}
 
 
-def require_unused(host: Host, ref: str, pool: str, volume: str, report: Reporter) -> None:
-    """Raise Conflict when another host has a VM that needs the volume; warn of hosts that cannot be asked."""
-    found = look(host, pool, [volume])
-    if users := found.users.get(volume, ()):
-        told = ", ".join(f"{user} on {other}" for other, user in users)
+def _folder(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def _owners(host: Host) -> dict[str, str]:
+    """The VM whose own each file in a pool is, be it attached or not, as a console log."""
+    owned = [(one.name, own) for one in domain.all_facts(host.conn) if one.record for own in one.record.owned]
+    places = {pool: storage.running_path(host.conn, pool) for pool in {own.pool for _, own in owned}}
+    return {f"{places[own.pool]}/{own.volume}": vm for vm, own in owned}
+
+
+def _owner(owners: Mapping[str, str], path: str) -> frozenset[str]:
+    """Whose a file is: a log that was rotated has a number after its name."""
+    stem, _, number = path.rpartition(".")
+    names = (path, stem) if number.isdigit() else (path,)
+    return frozenset(owners[one] for one in names if one in owners)
+
+
+def needed(host: Host, paths: Collection[str], report: Reporter) -> dict[str, str]:
+    """Those of the files that VMs of other hosts need, and who; warns of hosts that cannot be asked."""
+    found = look(host, paths)
+    _warn(found, report)
+    return {path: found.told(path) for path in found.users}
+
+
+def require_unused(host: Host, ref: str, path: str, doing: str, report: Reporter) -> None:
+    """Raise Conflict when another host has a VM that needs the file; warn of hosts that cannot be asked."""
+    found = look(host, [path])
+    if path in found.users:
+        there = found.users[path][0][0]
         raise Conflict(
-            f"cannot delete disk {ref}: {told} needs it, on storage that both hosts see",
-            hint=f"vmctl -c {users[0][0]} disk list shows whose it is",
+            f"cannot {doing} {ref}: {found.told(path)} needs it, on storage that both hosts see",
+            hint=f"vmctl -c {there} disk list shows whose it is",
         )
+    _warn(found, report)
+
+
+def _warn(found: Elsewhere, report: Reporter) -> None:
     if found.unasked:
         why = next(iter(found.unasked.values()))
         report(Warned(f"not asked whether a VM of theirs has it: {', '.join(found.unasked)} ({why})"))

@@ -50,6 +50,11 @@ class Host:
         """What the names of this host's locks begin with."""
         return self.conn.uri
 
+    @property
+    def others(self) -> tuple[HostEntry, ...]:
+        """The other hosts of the config file, as far as that tells them apart."""
+        return tuple(one for one in self.settings.hosts.values() if one != self.entry and one.uri != self.conn.uri)
+
     def __enter__(self) -> Host:
         return self
 

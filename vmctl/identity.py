@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from vmctl import image_users, render, resolve
 from vmctl.errors import Conflict
+from vmctl.events import Reporter, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 from vmctl.hypervisor.domain import Domain
@@ -68,7 +69,18 @@ def needed_of(host: Host, volumes: Collection[str]) -> frozenset[str]:
         return frozenset()
     needed = image_users.needed(host.conn)
     folder = storage.pool_path(host.conn, host.settings.pool)
-    return frozenset(one for one in volumes if set(needed.by(f"{folder}/{one}")) - set(volumes))
+    here = frozenset(one for one in volumes if set(needed.by(f"{folder}/{one}")) - set(volumes))
+    theirs = needed_elsewhere(host, [f"{folder}/{one}" for one in volumes], silent)
+    return here | {one for one in volumes if f"{folder}/{one}" in theirs}
+
+
+def needed_elsewhere(host: Host, paths: Collection[str], report: Reporter) -> dict[str, str]:
+    """Those of the files that VMs of other hosts need, on storage that both see, and who; warns of hosts not asked."""
+    if not host.others:
+        return {}
+    from vmctl import elsewhere  # late: most know one host
+
+    return elsewhere.needed(host, paths, report)
 
 
 def free_uuid(host: Host, name: str, taken: Iterable[str] = ()) -> str:

@@ -1,18 +1,16 @@
-"""The files a VM needs: which of them two hosts share, proved by a token, and what the target must be given."""
+"""The files a VM needs: which of them two hosts share, and what the target must be given."""
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import NamedTuple
 
-from vmctl import disk_xml, host_ssh, images, render
+from vmctl import disk_xml, folder_pools, host_ssh, images
 from vmctl.disk_xml import DiskDevice
-from vmctl.errors import NotFound, VmctlError, quietly
-from vmctl.folder_pools import shown
+from vmctl.errors import NotFound, VmctlError
+from vmctl.folder_pools import Folder, shown
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, storage
 from vmctl.hypervisor.domain import Domain
@@ -202,50 +200,6 @@ def left_below(source: Host, vm: Domain, found: Sequence[File]) -> tuple[File, .
     return tuple(left.values())
 
 
-# --- one folder or two --------------------------------------------------------------------------------------
-
-
-class Folder(NamedTuple):
-    """A folder as the target has it. ``shared``: it is the source's; ``space``: bytes left, None: there is none."""
-
-    shared: bool = False
-    names: frozenset[str] = frozenset()
-    space: int | None = None
-
-
-def shared_folders(source: Host, target: Host, folders: Iterable[str]) -> frozenset[str]:
-    """Those of the folders that both hosts see: a file with a random content made on one is read on the other."""
-    return frozenset(path for path, one in _folders(source, target, folders).items() if one.shared)
-
-
-def _folders(source: Host, target: Host, paths: Iterable[str]) -> dict[str, Folder]:
-    return {path: _folder(source, target, path) for path in dict.fromkeys(paths)}
-
-
-def _folder(source: Host, target: Host, path: str) -> Folder:
-    try:
-        with shown(target, path) as there:
-            return _compared(source, target, path, there)
-    except NotFound:
-        return Folder()  # it is made later, on a file system that is not known yet
-
-
-def _compared(source: Host, target: Host, path: str, there: str) -> Folder:
-    """Look into a folder, which the pool ``there`` shows on the target, while the source has a token in its own."""
-    token, name = secrets.token_hex(16).encode(), f"vmctl-token-{secrets.token_hex(8)}"
-    text = render.volume(render.VolumeView(name, len(token), "raw", mode="0600"))
-    try:
-        with shown(source, path) as here, storage.passing(source.conn, here, text, name, token):
-            names, space = storage.listing(target.conn, there)
-            shared = name in names and storage.download(target.conn, there, name) == token
-    except NotFound:  # the source has none such, or the token went early
-        names, space = storage.listing(target.conn, there)
-        return Folder(names=names, space=space.available)
-    if shared:
-        quietly(lambda: storage.refresh(target.conn, there))  # the token is no more
-    return Folder(shared, names - {name}, space.available)
-
-
 # --- what the target has -------------------------------------------------------------------------------------
 
 
@@ -292,7 +246,7 @@ def look(
 ) -> Look:
     """Compare. Changes nothing but for tokens and pools that are gone again. ``own``: folders that vmctl makes."""
     local = [one for one in found if not one.network]
-    folders = _folders(source, target, (one.folder for one in local))
+    folders = folder_pools.compared(source, target, (one.folder for one in local))
     both = {path for path, one in folders.items() if one.shared}
     needs: list[DiskNeed] = []
     makes: list[Make] = []

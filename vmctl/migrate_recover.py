@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmctl import migrate, migrate_facts, migrate_files, migrate_settle, migrate_storage
+from vmctl import folder_pools, migrate, migrate_facts, migrate_files, migrate_settle, migrate_storage
 from vmctl.errors import MigrationFailed, VmctlError
 from vmctl.events import Reporter, Status, Step, Warned
 from vmctl.hosts import holding
@@ -112,7 +112,7 @@ def _looked(ends: Ends, vm: Domain, wish: Wish) -> migrate_facts.Found:
     now = domain.find(ends.target.conn, vm.uuid)
     files = migrate_files.files(ends.target, now)
     files = (*migrate_files.left_below(ends.source, now, files), *files)
-    both = migrate_files.shared_folders(ends.source, ends.target, (one.folder for one in files if not one.network))
+    both = folder_pools.shared_folders(ends.source, ends.target, (one.folder for one in files if not one.network))
     needs = tuple(DiskNeed(one.told, one.path, one.network or one.folder in both) for one in files)
     return migrate_facts.found_after(now, needs, files, Look(needs, (), True, {}))
 

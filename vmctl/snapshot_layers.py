@@ -102,6 +102,7 @@ def files_of(host: Host, seen: View, also: Iterable[str] = ()) -> Files:
         for path in one.files:
             mine.setdefault(os.path.realpath(path), set()).add(one.name)
     others = {path for path, names in seen.seen.named.items() if names - {seen.vm.name}}
+    others |= {*snapshot_settle.needed_elsewhere(host, own)}
     given_up = {path for one in more for path in seen.chain(one)}
     made = frozenset(path for path in own if path in given_up and (OURS.search(path) or path in overlays | owned))
     return Files(seen.seen.bases, {path: frozenset(pins) for path, pins in mine.items()}, others, own, made)

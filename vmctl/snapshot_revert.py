@@ -32,6 +32,7 @@ from vmctl import (
     snapshot_xml,
     snapshots,
 )
+from vmctl.disk_find import Located, require_not_elsewhere
 from vmctl.disk_replace import PREFIX
 from vmctl.errors import Interrupted, NotFound, Unsupported, VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned, silent
@@ -180,6 +181,11 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
     ref, _one = snapshots.named(host, text)
     with snapshot_layers.working_on(host, ref.vm, report) as vm:
         found = _plan(host, vm, ref)
+        if found.one.kind == "internal":  # in the files themselves; else what they are stays
+            for disk in disks.disks(host.conn, vm.name, inactive=not vm.active):
+                if disk.source in found.one.files:
+                    here = Located(f"{vm.name}:{disk.target}", disk.source, disk.format)
+                    require_not_elsewhere(host, here, "revert", report)
         kept = ""
         if safety:
             kept = _safety(host, vm, report).name

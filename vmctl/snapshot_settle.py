@@ -156,12 +156,23 @@ def put_nvram(copy: str, place: str) -> None:
     disk_journal.sync_folder(Path(place).parent)
 
 
+def needed_elsewhere(host: Host, paths: Collection[str]) -> Collection[str]:
+    """Those of the files that VMs of other hosts need, on storage that both see."""
+    if not host.others:
+        return ()
+    from vmctl import elsewhere  # late: most know one host
+
+    return elsewhere.look(host, paths).users.keys()
+
+
 def drop_unneeded(host: Host, paths: Collection[str], seen: Seen | None = None) -> None:
     """Remove those of the files that nothing names and nothing is based on."""
     there = [os.path.realpath(path) for path in paths if Path(path).exists()]
     if not there:
         return
     seen = seen or image_users.look(host.conn)
+    theirs = needed_elsewhere(host, there)
+    there = [path for path in there if path not in theirs]
     bases = dict(seen.bases)
     while True:
         free = [path for path in there if not seen.named.get(path) and path not in bases.values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -318,3 +319,24 @@ def test_whatever_doctor_says_can_be_deleted_is(shell: Shell, vm: str) -> None:
     assert "vmctl disk delete vmctl/stray-seed.iso" in told, told
     shell.run("disk", "delete", "vmctl/stray-seed.iso", "--yes")
     assert not stray.exists()
+
+
+def test_other_hosts_are_asked_only_where_they_can_see_the_disk(shell: Shell, tmp_path: Path) -> None:
+    """A host that is down costs nobody anything who works on disks of this machine alone."""
+    env = {**os.environ, "XDG_CONFIG_HOME": str(tmp_path / "config")}
+    shell.run("host", "add", "gone", "qemu+tcp://127.0.0.1:1/system", "--insecure", "--no-check", env=env)
+    alone, part = tmp_path / "alone", tmp_path / "part"
+    with ExitStack() as undo:
+        for folder, words in ((alone, ["-t", "tmpfs", "tmpfs"]), (part, ["--bind", str(alone / "below")])):
+            folder.mkdir()
+            subprocess.run(["mount", *words, str(folder)], check=True)
+            undo.callback(subprocess.run, ["umount", str(folder)], check=True)
+            folder.chmod(0o755)
+            (alone / "below").mkdir(exist_ok=True)
+            shell.virsh("pool-create-as", folder.name, "dir", "--target", str(folder))
+            undo.callback(shell.virsh, "pool-destroy", folder.name)
+        for pool, asked in (("alone", False), ("part", True)):
+            shell.run("disk", "create", f"{pool}/d.qcow2", "8M")
+            said = shell.run("disk", "compact", f"{pool}/d.qcow2", env=env).stderr
+            said += shell.run("disk", "delete", f"{pool}/d.qcow2", "--yes", env=env).stderr
+            assert said.count("not asked whether a VM of theirs has it: gone (") == (2 if asked else 0), said

@@ -6,10 +6,13 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.hosts.machine import sh
+from tests.system.conftest import Shell
 from tests.system.migrating import Pair, busy, guest, pair_fixture, until
 
 pytestmark = pytest.mark.system
@@ -151,6 +154,91 @@ def test_a_disk_of_a_vm_elsewhere_is_deleted_by_no_other_host(pair: Pair, vm: st
         pair.vmctl("-c", "h2", "delete", name, "--yes")
     assert extra in pair.vmctl("-c", "h1", "doctor", check=None).stdout
     pair.vmctl("-c", "h1", "disk", "delete", f"vmctl/{extra}", "--yes")
+
+
+@pytest.fixture
+def both(pair: Pair, tmp_path: Path) -> Iterator[Path]:
+    """A folder that h2 and the machine that the tests run on see by one name, a pool on each."""
+    second, shell = pair.machine("h2"), Shell()
+    folder, given = tmp_path / "both", pair.bed.folder / "shared/both"
+    with ExitStack() as undo:
+        for path in (given, folder):
+            path.mkdir()
+            path.chmod(0o755)
+        undo.callback(given.rmdir)
+        sh("mount", "--bind", str(given), str(folder))
+        undo.callback(sh, "umount", str(folder))
+        second.run("mkdir", "-p", str(folder))
+        second.run("mount", "--bind", "/var/lib/libvirt/vmctl/both", str(folder))
+        undo.callback(second.run, "umount", str(folder))
+        for virsh in (second.virsh, shell.virsh):
+            virsh("pool-create-as", "both", "dir", "--target", str(folder))
+            undo.callback(virsh, "pool-destroy", "both")
+        yield folder
+
+
+def test_no_road_takes_a_disk_from_a_vm_elsewhere(pair: Pair, vm: str, both: Path) -> None:
+    """Whatever removes or rewrites a disk asks the other hosts, also where vmctl runs on the host itself."""
+    here, mine, theirs = ("-c", "qemu:///system"), f"{vm}-mine", f"{vm}-theirs"
+    path = both / "data.qcow2"
+    try:
+        pair.vmctl(*here, "create", mine, "--image", "micro", "--no-start")
+        pair.vmctl("-c", "h2", "create", theirs, "--image", "micro", "--network", "lan", "--no-start")
+        pair.vmctl("-c", "h2", "disk", "create", "both/data.qcow2", "8M")
+        pair.vmctl("-c", "h2", "disk", "attach", theirs, "both/data.qcow2")
+        before = path.read_bytes()
+        refused = {
+            ("resize", "4M", "--shrink"): "shrink",
+            ("resize", "+8M"): "resize",
+            ("convert", "--format", "raw"): "convert",
+            ("compact",): "compact",
+            ("flatten",): "flatten",
+            ("move", "--pool", "vmctl"): "move",
+            ("check", "--repair"): "repair",
+            ("delete", "--yes"): "delete",
+        }
+        for (word, *words), verb in refused.items():
+            said = pair.vmctl(*here, "disk", word, "both/data.qcow2", *words, check=5).stderr
+            assert f"cannot {verb} disk both/data.qcow2: {theirs} on h2 needs it, on storage that both hosts" in said
+        pair.vmctl(*here, "disk", "convert", "both/data.qcow2", "--format", "raw", "--keep")
+        pair.vmctl(*here, "disk", "delete", "both/data.raw", "--yes")
+        Shell().virsh("attach-disk", mine, str(path), "vde", "--subdriver", "qcow2", "--config")
+        said = pair.vmctl(*here, "disk", "detach", f"{mine}:vde", "--delete", "--yes", check=5).stderr
+        assert f"cannot delete disk {mine}:vde: {theirs} on h2 needs it" in said
+        assert "vde" in Shell().virsh("domblklist", mine), "told before, not when half is done"
+        assert path.read_bytes() == before
+        pair.vmctl(*here, "snapshot", "create", f"{mine}.s", "--internal")
+        said = pair.vmctl(*here, "snapshot", "revert", f"{mine}.s", "--yes", check=5).stderr
+        assert f"cannot revert disk {mine}:vde: {theirs} on h2 needs it" in said
+        pair.vmctl(*here, "snapshot", "delete", f"{mine}.s", "--yes")
+        Shell().virsh("detach-disk", mine, str(path), "--config")
+    finally:
+        pair.vmctl(*here, "delete", mine, "--yes", "--missing-ok")
+        pair.vmctl("-c", "h2", "delete", theirs, "--yes", "--missing-ok")
+        pair.vmctl(*here, "disk", "delete", "both/data.qcow2", "--yes", check=None)
+    assert not path.exists(), "nobody needs it any more"
+
+
+def test_deleting_where_it_was_kept_leaves_what_it_runs_on(pair: Pair, vm: str) -> None:
+    name = f"{vm}-kept"
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--network", "lan", "--no-start")
+    try:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--keep-source")
+        assert set(pair.where(name)) == {"h1", "h2"}
+        files = {one for one in pair.files("h2") if one.startswith(f"{name}-") and not one.endswith(".moved")}
+        assert files, "its disk is there"
+        told = pair.vmctl("-c", "h1", "delete", name, "--dry-run").stdout
+        assert ".qcow2" not in told, "it is not what goes"
+        said = pair.vmctl("-c", "h1", "delete", name, "--yes").stderr
+        assert f"{name} on h2 needs it, on storage that both hosts see" in said
+        assert set(pair.where(name)) == {"h2"} and files <= pair.files("h2")
+        pair.vmctl("-c", "h1", "delete", name, "--yes", "--missing-ok")
+        assert files <= pair.files("h2"), "nor are they what a killed creation left"
+        pair.vmctl("-c", "h2", "delete", name, "--yes")
+        assert not [one for one in pair.files("h2") if one.startswith(f"{name}-")]
+    finally:
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
 
 
 def test_to_where_there_is_room(pair: Pair, vm: str) -> None:
