@@ -166,17 +166,17 @@ def needed_elsewhere(host: Host, paths: Collection[str]) -> Collection[str]:
 
 
 def drop_unneeded(host: Host, paths: Collection[str], seen: Seen | None = None) -> None:
-    """Remove those of the files that nothing names and nothing is based on."""
+    """Remove those of the files that nothing names, nothing is based on, and no QEMU has open."""
     there = [os.path.realpath(path) for path in paths if Path(path).exists()]
     if not there:
         return
     seen = seen or image_users.look(host.conn)
     theirs = needed_elsewhere(host, there)
-    there = [path for path in there if path not in theirs]
+    kept = {*theirs, *layer_check.opened(host)}
+    there = [path for path in there if path not in kept]
     bases = dict(seen.bases)
     while True:
         free = [path for path in there if not seen.named.get(path) and path not in bases.values()]
-        free = [path for path in free if path not in layer_check.opened(host)] if free else []
         for path in free:
             remove_file(host, path)
             there.remove(path)

@@ -270,7 +270,7 @@ def test_shares_that_cannot_be_are_refused(text: str) -> None:
 def test_the_guests_shell_and_fstab_read_any_place_as_it_was_meant(name: str) -> None:
     """The command, run by a real shell on a file of ours, leaves one line of six fields that names the place."""
     place = "/mnt/" + name.strip("/.") + "x"
-    if spec.share_problems(spec.Share("/srv", place)):
+    if spec.share_problems(spec.Share("/srv", place)) or "/etc/fstab" in place:  # which is replaced below
         return
     line = share.fstab_command(spec.Share("/srv", place), ShareDriver.VIRTIOFS).partition(" && ")[2]
     with tempfile.TemporaryDirectory() as folder:
