@@ -267,6 +267,9 @@ def _astray(host: Host, *, fix: bool) -> list[Finding]:
         detail = f"{one.vm} writes its disk {one.target} to {one.real}, and libvirt names {one.told}"
         mend = f"then: vmctl stop {one.vm}, and start it" if fix else "vmctl doctor --fix, before it stops"
         found.append(Finding("layers", "mended" if fix else "failed", detail, mend))
+    for path, (vm, base) in layer_check.newer_than_stopped(host).items():
+        detail = f"a disk of {vm}, which is stopped, is {base}; {path} may be newer than {base}"
+        found.append(Finding("layers", "warning", detail, f"look at both: vmctl disk map {shlex.quote(path)}"))
     return found or [Finding("layers", "ok", "running VMs write to the files that libvirt names")]
 
 

@@ -7,15 +7,16 @@ the next time, and copy, save or merge until then.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import disk_chain, disk_xml, forgotten, qemu_img
+from vmctl import disk_chain, disk_xml, forgotten, image_users, qemu_img
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, VmctlError
 from vmctl.hosts import Host
-from vmctl.hypervisor import disks, domain, inventory
+from vmctl.hypervisor import disks, domain, inventory, storage
 from vmctl.hypervisor.domain import Domain
 
 _OURS = ("-layer", ".snap-")  # in the names of layers that vmctl makes: other files may be open for a job
@@ -55,6 +56,46 @@ def require_known(host: Host, vm: Domain, doing: str) -> None:
 def opened(host: Host) -> frozenset[str]:
     """All files that this host's QEMUs have open, as far as they can be seen from here."""
     return frozenset(path for pid in forgotten.processes(host).values() for path in _opened(pid))
+
+
+def newer(host: Host, vm: str, paths: Collection[str]) -> dict[str, str]:
+    """Those of the files that a stopped VM may have gone on in, unknown to libvirt, and what each is based on.
+
+    There is something in such a layer, nobody names it, and the VM's definition names what is below. Now that its
+    QEMU has ended nobody can tell for sure: the VM may have been started since, or be at another place on purpose.
+    """
+    layers = [path for path in paths if path.endswith(".qcow2") and Path(path).exists()] if host.conn.local else []
+    if not layers:
+        return {}
+    here = {os.path.realpath(disk.source) for disk in disks.disks(host.conn, vm, inactive=True)}
+    seen = image_users.look(host.conn)
+    found = {}
+    for path in layers:
+        real = os.path.realpath(path)
+        if seen.named.get(real) or real in seen.bases.values():
+            continue
+        with suppress(VmctlError):  # cut off before it was whole: nobody has gone on in it
+            base = disk_chain.backing_path(qemu_img.info(Path(path), "qcow2").backing_file, path)
+            # Looked into only on what is known to be the VM's disk: a header may name any file.
+            if os.path.realpath(base) in here and any(e.depth == 0 and e.data for e in _extents(path)):
+                found[path] = base
+    return found
+
+
+def newer_than_stopped(host: Host) -> dict[str, tuple[str, str]]:
+    """The same of the layers that forks made, of all stopped VMs; by path the VM and what it is based on."""
+    found: dict[str, tuple[str, str]] = {}
+    for facts in domain.all_facts(host.conn) if host.conn.local else ():
+        owned = [one for one in facts.record.owned if "-layer" in one.volume] if facts.record else []
+        if owned and not domain.find(host.conn, facts.name).active:
+            there = [one for one in owned if storage.pool_exists(host.conn, one.pool)]
+            paths = [f"{storage.pool_path(host.conn, one.pool)}/{one.volume}" for one in there]
+            found |= {path: (facts.name, base) for path, base in newer(host, facts.name, paths).items()}
+    return found
+
+
+def _extents(path: str) -> tuple[qemu_img.Extent, ...]:
+    return qemu_img.extents(Path(path), "qcow2")
 
 
 def _astray(host: Host, vm: str, devices: Sequence[DiskDevice]) -> tuple[Astray, ...]:

@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
-from vmctl import agent, disk_chain, disk_journal, image_users, layer_check, qemu_img, snapshot_journal, snapshot_xml
+from vmctl import agent, disk_journal, image_users, layer_check, snapshot_journal, snapshot_xml
 from vmctl.disk_journal import remove_file
-from vmctl.errors import VmctlError, WrongState, quietly
+from vmctl.errors import WrongState, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, snapshots
@@ -37,7 +37,8 @@ def settle(host: Host, name: str, report: Reporter) -> None:
         if vm is not None:
             _end(host, entry)
             _follow(host, vm, report)
-        written = _went_on(host, vm, entry) if vm is not None and not vm.active else {}
+        stopped = vm is not None and not vm.active and entry.doing == "create"
+        written = layer_check.newer(host, name, entry.files) if stopped else {}
         for newer, base in written.items():
             report(Warned(f"a disk of {name} is {base}; {newer} may be newer than {base}: look at both"))
         drop_unneeded(host, [one for one in entry.files if one not in written])
@@ -53,30 +54,6 @@ def _follow(host: Host, vm: Domain, report: Reporter) -> None:
     for one in layer_check.of(host, vm.name) if vm.active else ():
         layer_check.mend(host, one)
         report(Warned(f"disk {one.target} of {vm.name} is {one.real}, which libvirt knows of when it starts anew"))
-
-
-def _went_on(host: Host, vm: Domain, entry: Entry) -> dict[str, str]:
-    """Layers made for a snapshot that was not taken, in which there is something all the same, and what is below.
-
-    QEMU went on in them, then, and libvirt died before it knew; now that it has ended nobody can tell for sure.
-    """
-    named = {os.path.realpath(disk.source) for disk in disks.disks(host.conn, vm.name, inactive=True)}
-    layers = (
-        [one for one in entry.files if one.endswith(".qcow2")] if entry.doing == "create" and host.conn.local else []
-    )
-    found = {}
-    for one in layers:
-        path = Path(one)
-        if not path.exists() or os.path.realpath(path) in named:
-            continue
-        with suppress(VmctlError):  # cut off before it was whole: nobody has gone on in it
-            base = disk_chain.backing_path(qemu_img.info(path, "qcow2").backing_file, one)
-            # Looked into only on what is known to be the VM's disk: a header may name any file.
-            if os.path.realpath(base) in named and any(
-                e.depth == 0 and e.data for e in qemu_img.extents(path, "qcow2")
-            ):
-                found[one] = base
-    return found
 
 
 def _idle(host: Host, name: str) -> bool:

@@ -17,8 +17,10 @@ import pytest
 from tests.system import libvirtd
 from tests.system.conftest import REPO, VMCTL, Shell
 from tests.system.test_interrupted import interrupted
-from vmctl import disk_journal, disk_xml, snapshot_journal
+from vmctl import disk_journal, disk_xml, render, snapshot_journal
 from vmctl.hosts import open_host
+from vmctl.hypervisor import domain
+from vmctl.record import Owned
 from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
@@ -122,6 +124,26 @@ def went_on(shell: Shell, vm: str, base: str, overlay: str) -> None:
     file = {"driver": "file", "filename": overlay, "node-name": "later-storage"}
     qmp("blockdev-add", **{"driver": "qcow2", "node-name": "later", "file": file, "backing": None, "discard": "unmap"})
     qmp("blockdev-snapshot", node=node, overlay="later")
+
+
+def test_what_a_vm_went_on_in_for_a_fork_is_told_when_it_has_stopped(shell: Shell, name: str) -> None:
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    (base,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
+    layer = base.replace(".qcow2", "-layer1.qcow2")
+    with open_host() as host:
+        record = domain.find(host.conn, name).facts.record
+        assert record is not None
+        owned = (*record.owned, Owned("vmctl", Path(layer).name))
+        domain.set_record(host.conn, name, render.metadata(replace(record, owned=owned)))
+    went_on(shell, name, base, layer)
+    shell.run("exec", name, "--", "sh", "-c", "echo later >/root/later; sync")
+    shell.run("stop", name)
+    (found,) = [one for one in told(shell, "--fix") if one["name"] == "layers"]
+    assert found["result"] == "warning" and f"{layer} may be newer than {base}" in found["detail"]
+    shell.run(*found["mend"].removeprefix("look at both: vmctl ").split())
+    assert Path(layer).exists()
+    shell.run("delete", name, "--yes")
+    assert not Path(layer).exists()
 
 
 @pytest.mark.parametrize("stopped", [False, True])
