@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import disk_journal, forgotten, identity, image_users, resolve, snapshot_layers, snapshot_settle, spec
+from vmctl import (
+    disk_journal,
+    elsewhere,
+    forgotten,
+    identity,
+    image_users,
+    resolve,
+    snapshot_layers,
+    snapshot_settle,
+    spec,
+)
 from vmctl.events import Reporter, Warned
 from vmctl.guest import known_hosts
 from vmctl.hosts import Host, holding
@@ -144,17 +155,44 @@ def remove(host: Host, vm: Domain, report: Reporter) -> None:
             turn.enter_context(held(host.folders.runtime, what, timeout_s=_SHARED_TIMEOUT_S))
         for path in files:
             disk_journal.remove_file(host, path)
-        volumes = _deletable(host, vm, files)
+        free = _deletable(host, vm, files)
+        volumes = _not_elsewhere(host, vm, free, report)
         for one in volumes:
             storage.delete_volume(host.conn, one.pool, one.volume)
-        for one in sorted(owned - set(volumes) - _owned_by_others(host, vm), key=lambda o: o.volume):
+        for one in sorted(owned - set(free) - _owned_by_others(host, vm), key=lambda o: o.volume):
             there = storage.pool_exists(host.conn, one.pool)
             why = "another VM uses it, or a disk is based on it" if there else f"no storage pool {one.pool} runs here"
             report(Warned(f"kept volume {one.volume}: {why}"))
         if vm.persistent:
             domain.undefine(host.conn, vm.name)
-    for prefix in identity.prefixes(vm) if owned else ():
+    for prefix in identity.prefixes(vm) if owned and set(free) == set(volumes) else ():
         identity.unmark_moved(host, prefix)
+
+
+def _not_elsewhere(host: Host, vm: Domain, free: Sequence[Owned], report: Reporter) -> tuple[Owned, ...]:
+    """Those of a VM's own volumes that another host has no VM with, where they see the same storage.
+
+    A move there may have left its definition here: because it was cut off, or to keep one was asked for. One that runs
+    here has its disks to itself.
+    """
+    moved = any(identity.is_moved(host, prefix) for prefix in identity.prefixes(vm))
+    by_pool: dict[str, list[Owned]] = {}
+    for one in free if not vm.active else ():
+        if moved or one.pool != host.settings.pool:  # the mark of a move is in vmctl's own pool alone
+            by_pool.setdefault(one.pool, []).append(one)
+    kept, unasked = set(), dict[str, str]()
+    for pool, ours in by_pool.items():
+        found = elsewhere.look(host, pool, [one.volume for one in ours])
+        unasked |= found.unasked
+        for one in ours:
+            if users := found.users.get(one.volume, ()):
+                kept.add(one)
+                told = ", ".join(f"{user} on {other}" for other, user in users)
+                report(Warned(f"kept volume {one.volume}: {told} needs it, on storage that both hosts see"))
+    if unasked:
+        why = next(iter(unasked.values()))
+        report(Warned(f"not asked whether a VM of theirs has disks of {vm.name}: {', '.join(unasked)} ({why})"))
+    return tuple(one for one in free if one not in kept)
 
 
 def _owned_by_others(host: Host, vm: Domain) -> set[Owned]:

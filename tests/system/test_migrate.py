@@ -201,6 +201,25 @@ def test_what_is_asked_to_stay(pair: Pair, vm: str) -> None:
     assert pair.json("-c", "h1", "show", vm)["persistent"] is True
 
 
+def test_a_definition_that_stayed_takes_no_disk_along(pair: Pair, vm: str) -> None:
+    """As one does that was asked to, or whose host died: who deletes it where nothing runs keeps the other's disk."""
+    with guest(pair) as name:
+        pair.vmctl("-c", "h1", "exec", name, "--", "sh", "-c", "echo kept >/root/kept; sync")
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--keep-source")
+        files = pair.files("h2")
+        told = pair.vmctl("-c", "h1", "delete", name, "--yes").stderr
+        assert told.count(f"{name} on h2 needs it, on storage that both hosts see") >= 2, (
+            "its disk, and its console log"
+        )
+        assert pair.files("h2") == files and pair.where(name) == {"h2": "running"}
+        pair.vmctl("-c", "h2", "stop", name, "--force")
+        pair.vmctl("-c", "h2", "start", name)
+        pair.vmctl("-c", "h2", "wait", name, "--for", "agent")
+        assert pair.vmctl("-c", "h2", "exec", name, "--", "cat", "/root/kept").stdout == "kept\n"
+        pair.vmctl("-c", "h2", "delete", name, "--yes")
+        assert not [one for one in pair.files("h2") if one.startswith(f"{name}-")], "the last one takes all"
+
+
 def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_path: Path) -> None:
     assert "ok" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--check").stdout
     second = pair.machine("h2")
