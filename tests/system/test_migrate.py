@@ -220,6 +220,24 @@ def test_a_definition_that_stayed_takes_no_disk_along(pair: Pair, vm: str) -> No
         assert not [one for one in pair.files("h2") if one.startswith(f"{name}-")], "the last one takes all"
 
 
+def test_recovery_gives_up_nothing_that_was_used_there(pair: Pair, vm: str) -> None:
+    """A definition that stayed, and was started: it has a memory, and a snapshot, that no move leaves."""
+    with guest(pair) as name:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--keep-source")
+        pair.vmctl("-c", "h2", "stop", name, "--force")
+        pair.vmctl("-c", "h1", "start", name)
+        pair.vmctl("-c", "h1", "wait", name, "--for", "agent")
+        pair.vmctl("-c", "h1", "snapshot", "create", f"{name}.first")
+        pair.vmctl("-c", "h1", "save", name)
+        for words in (("-c", "h2", "migrate", name, "--to", "h1"), ("-c", "h1", "migrate", name, "--to", "h2")):
+            told = pair.vmctl(*words, "--recover", check=None)
+            assert told.returncode in {11, 12}, told.stderr
+            assert "saved" in told.stderr
+            assert pair.where(name)["h1"] == "shut off"
+            assert pair.json("-c", "h1", "show", name)["state"] == "saved"
+            assert pair.machine("h1").virsh("snapshot-list", name, "--name").split() == ["first"]
+
+
 def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_path: Path) -> None:
     assert "ok" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--check").stdout
     second = pair.machine("h2")
