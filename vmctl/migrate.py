@@ -200,8 +200,8 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: flo
         if domain.find_or_none(ends.source.conn, vm.uuid) is not None:
             whole.close()
         raise
-    migrate_storage.unmark(ends.target, looked.look.makes)
     _clear_source(ends, looked, wish, report)
+    migrate_storage.unmark(ends.target, looked.look.makes)
     here, there = ends.names
     return Moved(vm.name, vm.uuid, here, there, Mode.STOPPED, time.monotonic() - began, copied=_paths(looked))
 
@@ -329,9 +329,12 @@ def _take_away(ends: Ends, file: File) -> None:
 
 
 def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> None:
-    """It runs there: what is left of it here goes, but for what was asked to stay."""
+    """It runs there: what is left of it here goes, but for what was asked to stay.
+
+    Its files there are unmarked last, for a drain that is made again finds by their marks what a kill left here. With a
+    definition here they are at once: from both that are off, a recovery would take the marked ones for half made.
+    """
     vm = looked.vm
-    migrate_storage.unmark(ends.target, looked.look.makes)
     if vm.autostart:
         quietly(lambda: domain.set_autostart(ends.target.conn, vm.name, on=True))
     try:
@@ -344,5 +347,6 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
     except VmctlError as error:
         text = f"{ends.names[0]} still has a definition of {vm.name}: {error.message}"
         report(Warned(text, migrate_settle.again(vm.name, ends.names[1])))
-        return
-    _clear_source(ends, looked, wish, report)
+    else:
+        _clear_source(ends, looked, wish, report)
+    migrate_storage.unmark(ends.target, looked.look.makes)

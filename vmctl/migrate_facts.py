@@ -140,6 +140,7 @@ def vm_facts(host: Host, vm: Domain, standing: Standing) -> VmFacts:
         bridges=tuple(one.get("bridge", "") for one in root.iterfind("devices/interface[@type='bridge']/source")),
         host_devices=tuple(_device(one) for one in devices),
         shares=tuple(_share(one) for one in root.iterfind("devices/filesystem")),
+        mounts=_mounts(vm, root),
         huge_pages_kib=0 if pages is None else int("2048" if page is None else page.get("size", "2048")),
         snapshots=_snapshots(host, vm.name) if standing.snapshots else (),
         checkpoints=standing.checkpoints,
@@ -164,6 +165,13 @@ def _device(one: ET.Element) -> str:
 def _share(one: ET.Element) -> str:
     source = one.find("source")
     return "" if source is None else source.get("dir", "")
+
+
+def _mounts(vm: Domain, root: ET.Element) -> dict[str, str]:
+    """Where the guest has each folder of its host, by its record."""
+    known = vm.facts.record.mounts if vm.facts.record else {}
+    tags = ((_share(one), one.find("target")) for one in root.iterfind("devices/filesystem"))
+    return {folder: known[tag] for folder, one in tags if one is not None and (tag := one.get("dir", "")) in known}
 
 
 def side(host: Host) -> HostSide:

@@ -315,6 +315,8 @@ def _judged(
         return DiskNeed(one.told, one.path, False, copied=True)
     missing = folder.space is None
     if needless:
+        if one.role is Role.LOG and not _has(folder, one):
+            makes.append(Make(one, empty=False))  # it tells that the first boot is over, too
         return DiskNeed(one.told, one.path, False, copied=True, folder_missing=missing and one.folder not in own)
     if _has(folder, one):
         same = not empty and _size(target, one) == one.size and digest(source, one) == digest(target, one)

@@ -75,6 +75,7 @@ class VmFacts:
     bridges: tuple[str, ...] = ()
     host_devices: tuple[str, ...] = ()
     shares: tuple[str, ...] = ()
+    mounts: Mapping[str, str] = field(default_factory=dict)  # where the guest has shares, as far as it is known
     huge_pages_kib: int = 0
     snapshots: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
@@ -225,7 +226,7 @@ def _devices(facts: Facts) -> Iterator[Problem]:
     for share in vm.shares:
         what, mend = (
             f"{vm.name} has a folder of its host mounted: {share}",
-            f"vmctl unshare {vm.name}, or stop it first",
+            f"vmctl unshare {vm.name} {vm.mounts.get(share, 'GUEST')}, or stop it first",
         )
         yield Problem(what, mend) if facts.live else Problem(f"{what}; on {there} it is that one's folder", note=True)
     if vm.snapshots:

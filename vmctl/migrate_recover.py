@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from vmctl import folder_pools, migrate, migrate_facts, migrate_files, migrate_settle, migrate_storage
 from vmctl.errors import MigrationFailed, VmctlError
 from vmctl.events import Reporter, Status, Step, Warned
-from vmctl.hosts import holding
+from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain, migration
 from vmctl.hypervisor.domain import Domain
+from vmctl.hypervisor.states import State
 from vmctl.migrate import Mode, Moved, Wish
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import Look
@@ -45,6 +46,7 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             where, seen = migrate_settle.settle(ends, vm.uuid)
         here, there = ends.names
         if where is Where.MOVED or _off_there(seen):
+            _require_left(ends.source, here, vm, seen[0])
             looked = _looked(ends, vm, wish)
             migrate.end_on_target(ends, looked, wish, report)
             _clear_marks(ends, looked)
@@ -58,6 +60,7 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         elif where is Where.LOST:
             text = f"{name} runs on neither host: if it did before, its memory is gone, and its disks are not"
             report(Warned(text, f"vmctl start {name}, once it is where it shall be"))
+        _require_left(ends.target, there, vm, seen[1])
         _clear_target(ends, vm, seen[1], report)
     report(Step(f"{name} is on {here}, and {there} is clean: migrating it"))
     return migrate.migrate(ends, name, wish, report)
@@ -78,6 +81,25 @@ _HINTS = {
 def _only_off(seen: tuple[Seen, Seen]) -> bool:
     """Whether it simply is off, on the source: nothing was lost."""
     return seen[0].state is not None and seen[1].known and not seen[1].there
+
+
+def _require_left(host: Host, called: str, vm: Domain, seen: Seen) -> None:
+    """Raise MigrationFailed where a host has more of a VM that is elsewhere than moves leave: it was used there.
+
+    A definition that was kept there, and started: its saved memory and its snapshots would go with it.
+    """
+    if seen.state is None or seen.there:
+        return
+    left = domain.find(host.conn, vm.uuid)
+    lives = ["its saved memory"] if left.state is State.SAVED else []
+    if migration.standing(left).snapshots:
+        lives.append("its snapshots")
+    if lives:
+        raise MigrationFailed(
+            f"cannot recover VM {vm.name}: on {called} it is {left.state}, with {' and '.join(lives)}, which no move "
+            "leaves: it was used there",
+            hint=f"look at it there; vmctl -c {called} delete {left.name} gives up what it has there",
+        )
 
 
 def _off_there(seen: tuple[Seen, Seen]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -54,8 +54,8 @@ def _mark(file: File) -> File:
 
 
 def unmark(target: Host, makes: Sequence[Make]) -> None:
-    """All is over, and well."""
-    for one in makes:
+    """All is over, and well. A log goes first: what a kill leaves is found by the marks of disks."""
+    for one in sorted(makes, key=lambda make: make.file.role is not Role.LOG):
         remove(target, _mark(one.file))
 
 
@@ -134,6 +134,9 @@ def _public(file: File) -> bool:
 
 
 def _fill(source: Host, target: Host, file: File, pool: str, report: Reporter) -> None:
+    if file.role is Role.LOG:
+        _begin_log(source, target, file, pool)
+        return
     with shown(source, file.folder) as there:
         sent = storage.transfer(
             source.conn,
@@ -145,6 +148,13 @@ def _fill(source: Host, target: Host, file: File, pool: str, report: Reporter) -
     if digest(target, file) != sent:
         raise ImageError(f"cannot copy {file.path} to {target.name}: what arrived has another SHA-256")
     storage.refresh(target.conn, pool)  # what it is, libvirt sees by its content
+
+
+def _begin_log(source: Host, target: Host, file: File, pool: str) -> None:
+    """What the guest has printed so far; the log daemon there goes on after it. It grows, so it has no digest."""
+    with suppress(NotFound), shown(source, file.folder) as there:  # else somebody deleted it
+        storage.refresh(source.conn, there)
+        storage.transfer(source.conn, (there, file.leaf), target.conn, (pool, file.leaf), lambda _done: None)
 
 
 def _on_undo(undo: ExitStack, target: Host, file: File, others: Callable[[], set[str]], report: Reporter) -> None:

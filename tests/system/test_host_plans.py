@@ -17,6 +17,8 @@ import pytest
 
 from tests.hosts import Testbed
 from tests.system.conftest import VMCTL, Shell
+from vmctl.hosts import open_host
+from vmctl.locks import held
 from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
@@ -383,6 +385,42 @@ def test_a_drain_ends_what_one_that_was_killed_left(fleet: Fleet, with_disk: Cal
         assert there == ({"a.qcow2", "b.qcow2"} if machine is second else set()), machine.name
     for path in (gone, stays):
         second.run("qemu-io", "-r", "-U", "-f", "qcow2", "-c", "read -q -P 5 0 4M", path)
+
+
+def _open_files(process: int | str, folder: Path) -> set[Path]:
+    """The files of a folder that a process has open, locks that it has, or waits for."""
+    found: set[Path] = set()
+    for handle in Path(f"/proc/{process}/fd").iterdir():
+        with suppress(OSError):
+            if (path := handle.readlink()).is_relative_to(folder):
+                found.add(path)
+    return found
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_drain_clears_up_after_one_that_was_killed_when_all_had_moved(
+    fleet: Fleet, with_disk: Callable[[str], str], running: bool
+) -> None:
+    """It waits for its turn to delete what is left, which until then the marks on the target tell of."""
+    path = with_disk("a")
+    first, second, _ = fleet.bed.machines
+    if running:
+        first.virsh("start", "a")
+    words = ("host", "drain", "h1", "--yes", "--copy-storage", "full", "--avoid", "h3")
+    with open_host("h1", {**os.environ, "XDG_CONFIG_HOME": str(fleet.config)}) as host:
+        turn = f"shared disks on {host.lock_scope}"
+        with held(host.folders.runtime, turn):
+            drain = fleet.begin(*words)
+            ours = _open_files("self", host.folders.runtime)
+            wait_until(
+                lambda: bool(ours & _open_files(drain.pid, host.folders.runtime)), what="it is its turn", timeout_s=60
+            )
+            drain.kill()
+            drain.communicate(timeout=60)
+    assert not first.run("test", "-e", path, check=False).returncode, "which nobody has cleared up"
+    assert "a has moved from h1 to h2" in fleet.run(*words).stderr
+    assert first.run("test", "-e", path, check=False).returncode == 1
+    assert second.run("sh", "-c", f"ls {path}*").stdout.split() == [path], "nor is a mark left"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -289,6 +289,43 @@ def test_what_is_asked_to_stay(pair: Pair, vm: str) -> None:
     assert pair.json("-c", "h1", "show", vm)["persistent"] is True
 
 
+def test_a_definition_that_stayed_takes_no_disk_along(pair: Pair, vm: str) -> None:
+    """As one does that was asked to, or whose host died: who deletes it where nothing runs keeps the other's disk."""
+    with guest(pair) as name:
+        pair.vmctl("-c", "h1", "exec", name, "--", "sh", "-c", "echo kept >/root/kept; sync")
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--keep-source")
+        files = pair.files("h2")
+        told = pair.vmctl("-c", "h1", "delete", name, "--yes").stderr
+        assert told.count(f"{name} on h2 needs it, on storage that both hosts see") >= 2, (
+            "its disk, and its console log"
+        )
+        assert pair.files("h2") == files and pair.where(name) == {"h2": "running"}
+        pair.vmctl("-c", "h2", "stop", name, "--force")
+        pair.vmctl("-c", "h2", "start", name)
+        pair.vmctl("-c", "h2", "wait", name, "--for", "agent")
+        assert pair.vmctl("-c", "h2", "exec", name, "--", "cat", "/root/kept").stdout == "kept\n"
+        pair.vmctl("-c", "h2", "delete", name, "--yes")
+        assert not [one for one in pair.files("h2") if one.startswith(f"{name}-")], "the last one takes all"
+
+
+def test_recovery_gives_up_nothing_that_was_used_there(pair: Pair, vm: str) -> None:
+    """A definition that stayed, and was started: it has a memory, and a snapshot, that no move leaves."""
+    with guest(pair) as name:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--keep-source")
+        pair.vmctl("-c", "h2", "stop", name, "--force")
+        pair.vmctl("-c", "h1", "start", name)
+        pair.vmctl("-c", "h1", "wait", name, "--for", "agent")
+        pair.vmctl("-c", "h1", "snapshot", "create", f"{name}.first")
+        pair.vmctl("-c", "h1", "save", name)
+        for words in (("-c", "h2", "migrate", name, "--to", "h1"), ("-c", "h1", "migrate", name, "--to", "h2")):
+            told = pair.vmctl(*words, "--recover", check=None)
+            assert told.returncode in {11, 12}, told.stderr
+            assert "saved" in told.stderr
+            assert pair.where(name)["h1"] == "shut off"
+            assert pair.json("-c", "h1", "show", name)["state"] == "saved"
+            assert pair.machine("h1").virsh("snapshot-list", name, "--name").split() == ["first"]
+
+
 def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_path: Path) -> None:
     assert "ok" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--check").stdout
     second = pair.machine("h2")

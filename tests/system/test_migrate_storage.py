@@ -470,3 +470,20 @@ def test_a_base_that_others_have_stays(pair: Pair, vm: str, two: tuple[str, str]
     marked()
     pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay", "--recover")
     assert base.stat().st_ino == was and not base.with_name(f"{base.name}.migrating").exists()
+
+
+def test_its_console_log_goes_along(pair: Pair) -> None:
+    """It tells what the guest has printed, and that its first boot is over, which a fork waits for."""
+    with guest(pair) as name:
+        for stopped in (False, True):
+            if stopped:
+                pair.vmctl("-c", "h2", "stop", name, "--force")
+            here, there = ("h2", "h1") if stopped else ("h1", "h2")
+            before = pair.vmctl("-c", here, "logs", name, "-n", "1000").stdout
+            assert "seed done" in before
+            pair.vmctl("-c", here, "migrate", name, "--to", there, "--copy-storage", "overlay")
+            assert pair.vmctl("-c", there, "logs", name, "-n", "1000").stdout == before
+            assert not [file for file in pair.files(there) if file.endswith(".migrating")]
+            assert not of(name, pair.files(here))
+        told = pair.vmctl("-c", "h1", "start", name).stderr
+        assert f"{name} no longer needs its seed" in told

@@ -136,3 +136,9 @@ def test_all_at_once_and_stopped_ones_ask_less() -> None:
 def test_what_was_cut_off_names_the_way_on(why: str) -> None:
     facts = replace(FINE, vm=replace(VM, state=State.PAUSED, why=why, busy=True))
     assert [one.mend for one in problems(facts) if "vmctl migrate web --to h2 --recover" not in one.mend] == []
+
+
+def test_a_shared_folder_is_taken_away_by_where_the_guest_has_it() -> None:
+    for mounts, named in (({"/srv": "/mnt"}, "/mnt"), ({}, "GUEST")):
+        (found,) = problems(replace(FINE, vm=replace(VM, shares=("/srv",), mounts=mounts)))
+        assert found.mend == f"vmctl unshare {VM.name} {named}, or stop it first"
