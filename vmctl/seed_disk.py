@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from vmctl import render
+from vmctl import identity, render
 from vmctl.errors import VmctlError
 from vmctl.events import Reporter, Step
 from vmctl.guest import console_text
@@ -31,6 +31,8 @@ def detach_used(host: Host, vm: Domain, report: Reporter) -> None:
     seed = next((one for one in record.owned if one.volume.endswith("-seed.iso")), None) if record else None
     if record is None or seed is None or not first_boot_is_kept(_log(host, vm)):
         return
+    if identity.needed_elsewhere(host, [f"{storage.pool_path(host.conn, seed.pool)}/{seed.volume}"], report):
+        return  # it runs there, and was kept here
     disk = next((disk for disk in vm.facts.disks if disk.source.endswith(f"/{seed.volume}")), None)
     if disk is not None:
         domain.detach_disk(host.conn, vm.name, disk.target)

@@ -30,10 +30,11 @@ from vmctl.disk_journal import remove_file
 from vmctl.disk_replace import job_reporter, share_reporter
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, VmctlError, quietly
-from vmctl.events import Reporter, Step
+from vmctl.events import Reporter, Step, silent
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import disks, domain, pools, snapshots, storage
 from vmctl.hypervisor.domain import Domain
+from vmctl.identity import needed_elsewhere
 from vmctl.image_users import Seen
 from vmctl.snapshot_journal import Entry
 from vmctl.snapshot_plan import OURS, Files, Merge, tidy
@@ -102,7 +103,7 @@ def files_of(host: Host, seen: View, also: Iterable[str] = ()) -> Files:
         for path in one.files:
             mine.setdefault(os.path.realpath(path), set()).add(one.name)
     others = {path for path, names in seen.seen.named.items() if names - {seen.vm.name}}
-    others |= {*snapshot_settle.needed_elsewhere(host, own)}
+    others |= {*needed_elsewhere(host, own, silent)}
     given_up = {path for one in more for path in seen.chain(one)}
     made = frozenset(path for path in own if path in given_up and (OURS.search(path) or path in overlays | owned))
     return Files(seen.seen.bases, {path: frozenset(pins) for path, pins in mine.items()}, others, own, made)

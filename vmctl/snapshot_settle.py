@@ -14,10 +14,11 @@ from pathlib import Path
 from vmctl import agent, disk_journal, image_users, layer_check, snapshot_journal, snapshot_xml
 from vmctl.disk_journal import remove_file
 from vmctl.errors import WrongState, quietly
-from vmctl.events import Reporter, Step, Warned
+from vmctl.events import Reporter, Step, Warned, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, snapshots
 from vmctl.hypervisor.domain import Domain
+from vmctl.identity import needed_elsewhere
 from vmctl.image_users import Seen
 from vmctl.snapshot_journal import Entry
 from vmctl.snapshot_xml import Kept, Snapshot
@@ -133,22 +134,13 @@ def put_nvram(copy: str, place: str) -> None:
     disk_journal.sync_folder(Path(place).parent)
 
 
-def needed_elsewhere(host: Host, paths: Collection[str]) -> Collection[str]:
-    """Those of the files that VMs of other hosts need, on storage that both see."""
-    if not host.others:
-        return ()
-    from vmctl import elsewhere  # late: most know one host
-
-    return elsewhere.look(host, paths).users.keys()
-
-
 def drop_unneeded(host: Host, paths: Collection[str], seen: Seen | None = None) -> None:
     """Remove those of the files that nothing names, nothing is based on, and no QEMU has open."""
     there = [os.path.realpath(path) for path in paths if Path(path).exists()]
     if not there:
         return
     seen = seen or image_users.look(host.conn)
-    theirs = needed_elsewhere(host, there)
+    theirs = needed_elsewhere(host, there, silent)
     kept = {*theirs, *layer_check.opened(host)}
     there = [path for path in there if path not in kept]
     bases = dict(seen.bases)

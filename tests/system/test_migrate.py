@@ -295,6 +295,9 @@ def test_a_definition_that_stayed_takes_no_disk_along(pair: Pair, vm: str) -> No
         pair.vmctl("-c", "h1", "exec", name, "--", "sh", "-c", "echo kept >/root/kept; sync")
         pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--keep-source")
         files = pair.files("h2")
+        assert any(one.endswith("-seed.iso") for one in files)
+        pair.vmctl("-c", "h1", "start", name, check=13)  # QEMU locks its disks
+        assert pair.files("h2") == files, "its seed too, which is in its drive there"
         told = pair.vmctl("-c", "h1", "delete", name, "--yes").stderr
         assert told.count(f"{name} on h2 needs it, on storage that both hosts see") >= 2, (
             "its disk, and its console log"
