@@ -14,7 +14,7 @@ import pytest
 
 from tests.system.conftest import REPO, VMCTL, Shell
 from vmctl import json_schema
-from vmctl.bench import fio, io, registers, setups, store, traffic
+from vmctl.bench import fio, io, links, registers, setups, store, traffic
 from vmctl.bench.setups import Backend, Device, Setup
 from vmctl.wait import wait_until
 from vmctl.workspace import workspace
@@ -314,3 +314,20 @@ with two_namespaces() as (far, near):
                           check=False)  # fmt: skip
     assert done.returncode == 0 and "iperf Done." in done.stdout, done.stderr
     assert not processes("iperf3") and not processes("sockperf")
+
+
+def test_a_server_that_is_busy_is_waited_for(tmp_path: Path) -> None:
+    """It has one client at a time, and may be long in seeing that one has gone."""
+    port = str(links.TCP_PORT)
+    with subprocess.Popen(["iperf3", "-s", "-p", port, "--forceflush"], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout
+        try:
+            next(line for line in server.stdout if "listening" in line)
+            with subprocess.Popen(["iperf3", "-c", "127.0.0.1", "-p", port, "-t", "4"], stdout=subprocess.DEVNULL):
+                next(line for line in server.stdout if "Accepted" in line)
+                words = ["sh", "-c", traffic.script(traffic.BY_NAME["send"], "127.0.0.1", 1)]
+                done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+            assert done.returncode == 0, done.stderr
+            assert traffic.read(traffic.BY_NAME["send"], done.stdout).value > 0
+        finally:
+            server.kill()
