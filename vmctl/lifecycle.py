@@ -130,6 +130,7 @@ def stop(host: Host, name: str, report: Reporter, *, timeout_s: float | None = N
         report(Step(f"{name} is saved: start goes on from there; stop --force drops its saved memory"))
     if not vm.active:
         return Stopped.ALREADY
+    quietly(lambda: layer_check.follow(host, vm))  # what it writes to now is what it starts with again
     deaf = vm.state is State.PAUSED or vm.panicked
     if deaf and not force:
         way = (
@@ -318,6 +319,7 @@ def save(host: Host, name: str, report: Reporter) -> bool:
     domain.require(vm, frozenset({State.RUNNING, State.PAUSED}), "save", f"vmctl start {name}")
     domain.require_persistent(vm, "save")
     layer_check.require_known(host, vm, f"save VM {name}")
+    layer_check.follow(host, vm)
     domain_job.blocking(host, name, lambda: domain.save(host.conn, name), report, f"memory of {name}")
     return True
 
