@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import disk_chain, disk_journal, disk_xml, forgotten, image_users, qemu_img
+from vmctl import disk_chain, disk_journal, disk_xml, forgotten, image_users, qemu_img, snapshot_journal
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, VmctlError
 from vmctl.hosts import Host
@@ -69,6 +69,17 @@ def require_known(host: Host, vm: Domain, doing: str) -> None:
             f"went there, knows of {one.told}",
             hint=f"vmctl doctor --fix, then vmctl stop {one.vm}, and start it",
         )
+
+
+def require_none_newer(host: Host, vm: Domain, doing: str) -> None:
+    """Raise Conflict where a stopped VM may have gone on in a layer that a snapshot, which was cut off, made for it."""
+    for _, entry in snapshot_journal.entries(host):
+        if entry.vm == vm.name and entry.doing == "create":
+            for path, base in newer(host, vm.name, entry.files).items():
+                raise Conflict(
+                    f"cannot {doing}: its disk is {base}, and what it wrote last may be in {path}",
+                    hint=f"look at both: vmctl disk map {path}; vmctl doctor --fix lets it start from {base}",
+                )
 
 
 def opened(host: Host) -> frozenset[str]:

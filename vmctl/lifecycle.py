@@ -66,6 +66,7 @@ def start(host: Host, name: str, report: Reporter) -> Started:
     if vm.active:
         return Started.ALREADY
     forgotten.require_none(host, vm.name, vm.uuid, f"start VM {name}")
+    layer_check.require_none_newer(host, vm, f"start VM {name}")
     for nic in vm.facts.nics:
         if nic.source == host.settings.network:
             networks.ensure(host, report)

@@ -160,9 +160,12 @@ def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: 
     shell.run("exec", name, "--", "sh", "-c", "echo later >/root/later; sync")
     if stopped:
         shell.virsh("destroy", name)
+        refused = shell.run("start", name, check=5).stderr  # else what is in the layer would be true no more
+        assert f"its disk is {base}" in refused and f"may be in {overlay}" in refused, refused
         said = shell.run("doctor", "--fix", check=None).stderr
         assert f"{overlay} may be newer than {base}" in said
         assert Path(overlay).exists()
+        shell.run("start", name)
         Path(overlay).unlink()
         return
     for words in (
