@@ -139,8 +139,8 @@ def _settle(host: Host, entry: Entry, report: Reporter) -> None:
         live = {disk.target: disk for disk in disks.disks(host.conn, vm.name, inactive=False)}.get(entry.target)
         if live is not None and live.mirror == entry.new:
             disks.abort_job(host.conn, vm.name, entry.target)
-        elif live is not None and live.source == entry.new and vm.persistent:
-            _follow(host, entry)
+        else:
+            follow(host, vm, entry)
     else:
         _require_known(host, vm, entry)
         if entry.switched:
@@ -157,6 +157,13 @@ def _settle(host: Host, entry: Entry, report: Reporter) -> None:
         report(Step(f"disk {entry.target} of {entry.vm} is {entry.new}"))
     else:
         _remove_unused(host, entry.new)
+
+
+def follow(host: Host, vm: Domain, entry: Entry) -> None:
+    """Let the definition of a running VM name the new file, if it has gone on in that."""
+    live = {disk.target: disk.source for disk in disks.disks(host.conn, vm.name, inactive=False)}
+    if live.get(entry.target) == entry.new and vm.persistent:
+        _follow(host, entry)
 
 
 def _require_known(host: Host, vm: Domain, entry: Entry) -> None:

@@ -1,7 +1,8 @@
 """Whether running VMs write to the files that libvirt names: killed as one went on in a new layer, it may not know.
 
 QEMU has switched over then, and libvirt, when it is back, knows of the old file alone, which it would start the VM with
-the next time, and copy, save or merge until then.
+the next time, and copy, save or merge until then. Or it knows, and was killed before the definition, which it writes
+last, said so: then it is right until the VM stops, and the next start takes the old file.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import disk_chain, disk_xml, forgotten, image_users, qemu_img
+from vmctl import disk_chain, disk_journal, disk_xml, forgotten, image_users, qemu_img, snapshot_journal
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, VmctlError
 from vmctl.hosts import Host
@@ -30,17 +31,34 @@ class Astray:
     target: str
     told: str
     real: str
+    format: str = "qcow2"
 
 
 def find(host: Host) -> tuple[Astray, ...]:
     """All such disks, by what the processes have open. Only of VMs whose processes can be looked into."""
     running = disks.all_disks(host.conn, active_only=True) if host.conn.local else ()
-    return tuple(one for vm, _, devices in running for one in _astray(host, vm, devices))
+    return tuple(
+        one for vm, _, devices in running for one in (*_astray(host, vm, devices), *_behind(host, vm, devices))
+    )
 
 
 def of(host: Host, vm: str) -> tuple[Astray, ...]:
     """The same of one running VM."""
     return _astray(host, vm, disks.disks(host.conn, vm, inactive=False))
+
+
+def follow(host: Host, vm: Domain) -> tuple[Astray, ...]:
+    """Let the definition of a running VM name the files that it is in; those disks of which it did not."""
+    if not (vm.active and vm.persistent and host.conn.local):
+        return ()
+    devices = disks.disks(host.conn, vm.name, inactive=False)
+    found = (*_astray(host, vm.name, devices), *_behind(host, vm.name, devices))
+    for one in found:
+        mend(host, one)
+    for _, entry in disk_journal.entries(host):
+        if entry.vm == vm.name and entry.old:
+            disk_journal.follow(host, vm, entry)
+    return found
 
 
 def require_known(host: Host, vm: Domain, doing: str) -> None:
@@ -51,6 +69,17 @@ def require_known(host: Host, vm: Domain, doing: str) -> None:
             f"went there, knows of {one.told}",
             hint=f"vmctl doctor --fix, then vmctl stop {one.vm}, and start it",
         )
+
+
+def require_none_newer(host: Host, vm: Domain, doing: str) -> None:
+    """Raise Conflict where a stopped VM may have gone on in a layer that a snapshot, which was cut off, made for it."""
+    for _, entry in snapshot_journal.entries(host):
+        if entry.vm == vm.name and entry.doing == "create":
+            for path, base in newer(host, vm.name, entry.files).items():
+                raise Conflict(
+                    f"cannot {doing}: its disk is {base}, and what it wrote last may be in {path}",
+                    hint=f"look at both: vmctl disk map {path}; vmctl doctor --fix lets it start from {base}",
+                )
 
 
 def opened(host: Host) -> frozenset[str]:
@@ -113,6 +142,38 @@ def _astray(host: Host, vm: str, devices: Sequence[DiskDevice]) -> tuple[Astray,
     return tuple(astray)
 
 
+def _behind(host: Host, vm: str, devices: Sequence[DiskDevice]) -> tuple[Astray, ...]:
+    """Disks of which the definition names what is below their file, or above it: a layer that was merged into it."""
+    defined = {disk.target: disk for disk in disks.disks(host.conn, vm, inactive=True)}
+    pid = inventory.process_id(host.conn, vm)
+    opened, found = _opened(pid) if pid else frozenset[str](), []
+    for disk in devices:
+        told = defined.get(disk.target)
+        if told is None or not (told.source and disk.source) or told.source == disk.source:
+            continue
+        if os.path.realpath(disk.source) not in opened:
+            continue
+        if told.source in disk.backing:
+            upper = disk.source
+        elif os.path.realpath(told.source) in opened:
+            continue  # it is where the definition says: libvirt is who does not know
+        elif told.format == "qcow2" and disk.source in _below(told.source):
+            upper = told.source
+        else:
+            continue
+        if any(mark in Path(upper).name for mark in _OURS):
+            found.append(Astray(vm, disk.target, told.source, disk.source, disk.format))
+    return tuple(found)
+
+
+def _below(path: str) -> tuple[str, ...]:
+    """What a file is based on, and that is based on, as their headers tell."""
+    found: list[str] = []
+    while (path := disk_chain.backing_path(_backing(path), path)) and path not in found:
+        found.append(path)
+    return tuple(found)
+
+
 def _opened(pid: int) -> frozenset[str]:
     try:
         return frozenset(str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir())
@@ -132,4 +193,4 @@ def mend(host: Host, one: Astray) -> None:
     text = domain.xml(host.conn, one.vm, inactive=True)
     here = {disk.target: disk.source for disk in disk_xml.read(text)}
     if here.get(one.target) == one.told:
-        domain.define(host.conn, disk_xml.with_source(text, one.target, one.real, "qcow2"), name=one.vm)
+        domain.define(host.conn, disk_xml.with_source(text, one.target, one.real, one.format), name=one.vm)

@@ -66,6 +66,7 @@ def start(host: Host, name: str, report: Reporter) -> Started:
     if vm.active:
         return Started.ALREADY
     forgotten.require_none(host, vm.name, vm.uuid, f"start VM {name}")
+    layer_check.require_none_newer(host, vm, f"start VM {name}")
     for nic in vm.facts.nics:
         if nic.source == host.settings.network:
             networks.ensure(host, report)
@@ -130,6 +131,7 @@ def stop(host: Host, name: str, report: Reporter, *, timeout_s: float | None = N
         report(Step(f"{name} is saved: start goes on from there; stop --force drops its saved memory"))
     if not vm.active:
         return Stopped.ALREADY
+    quietly(lambda: layer_check.follow(host, vm))  # what it writes to now is what it starts with again
     deaf = vm.state is State.PAUSED or vm.panicked
     if deaf and not force:
         way = (
@@ -318,6 +320,7 @@ def save(host: Host, name: str, report: Reporter) -> bool:
     domain.require(vm, frozenset({State.RUNNING, State.PAUSED}), "save", f"vmctl start {name}")
     domain.require_persistent(vm, "save")
     layer_check.require_known(host, vm, f"save VM {name}")
+    layer_check.follow(host, vm)
     domain_job.blocking(host, name, lambda: domain.save(host.conn, name), report, f"memory of {name}")
     return True
 

@@ -30,6 +30,9 @@ _JOB_TIMEOUT_S = 600.0
 def settle(host: Host, name: str, report: Reporter) -> None:
     """Settle what was begun on a VM, whose name is held. What is left to be merged stays in the journal."""
     snapshots.put_back(host.conn, name, snapshot_journal.aside(host, name))
+    there = domain.find_or_none(host.conn, name)
+    if there is not None:
+        _follow(host, there, report)
     for path, entry in snapshot_journal.entries(host):
         if entry.vm != name or not (entry.files or entry.frozen or entry.nvram):
             continue
@@ -37,7 +40,7 @@ def settle(host: Host, name: str, report: Reporter) -> None:
         vm = domain.find_or_none(host.conn, name)
         if vm is not None:
             _end(host, entry)
-            _follow(host, vm, report)
+            _follow(host, vm, report)  # it may have gone on while that was waited for
         stopped = vm is not None and not vm.active and entry.doing == "create"
         written = layer_check.newer(host, name, entry.files) if stopped else {}
         for newer, base in written.items():
@@ -51,9 +54,8 @@ def settle(host: Host, name: str, report: Reporter) -> None:
 
 
 def _follow(host: Host, vm: Domain, report: Reporter) -> None:
-    """Let the definition name what the running VM went on in, and libvirt died before it knew."""
-    for one in layer_check.of(host, vm.name) if vm.active else ():
-        layer_check.mend(host, one)
+    """Let the definition name what the running VM went on in, and libvirt died before it knew, or said so."""
+    for one in layer_check.follow(host, vm):
         report(Warned(f"disk {one.target} of {vm.name} is {one.real}, which libvirt knows of when it starts anew"))
 
 

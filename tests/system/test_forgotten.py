@@ -137,7 +137,7 @@ def test_what_a_vm_went_on_in_for_a_fork_is_told_when_it_has_stopped(shell: Shel
         domain.set_record(host.conn, name, render.metadata(replace(record, owned=owned)))
     went_on(shell, name, base, layer)
     shell.run("exec", name, "--", "sh", "-c", "echo later >/root/later; sync")
-    shell.run("stop", name)
+    shell.virsh("destroy", name)  # vmctl stop would see to the definition first
     (found,) = [one for one in told(shell, "--fix") if one["name"] == "layers"]
     assert found["result"] == "warning" and f"{layer} may be newer than {base}" in found["detail"]
     shell.run(*found["mend"].removeprefix("look at both: vmctl ").split())
@@ -159,10 +159,13 @@ def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: 
     went_on(shell, name, base, overlay)
     shell.run("exec", name, "--", "sh", "-c", "echo later >/root/later; sync")
     if stopped:
-        shell.run("stop", name)
+        shell.virsh("destroy", name)
+        refused = shell.run("start", name, check=5).stderr  # else what is in the layer would be true no more
+        assert f"its disk is {base}" in refused and f"may be in {overlay}" in refused, refused
         said = shell.run("doctor", "--fix", check=None).stderr
         assert f"{overlay} may be newer than {base}" in said
         assert Path(overlay).exists()
+        shell.run("start", name)
         Path(overlay).unlink()
         return
     for words in (
@@ -184,6 +187,55 @@ def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: 
     shell.run("wait", name, "--for", "ssh", "--timeout", "200", timeout=240)
     assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
     shell.run("snapshot", "create", f"{name}.two")
+
+
+def behind(shell: Shell, tmp_path: Path, vm: str, at: int, *words: str) -> list[str]:
+    """Kill vmctl after a change; the definition is as if libvirt had died before it wrote it. The changes."""
+    (tmp_path / "old.xml").write_text(shell.virsh("dumpxml", vm, "--inactive"))
+    _, steps = interrupted(tmp_path, "SIGKILL", at, *words)
+    shell.virsh("define", str(tmp_path / "old.xml"))
+    shell.run("exec", vm, "--", "sh", "-c", "echo later >/root/later; sync")
+    return steps
+
+
+@pytest.mark.parametrize("mend", ["stop", "doctor", "save"])
+@pytest.mark.parametrize("change", ["create", "delete", "move"])
+def test_a_definition_that_libvirt_did_not_come_to_write(
+    shell: Shell, name: str, tmp_path: Path, pool: Path, change: str, mend: str
+) -> None:
+    """libvirt knows of the switch, and dies before it writes the definition, which the VM starts by."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    if change == "create":
+        steps = behind(shell, tmp_path, name, 2, "snapshot", "create", f"{name}.one", "--no-memory")
+        assert steps[-1] == "snapshots.take", steps
+    elif change == "delete":
+        shell.run("snapshot", "create", f"{name}.one", "--no-memory")
+        steps = behind(shell, tmp_path, name, 5, "snapshot", "delete", f"{name}.one", "--yes")
+        assert steps[-1] == "disks.commit", steps
+    else:
+        steps = behind(shell, tmp_path, name, 3, "disk", "move", f"{name}:vda", "--pool", pool.name)
+        assert steps[-1] == "disks.copy_and_switch", steps
+
+    def now(*words: str) -> str:
+        return next(d.source for d in disk_xml.read(shell.virsh("dumpxml", name, *words)) if d.target == "vda")
+
+    live = now()
+    assert now("--inactive") != live
+    if mend == "doctor":
+        assert [one["result"] for one in told(shell) if one["name"] in {"layers", "disks"}].count("failed")
+        shell.run("doctor", "--fix", check=None)
+        shell.virsh("destroy", name)
+    elif mend == "save":
+        shell.run("save", name)
+        shell.run("start", name)
+        shell.virsh("destroy", name)
+    else:
+        shell.run("stop", name)
+    assert now("--inactive") == live
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "agent")
+    assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
+    shell.run("delete", name, "--yes")
 
 
 @pytest.fixture
