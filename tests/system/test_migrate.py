@@ -256,6 +256,40 @@ def test_an_image_of_a_vm_elsewhere_stays_in_the_store(pair: Pair, vm: str, tmp_
         pair.machine("h1").virsh("pool-refresh", "vmctl-images")
 
 
+def test_restoring_takes_no_disk_from_a_vm_elsewhere(pair: Pair, vm: str, both: Path, tmp_path: Path) -> None:
+    """Neither the file that a VM of another host got from the same backup, nor one that it shares with the old VM."""
+    here, name, place = ("-c", "qemu:///system"), f"{vm}-back", ("--folder", str(tmp_path / "backups"))
+    other = f"{vm}-other"
+    restore = ("backup", "restore", name, *place, "--yes")
+    try:
+        pair.vmctl(*here, "create", name, "--image", "micro", "--no-start")
+        pair.vmctl(*here, "disk", "create", "both/data.qcow2", "1M")
+        pair.vmctl(*here, "disk", "attach", name, "both/data.qcow2")
+        pair.vmctl(*here, "backup", "create", name, *place)
+        before = (both / "data.qcow2").stat().st_ino
+        pair.vmctl("-c", "h2", "create", other, "--image", "micro", "--network", "lan", "--no-start")
+        pair.machine("h2").virsh("pool-refresh", "both")
+        pair.vmctl("-c", "h2", "disk", "attach", other, "both/data.qcow2")
+        said = pair.vmctl(*here, *restore, check=5).stderr
+        assert f"cannot overwrite disk {name}:vdc: {other} on h2 needs it, on storage that both hosts see" in said
+        assert (both / "data.qcow2").stat().st_ino == before
+        pair.vmctl(*here, "delete", name, "--yes")
+
+        pair.vmctl("-c", "h2", *restore)
+        files = {one for one in pair.files("h2") if one.startswith(f"{name}-")}
+        pair.vmctl("-c", "h1", *restore)
+        assert files <= pair.files("h1"), "what it has on h2 stays"
+        disks = [pair.machine(host).virsh("domblklist", name).split() for host in ("h1", "h2")]
+        assert not {*disks[0]} & {*disks[1]} - {"vda", "vdb", "vdc", "-"}, "each has files of its own"
+        pair.vmctl("-c", "h1", "delete", name, "--yes")
+        assert files <= pair.files("h2")
+    finally:
+        for host in ("h1", "h2", "qemu:///system"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+        pair.vmctl("-c", "h2", "delete", other, "--yes", "--missing-ok")
+        pair.vmctl(*here, "disk", "delete", "both/data.qcow2", "--yes", check=None)
+
+
 def test_deleting_where_it_was_kept_leaves_what_it_runs_on(pair: Pair, vm: str) -> None:
     name = f"{vm}-kept"
     pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--network", "lan", "--no-start")
