@@ -72,11 +72,19 @@ def list_images(host: Host) -> tuple[Manifest, ...]:
     pool = host.settings.image_pool
     if not storage.pool_exists(host.conn, pool):
         return ()
-    names = [volume for volume in storage.volume_names(host.conn, pool) if is_manifest(volume)]
-    read = [parse(storage.download(host.conn, pool, name)) for name in names]
+    try:
+        read = _manifests(host, pool)
+    except VmctlError:  # another host that sees the store took one away: libvirt here does not know yet
+        storage.refresh(host.conn, pool)
+        read = _manifests(host, pool)
     found = [manifest for manifest in read if manifest is not None]
     found.sort(key=lambda manifest: manifest.built, reverse=True)
     return tuple(sorted(found, key=lambda manifest: manifest.name))
+
+
+def _manifests(host: Host, pool: str) -> list[Manifest | None]:
+    names = [volume for volume in storage.volume_names(host.conn, pool) if is_manifest(volume)]
+    return [parse(storage.download(host.conn, pool, name)) for name in names]
 
 
 def find(host: Host, name: str) -> Image:

@@ -247,6 +247,8 @@ def test_an_image_of_a_vm_elsewhere_stays_in_the_store(pair: Pair, vm: str, tmp_
         pair.vmctl("host", "remove", "dead")
         assert stems[0] in pair.vmctl("-c", "h2", "image", "prune", "--yes").stdout
         assert not older.exists(), "nobody needs it any more"
+        listed = pair.vmctl("-c", "h1", "image", "list").stdout
+        assert image in listed and stems[0].rpartition("-")[2] not in listed, "libvirt there still knew it"
     finally:
         pair.vmctl("host", "remove", "dead", check=None)
         pair.vmctl("-c", "h1", "delete", name, "--yes", "--missing-ok")
