@@ -21,6 +21,7 @@ from vmctl.backup_manifest import Manifest, StoredDisk, StoredFile
 from vmctl.backup_store import Shelf
 from vmctl.domain_xml import DomainFacts
 from vmctl.errors import Conflict, ImageError, SpecError, Unsupported, WrongState
+from vmctl.events import Reporter
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, pools, storage
 from vmctl.hypervisor.domain import Domain, State
@@ -90,8 +91,11 @@ class Restored:
     lost: tuple[str, ...]
 
 
-def plan(host: Host, folder: Path, wish: Wish) -> Plan:
-    """Work out a restore; changes nothing. Raises NotFound, ImageError, SpecError, WrongState, Conflict."""
+def plan(host: Host, folder: Path, wish: Wish, report: Reporter) -> Plan:
+    """Work out a restore; changes nothing. Raises NotFound, ImageError, SpecError, WrongState, Conflict.
+
+    Warns of hosts that cannot be asked whether the disks that it overwrites are their VMs'.
+    """
     shelf = backup_store.shelf(folder)
     manifest = shelf.point(wish.point)
     text = _definition(shelf, manifest)
@@ -99,7 +103,7 @@ def plan(host: Host, folder: Path, wish: Wish) -> Plan:
     name = wish.name or manifest.vm
     if found := spec.name_problems(name):
         raise SpecError(f"cannot restore VM {name}", problems=found)
-    old = _old(host, manifest, name, wish)
+    old = _old(host, manifest, name, wish, report)
     taken = {uuid for other, uuid in domain.identities(host.conn) if other != name}
     fresh = bool(wish.name and wish.name != manifest.vm) or wish.new_identity or manifest.uuid in taken
     uuid = (
@@ -110,14 +114,15 @@ def plan(host: Host, folder: Path, wish: Wish) -> Plan:
     if not where:
         raise SpecError(f"cannot restore into pool {pool}: it has no folder")
     prefix = resolve.volume_prefix(name, uuid)
-    volumes = _volumes(host, manifest, prefix, where, pool)
+    taken_by = _Taken(host, pool, where)
+    volumes = _volumes(host, manifest, prefix, taken_by)
     if not wish.trust:
         _require_harmless(host, text, manifest, volumes, old)
     if wish.new_identity and (facts.record is None or facts.record.ssh is None):
         raise Unsupported(f"cannot renew the identity of VM {name}: vmctl did not make it, so no seed tells it of one")
     log = ""
     if facts.record is not None and facts.record.console_log is not None:
-        log = old.facts.serial_log if old else f"{where}/{prefix}-console.log"
+        log = old.facts.serial_log if old else f"{where}/{_free(taken_by, f'{prefix}-console', '.log')}"
     return Plan(manifest, name, uuid, pool, old, text, facts, volumes, log, _lost(host, old, manifest))
 
 
@@ -131,7 +136,7 @@ def _definition(shelf: Shelf, manifest: Manifest) -> str:
     return text
 
 
-def _old(host: Host, manifest: Manifest, name: str, wish: Wish) -> Domain | None:
+def _old(host: Host, manifest: Manifest, name: str, wish: Wish, report: Reporter) -> Domain | None:
     """The VM that will be overwritten; None for a name that is free."""
     old = domain.find_or_none(host.conn, name)
     if old is None:
@@ -151,7 +156,9 @@ def _old(host: Host, manifest: Manifest, name: str, wish: Wish) -> Domain | None
         raise Conflict(f"cannot restore VM {name}: it has snapshots, which name its files", hint="delete them first")
     for disk in disks.disks(host.conn, name, inactive=True):
         if manifest.disk(disk.target) is not None:
-            disk_find.require_no_overlays(host, disk_find.locate(host, f"{name}:{disk.target}"), "overwrite")
+            found = disk_find.locate(host, f"{name}:{disk.target}")
+            disk_find.require_no_overlays(host, found, "overwrite")
+            disk_find.require_not_elsewhere(host, found, "overwrite", report)
     return old
 
 
@@ -176,29 +183,54 @@ def _folder(host: Host, pool: str) -> str:
     return found.path
 
 
-def _volumes(host: Host, manifest: Manifest, prefix: str, folder: str, pool: str) -> tuple[Volume, ...]:
-    """The files that the restored VM gets, under names nobody has."""
-    known = set(storage.volume_names(host.conn, pool)) if storage.pool_exists(host.conn, pool) else set()
-    used = {source for _, _, found in disks.all_disks(host.conn) for source in (one.source for one in found)}
-    found: list[Volume] = []
-    needed = None
+class _Taken:
+    """Which names in a folder VMs or disks have, on this host or another that sees it."""
 
-    def taken(name: str) -> bool:
-        nonlocal needed
-        path = f"{folder}/{name}"
-        if name not in known and not (host.conn.local and Path(path).exists()):
+    def __init__(self, host: Host, pool: str, folder: str) -> None:
+        self.host, self.folder = host, folder
+        self.known: set[str] = set()
+        if storage.pool_exists(host.conn, pool):
+            storage.refresh(host.conn, pool)  # another host may have put files there
+            self.known = set(storage.volume_names(host.conn, pool))
+        self.used = {source for _, _, found in disks.all_disks(host.conn) for source in (one.source for one in found)}
+        self.needed: image_users.Needed | None = None
+
+    def __call__(self, name: str) -> bool:
+        path = f"{self.folder}/{name}"
+        if name not in self.known and not (self.host.conn.local and Path(path).exists()):
             return False
-        if path in used:
+        if path in self.used:
             return True
-        needed = needed or image_users.needed(host.conn)
-        return bool(needed.by(path, os.path.realpath(path)))
+        self.needed = self.needed or image_users.needed(self.host.conn)
+        return bool(self.needed.by(path, os.path.realpath(path))) or self._elsewhere(path)
+
+    def _elsewhere(self, path: str) -> bool:
+        """Whether a VM of another host needs it, or may: of one that cannot be asked nobody knows."""
+        if not self.host.others:
+            return False
+        from vmctl import elsewhere  # late: most know one host
+
+        found = elsewhere.look(self.host, [path])
+        return bool(found.users or found.unasked)
+
+
+def _free(taken: _Taken, stem: str, suffix: str) -> str:
+    """The first of the names that nobody has.
+
+    A file of such a name that nobody needs was left by a restore that was killed, and is written anew. No VM need
+    have it for others to need it: what was restored may have been cloned since, and deleted.
+    """
+    names = (f"{stem}{n}{suffix}" for n in ("", *(f"-{n}" for n in range(2, 100))))
+    return next(one for one in names if not taken(one))
+
+
+def _volumes(host: Host, manifest: Manifest, prefix: str, taken: _Taken) -> tuple[Volume, ...]:
+    """The files that the restored VM gets, under names nobody has."""
+    found: list[Volume] = []
 
     def add(stem: str, form: str, suffix: str, disk: StoredDisk | None, file: StoredFile | None) -> None:
-        names = (f"{prefix}-{stem}-{manifest.id}{n}{suffix}" for n in ("", *(f"-{n}" for n in range(2, 100))))
-        # A file of such a name that nobody needs was left by a restore that was killed, and is written anew. No VM need
-        # have it for others to need it: what was restored may have been cloned since, and deleted.
-        name = next(one for one in names if not taken(one))
-        found.append(Volume(name, f"{folder}/{name}", form, disk, file))
+        name = _free(taken, f"{prefix}-{stem}-{manifest.id}", suffix)
+        found.append(Volume(name, f"{taken.folder}/{name}", form, disk, file))
 
     for disk in manifest.disks:
         add(disk.target, disk.format, f".{disk.format}", disk, None)

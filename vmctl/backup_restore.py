@@ -52,7 +52,7 @@ def restore(host: Host, folder: Path, wish: Wish, report: Reporter, *, start: bo
             images.ensure_pools(host)
         if host.conn.local:
             disk_journal.settle(host, name, report)
-        planned = backup_origin.plan(host, folder, wish)
+        planned = backup_origin.plan(host, folder, wish, report)
         if planned.old is not None:
             forgotten.require_none(host, name, planned.old.uuid, f"restore VM {name}")
             backup_marks.settle(host, planned.old, report)

@@ -210,7 +210,7 @@ def require_not_elsewhere(host: Host, disk: Located, doing: str, report: Reporte
     if host.others:
         from vmctl import elsewhere  # late: most know one host
 
-        elsewhere.require_unused(host, f"disk {disk.ref}", disk.path, doing, report)
+        elsewhere.require_unused(host, f"disk {disk.ref}", [disk.path], doing, report)
 
 
 def require_no_overlays(host: Host, disk: Located, doing: str) -> None:

@@ -124,14 +124,13 @@ def needed(host: Host, paths: Collection[str], report: Reporter) -> dict[str, st
     return {path: found.told(path) for path in found.users}
 
 
-def require_unused(host: Host, ref: str, path: str, doing: str, report: Reporter) -> None:
-    """Raise Conflict when another host has a VM that needs the file; warn of hosts that cannot be asked."""
-    found = look(host, [path])
-    if path in found.users:
-        there = found.users[path][0][0]
+def require_unused(host: Host, ref: str, paths: Collection[str], doing: str, report: Reporter) -> None:
+    """Raise Conflict when another host has a VM that needs one of the files; warn of hosts that cannot be asked."""
+    found = look(host, paths)
+    for path, users in found.users.items():
         raise Conflict(
             f"cannot {doing} {ref}: {found.told(path)} needs it, on storage that both hosts see",
-            hint=f"vmctl -c {there} disk list shows whose it is",
+            hint=f"vmctl -c {users[0][0]} disk list shows whose it is",
         )
     _warn(found, report)
 

@@ -10,11 +10,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from vmctl import digest, image_users, images, pulls
-from vmctl.errors import Conflict, ImageError, NotFound, SpecError
+from vmctl.errors import Conflict, ImageError, NotFound, SpecError, VmctlError
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.hypervisor import storage
 from vmctl.image_users import Needed
+from vmctl.images import Image
 from vmctl.manifest import NAME, Manifest, content_digest
 
 _LOCK_TIMEOUT_S = 30.0
@@ -121,6 +122,41 @@ def _digest(host: Host, volume: str, like: str, report: Reporter) -> str:
     return str(found)
 
 
+def find_unused(host: Host, name: str, report: Reporter) -> Image:
+    """An image that may be deleted. Raises Conflict, naming who, when a disk is based on it or a VM starts from it.
+
+    Also a VM of another host that sees the store; warns of hosts that cannot be asked.
+    """
+    image = images.find(host, name)
+    needed = image_users.needed(host.conn)
+    if users := set(needed.by(*images.needed_files(image))) - {f"{image.manifest.stem}.warm"}:
+        raise Conflict(
+            f"cannot delete image {image.manifest.stem}: {', '.join(sorted(users))} need it",
+            hint="delete those VMs first",
+        )
+    if host.others:
+        from vmctl import elsewhere  # late: most know one host
+
+        # A warmed state that was put there from another host is the image's own.
+        storage.refresh(host.conn, host.settings.image_pool)
+        elsewhere.require_unused(host, f"image {image.manifest.stem}", images.needed_files(image), "delete", report)
+    return image
+
+
+def delete(host: Host, name: str, report: Reporter) -> Manifest:
+    """Delete an image that nothing needs. Raises as find_unused()."""
+    with images.changing(host, images.find(host, name).manifest.name):
+        image = find_unused(host, name, report)
+        for volume in image.manifest.volumes():
+            try:
+                storage.delete_volume(host.conn, host.settings.image_pool, volume)
+            except VmctlError:
+                storage.refresh(host.conn, host.settings.image_pool)
+                raise
+    report(Step(f"image {image.manifest.stem} deleted"))
+    return image.manifest
+
+
 @dataclass(frozen=True, slots=True)
 class Prunable:
     """What a prune takes away. ``freed`` in bytes.
@@ -206,18 +242,35 @@ def _unneeded(host: Host, old: Sequence[Manifest], needed: Needed, report: Repor
     for manifest in old:
         image = images.with_paths(host, manifest)
         own = {f"{manifest.stem}.warm"}
-        if users := set(needed.by(image.disk, image.kernel, image.initrd, image.bzimage)) - own:
+        if users := set(needed.by(*images.needed_files(image))) - own:
             report(Step(f"image {manifest.stem} stays: {', '.join(sorted(users))} need it"))
         else:
             free.append(manifest)
-    return free
+    return _unneeded_elsewhere(host, free, report) if free and host.others else free
+
+
+def _unneeded_elsewhere(host: Host, free: Sequence[Manifest], report: Reporter) -> list[Manifest]:
+    """Those that no VM of another host needs, where both see the store; none while one of the hosts cannot be asked."""
+    from vmctl import elsewhere  # late: most know one host
+
+    files = [(one, images.needed_files(images.with_paths(host, one))) for one in free]
+    found = elsewhere.look(host, [path for _, paths in files for path in paths])
+    if found.unasked:
+        silent = ", ".join(found.unasked)
+        text = f"no image is pruned: {silent} may see the store, and cannot be asked who needs them"
+        report(Warned(text, hint=f"vmctl host remove {next(iter(found.unasked))}, if it is no more"))
+        return []
+    for manifest, paths in files:
+        if told := next((found.told(path) for path in paths if path in found.users), ""):
+            report(Step(f"image {manifest.stem} stays: {told} need it"))
+    return [manifest for manifest, paths in files if not found.users.keys() & {*paths}]
 
 
 def prune(host: Host, what: Prunable, report: Reporter, *, idle_s: float = DOWNLOADS_IDLE_S) -> None:
     """Take it away. An image that somebody has come to need meanwhile stays, and so does what is being made."""
     for stem in what.images:
         try:
-            images.delete(host, stem, report)
+            delete(host, stem, report)
         except (Conflict, NotFound) as error:
             report(Warned(error.message))
     for volume in what.leftovers:

@@ -20,7 +20,7 @@ from typing import IO
 
 from vmctl import digest
 from vmctl.durable import written_out
-from vmctl.errors import Conflict, ImageError, NotFound, VmctlError
+from vmctl.errors import ImageError, NotFound, VmctlError
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host, pool_folder
 from vmctl.hypervisor import storage
@@ -72,11 +72,19 @@ def list_images(host: Host) -> tuple[Manifest, ...]:
     pool = host.settings.image_pool
     if not storage.pool_exists(host.conn, pool):
         return ()
-    names = [volume for volume in storage.volume_names(host.conn, pool) if is_manifest(volume)]
-    read = [parse(storage.download(host.conn, pool, name)) for name in names]
+    try:
+        read = _manifests(host, pool)
+    except VmctlError:  # another host that sees the store took one away: libvirt here does not know yet
+        storage.refresh(host.conn, pool)
+        read = _manifests(host, pool)
     found = [manifest for manifest in read if manifest is not None]
     found.sort(key=lambda manifest: manifest.built, reverse=True)
     return tuple(sorted(found, key=lambda manifest: manifest.name))
+
+
+def _manifests(host: Host, pool: str) -> list[Manifest | None]:
+    names = [volume for volume in storage.volume_names(host.conn, pool) if is_manifest(volume)]
+    return [parse(storage.download(host.conn, pool, name)) for name in names]
 
 
 def find(host: Host, name: str) -> Image:
@@ -354,18 +362,9 @@ def changing(host: Host, name: str, *, timeout_s: float = 0.0) -> Iterator[None]
         yield
 
 
-def find_unused(host: Host, name: str) -> Image:
-    """An image that may be deleted. Raises Conflict, naming who, when a disk is based on it or a VM starts from it."""
-    image = find(host, name)
-    from vmctl import image_users  # late: only who deletes asks
-
-    needed = image_users.needed(host.conn)
-    if users := set(needed.by(image.disk, image.kernel, image.initrd, image.bzimage)) - {f"{image.manifest.stem}.warm"}:
-        raise Conflict(
-            f"cannot delete image {image.manifest.stem}: {', '.join(sorted(users))} need it",
-            hint="delete those VMs first",
-        )
-    return image
+def needed_files(image: Image) -> tuple[str, ...]:
+    """The paths by which disks and VMs need an image."""
+    return tuple(path for path in (image.disk, image.kernel, image.initrd, image.bzimage) if path)
 
 
 def would_add(host: Host, name: str) -> str:
@@ -380,17 +379,3 @@ def files(host: Host, manifest: Manifest) -> tuple[str, ...]:
     pool = host.settings.image_pool
     folder, there = storage.pool_path(host.conn, pool), set(storage.volume_names(host.conn, pool))
     return tuple(f"{folder}/{volume}" for volume in manifest.volumes() if volume in there)
-
-
-def delete(host: Host, name: str, report: Reporter) -> Manifest:
-    """Delete an image that nothing needs. Raises as find_unused()."""
-    with changing(host, find(host, name).manifest.name):
-        image = find_unused(host, name)
-        for volume in image.manifest.volumes():
-            try:
-                storage.delete_volume(host.conn, host.settings.image_pool, volume)
-            except VmctlError:
-                storage.refresh(host.conn, host.settings.image_pool)
-                raise
-    report(Step(f"image {image.manifest.stem} deleted"))
-    return image.manifest

@@ -314,9 +314,8 @@ def _storage(facts: Facts) -> Iterator[Problem]:
             if folder not in told:
                 yield Problem(f"{there.name} has no folder {folder} for {need.name}", f"on it: mkdir -p {folder}")
         elif need.in_the_way:
-            yield Problem(
-                f"{need.name} would be {need.path} on {there.name}, where {need.in_the_way}", "take that away"
-            )
+            aside = f"on it, once you know whose it is: mv -n {need.path} {need.path}.aside"
+            yield Problem(f"{need.name} would be {need.path} on {there.name}, where {need.in_the_way}", aside)
         folder = need.path.rpartition("/")[0]
         space[folder] = space.get(folder, 0) + need.space
     for folder, needed in space.items():

@@ -61,7 +61,7 @@ def warm(host: Host, name: str, report: Reporter, *, memory_mib: int = 512, vcpu
     """
     copies.require_local(host, name, "warm")
     image = images.find(host, name)
-    _require_unused(host, image.manifest)
+    _require_unused(host, image.manifest, report)
     stem = image.manifest.stem
     labels = {_LABEL: stem}
     vm = VM(name=f"warm-{secrets.token_hex(4)}", image=stem, memory_mib=memory_mib, vcpus=vcpus, labels=labels)
@@ -79,11 +79,11 @@ def warm(host: Host, name: str, report: Reporter, *, memory_mib: int = 512, vcpu
             return _keep(host, image, domain.find(host.conn, vm.name), report)
 
 
-def preview(host: Host, name: str, *, memory_mib: int, vcpus: int) -> list[str]:
+def preview(host: Host, name: str, report: Reporter, *, memory_mib: int, vcpus: int) -> list[str]:
     """What warming an image would touch. Raises as warm() does before it changes anything."""
     copies.require_local(host, name, "warm")
     manifest = images.find(host, name).manifest
-    _require_unused(host, manifest)
+    _require_unused(host, manifest, report)
     disk, memory = paths(host, manifest)
     return [
         f"new VM warm-… with {memory_mib} MiB and {vcpus} vCPU, deleted afterwards",
@@ -125,13 +125,17 @@ def _discard(host: Host, name: str, report: Reporter) -> None:
         deletion.delete(host, name, report)
 
 
-def _require_unused(host: Host, manifest: Manifest) -> None:
+def _require_unused(host: Host, manifest: Manifest, report: Reporter) -> None:
     disk, _ = paths(host, manifest)
     if users := image_users.needed(host.conn).by(str(disk)):
         raise Conflict(
             f"cannot warm image {manifest.stem}: {', '.join(users)} need its warmed state",
             hint="delete those VMs first",
         )
+    if host.others:
+        from vmctl import elsewhere  # late: most know one host
+
+        elsewhere.require_unused(host, f"image {manifest.stem}", [str(disk)], "replace the warmed state of", report)
 
 
 def _keep(host: Host, image: Image, vm: Domain, report: Reporter) -> Manifest:
@@ -182,7 +186,7 @@ def drop(host: Host, name: str, report: Reporter) -> Manifest:
     if manifest.warm is None:
         raise NotFound(f"cannot drop the warmed state of image {manifest.stem}: it has none")
     with images.changing(host, manifest.name, timeout_s=_LOCK_TIMEOUT_S):
-        _require_unused(host, manifest)
+        _require_unused(host, manifest, report)
         cold = replace(manifest, warm=None)
         images.rewrite(host, cold)
         for path in paths(host, manifest):

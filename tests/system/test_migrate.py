@@ -219,6 +219,79 @@ def test_no_road_takes_a_disk_from_a_vm_elsewhere(pair: Pair, vm: str, both: Pat
     assert not path.exists(), "nobody needs it any more"
 
 
+def test_an_image_of_a_vm_elsewhere_stays_in_the_store(pair: Pair, vm: str, tmp_path: Path) -> None:
+    """A host that has the store, and no pool that shows the disks based on it, asks those that see it, too."""
+    name, image, second = f"{vm}-img", f"img-{vm[2:]}", pair.machine("h2")
+    stems = []
+    for size in ("4M", "5M"):
+        sh("qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / f"{size}.qcow2"), size)
+        words = ("import", str(tmp_path / f"{size}.qcow2"), "--name", image)
+        stems.append(pair.vmctl("-c", "h1", "image", *words).stdout.strip())
+    older = pair.machine("h1").images / f"{stems[0]}.qcow2"
+    pair.vmctl("-c", "h1", "create", name, "--image", stems[0], "--network", "lan", "--no-start")
+    try:
+        for pool in ("vmctl", "vmctl-images"):
+            second.virsh("pool-destroy", pool, check=False)
+            second.virsh("pool-undefine", pool, check=False)
+        second.virsh("pool-create-as", "vmctl-images", "dir", "--target", "/var/lib/libvirt/vmctl/vmctl-images")
+        said = pair.vmctl("-c", "h2", "image", "delete", stems[0], "--yes", check=5).stderr
+        assert f"cannot delete image {stems[0]}: {name} on h1 needs it, on storage that both hosts see" in said
+        said = pair.vmctl("-c", "h2", "image", "prune", "--yes").stderr
+        assert f"image {stems[0]} stays: {name} on h1 need it" in said
+        pair.vmctl("-c", "h1", "delete", name, "--yes")
+        uri, key = "qemu+ssh://root@127.0.0.1:1/system", pair.machine("h1").host_key
+        pair.vmctl("host", "add", "dead", uri, "--host-key", key, "--no-check")
+        said = pair.vmctl("-c", "h2", "image", "prune", "--yes").stderr
+        assert "no image is pruned: dead may see the store, and cannot be asked who needs them" in said
+        assert older.exists()
+        pair.vmctl("host", "remove", "dead")
+        assert stems[0] in pair.vmctl("-c", "h2", "image", "prune", "--yes").stdout
+        assert not older.exists(), "nobody needs it any more"
+        listed = pair.vmctl("-c", "h1", "image", "list").stdout
+        assert image in listed and stems[0].rpartition("-")[2] not in listed, "libvirt there still knew it"
+    finally:
+        pair.vmctl("host", "remove", "dead", check=None)
+        pair.vmctl("-c", "h1", "delete", name, "--yes", "--missing-ok")
+        for stem in stems:
+            pair.vmctl("-c", "h2", "image", "delete", stem, "--yes", check=None)
+        second.virsh("pool-destroy", "vmctl-images")
+        pair.machine("h1").virsh("pool-refresh", "vmctl-images")
+
+
+def test_restoring_takes_no_disk_from_a_vm_elsewhere(pair: Pair, vm: str, both: Path, tmp_path: Path) -> None:
+    """Neither the file that a VM of another host got from the same backup, nor one that it shares with the old VM."""
+    here, name, place = ("-c", "qemu:///system"), f"{vm}-back", ("--folder", str(tmp_path / "backups"))
+    other = f"{vm}-other"
+    restore = ("backup", "restore", name, *place, "--yes")
+    try:
+        pair.vmctl(*here, "create", name, "--image", "micro", "--no-start")
+        pair.vmctl(*here, "disk", "create", "both/data.qcow2", "1M")
+        pair.vmctl(*here, "disk", "attach", name, "both/data.qcow2")
+        pair.vmctl(*here, "backup", "create", name, *place)
+        before = (both / "data.qcow2").stat().st_ino
+        pair.vmctl("-c", "h2", "create", other, "--image", "micro", "--network", "lan", "--no-start")
+        pair.machine("h2").virsh("pool-refresh", "both")
+        pair.vmctl("-c", "h2", "disk", "attach", other, "both/data.qcow2")
+        said = pair.vmctl(*here, *restore, check=5).stderr
+        assert f"cannot overwrite disk {name}:vdc: {other} on h2 needs it, on storage that both hosts see" in said
+        assert (both / "data.qcow2").stat().st_ino == before
+        pair.vmctl(*here, "delete", name, "--yes")
+
+        pair.vmctl("-c", "h2", *restore)
+        files = {one for one in pair.files("h2") if one.startswith(f"{name}-")}
+        pair.vmctl("-c", "h1", *restore)
+        assert files <= pair.files("h1"), "what it has on h2 stays"
+        disks = [pair.machine(host).virsh("domblklist", name).split() for host in ("h1", "h2")]
+        assert not {*disks[0]} & {*disks[1]} - {"vda", "vdb", "vdc", "-"}, "each has files of its own"
+        pair.vmctl("-c", "h1", "delete", name, "--yes")
+        assert files <= pair.files("h2")
+    finally:
+        for host in ("h1", "h2", "qemu:///system"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+        pair.vmctl("-c", "h2", "delete", other, "--yes", "--missing-ok")
+        pair.vmctl(*here, "disk", "delete", "both/data.qcow2", "--yes", check=None)
+
+
 def test_deleting_where_it_was_kept_leaves_what_it_runs_on(pair: Pair, vm: str) -> None:
     name = f"{vm}-kept"
     pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--network", "lan", "--no-start")

@@ -226,7 +226,7 @@ def restore(
     wish = backup_origin.Wish(point, as_, pool, new_identity, trust)
     with opened(connect) as host:
         place = backup_store.vm_folder(_root(folder, host), vm)
-        planned = backup_origin.plan(host, place, wish)
+        planned = backup_origin.plan(host, place, wish, reporter())
         if dry_run:
             done = backup_restore.told(planned, start=start)
         else:

@@ -255,16 +255,20 @@ def show(name: ImageName, connect: ConnectOption = None, output: OutputOption = 
 def delete(
     name: ImageName, yes: YesOption = False, dry_run: DryRunOption = False, connect: ConnectOption = None
 ) -> None:
-    """Delete an image that no VM needs."""
-    from vmctl import images
+    """Delete an image that no VM needs.
+
+    The other hosts of the config file are asked as well, where they see the same store; one that does
+    not answer is told.
+    """
+    from vmctl import image_care, images
 
     with opened(connect) as host:
-        manifest = images.find_unused(host, name).manifest
+        manifest = image_care.find_unused(host, name, reporter()).manifest
         if dry_run:
             ui.say("\n".join(f"would delete {path}" for path in images.files(host, manifest)))
             return
         refuse_unless_yes([f"image {manifest.stem}, {ui.size(manifest.size)}"], yes=yes)
-        images.delete(host, manifest.stem, reporter())
+        image_care.delete(host, manifest.stem, reporter())
         ui.say(manifest.stem)
 
 

@@ -56,7 +56,8 @@ def prune(
 ) -> None:
     """Delete older images of a name, untagged ones that no VM and no disk needs, even indirectly; and old downloads.
 
-    Steps of a recipe go when no image is left that they led to.
+    Steps of a recipe go when no image is left that they led to. The other hosts of the config file are asked as well,
+    where they see the same store; while one does not answer, no image goes.
     """
     from vmctl import image_care
 

@@ -30,7 +30,7 @@ def warm(
             ui.say(f"would delete the warmed state of {manifest.stem}" if dry_run else manifest.stem)
             return
         if dry_run:
-            for line in warming.preview(host, name, memory_mib=memory_mib, vcpus=vcpus):
+            for line in warming.preview(host, name, reporter(), memory_mib=memory_mib, vcpus=vcpus):
                 ui.say(line)
             return
         manifest = warming.warm(

@@ -225,7 +225,8 @@ def _check(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output) -> No
     ui.emit(rows, output, lambda: "\n".join(lines), lambda: [name for name in names if not fatal(found[name])])
     bad = [(f"{name}: {one.what}", one.mend) for name, these in found.items() for one in fatal(these)]
     if bad:
-        raise PreflightFailed(f"cannot migrate to {ends.names[1]}: {len(bad)} problems", problems=bad)
+        count = "1 problem" if len(bad) == 1 else f"{len(bad)} problems"
+        raise PreflightFailed(f"cannot migrate to {ends.names[1]}: {count}", problems=bad)
 
 
 def _move(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output, *, recover: bool) -> None:
