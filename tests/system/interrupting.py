@@ -99,7 +99,9 @@ def main() -> int:
                 if count == at:
                     log.write(label + "\n")
                     log.flush()
-                    threading.Timer(0.03, kill, (which,)).start()
+                    killing = threading.Timer(0.03, kill, (which,))
+                    killing.daemon = False  # it would be as the thread that makes it: this process waits for it
+                    killing.start()
                 return original(*args, **kwargs)
             result = original(*args, **kwargs)
             count += 1  # now: one change may be made within another
