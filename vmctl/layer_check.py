@@ -37,22 +37,14 @@ class Astray:
 def find(host: Host) -> tuple[Astray, ...]:
     """All such disks, by what the processes have open. Only of VMs whose processes can be looked into."""
     running = disks.all_disks(host.conn, active_only=True) if host.conn.local else ()
-    return tuple(
-        one for vm, _, devices in running for one in (*_astray(host, vm, devices), *_behind(host, vm, devices))
-    )
-
-
-def of(host: Host, vm: str) -> tuple[Astray, ...]:
-    """The same of one running VM."""
-    return _astray(host, vm, disks.disks(host.conn, vm, inactive=False))
+    return tuple(one for vm, _, devices in running for one in _misnamed(host, vm, devices))
 
 
 def follow(host: Host, vm: Domain) -> tuple[Astray, ...]:
     """Let the definition of a running VM name the files that it is in; those disks of which it did not."""
     if not (vm.active and vm.persistent and host.conn.local):
         return ()
-    devices = disks.disks(host.conn, vm.name, inactive=False)
-    found = (*_astray(host, vm.name, devices), *_behind(host, vm.name, devices))
+    found = _misnamed(host, vm.name, disks.disks(host.conn, vm.name, inactive=False))
     for one in found:
         mend(host, one)
     for _, entry in disk_journal.entries(host):
@@ -63,7 +55,8 @@ def follow(host: Host, vm: Domain) -> tuple[Astray, ...]:
 
 def require_known(host: Host, vm: Domain, doing: str) -> None:
     """Raise Conflict where libvirt would take another file for the running VM's disk than the one it is in."""
-    for one in of(host, vm.name) if vm.active else ():
+    devices = disks.disks(host.conn, vm.name, inactive=False) if vm.active else ()
+    for one in _astray(vm.name, devices, _open_in(host, vm.name)) if devices else ():
         raise Conflict(
             f"cannot {doing}: VM {one.vm} has its disk {one.target} in {one.real}, and libvirt, which was killed as it "
             f"went there, knows of {one.told}",
@@ -106,7 +99,7 @@ def newer(host: Host, vm: str, paths: Collection[str]) -> dict[str, str]:
         with suppress(VmctlError):  # cut off before it was whole: nobody has gone on in it
             base = disk_chain.backing_path(qemu_img.info(Path(path), "qcow2").backing_file, path)
             # Looked into only on what is known to be the VM's disk: a header may name any file.
-            if os.path.realpath(base) in here and any(e.depth == 0 and e.data for e in _extents(path)):
+            if os.path.realpath(base) in here and _has_own(Path(path)):
                 found[path] = base
     return found
 
@@ -123,13 +116,20 @@ def newer_than_stopped(host: Host) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _extents(path: str) -> tuple[qemu_img.Extent, ...]:
-    return qemu_img.extents(Path(path), "qcow2")
+def _has_own(layer: Path) -> bool:
+    """Whether there is something in the layer itself."""
+    return any(extent.depth == 0 and extent.data for extent in qemu_img.extents(layer, "qcow2"))
 
 
-def _astray(host: Host, vm: str, devices: Sequence[DiskDevice]) -> tuple[Astray, ...]:
-    pid = inventory.process_id(host.conn, vm)
-    found = {path for path in _opened(pid) if any(mark in Path(path).name for mark in _OURS)} if pid else set()
+def _misnamed(host: Host, vm: str, devices: Sequence[DiskDevice]) -> tuple[Astray, ...]:
+    """Disks that are not where libvirt says, or not where the definition says."""
+    opened = _open_in(host, vm)
+    return (*_astray(vm, devices, opened), *_behind(host, vm, devices, opened))
+
+
+def _astray(vm: str, devices: Sequence[DiskDevice], opened: frozenset[str]) -> tuple[Astray, ...]:
+    """Disks that went on in a layer of which libvirt does not know."""
+    found = {path for path in opened if any(mark in Path(path).name for mark in _OURS)}
     found -= {os.path.realpath(path) for disk in devices for path in (disk.source, *disk.backing, disk.mirror)}
     above = {os.path.realpath(base): path for path in found if (base := disk_chain.backing_path(_backing(path), path))}
     astray = []
@@ -142,11 +142,10 @@ def _astray(host: Host, vm: str, devices: Sequence[DiskDevice]) -> tuple[Astray,
     return tuple(astray)
 
 
-def _behind(host: Host, vm: str, devices: Sequence[DiskDevice]) -> tuple[Astray, ...]:
+def _behind(host: Host, vm: str, devices: Sequence[DiskDevice], opened: frozenset[str]) -> tuple[Astray, ...]:
     """Disks of which the definition names what is below their file, or above it: a layer that was merged into it."""
     defined = {disk.target: disk for disk in disks.disks(host.conn, vm, inactive=True)}
-    pid = inventory.process_id(host.conn, vm)
-    opened, found = _opened(pid) if pid else frozenset[str](), []
+    found = []
     for disk in devices:
         told = defined.get(disk.target)
         if told is None or not (told.source and disk.source) or told.source == disk.source:
@@ -172,6 +171,12 @@ def _below(path: str) -> tuple[str, ...]:
     while (path := disk_chain.backing_path(_backing(path), path)) and path not in found:
         found.append(path)
     return tuple(found)
+
+
+def _open_in(host: Host, vm: str) -> frozenset[str]:
+    """The files that a VM's QEMU has open; none where its process cannot be looked into."""
+    pid = inventory.process_id(host.conn, vm)
+    return _opened(pid) if pid else frozenset()
 
 
 def _opened(pid: int) -> frozenset[str]:

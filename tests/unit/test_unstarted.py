@@ -18,7 +18,7 @@ fcntl.lockf(file, fcntl.LOCK_EX)
 def linger():
     print("ready", flush=True)
     signal_seen.wait()
-    time.sleep(0.5)
+    time.sleep(0.5)  # lingering is what is tried: there is nothing that it waits for
     os._exit(0)
 
 signal_seen = threading.Event()
