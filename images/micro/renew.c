@@ -278,12 +278,13 @@ static pid_t next_sshd(void)
 }
 
 /* Other services have much to do, too, when host name and cards change, and nobody waits for them: where there are control
- * groups, the process's and those above it get most of the processor's time, until weights are put back. */
+ * groups, the process's gets most of what its like get of the processor, until its weight is put back. Not those above it:
+ * the kernel's own threads compete with them, and who starves those waits for them in the end. */
 #define MOST "10000"
 static struct {
     char path[400];
     char *before;
-} hastened[4];
+} hastened;
 
 static void hasten(int pid)
 {
@@ -291,27 +292,22 @@ static void hasten(int pid)
     snprintf(path, sizeof path, "/proc/%d/cgroup", pid);
     all = read_file(path, NULL);
     group = all ? strstr(all, "0::/") : NULL;
-    if (group)
+    if (group) {
         group[strcspn(group, "\n")] = 0;
-    for (int i = 0; group && i < 4 && group[4]; i++) {
-        snprintf(hastened[i].path, sizeof hastened[i].path, "/sys/fs/cgroup%s/cpu.weight", group + 3);
-        hastened[i].before = read_file(hastened[i].path, NULL);
-        if (hastened[i].before && strncmp(hastened[i].before, MOST, strlen(MOST)) == 0)
-            strcpy(hastened[i].before, "100"); /* of the one before, a moment ago */
-        if (hastened[i].before)
-            set_weight(hastened[i].path, MOST);
-        *strrchr(group, '/') = 0;
-        if (strlen(group) < 4)
-            break;
+        snprintf(hastened.path, sizeof hastened.path, "/sys/fs/cgroup%s/cpu.weight", group + 3);
+        hastened.before = read_file(hastened.path, NULL);
+        if (hastened.before && strncmp(hastened.before, MOST, strlen(MOST)) == 0)
+            strcpy(hastened.before, "100"); /* of the one before, a moment ago */
+        if (hastened.before)
+            set_weight(hastened.path, MOST);
     }
     free(all);
 }
 
 static void no_longer_hasten(void)
 {
-    for (int i = 0; i < 4; i++)
-        if (hastened[i].before)
-            set_weight(hastened[i].path, hastened[i].before);
+    if (hastened.before)
+        set_weight(hastened.path, hastened.before);
 }
 
 static void set_host_key(const char *armored, const char *public)

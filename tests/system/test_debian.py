@@ -277,6 +277,9 @@ def test_a_fork_of_one_with_uefi_is_a_machine_of_its_own(guests: Guests, several
     fork = f"{several}-1"
     shell.run("fork", name, fork, timeout=300)
     try:
+        # For five seconds sshd goes before its like, but not before the kernel's threads, which it waits for.
+        weight = shell.run("exec", fork, "--", "cat", "/sys/fs/cgroup/system.slice/cpu.weight", timeout=300).stdout
+        assert weight == "100\n"
         assert held_mib(fork) < 700, "of 1 GiB, all of which it held in huge pages"
         own_machine(guests, fork)
         script = "cat /proc/sys/kernel/random/boot_id; sudo sh -c 'logger its own; journalctl --sync; journalctl -ocat'"
@@ -285,6 +288,13 @@ def test_a_fork_of_one_with_uefi_is_a_machine_of_its_own(guests: Guests, several
         assert journal[0].startswith("Linux version") and "its own" in journal, journal[-5:]
     finally:
         shell.run("delete", fork, "--yes")
+
+
+def test_a_login_makes_no_message_of_its_own_and_shows_the_one_there_is(guests: Guests) -> None:
+    guests.login("direct", "true")
+    script = "grep -h '^[^#].*pam_motd' /etc/pam.d/sshd; ls /run/motd.dynamic 2>/dev/null"
+    (shown,) = guests.told("direct", f"{script}; true")
+    assert shown.split() == ["session", "optional", "pam_motd.so", "noupdate"]
 
 
 def test_dhcp_knows_it_by_one_identifier_whichever_file_is_in_force(guests: Guests) -> None:

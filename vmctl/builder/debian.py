@@ -54,6 +54,8 @@ done
 # It looks for its servers, one after the other, in the moment in which a network is there: a fork's, in which somebody
 # waits to log in. It gets what nobody else wants.
 sed -i '/^\\[Service\\]/a CPUSchedulingPolicy=idle' "$1/etc/systemd/system/systemd-timesyncd.service"
+# A login shows the message that is there, and does not run five programs first to make one of the kernel's version.
+sed -i '/pam_motd\\.so *motd=/d' "$1/etc/pam.d/sshd"
 """
 
 
