@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from vmctl.disk_spec import Attachment, IoLimits
 from vmctl.errors import Conflict, NotFound
 from vmctl.events import silent
 from vmctl.hosts import Host
-from vmctl.hypervisor import domain
+from vmctl.hypervisor import domain, storage
 from vmctl.pools import NewPool
 
 SCHEMAS = Path("/usr/share/libvirt/schemas")
@@ -39,6 +40,30 @@ def test_each_kind_of_pool_is_defined_listed_and_forgotten(host: Host, wanted: N
     pools.delete(host, wanted.name, silent)
     with pytest.raises(NotFound):
         pools.show(host, wanted.name)
+
+
+@pytest.mark.parametrize("ending", ["stopped", "undefined"])
+def test_a_pool_that_ends_while_all_are_looked_into_hides_no_other(
+    host: Host, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    look = storage._refresh
+    made = {}
+    for name in ("passing", "staying"):
+        text = f"<pool type='dir'><name>{name}</name><target><path>/{name}</path></target></pool>"
+        made[name] = host.conn.handle.storagePoolDefineXML(text)
+        made[name].create()
+    made["staying"].createXML("<volume><name>disk</name><capacity>1</capacity></volume>")
+    before = {volume.path for volume in storage.all_volumes(host.conn)}
+
+    def end(pool: Any, name: str) -> None:
+        look(pool, name)
+        if name == "passing":
+            pool.destroy()
+            if ending == "undefined":
+                pool.undefine()
+
+    monkeypatch.setattr(storage, "_refresh", end)
+    assert {volume.path for volume in storage.all_volumes(host.conn)} == before != set()
 
 
 def test_vmctls_own_pools_are_not_deleted(host: Host) -> None:

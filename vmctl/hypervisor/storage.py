@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple
 
 import libvirt
 
-from vmctl.errors import Conflict, NotFound
+from vmctl.errors import Conflict, NotFound, WrongState
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling, translated
 from vmctl.wait import wait_until
@@ -396,9 +396,18 @@ def all_volumes(conn: Connection) -> tuple[VolumeFacts, ...]:
             _refresh(pool, pool.name())
             with calling(f"list storage pool {pool.name()}"):
                 found += _all_facts(pool)
-        except NotFound:
-            continue  # undefined since the list was made
+        except (NotFound, WrongState):
+            if _runs(pool):
+                raise
     return tuple(found)
+
+
+def _runs(pool: Any) -> bool:
+    """Whether a pool is still there, and active."""
+    try:
+        return bool(pool.isActive())
+    except libvirt.libvirtError:
+        return False
 
 
 def sleeping_folders(conn: Connection) -> tuple[str, ...]:
