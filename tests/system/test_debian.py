@@ -297,6 +297,14 @@ def test_a_login_makes_no_message_of_its_own_and_shows_the_one_there_is(guests: 
     assert shown.split() == ["session", "optional", "pam_motd.so", "noupdate"]
 
 
+def test_auditing_is_there_and_off(guests: Guests) -> None:
+    """A kernel without it runs modprobe for each who asks; with it on, journald writes each login down twice."""
+    guests.login("direct", "sudo true")
+    asked = "import socket; print(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 9) and 'there')"
+    script = f'python3 -c "{asked}"; journalctl -q -b -ocat _TRANSPORT=audit | tail -n 3'
+    assert guests.told("direct", script) == ["there"]
+
+
 def test_dhcp_knows_it_by_one_identifier_whichever_file_is_in_force(guests: Guests) -> None:
     shell, guest = guests.shell, guests.names["bios"]
     script = """
