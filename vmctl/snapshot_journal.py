@@ -22,7 +22,8 @@ class Entry:
     """One change. ``files``: made or to be given up by it; ``layers``: those of which two may become one.
 
     ``frozen``: the guest's file systems are held meanwhile. ``keep``: expiry and NVRAM of ``snapshot``, which is being
-    taken. ``nvram``: its copy and the file it is put back to, when ``files`` have become the VM's.
+    taken. ``nvram``: its copy and the file it is put back to, when ``files`` have become the VM's. ``unsure``: a VM may
+    have gone on in what is below ``layers``, which libvirt was asked for; ``switched``: it has.
     """
 
     uri: str
@@ -35,6 +36,8 @@ class Entry:
     expires: str = ""
     keep: str = ""
     nvram: tuple[str, str] | tuple[()] = ()
+    unsure: bool = False
+    switched: bool = False
 
 
 def _folder(host: Host) -> Path:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -80,7 +80,7 @@ def test_what_a_forgotten_vm_writes_to_is_not_deleted(
     shell: Shell, name: str, tmp_path: Path, pool: Path, switched: bool
 ) -> None:
     """libvirt dies as the disk is switched over, the definition not written; vmctl has heard of the switch or not."""
-    shell.run("create", name, "--image", "micro", "--disk", "8M")
+    shell.run("create", name, "--image", "micro", "--disk", "8M", "--wait", "agent")
     (old,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vdc"]
     new = str(pool / Path(old).name)
     _, steps = interrupted(tmp_path, "SIGKILL", 3, "disk", "move", f"{name}:vdc", "--pool", pool.name)
@@ -90,6 +90,7 @@ def test_what_a_forgotten_vm_writes_to_is_not_deleted(
         with open_host() as host:
             ((_, entry),) = disk_journal.entries(host)
             disk_journal.note(host, entry, replace(entry, switched=True))
+    shell.run("exec", name, "--", "sh", "-c", "echo later | dd of=/dev/vdc conv=fsync")
     qemu = forget(shell, name)
     shell.virsh("define", str(tmp_path / "old.xml"))
     for words in (("doctor", "--fix"), ("disk", "compact", f"{name}:vdc")):
@@ -236,6 +237,59 @@ def test_a_definition_that_libvirt_did_not_come_to_write(
     shell.run("wait", name, "--for", "agent")
     assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
     shell.run("delete", name, "--yes")
+
+
+@pytest.mark.parametrize("noted", [False, True])
+@pytest.mark.parametrize("change", ["delete", "move"])
+def test_a_vm_that_ended_before_its_definition_was_written(
+    shell: Shell, name: str, tmp_path: Path, pool: Path, change: str, noted: bool
+) -> None:
+    """As above, and nobody sees to it before the VM ends. ``noted``: vmctl had heard that the switch was done."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    if change == "delete":
+        shell.run("snapshot", "create", f"{name}.one", "--no-memory")
+        shell.run("exec", name, "--", "sh", "-c", "echo sooner >/root/later; sync")  # in what is merged
+        steps = behind(shell, tmp_path, name, 5, "snapshot", "delete", f"{name}.one", "--yes")
+        assert steps[-1] == "disks.commit", steps
+    else:
+        steps = behind(shell, tmp_path, name, 3, "disk", "move", f"{name}:vda", "--pool", pool.name)
+        assert steps[-1] == "disks.copy_and_switch", steps
+
+    def now(*words: str) -> str:
+        return next(d.source for d in disk_xml.read(shell.virsh("dumpxml", name, *words)) if d.target == "vda")
+
+    old, new = now("--inactive"), now()
+    if noted:
+        with open_host() as host:
+            for journal in (disk_journal, snapshot_journal):
+                for path, entry in journal.entries(host):
+                    if entry.unsure:
+                        disk_journal.write(path, asdict(replace(entry, switched=True)))
+    shell.virsh("destroy", name)
+    if not noted:
+        for words in (
+            ("start", name),
+            ("disk", "resize", f"{name}:vda", "+1G"),
+            ("snapshot", "create", f"{name}.two"),
+            ("backup", "create", name, "--folder", str(tmp_path / "backups")),
+        ):
+            refused = shell.run(*words, check=5).stderr  # else one of them would be true no more
+            assert f"vda is {old}" in refused and f"gone on in {new}" in refused, refused
+        said = shell.run("doctor", "--fix", check=None).stderr
+        assert f"{new if change == 'move' else old} may be newer: look at both" in said, said
+    assert Path(old).exists() and Path(new).exists()
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "agent")
+    if noted or change == "delete":
+        assert now() == now("--inactive") == new
+        assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
+    else:
+        assert now() == now("--inactive") == old
+    if noted:
+        shell.run("doctor", "--fix", check=None)
+        assert not Path(old).exists()
+    shell.run("delete", name, "--yes")
+    Path(new if change == "move" else old).unlink(missing_ok=True)
 
 
 @pytest.fixture
