@@ -77,6 +77,22 @@ def require_known(host: Host, vm: Domain, doing: str) -> None:
         )
 
 
+def require_followed(host: Host, vm: Domain, doing: str) -> None:
+    """Raise Conflict where the definition of a VM that runs on another machine, where follow() does nothing, lags."""
+    if host.conn.local or not (vm.active and vm.persistent):
+        return
+    defined = {disk.target: disk.source for disk in disks.disks(host.conn, vm.name, inactive=True)}
+    for disk in disks.disks(host.conn, vm.name, inactive=False):
+        told = defined.get(disk.target) or disk.source
+        names = f"{Path(told).name} {Path(disk.source).name}"
+        if told != disk.source and any(mark in names for mark in _OURS):
+            raise Conflict(
+                f"cannot {doing}: VM {vm.name} has its disk {disk.target} in {disk.source}, and its definition, which "
+                f"would go along, says {told}",
+                hint="on its host: vmctl doctor --fix",
+            )
+
+
 def require_none_newer(host: Host, vm: Domain, doing: str) -> None:
     """Raise Conflict where a stopped VM may have gone on in another file than its definition names.
 

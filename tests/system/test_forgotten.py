@@ -239,6 +239,24 @@ def test_a_definition_that_libvirt_did_not_come_to_write(
     shell.run("delete", name, "--yes")
 
 
+def test_a_backup_takes_the_definition_with_what_the_vm_is_in(shell: Shell, name: str, tmp_path: Path) -> None:
+    """And not the file that the definition still names as one more that the VM needs."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    behind(shell, tmp_path, name, 2, "snapshot", "create", f"{name}.one", "--no-memory")
+    (live,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
+    made = json.loads(shell.run("backup", "create", name, "--folder", str(tmp_path / "to"), "-o", "json").stdout)
+    made = made[0] if isinstance(made, list) else made
+    folder = tmp_path / "to" / name / made["id"]
+    sources = {d.target: d.source for d in disk_xml.read((folder / "domain.xml").read_text())}
+    assert sources["vda"] == live
+    assert not [path for path in folder.glob("volume-*") if path.stat().st_size > 1 << 20]
+    shell.run("backup", "restore", name, "--as", f"{name}-new", "--folder", str(tmp_path / "to"))
+    shell.run("start", f"{name}-new")
+    shell.run("wait", f"{name}-new", "--for", "agent")
+    assert shell.run("exec", f"{name}-new", "--", "cat", "/root/later").stdout == "later\n"
+    shell.run("delete", name, f"{name}-new", "--yes")
+
+
 @pytest.mark.parametrize("noted", [False, True])
 @pytest.mark.parametrize("change", ["delete", "move"])
 def test_a_vm_that_ended_before_its_definition_was_written(
