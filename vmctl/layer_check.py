@@ -163,8 +163,12 @@ def newer(host: Host, vm: str, paths: Collection[str]) -> dict[str, str]:
     layers = [path for path in paths if path.endswith(".qcow2") and Path(path).exists()] if host.conn.local else []
     if not layers:
         return {}
-    here = {os.path.realpath(disk.source) for disk in disks.disks(host.conn, vm, inactive=True)}
     seen = image_users.look(host.conn)
+    here = set[str]()  # a clone may have been made since, on what it is based on
+    ends = [os.path.realpath(disk.source) for disk in disks.disks(host.conn, vm, inactive=True) if disk.source]
+    while ends := [path for path in ends if path and path not in here]:
+        here |= {*ends}
+        ends = [seen.bases.get(path, "") for path in ends]
     found = {}
     for path in layers:
         real = os.path.realpath(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -77,6 +77,13 @@ def entries(host: Host) -> Iterator[tuple[Path, Entry]]:
             continue
         if entry.uri == host.conn.uri:
             yield path, entry
+
+
+def renamed(host: Host, vm: str, new: str) -> None:
+    """Let what is left to be merged of a VM, which is getting another name, be that one's."""
+    for path, entry in entries(host):
+        if entry.vm == vm:
+            disk_journal.write(path, asdict(replace(entry, vm=new)))
 
 
 def unsettled(host: Host) -> list[str]:

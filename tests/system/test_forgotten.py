@@ -163,6 +163,17 @@ def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: 
         shell.virsh("destroy", name)
         refused = shell.run("start", name, check=5).stderr  # else what is in the layer would be true no more
         assert f"its disk is {base}" in refused and f"may be in {overlay}" in refused, refused
+        for words in (
+            ("rename", name, f"{name}-new"),
+            ("clone", name, f"{name}-new"),
+            ("clone", name, f"{name}-new", "--full"),
+            ("disk", "detach", f"{name}:vda"),
+            ("disk", "convert", f"{name}:vda", "--format", "raw"),
+            ("snapshot", "create", f"{name}.two"),
+            ("backup", "create", name, "--folder", str(tmp_path / "backups")),
+        ):
+            refused = shell.run(*words, check=5).stderr  # after these nobody would know whose the layer is
+            assert f"may be in {overlay}" in refused and Path(overlay).exists(), (words, refused)
         said = shell.run("doctor", "--fix", check=None).stderr
         assert f"{overlay} may be newer than {base}" in said
         assert Path(overlay).exists()
