@@ -81,8 +81,10 @@ def _decide(host: Host, vm: Domain, report: Reporter, *, deciding: bool) -> None
         report(Warned(f"disk {doubt.target} of {vm.name} is {doubt.last}; {first} may be newer: look at both"))
         path.unlink(missing_ok=True)
         for at, entry in snapshot_journal.entries(host):  # nor is the one merged into the other
-            if entry.vm == vm.name and doubt.other in entry.layers:
+            if entry.vm == vm.name and entry.layers:
                 disk_journal.write(at, asdict(replace(entry, layers=())))
+                if not (entry.files or entry.frozen or entry.nvram):
+                    at.unlink()
 
 
 def _idle(host: Host, name: str) -> bool:

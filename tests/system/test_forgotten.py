@@ -250,6 +250,31 @@ def test_a_definition_that_libvirt_did_not_come_to_write(
     shell.run("delete", name, "--yes")
 
 
+def test_a_merge_of_which_nobody_can_tell_whether_it_was_ended_is_not_made(
+    shell: Shell, name: str, tmp_path: Path
+) -> None:
+    """libvirt was asked to end it, and the VM did not go on below: what it wrote last is in the upper file alone."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.run("snapshot", "create", f"{name}.one", "--no-memory")
+    _, steps = interrupted(tmp_path, "SIGKILL", 4, "snapshot", "delete", f"{name}.one", "--yes")
+    assert steps[-1] == "snapshot_journal.begin", steps
+    with open_host() as host:
+        for path, entry in snapshot_journal.entries(host):
+            if entry.doing == "merge":
+                disk_journal.write(path, asdict(replace(entry, unsure=True)))
+    shell.run("exec", name, "--", "sh", "-c", "echo later >/root/later; sync")
+    shell.virsh("destroy", name)
+    (top,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
+    assert f"from {top}, which was written to last" in shell.run("start", name, check=5).stderr
+    assert "may be newer: look at both" in shell.run("doctor", "--fix", check=None).stderr
+    assert top in shell.virsh("dumpxml", name) and Path(top).exists()
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "agent")
+    assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
+    shell.run("delete", name, "--yes")
+    assert not Path(top).exists()
+
+
 def test_a_backup_takes_the_definition_with_what_the_vm_is_in(shell: Shell, name: str, tmp_path: Path) -> None:
     """And not the file that the definition still names as one more that the VM needs."""
     shell.run("create", name, "--image", "micro", "--wait", "agent")
