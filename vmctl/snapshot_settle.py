@@ -104,6 +104,8 @@ def _end(host: Host, entry: Entry) -> None:
     )
     if entry.frozen:
         quietly(lambda: agent.thaw(host, name))
+    if entry.doing == "merge" and domain.find(host.conn, name).active:
+        _give_up_merge(host, entry)
     private(host, (path for path in entry.files if entry.doing == "create"))
     if entry.keep:
         for one in snapshots.snapshots(host.conn, name):
@@ -113,6 +115,14 @@ def _end(host: Host, entry: Entry) -> None:
         now = {disk.source for disk in disks.disks(host.conn, name, inactive=True)}
         if now & set(entry.files) and Path(entry.nvram[0]).exists():
             put_nvram(*entry.nvram)
+
+
+def _give_up_merge(host: Host, entry: Entry) -> None:
+    """End the job of a merge, which else keeps what changes the disk from being done; it is begun anew later."""
+    layers = {os.path.realpath(path) for path in entry.layers}
+    for disk in disks.disks(host.conn, entry.vm, inactive=False):
+        if layers & {os.path.realpath(path) for path in (disk.source, *disk.backing) if path}:
+            disks.abort_job(host.conn, entry.vm, disk.target)
 
 
 def private(host: Host, paths: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -273,6 +274,29 @@ def test_a_merge_of_which_nobody_can_tell_whether_it_was_ended_is_not_made(
     assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
     shell.run("delete", name, "--yes")
     assert not Path(top).exists()
+
+
+def test_a_merge_that_was_cut_off_holds_nobody_up(shell: Shell, name: str) -> None:
+    """vmctl dies before it asks for the switch: the job, which libvirt goes on with, is given up, and begun anew."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.run("snapshot", "create", f"{name}.one", "--no-memory")
+    shell.run("exec", name, "--", "sh", "-c", "echo sooner >/root/later; sync")
+    cut_off = (
+        "import os, sys; from vmctl.hypervisor import disks; from vmctl.cli import run; commit = disks.commit\n"
+        "def die(switching): switching(); os.kill(os.getpid(), 9)\n"
+        "disks.commit = lambda *words, switching: commit(*words, switching=lambda: die(switching))\n"
+        "run(sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", cut_off, "snapshot", "delete", f"{name}.one", "--yes"]
+    assert subprocess.run(words, cwd=REPO, timeout=120, check=False).returncode == -signal.SIGKILL
+    assert "<mirror" in shell.virsh("dumpxml", name)
+    shell.run("exec", name, "--", "sh", "-c", "echo later >/root/later; sync")
+    shell.run("disk", "resize", f"{name}:vda", "+16M")
+    assert "<mirror" not in shell.virsh("dumpxml", name)
+    shell.run("doctor", "--fix", check=None)
+    assert ".snap-" not in shell.virsh("dumpxml", name)
+    assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
+    shell.run("delete", name, "--yes")
 
 
 def test_a_backup_takes_the_definition_with_what_the_vm_is_in(shell: Shell, name: str, tmp_path: Path) -> None:
