@@ -94,6 +94,7 @@ def create(host: Host, name: str, wish: Wish, report: Reporter, *, dry: bool) ->
         with backup_store.locked(folder, shared=False), backup_store.telling_os_errors(f"back up VM {name}"):
             backup_store.clear_half_made(folder)
             disk_journal.settle(host, vm.name, report)
+            layer_check.follow(host, vm)  # the definition is in the backup, with what it names
             backup_marks.settle(host, vm, report)
             shelf = backup_store.shelf(folder)
             newest = _usable_last(shelf)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import copies, disk_find, disk_guard, disk_replace, disk_xml, forgotten, qemu_img, render
+from vmctl import copies, disk_find, disk_guard, disk_replace, disk_xml, forgotten, layer_check, qemu_img, render
 from vmctl.at_once import at_once
 from vmctl.copies import Layer, Newcomer
 from vmctl.disk_find import Located
@@ -58,6 +58,7 @@ def plan(host: Host, name: str, names: Sequence[str], *, full: bool) -> Plan:
         hint = f"vmctl start {name}, then stop it; or vmctl stop {name} --force, which drops its saved memory"
     domain.require(vm, _STOPPED, "clone", hint)
     forgotten.require_none(host, vm.name, vm.uuid, f"clone VM {name}")
+    layer_check.require_none_newer(host, vm, f"clone VM {name}")
     if vm.facts.record is not None and vm.facts.record.creating:
         raise WrongState(f"cannot clone VM {name}: its creation was cut off", hint=f"vmctl delete {name}")
     copies.require_free(host, vm.name, names, "clone")

@@ -118,8 +118,9 @@ def delete(host: Host, name: str, report: Reporter) -> None:
     Works on what a killed create or delete left, too. Raises Conflict while another vmctl works on that name.
     """
     with holding(host, name):
-        disk_journal.settle(host, name, report)  # once the VM is gone nobody can tell whose the files were
-        snapshot_settle.settle(host, name, report)
+        # Once the VM is gone nobody can tell whose the files were.
+        disk_journal.settle(host, name, report, deciding=True)
+        snapshot_settle.settle(host, name, report, deciding=True)
         what = doomed(host, name)
         if what.vm is not None:
             if not what.vm.active:

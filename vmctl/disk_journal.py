@@ -14,13 +14,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-from vmctl import disk_xml, forgotten
-from vmctl.errors import Conflict, VmctlError, quietly
+from vmctl import disk_xml, forgotten, switch_over
+from vmctl.errors import VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import devices, disks, domain, pools, storage
 from vmctl.hypervisor.domain import Domain
 from vmctl.record import Owned
+from vmctl.switch_over import Doubt
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,8 @@ class Entry:
     """A change of disk ``target`` of a VM from the file ``old`` to ``new``. ``keep``: the old one stays in any case.
 
     ``old`` "": a file made for a VM that is not there yet, and goes unless the VM comes to name it. ``plug``: the XML
-    of a disk that is attached, ``new`` the volume made for it, "" for none. ``switched``: the running VM went on in
-    ``new``, as libvirt said; ``unsure``: it may have, for libvirt died before it said so and forgot the VM.
+    of a disk that is attached, ``new`` the volume made for it, "" for none. ``unsure``: the running VM may have gone on
+    in ``new``, which libvirt was asked for; ``switched``: it has, as libvirt said.
     """
 
     uri: str
@@ -99,22 +100,26 @@ def entries(host: Host) -> Iterator[tuple[Path, Entry]]:
             yield path, entry
 
 
-def settle(host: Host, vm: str, report: Reporter) -> bool:
-    """Bring what was begun on disks of ``vm``, whose name is held, to its end. Whether there was anything."""
+def settle(host: Host, vm: str, report: Reporter, *, deciding: bool = False) -> bool:
+    """Bring what was begun on disks of ``vm``, whose name is held, to its end. Whether there was anything.
+
+    Raises Conflict where nobody can tell which of two files the VM wrote to last; ``deciding``: both stay then, and it
+    is what the definition says.
+    """
     found = [(path, entry) for path, entry in entries(host) if entry.vm == vm and vm]
     for path, entry in found:
-        _settle(host, entry, report)
+        _settle(host, entry, report, deciding=deciding)
         path.unlink(missing_ok=True)
     return bool(found)
 
 
 def settle_all(host: Host, report: Reporter) -> list[str]:
-    """The same for all VMs that nobody works on. Returns what was settled."""
+    """The same for all VMs that nobody works on, deciding what must be. Returns what was settled."""
     told, failure = [], None
     for vm in sorted({entry.vm for _, entry in entries(host)}):
         try:
             with holding(host, vm):
-                if settle(host, vm, report):
+                if settle(host, vm, report, deciding=True):
                     told.append(vm)
         except VmctlError as error:  # one that has to wait must not keep the others
             failure = failure or error
@@ -123,7 +128,7 @@ def settle_all(host: Host, report: Reporter) -> list[str]:
     return told
 
 
-def _settle(host: Host, entry: Entry, report: Reporter) -> None:
+def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> None:
     vm = domain.find_or_none(host.conn, entry.vm)
     if entry.plug:
         if vm is not None:
@@ -142,10 +147,12 @@ def _settle(host: Host, entry: Entry, report: Reporter) -> None:
         else:
             follow(host, vm, entry)
     else:
-        _require_known(host, vm, entry)
-        if entry.switched:
-            _follow(host, entry)
-        elif entry.unsure:
+        doing = f"settle disk {entry.target} of VM {vm.name}"
+        forgotten.require_none(host, vm.name, vm.uuid, doing)
+        follow_stopped(host, entry)
+        if found := doubt(host, entry):
+            if not deciding:
+                raise found.refusal(doing, found.told)
             report(Warned(f"disk {entry.target} of {entry.vm} is {entry.old}; {entry.new} may be newer: look at both"))
             return
     named = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=True)}
@@ -163,17 +170,24 @@ def follow(host: Host, vm: Domain, entry: Entry) -> None:
     """Let the definition of a running VM name the new file, if it has gone on in that."""
     live = {disk.target: disk.source for disk in disks.disks(host.conn, vm.name, inactive=False)}
     if live.get(entry.target) == entry.new and vm.persistent:
-        _follow(host, entry)
+        _name_new(host, entry)
 
 
-def _require_known(host: Host, vm: Domain, entry: Entry) -> None:
-    """Raise Conflict while the QEMU of a VM that libvirt calls stopped writes to one of the files."""
-    try:
-        forgotten.require_none(host, vm.name, vm.uuid, f"settle disk {entry.target} of VM {vm.name}")
-    except Conflict:
-        if not entry.switched:
-            note(host, entry, replace(entry, unsure=True))
-        raise
+def follow_stopped(host: Host, entry: Entry) -> None:
+    """Let the definition of a stopped VM name the new file, if it is known to have gone on in that."""
+    if entry.switched and Path(entry.new).exists():
+        _name_new(host, entry)
+
+
+def doubt(host: Host, entry: Entry) -> Doubt | None:
+    """What nobody can tell of the disk of a stopped VM: whether it went on in the new file, which differs."""
+    if not entry.unsure or entry.switched or not host.conn.local or not Path(entry.new).exists():
+        return None
+    for disk in disks.disks(host.conn, entry.vm, inactive=True):
+        if disk.target == entry.target and disk.source == entry.old:
+            found = Doubt(entry.vm, entry.target, entry.old, entry.new, (disk.format, entry.format))
+            return None if switch_over.same(host, found) else found
+    return None
 
 
 def _settle_plug(host: Host, vm: Domain, entry: Entry, report: Reporter) -> None:
@@ -211,8 +225,8 @@ def _remove_unused(host: Host, path: str) -> None:
         remove_file(host, path)
 
 
-def _follow(host: Host, entry: Entry) -> None:
-    """Let the definition name what the running domain has switched to."""
+def _name_new(host: Host, entry: Entry) -> None:
+    """Let the definition name the new file, which the VM has gone on in."""
     text = domain.xml(host.conn, entry.vm, inactive=True)
     here = {disk.target: disk.source for disk in disk_xml.read(text)}
     if here.get(entry.target) == entry.old:

@@ -170,11 +170,17 @@ def live(
         new.chmod(0o600)
         moved = job_reporter(report, doing)
         xml = render.mirror(str(new), form)
+        asked = None if entry is None else replace(entry, unsure=True)
+
+        def switching() -> None:  # libvirt may die, and forget it, before it or its definition says so
+            if entry is not None and asked is not None:
+                disk_journal.note(host, entry, asked)
+
         disks.copy_and_switch(
-            host.conn, disk.owner, disk.target, xml, moved, shallow=backing is not None, bandwidth=bandwidth
+            host.conn, disk.owner, disk.target, xml, moved, switching, shallow=backing is not None, bandwidth=bandwidth
         )
-        if entry is not None:  # libvirt may die, and forget it, before its definition says so
-            disk_journal.note(host, entry, replace(entry, switched=True))
+        if asked is not None:
+            disk_journal.note(host, asked, replace(asked, switched=True))
     finally:
         _settled(host, disk, report)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from vmctl import disk_guard, disk_journal, disk_spec, disk_xml, domain_files, render
+from vmctl import disk_guard, disk_journal, disk_spec, disk_xml, domain_files, layer_check, render
 from vmctl.disk_find import Located, locate, require_no_overlays, require_not_elsewhere, waits
 from vmctl.disk_spec import IoLimits
 from vmctl.disk_xml import DiskDevice
@@ -52,6 +52,7 @@ def detach(
             raise WrongState(f"cannot detach {text}: VM {name} is saved", hint=f"vmctl start {name} first")
         if not dry:
             disk_journal.settle(host, name, report)
+        layer_check.require_known(host, vm, f"detach {text}")
         found = locate(host, text)
         disk = found.disk
         assert disk is not None

@@ -8,17 +8,27 @@ last, said so: then it is right until the VM stops, and the next start takes the
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import disk_chain, disk_journal, disk_xml, forgotten, image_users, qemu_img, snapshot_journal
+from vmctl import (
+    disk_chain,
+    disk_journal,
+    disk_xml,
+    forgotten,
+    image_users,
+    qemu_img,
+    snapshot_journal,
+    switch_over,
+)
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, VmctlError
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, inventory, storage
 from vmctl.hypervisor.domain import Domain
+from vmctl.switch_over import Doubt
 
 _OURS = ("-layer", ".snap-")  # in the names of layers that vmctl makes: other files may be open for a job
 
@@ -54,9 +64,12 @@ def follow(host: Host, vm: Domain) -> tuple[Astray, ...]:
 
 
 def require_known(host: Host, vm: Domain, doing: str) -> None:
-    """Raise Conflict where libvirt would take another file for the running VM's disk than the one it is in."""
-    devices = disks.disks(host.conn, vm.name, inactive=False) if vm.active else ()
-    for one in _astray(vm.name, devices, _open_in(host, vm.name)) if devices else ():
+    """Raise Conflict where libvirt would take another file for the VM's disk than the one it is in, or was in last."""
+    if not vm.active:
+        require_none_newer(host, vm, doing)
+        return
+    devices = disks.disks(host.conn, vm.name, inactive=False)
+    for one in _astray(vm.name, devices, _open_in(host, vm.name)):
         raise Conflict(
             f"cannot {doing}: VM {one.vm} has its disk {one.target} in {one.real}, and libvirt, which was killed as it "
             f"went there, knows of {one.told}",
@@ -64,8 +77,36 @@ def require_known(host: Host, vm: Domain, doing: str) -> None:
         )
 
 
+def require_followed(host: Host, vm: Domain, doing: str) -> None:
+    """Raise Conflict where the definition of a VM that runs on another machine, where follow() does nothing, lags."""
+    if host.conn.local or not (vm.active and vm.persistent):
+        return
+    defined = {disk.target: disk.source for disk in disks.disks(host.conn, vm.name, inactive=True)}
+    for disk in disks.disks(host.conn, vm.name, inactive=False):
+        told = defined.get(disk.target) or disk.source
+        names = f"{Path(told).name} {Path(disk.source).name}"
+        if told != disk.source and any(mark in names for mark in _OURS):
+            raise Conflict(
+                f"cannot {doing}: VM {vm.name} has its disk {disk.target} in {disk.source}, and its definition, which "
+                f"would go along, says {told}",
+                hint="on its host: vmctl doctor --fix",
+            )
+
+
 def require_none_newer(host: Host, vm: Domain, doing: str) -> None:
-    """Raise Conflict where a stopped VM may have gone on in a layer that a snapshot, which was cut off, made for it."""
+    """Raise Conflict where a stopped VM may have gone on in another file than its definition names.
+
+    In a layer that a snapshot, which was cut off, made for it, or where it was being switched over to. Where it is
+    known to have, the definition names that file from now on.
+    """
+    if vm.active or not host.conn.local:
+        return
+    follow_stopped(host, vm)
+    for _, copy in disk_journal.entries(host):
+        if copy.vm == vm.name and (found := disk_journal.doubt(host, copy)):
+            raise found.refusal(doing, found.told)
+    for _, merged in half_merged(host, vm):
+        raise merged.refusal(doing, f"{merged.last}, which was written to last")
     for _, entry in snapshot_journal.entries(host):
         if entry.vm == vm.name and entry.doing == "create":
             for path, base in newer(host, vm.name, entry.files).items():
@@ -73,6 +114,39 @@ def require_none_newer(host: Host, vm: Domain, doing: str) -> None:
                     f"cannot {doing}: its disk is {base}, and what it wrote last may be in {path}",
                     hint=f"look at both: vmctl disk map {path}; vmctl doctor --fix lets it start from {base}",
                 )
+
+
+def follow_stopped(host: Host, vm: Domain) -> None:
+    """Let the definition of a stopped VM name the files that it is known to have gone on in."""
+    for _, copy in disk_journal.entries(host):
+        if copy.vm == vm.name:
+            disk_journal.follow_stopped(host, copy)
+    for _, entry in snapshot_journal.entries(host):
+        if entry.vm == vm.name and entry.switched:
+            for one in _merging(host, vm, entry):
+                switch_over.name_other(host, one)
+
+
+def half_merged(host: Host, vm: Domain) -> Iterator[tuple[Path, Doubt]]:
+    """The disks of a stopped VM of which nobody can tell whether it went on below a layer that was being merged.
+
+    With each where that is noted.
+    """
+    for path, entry in snapshot_journal.entries(host):
+        if entry.vm == vm.name and entry.unsure and not entry.switched:
+            for one in _merging(host, vm, entry):
+                if not switch_over.same(host, one):
+                    yield path, one
+
+
+def _merging(host: Host, vm: Domain, entry: snapshot_journal.Entry) -> Iterator[Doubt]:
+    """The disks of which the definition names the upper one of two files that were being merged, in doubt or not."""
+    layers = {os.path.realpath(path) for path in entry.layers}
+    for disk in disks.disks(host.conn, vm.name, inactive=True):
+        there = os.path.realpath(disk.source) in layers and Path(disk.source).exists()
+        base = switch_over.below(host, disk.source) if there else None
+        if base:
+            yield Doubt(vm.name, disk.target, disk.source, base[0], ("qcow2", base[1]))
 
 
 def opened(host: Host) -> frozenset[str]:
@@ -89,8 +163,12 @@ def newer(host: Host, vm: str, paths: Collection[str]) -> dict[str, str]:
     layers = [path for path in paths if path.endswith(".qcow2") and Path(path).exists()] if host.conn.local else []
     if not layers:
         return {}
-    here = {os.path.realpath(disk.source) for disk in disks.disks(host.conn, vm, inactive=True)}
     seen = image_users.look(host.conn)
+    here = set[str]()  # a clone may have been made since, on what it is based on
+    ends = [os.path.realpath(disk.source) for disk in disks.disks(host.conn, vm, inactive=True) if disk.source]
+    while ends := [path for path in ends if path and path not in here]:
+        here |= {*ends}
+        ends = [seen.bases.get(path, "") for path in ends]
     found = {}
     for path in layers:
         real = os.path.realpath(path)

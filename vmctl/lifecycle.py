@@ -9,7 +9,18 @@ from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 
-from vmctl import disk_guard, domain_job, forgotten, layer_check, networks, render, spec
+from vmctl import (
+    disk_guard,
+    disk_journal,
+    domain_job,
+    forgotten,
+    layer_check,
+    networks,
+    render,
+    snapshot_journal,
+    snapshot_settle,
+    spec,
+)
 from vmctl.accel import timeout_scale
 from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, WaitTimeout, WrongState, quietly
 from vmctl.events import Reporter, Step
@@ -325,8 +336,11 @@ def save(host: Host, name: str, report: Reporter) -> bool:
     return True
 
 
-def rename(host: Host, name: str, new: str) -> None:
-    """Give a stopped VM another name. Its address, disks and host key stay its own."""
+def rename(host: Host, name: str, new: str, report: Reporter) -> None:
+    """Give a stopped VM another name. Its address, disks and host key stay its own.
+
+    What a killed change left of it is settled first: that is noted by its name.
+    """
     if found := spec.name_problems(new):
         raise SpecError(f"cannot rename VM {name}", problems=found)
     if name == new:
@@ -337,4 +351,9 @@ def rename(host: Host, name: str, new: str) -> None:
         domain.require(vm, frozenset({State.STOPPED} if vm.active else {State.STOPPED, State.CRASHED}), "rename", hint)
         if domain.find_or_none(host.conn, new) is not None:
             raise Conflict(f"cannot rename VM {name} to {new}: that name is taken")
+        forgotten.require_none(host, name, vm.uuid, f"rename VM {name}")
+        layer_check.require_none_newer(host, vm, f"rename VM {name}")
+        disk_journal.settle(host, name, report)
+        snapshot_settle.settle(host, name, report)
         domain.rename(host.conn, name, new)
+        snapshot_journal.renamed(host, name, new)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from vmctl import host_ssh, migrate_facts, migrate_settle, migrate_storage, migrate_watch
+from vmctl import host_ssh, layer_check, migrate_facts, migrate_settle, migrate_storage, migrate_watch
 from vmctl.choices import Accel
 from vmctl.errors import Interrupted, PreflightFailed, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned
@@ -124,6 +124,9 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
     with ExitStack() as locks:
         for host in {one.lock_scope: one for one in (source, target)}.values():
             locks.enter_context(holding(host, name))
+        vm = domain.find_or_none(source.conn, name)
+        if vm is not None:
+            layer_check.follow(source, vm)  # the definition goes along
         looked = _look(ends, name, wish)
         everything = problems(looked.facts)
         if worst := fatal(everything):

@@ -98,6 +98,7 @@ def _found(source: Host, target: Host, name: str) -> Domain:
     try:
         vm = domain.find(source.conn, name)
         layer_check.require_known(source, vm, f"migrate VM {name}")
+        layer_check.require_followed(source, vm, f"migrate VM {name}")
         return vm
     except NotFound as error:
         if domain.find_or_none(target.conn, name) is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -22,7 +22,8 @@ class Entry:
     """One change. ``files``: made or to be given up by it; ``layers``: those of which two may become one.
 
     ``frozen``: the guest's file systems are held meanwhile. ``keep``: expiry and NVRAM of ``snapshot``, which is being
-    taken. ``nvram``: its copy and the file it is put back to, when ``files`` have become the VM's.
+    taken. ``nvram``: its copy and the file it is put back to, when ``files`` have become the VM's. ``unsure``: a VM may
+    have gone on in what is below ``layers``, which libvirt was asked for; ``switched``: it has.
     """
 
     uri: str
@@ -35,6 +36,8 @@ class Entry:
     expires: str = ""
     keep: str = ""
     nvram: tuple[str, str] | tuple[()] = ()
+    unsure: bool = False
+    switched: bool = False
 
 
 def _folder(host: Host) -> Path:
@@ -74,6 +77,13 @@ def entries(host: Host) -> Iterator[tuple[Path, Entry]]:
             continue
         if entry.uri == host.conn.uri:
             yield path, entry
+
+
+def renamed(host: Host, vm: str, new: str) -> None:
+    """Let what is left to be merged of a VM, which is getting another name, be that one's."""
+    for path, entry in entries(host):
+        if entry.vm == vm:
+            disk_journal.write(path, asdict(replace(entry, vm=new)))
 
 
 def unsettled(host: Host) -> list[str]:

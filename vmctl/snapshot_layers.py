@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vmctl import (
     disk_chain,
+    disk_journal,
     disk_xml,
     forgotten,
     image_users,
@@ -123,14 +124,7 @@ def merge(host: Host, seen: View, step: Merge, report: Reporter) -> None:
     entry = Entry(host.conn.uri, seen.vm.name, "merge", Path(step.top).name, files=(step.top,), layers=(step.top,))
     path = snapshot_journal.begin(host, entry)
     if live is not None:
-        disks.commit(
-            host.conn,
-            seen.vm.name,
-            live.target,
-            _as_named(live, base),
-            _as_named(live, step.top),
-            job_reporter(report, what),
-        )
+        _commit(host, seen.vm.name, live, (_as_named(live, base), _as_named(live, step.top)), path, entry, report)
     else:
         qemu_img.commit(
             Path(step.top), "qcow2", Path(base), what=what, moved=share_reporter(report, what, chain.top.virtual_size)
@@ -139,6 +133,33 @@ def merge(host: Host, seen: View, step: Merge, report: Reporter) -> None:
     remove_file(host, step.top)
     path.unlink(missing_ok=True)
     report(Step(f"{Path(step.top).name} is merged into {Path(base).name}"))
+
+
+def _commit(
+    host: Host, name: str, disk: DiskDevice, files: tuple[str, str], path: Path, entry: Entry, report: Reporter
+) -> None:
+    """Merge in a running VM. Where it goes on in the lower file, that is noted: libvirt may die before it says so."""
+    base, top = files
+    moved = job_reporter(report, f"merge {Path(top).name} into {Path(base).name}")
+    active = disk.source == top
+
+    def note(now: Entry) -> None:
+        disk_journal.write(path, asdict(now))
+
+    def stayed() -> None:
+        left = disks.find(host.conn, name, disk.target, inactive=False)
+        if left.source == top and not left.mirror:  # as libvirt says, which lives then: nor will it go on below
+            note(entry)
+
+    try:
+        disks.commit(
+            host.conn, name, disk.target, base, top, moved, switching=lambda: note(replace(entry, unsure=True))
+        )
+    except BaseException:
+        quietly(stayed)
+        raise
+    if active:
+        note(replace(entry, switched=True))
 
 
 def _as_named(disk: DiskDevice, path: str) -> str:
@@ -265,8 +286,10 @@ def working_on(host: Host, vm: str, report: Reporter) -> Iterator[Domain]:
 
 
 def settle(host: Host, name: str, report: Reporter, *, merging: bool = False) -> None:
-    """Bring what was begun on snapshots of a VM, whose name is held, to its end. ``merging``: also what takes long."""
-    snapshot_settle.settle(host, name, report)
+    """Bring what was begun on snapshots of a VM, whose name is held, to its end. ``merging``: also what takes long, and
+    what has to be decided (snapshot_settle.settle).
+    """
+    snapshot_settle.settle(host, name, report, deciding=merging)
     for path, entry in snapshot_journal.entries(host):
         if entry.vm == name and _tidied(host, entry, report, merging=merging):
             path.unlink(missing_ok=True)

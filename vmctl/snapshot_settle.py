@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
-from vmctl import agent, disk_journal, image_users, layer_check, snapshot_journal, snapshot_xml
+from vmctl import agent, disk_journal, forgotten, image_users, layer_check, snapshot_journal, snapshot_xml, switch_over
 from vmctl.disk_journal import remove_file
 from vmctl.errors import WrongState, quietly
 from vmctl.events import Reporter, Step, Warned, silent
@@ -27,12 +27,17 @@ from vmctl.wait import wait_until
 _JOB_TIMEOUT_S = 600.0
 
 
-def settle(host: Host, name: str, report: Reporter) -> None:
-    """Settle what was begun on a VM, whose name is held. What is left to be merged stays in the journal."""
+def settle(host: Host, name: str, report: Reporter, *, deciding: bool = False) -> None:
+    """Settle what was begun on a VM, whose name is held. What is left to be merged stays in the journal.
+
+    Raises Conflict where nobody can tell which of two files the VM wrote to last; ``deciding``: both stay then, and it
+    is the lower one, or of two that were being merged the one that was written to last.
+    """
     snapshots.put_back(host.conn, name, snapshot_journal.aside(host, name))
     there = domain.find_or_none(host.conn, name)
     if there is not None:
         _follow(host, there, report)
+        _decide(host, there, report, deciding=deciding)
     for path, entry in snapshot_journal.entries(host):
         if entry.vm != name or not (entry.files or entry.frozen or entry.nvram):
             continue
@@ -48,7 +53,8 @@ def settle(host: Host, name: str, report: Reporter) -> None:
         drop_unneeded(host, [one for one in entry.files if one not in written])
         if entry.layers:
             # Its files are in order: if one of them is detached later, it must not be taken for a left-over.
-            disk_journal.write(path, asdict(replace(entry, files=(), frozen=False, keep="", nvram=())))
+            left = replace(entry, files=(), frozen=False, keep="", nvram=(), unsure=False, switched=False)
+            disk_journal.write(path, asdict(left))
         else:
             path.unlink(missing_ok=True)
 
@@ -57,6 +63,28 @@ def _follow(host: Host, vm: Domain, report: Reporter) -> None:
     """Let the definition name what the running VM went on in, and libvirt died before it knew, or said so."""
     for one in layer_check.follow(host, vm):
         report(Warned(f"disk {one.target} of {vm.name} is {one.real}, which libvirt knows of when it starts anew"))
+
+
+def _decide(host: Host, vm: Domain, report: Reporter, *, deciding: bool) -> None:
+    """Let the definition of a stopped VM name what it wrote to last, where a merge was being ended."""
+    if vm.active or not any(entry.vm == vm.name for _, entry in snapshot_journal.entries(host)):
+        return
+    forgotten.require_none(host, vm.name, vm.uuid, f"settle the snapshots of VM {vm.name}")
+    if not deciding:
+        layer_check.require_none_newer(host, vm, f"settle the snapshots of VM {vm.name}")
+        return
+    layer_check.follow_stopped(host, vm)
+    for path, doubt in layer_check.half_merged(host, vm):
+        if doubt.last == doubt.other:
+            switch_over.name_other(host, doubt)
+        first = doubt.other if doubt.last == doubt.told else doubt.told
+        report(Warned(f"disk {doubt.target} of {vm.name} is {doubt.last}; {first} may be newer: look at both"))
+        path.unlink(missing_ok=True)
+        for at, entry in snapshot_journal.entries(host):  # nor is the one merged into the other
+            if entry.vm == vm.name and entry.layers:
+                disk_journal.write(at, asdict(replace(entry, layers=())))
+                if not (entry.files or entry.frozen or entry.nvram):
+                    at.unlink()
 
 
 def _idle(host: Host, name: str) -> bool:
@@ -76,6 +104,8 @@ def _end(host: Host, entry: Entry) -> None:
     )
     if entry.frozen:
         quietly(lambda: agent.thaw(host, name))
+    if entry.doing == "merge" and domain.find(host.conn, name).active:
+        _give_up_merge(host, entry)
     private(host, (path for path in entry.files if entry.doing == "create"))
     if entry.keep:
         for one in snapshots.snapshots(host.conn, name):
@@ -85,6 +115,14 @@ def _end(host: Host, entry: Entry) -> None:
         now = {disk.source for disk in disks.disks(host.conn, name, inactive=True)}
         if now & set(entry.files) and Path(entry.nvram[0]).exists():
             put_nvram(*entry.nvram)
+
+
+def _give_up_merge(host: Host, entry: Entry) -> None:
+    """End the job of a merge, which else keeps what changes the disk from being done; it is begun anew later."""
+    layers = {os.path.realpath(path) for path in entry.layers}
+    for disk in disks.disks(host.conn, entry.vm, inactive=False):
+        if layers & {os.path.realpath(path) for path in (disk.source, *disk.backing) if path}:
+            disks.abort_job(host.conn, entry.vm, disk.target)
 
 
 def private(host: Host, paths: Iterable[str]) -> None:

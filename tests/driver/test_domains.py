@@ -148,7 +148,7 @@ def test_states(host: Host) -> None:
     assert lifecycle.resume(host, "web1") is False
     assert lifecycle.start(host, "web1", silent) is lifecycle.Started.ALREADY
     with pytest.raises(WrongState):
-        lifecycle.rename(host, "web1", "web2")
+        lifecycle.rename(host, "web1", "web2", silent)
 
 
 def test_list_filters(host: Host) -> None:
@@ -202,9 +202,9 @@ def test_rename_to_a_bad_or_taken_name(host: Host) -> None:
     define(host.conn, "web1")
     define(host.conn, "web2")
     with pytest.raises(SpecError):
-        lifecycle.rename(host, "web1", "a b")
+        lifecycle.rename(host, "web1", "a b", silent)
     with pytest.raises(Conflict):
-        lifecycle.rename(host, "web1", "web2")
+        lifecycle.rename(host, "web1", "web2", silent)
     assert {name for name, _ in domain.identities(host.conn)} == {"web1", "web2"}
 
 

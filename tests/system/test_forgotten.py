@@ -8,8 +8,9 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_what_a_forgotten_vm_writes_to_is_not_deleted(
     shell: Shell, name: str, tmp_path: Path, pool: Path, switched: bool
 ) -> None:
     """libvirt dies as the disk is switched over, the definition not written; vmctl has heard of the switch or not."""
-    shell.run("create", name, "--image", "micro", "--disk", "8M")
+    shell.run("create", name, "--image", "micro", "--disk", "8M", "--wait", "agent")
     (old,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vdc"]
     new = str(pool / Path(old).name)
     _, steps = interrupted(tmp_path, "SIGKILL", 3, "disk", "move", f"{name}:vdc", "--pool", pool.name)
@@ -90,6 +91,7 @@ def test_what_a_forgotten_vm_writes_to_is_not_deleted(
         with open_host() as host:
             ((_, entry),) = disk_journal.entries(host)
             disk_journal.note(host, entry, replace(entry, switched=True))
+    shell.run("exec", name, "--", "sh", "-c", "echo later | dd of=/dev/vdc conv=fsync")
     qemu = forget(shell, name)
     shell.virsh("define", str(tmp_path / "old.xml"))
     for words in (("doctor", "--fix"), ("disk", "compact", f"{name}:vdc")):
@@ -162,6 +164,17 @@ def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: 
         shell.virsh("destroy", name)
         refused = shell.run("start", name, check=5).stderr  # else what is in the layer would be true no more
         assert f"its disk is {base}" in refused and f"may be in {overlay}" in refused, refused
+        for words in (
+            ("rename", name, f"{name}-new"),
+            ("clone", name, f"{name}-new"),
+            ("clone", name, f"{name}-new", "--full"),
+            ("disk", "detach", f"{name}:vda"),
+            ("disk", "convert", f"{name}:vda", "--format", "raw"),
+            ("snapshot", "create", f"{name}.two"),
+            ("backup", "create", name, "--folder", str(tmp_path / "backups")),
+        ):
+            refused = shell.run(*words, check=5).stderr  # after these nobody would know whose the layer is
+            assert f"may be in {overlay}" in refused and Path(overlay).exists(), (words, refused)
         said = shell.run("doctor", "--fix", check=None).stderr
         assert f"{overlay} may be newer than {base}" in said
         assert Path(overlay).exists()
@@ -236,6 +249,125 @@ def test_a_definition_that_libvirt_did_not_come_to_write(
     shell.run("wait", name, "--for", "agent")
     assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
     shell.run("delete", name, "--yes")
+
+
+def test_a_merge_of_which_nobody_can_tell_whether_it_was_ended_is_not_made(
+    shell: Shell, name: str, tmp_path: Path
+) -> None:
+    """libvirt was asked to end it, and the VM did not go on below: what it wrote last is in the upper file alone."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.run("snapshot", "create", f"{name}.one", "--no-memory")
+    _, steps = interrupted(tmp_path, "SIGKILL", 4, "snapshot", "delete", f"{name}.one", "--yes")
+    assert steps[-1] == "snapshot_journal.begin", steps
+    with open_host() as host:
+        for path, entry in snapshot_journal.entries(host):
+            if entry.doing == "merge":
+                disk_journal.write(path, asdict(replace(entry, unsure=True)))
+    shell.run("exec", name, "--", "sh", "-c", "echo later >/root/later; sync")
+    shell.virsh("destroy", name)
+    (top,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
+    assert f"from {top}, which was written to last" in shell.run("start", name, check=5).stderr
+    assert "may be newer: look at both" in shell.run("doctor", "--fix", check=None).stderr
+    assert top in shell.virsh("dumpxml", name) and Path(top).exists()
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "agent")
+    assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
+    shell.run("delete", name, "--yes")
+    assert not Path(top).exists()
+
+
+def test_a_merge_that_was_cut_off_holds_nobody_up(shell: Shell, name: str) -> None:
+    """vmctl dies before it asks for the switch: the job, which libvirt goes on with, is given up, and begun anew."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.run("snapshot", "create", f"{name}.one", "--no-memory")
+    shell.run("exec", name, "--", "sh", "-c", "echo sooner >/root/later; sync")
+    cut_off = (
+        "import os, sys; from vmctl.hypervisor import disks; from vmctl.cli import run; commit = disks.commit\n"
+        "def die(switching): switching(); os.kill(os.getpid(), 9)\n"
+        "disks.commit = lambda *words, switching: commit(*words, switching=lambda: die(switching))\n"
+        "run(sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", cut_off, "snapshot", "delete", f"{name}.one", "--yes"]
+    assert subprocess.run(words, cwd=REPO, timeout=120, check=False).returncode == -signal.SIGKILL
+    assert "<mirror" in shell.virsh("dumpxml", name)
+    shell.run("exec", name, "--", "sh", "-c", "echo later >/root/later; sync")
+    shell.run("disk", "resize", f"{name}:vda", "+16M")
+    assert "<mirror" not in shell.virsh("dumpxml", name)
+    shell.run("doctor", "--fix", check=None)
+    assert ".snap-" not in shell.virsh("dumpxml", name)
+    assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
+    shell.run("delete", name, "--yes")
+
+
+def test_a_backup_takes_the_definition_with_what_the_vm_is_in(shell: Shell, name: str, tmp_path: Path) -> None:
+    """And not the file that the definition still names as one more that the VM needs."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    behind(shell, tmp_path, name, 2, "snapshot", "create", f"{name}.one", "--no-memory")
+    (live,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
+    made = json.loads(shell.run("backup", "create", name, "--folder", str(tmp_path / "to"), "-o", "json").stdout)
+    made = made[0] if isinstance(made, list) else made
+    folder = tmp_path / "to" / name / made["id"]
+    sources = {d.target: d.source for d in disk_xml.read((folder / "domain.xml").read_text())}
+    assert sources["vda"] == live
+    assert not [path for path in folder.glob("volume-*") if path.stat().st_size > 1 << 20]
+    shell.run("backup", "restore", name, "--as", f"{name}-new", "--folder", str(tmp_path / "to"))
+    shell.run("start", f"{name}-new")
+    shell.run("wait", f"{name}-new", "--for", "agent")
+    assert shell.run("exec", f"{name}-new", "--", "cat", "/root/later").stdout == "later\n"
+    shell.run("delete", name, f"{name}-new", "--yes")
+
+
+@pytest.mark.parametrize("noted", [False, True])
+@pytest.mark.parametrize("change", ["delete", "move"])
+def test_a_vm_that_ended_before_its_definition_was_written(
+    shell: Shell, name: str, tmp_path: Path, pool: Path, change: str, noted: bool
+) -> None:
+    """As above, and nobody sees to it before the VM ends. ``noted``: vmctl had heard that the switch was done."""
+    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    if change == "delete":
+        shell.run("snapshot", "create", f"{name}.one", "--no-memory")
+        shell.run("exec", name, "--", "sh", "-c", "echo sooner >/root/later; sync")  # in what is merged
+        steps = behind(shell, tmp_path, name, 5, "snapshot", "delete", f"{name}.one", "--yes")
+        assert steps[-1] == "disks.commit", steps
+    else:
+        steps = behind(shell, tmp_path, name, 3, "disk", "move", f"{name}:vda", "--pool", pool.name)
+        assert steps[-1] == "disks.copy_and_switch", steps
+
+    def now(*words: str) -> str:
+        return next(d.source for d in disk_xml.read(shell.virsh("dumpxml", name, *words)) if d.target == "vda")
+
+    old, new = now("--inactive"), now()
+    if noted:
+        with open_host() as host:
+            for journal in (disk_journal, snapshot_journal):
+                for path, entry in journal.entries(host):
+                    if entry.unsure:
+                        disk_journal.write(path, asdict(replace(entry, switched=True)))
+    shell.virsh("destroy", name)
+    if not noted:
+        for words in (
+            ("start", name),
+            ("disk", "resize", f"{name}:vda", "+1G"),
+            ("snapshot", "create", f"{name}.two"),
+            ("backup", "create", name, "--folder", str(tmp_path / "backups")),
+        ):
+            refused = shell.run(*words, check=5).stderr  # else one of them would be true no more
+            assert f"vda is {old}" in refused and f"gone on in {new}" in refused, refused
+        said = shell.run("doctor", "--fix", check=None).stderr
+        assert f"{new if change == 'move' else old} may be newer: look at both" in said, said
+    assert Path(old).exists() and Path(new).exists()
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "agent")
+    if noted or change == "delete":
+        assert now() == now("--inactive") == new
+        assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
+    else:
+        assert now() == now("--inactive") == old
+    if noted:
+        shell.run("doctor", "--fix", check=None)
+        assert not Path(old).exists()
+    shell.run("delete", name, "--yes")
+    Path(new if change == "move" else old).unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 from tests.hosts.machine import sh
 from tests.system.conftest import Shell
 from tests.system.migrating import Pair, busy, guest, pair_fixture, until
+from vmctl import disk_xml
 
 pytestmark = pytest.mark.system
 
@@ -99,6 +100,25 @@ def test_a_stopped_one(pair: Pair, vm: str) -> None:
     pair.vmctl("-c", "h1", "start", vm)
     pair.vmctl("-c", "h1", "wait", vm, "--for", "agent")
     assert pair.vmctl("-c", "h1", "exec", vm, "--", "cat", "/root/kept").stdout == "on disk\n"
+
+
+def test_a_definition_that_lags_behind_does_not_go_along(pair: Pair) -> None:
+    """libvirtd died as a snapshot was taken, after it knew and before the definition said so."""
+    with guest(pair) as name:
+        here = pair.machine("h1")
+        was = here.virsh("dumpxml", name, "--inactive")
+        (old,) = [disk.source for disk in disk_xml.read(was) if disk.target == "vda"]
+        new = old.replace(".qcow2", "-vda.snap-1.qcow2")
+        taken = ("snapshot-create-as", name, "--disk-only", "--no-metadata", "--diskspec")
+        here.virsh(*taken, f"vda,file={new}", *("--diskspec", "vdb,snapshot=no"))
+        here.run("sh", "-c", "cat >/tmp/was.xml; virsh define /tmp/was.xml", input=was)
+        refused = pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", check=5).stderr
+        assert f"vda in {new}, and its definition, which would go along, says {old}" in refused
+        assert pair.where(name) == {"h1": "running"}
+        here.run("sh", "-c", "cat >/tmp/now.xml; virsh define /tmp/now.xml", input=was.replace(old, new))
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2")
+        assert pair.where(name) == {"h2": "running"}
+        assert new in pair.machine("h2").virsh("dumpxml", name, "--inactive")
 
 
 def test_its_files_are_nobodys_to_clear_away_where_it_was(pair: Pair) -> None:

@@ -125,7 +125,7 @@ def rename(
     from vmctl import lifecycle
 
     with opened(connect) as host:
-        lifecycle.rename(host, name, new)
+        lifecycle.rename(host, name, new, reporter())
     ui.say(new)
 
 

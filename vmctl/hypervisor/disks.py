@@ -204,14 +204,15 @@ def copy_and_switch(
     target: str,
     destination: str,
     moved: Callable[[Job], None],
+    switching: Callable[[], None],
     *,
     shallow: bool,
     bandwidth: int = 0,
 ) -> None:
     """Copy a disk of a running domain to ``destination`` (the XML of a <disk>) and let the domain go on there.
 
-    Undone, but for the new file, when anything ends it before the switch. ``shallow``: its backing file stays.
-    ``bandwidth`` in bytes a second, 0 for all there is.
+    Undone, but for the new file, when anything ends it before the switch. ``switching`` is called right before that.
+    ``shallow``: its backing file stays. ``bandwidth`` in bytes a second, 0 for all there is.
     """
     parameters = {libvirt.VIR_DOMAIN_BLOCK_COPY_BANDWIDTH: bandwidth} if bandwidth else {}
     flags = libvirt.VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB | libvirt.VIR_DOMAIN_BLOCK_COPY_REUSE_EXT
@@ -222,6 +223,7 @@ def copy_and_switch(
         dom.blockCopy(target, destination, parameters, flags)
     try:
         _until(conn, name, target, doing, moved, ready=True)
+        switching()
         with calling(doing):
             dom.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
     except BaseException:
@@ -251,9 +253,18 @@ def pull(conn: Connection, name: str, target: str, base: str, moved: Callable[[J
 _COMMITS = (libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT, libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT)
 
 
-def commit(conn: Connection, name: str, target: str, base: str, top: str, moved: Callable[[Job], None]) -> None:
+def commit(
+    conn: Connection,
+    name: str,
+    target: str,
+    base: str,
+    top: str,
+    moved: Callable[[Job], None],
+    switching: Callable[[], None],
+) -> None:
     """Bring what ``top``, a file of a running domain's disk, holds into ``base``, the one below it, and go on without.
 
+    ``switching`` is called right before a domain that writes to ``top`` goes on in ``base``.
     Ended in its middle it leaves a disk of the same content on the same backing chain; ``base`` alone may have changed.
     """
     doing = f"commit {top} of VM {name}"
@@ -278,6 +289,7 @@ def commit(conn: Connection, name: str, target: str, base: str, top: str, moved:
     try:
         _until(conn, name, target, doing, moved, ready=active)
         if active:
+            switching()
             with calling(doing):
                 dom.blockJobAbort(target, libvirt.VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT)
     except BaseException:
