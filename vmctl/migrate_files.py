@@ -200,6 +200,16 @@ def left_below(source: Host, vm: Domain, found: Sequence[File]) -> tuple[File, .
     return tuple(left.values())
 
 
+def own_disks(left: Iterable[File], kept: Set[str], ours: Set[str], same: Set[str]) -> tuple[str, ...]:
+    """The disks that a left definition has to itself: there, and not the one of its name that the VM has. Pure.
+
+    ``kept``: the paths of what the VM has, where it stays; ``ours``: of what bears the mark of a move; ``same``: the
+    folders in which a name means what it means there.
+    """
+    disks = (one for one in left if one.role is Role.DISK and not one.missing and one.path not in ours)
+    return tuple(one.path for one in disks if one.path not in kept or not (one.network or one.folder in same))
+
+
 # --- what the target has -------------------------------------------------------------------------------------
 
 

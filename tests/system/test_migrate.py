@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -400,6 +401,35 @@ def test_recovery_gives_up_nothing_that_was_used_there(pair: Pair, vm: str) -> N
             assert pair.where(name)["h1"] == "shut off"
             assert pair.json("-c", "h1", "show", name)["state"] == "saved"
             assert pair.machine("h1").virsh("snapshot-list", name, "--name").split() == ["first"]
+
+
+def test_recovery_gives_up_no_other_vm_of_its_uuid(pair: Pair, vm: str) -> None:
+    """Somebody copied the definition and gave it a disk of its own: it is no left-over, be it off or the one on."""
+    name, first, second = f"{vm}-copied", pair.machine("h1"), pair.machine("h2")
+    own = f"/var/lib/libvirt/vmctl/{name}.qcow2"
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--network", "lan", "--no-start")
+    try:
+        text = first.virsh("dumpxml", name)
+        (disk,) = set(re.findall(r"source file='([^']*\.qcow2)'", text))
+        first.run("cp", disk, own)
+        second.run("sh", "-c", "cat >/tmp/d.xml; virsh define /tmp/d.xml", input=text.replace(disk, own))
+        told = pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", check=11).stderr
+        assert "--recover looks at both" in told, "which is what one does then"
+        words = ("-c", "h1", "migrate", name, "--to", "h2", "--recover")
+        told = pair.vmctl(*words, check=12).stderr
+        assert "on h2 it is stopped, with a disk that is not the one on h1" in told and told.count(own) == 1
+        second.virsh("start", name)
+        told = pair.vmctl(*words, check=12).stderr
+        assert "on h1 it is stopped, with a disk that is not the one on h2" in told and told.count(disk) == 1
+        assert pair.where(name) == {"h1": "shut off", "h2": "running"}
+        second.virsh("destroy", name)
+        pair.vmctl("-c", "h2", "delete", name, "--yes")
+        pair.vmctl(*words)
+        assert pair.where(name) == {"h2": "shut off"}
+    finally:
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+        first.run("rm", "-f", own)
 
 
 def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_path: Path) -> None:
