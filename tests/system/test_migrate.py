@@ -370,7 +370,9 @@ def test_a_definition_that_stayed_takes_no_disk_along(pair: Pair, vm: str) -> No
         pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--keep-source")
         files = pair.files("h2")
         assert any(one.endswith("-seed.iso") for one in files)
-        pair.vmctl("-c", "h1", "start", name, check=13)  # QEMU locks its disks
+        told = pair.vmctl("-c", "h1", "start", name, check=5).stderr
+        assert f"cannot start VM {name}: it runs on h2, and must not be on two hosts at once" in told
+        assert f"vmctl -c h2 stop {name}" in told
         assert pair.files("h2") == files, "its seed too, which is in its drive there"
         told = pair.vmctl("-c", "h1", "delete", name, "--yes").stderr
         assert told.count(f"{name} on h2 needs it, on storage that both hosts see") >= 2, (
@@ -378,11 +380,16 @@ def test_a_definition_that_stayed_takes_no_disk_along(pair: Pair, vm: str) -> No
         )
         assert pair.files("h2") == files and pair.where(name) == {"h2": "running"}
         pair.vmctl("-c", "h2", "stop", name, "--force")
-        pair.vmctl("-c", "h2", "start", name)
+        uri, key = "qemu+ssh://root@127.0.0.1:1/system", pair.machine("h1").host_key
+        pair.vmctl("host", "add", "dead", uri, "--host-key", key, "--no-check")
+        told = pair.vmctl("-c", "h2", "start", name).stderr
+        assert f"not asked whether {name}, which went to another host once, runs there: dead (" in told
+        pair.vmctl("host", "remove", "dead")
         pair.vmctl("-c", "h2", "wait", name, "--for", "agent")
         assert pair.vmctl("-c", "h2", "exec", name, "--", "cat", "/root/kept").stdout == "kept\n"
         pair.vmctl("-c", "h2", "delete", name, "--yes")
         assert not [one for one in pair.files("h2") if one.startswith(f"{name}-")], "the last one takes all"
+    pair.vmctl("host", "remove", "dead", check=None)
 
 
 def test_recovery_gives_up_nothing_that_was_used_there(pair: Pair, vm: str) -> None:

@@ -127,6 +127,18 @@ def test_live_with_whole_disks(pair: Pair, vm: str) -> None:
     assert read(pair, "h2", vm) == digest
 
 
+def test_one_that_stayed_with_disks_of_its_own_does_not_start_beside(pair: Pair, vm: str) -> None:
+    """Its disks are copies, which no lock of QEMU's keeps it from; and no recovery gives them up unasked."""
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+    told = pair.vmctl("-c", "h1", "start", vm, check=5).stderr
+    assert f"cannot start VM {vm}: it runs on h2" in told and f"vmctl -c h2 stop {vm}" in told
+    told = pair.vmctl("-c", "h2", "migrate", vm, "--to", "h1", "--recover", check=12).stderr
+    assert "on h1 it is stopped, with a disk that is not the one on h2" in told
+    assert pair.where(vm) == {"h1": "shut off", "h2": "running"}
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+    assert pair.where(vm) == {"h2": "running"} and not of(vm, pair.files("h1"))
+
+
 @pytest.mark.parametrize("way", ["overlay", "full"])
 def test_a_disk_in_a_folder_that_is_no_pool(pair: Pair, vm: str, way: str) -> None:
     first, second = pair.machine("h1"), pair.machine("h2")
