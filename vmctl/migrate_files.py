@@ -134,9 +134,11 @@ def _files(
             if later or below.path not in found:
                 found[below.path] = replace(below, later=later)
         found[source] = top
+    folders = {one.rpartition("/")[0] for one in known}
     for role, path in ((Role.KERNEL, vm.facts.kernel), (Role.INITRD, vm.facts.initrd), (Role.NVRAM, nvram(vm))):
         if path and (role is not Role.NVRAM or path in known):  # libvirt makes those at the first start
-            found.setdefault(path, _file(host, known.get(path), File(role, path)))
+            missing = path not in known and path.rpartition("/")[0] in folders
+            found.setdefault(path, _file(host, known.get(path), File(role, path, missing=missing)))
     if vm.facts.serial_log:
         found.setdefault(vm.facts.serial_log, File(Role.LOG, vm.facts.serial_log))
     return tuple(found.values())
@@ -144,7 +146,7 @@ def _files(
 
 def _file(host: Host, volume: VolumeFacts | None, plain: File) -> File:
     if volume is None:
-        return replace(plain, missing=plain.role in _LOOKED_FOR and plain.folder not in {"", "/dev"})
+        return replace(plain, missing=plain.missing or (plain.role in _LOOKED_FOR and plain.folder not in {"", "/dev"}))
     try:
         size = volume.physical or storage.volume_size(host.conn, volume.pool, volume.name)
     except NotFound:
@@ -263,8 +265,9 @@ def look(
     leavings: list[File] = []
     obsolete: list[str] = []
     for one in found:
-        if one.missing and one.folder not in both:
-            needs.append(DiskNeed(one.told, one.path, False, missing=True, later=one.later))
+        if one.missing:
+            below = one.target if one.role is Role.BASE else ""
+            needs.append(DiskNeed(one.told, one.path, False, missing=True, later=one.later, below=below))
             continue
         if one.network or one.folder in both:
             users = in_use.get(one.path, ()) if one.role is Role.DISK else ()

@@ -439,6 +439,35 @@ def test_recovery_gives_up_no_other_vm_of_its_uuid(pair: Pair, vm: str) -> None:
         first.run("rm", "-f", own)
 
 
+def test_a_base_image_or_a_kernel_that_is_gone(pair: Pair, vm: str) -> None:
+    """The preflight tells, and its mend works: QEMU still has the file."""
+    image = f"img-{vm[2:]}"
+    first = pair.machine("h1")
+    (base,) = first.images.glob("micro-*.qcow2")
+    for path in first.images.glob(f"{base.stem}.*"):
+        text = path.read_bytes()
+        if path.suffix == ".json":
+            text = text.replace(b'"micro"', f'"{image}"'.encode())
+        (first.images / f"{image}-{path.name.partition('-')[2]}").write_bytes(text)
+    first.virsh("pool-refresh", "vmctl-images")
+    name = f"{vm}-based"
+    pair.vmctl("-c", "h1", "create", name, "--image", image, "--memory", "128M", "--network", "lan", "--wait", "agent")
+    words = ("-c", "h1", "migrate", name, "--to", "h2")
+    try:
+        for path in first.images.glob(f"{image}-*"):
+            path.unlink()
+        told = pair.vmctl(*words, "--check", check=11).stderr
+        assert f"base image (/var/lib/libvirt/vmctl/vmctl-images/{image}-" in told and "is not there on h1" in told
+        assert f"kernel (/var/lib/libvirt/vmctl/vmctl-images/{image}-" in told
+        assert f"on h1, virsh blockpull {name} vda --wait" in told
+        assert "is not there on h1" in pair.vmctl(*words, check=11).stderr
+        first.virsh("blockpull", name, "vda", "--wait")
+        assert "base image" not in pair.vmctl(*words, check=11).stderr
+    finally:
+        pair.vmctl("-c", "h1", "delete", name, "--yes", "--missing-ok")
+        first.virsh("pool-refresh", "vmctl-images")
+
+
 def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_path: Path) -> None:
     assert "ok" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--check").stdout
     second = pair.machine("h2")
