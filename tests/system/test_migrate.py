@@ -259,6 +259,17 @@ def test_an_image_of_a_vm_elsewhere_stays_in_the_store(pair: Pair, vm: str, tmp_
         pair.machine("h1").virsh("pool-refresh", "vmctl-images")
 
 
+def test_a_disk_of_that_name_that_another_host_made(pair: Pair, vm: str) -> None:
+    """libvirt knows of it only when it looks again, which is for vmctl to see to."""
+    disk = f"{vm}-taken"
+    for host in ("h1", "h2"):
+        pair.vmctl("-c", host, "disk", "list")
+    pair.vmctl("-c", "h1", "disk", "create", disk, "1M")
+    told = pair.vmctl("-c", "h2", "disk", "create", disk, "1M", check=5).stderr
+    assert told == f"cannot create disk {disk}: pool vmctl has a volume {disk}.qcow2 already\n"
+    pair.vmctl("-c", "h2", "disk", "delete", f"vmctl/{disk}.qcow2", "--yes")
+
+
 def test_restoring_takes_no_disk_from_a_vm_elsewhere(pair: Pair, vm: str, both: Path, tmp_path: Path) -> None:
     """Neither the file that a VM of another host got from the same backup, nor one that it shares with the old VM."""
     here, name, place = ("-c", "qemu:///system"), f"{vm}-back", ("--folder", str(tmp_path / "backups"))
