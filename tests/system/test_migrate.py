@@ -270,6 +270,23 @@ def test_a_disk_of_that_name_that_another_host_made(pair: Pair, vm: str) -> None
     pair.vmctl("-c", "h2", "disk", "delete", f"vmctl/{disk}.qcow2", "--yes")
 
 
+def test_an_image_that_another_host_put_into_the_store(pair: Pair, vm: str, tmp_path: Path) -> None:
+    image, name = f"seen-{vm[2:]}", f"{vm}-seen"
+    sh("qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "a.qcow2"), "4M")
+    sh("qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "b.qcow2"), "5M")
+    pair.vmctl("-c", "h1", "image", "list")
+    older = pair.vmctl("-c", "h2", "image", "import", str(tmp_path / "a.qcow2"), "--name", image).stdout.strip()
+    try:
+        pair.vmctl("-c", "h1", "create", name, "--image", image, "--network", "lan", "--no-start")
+        newer = pair.vmctl("-c", "h2", "image", "import", str(tmp_path / "b.qcow2"), "--name", image).stdout.strip()
+        assert pair.vmctl("-c", "h1", "image", "show", image, "-o", "name").stdout.strip() == newer
+        assert newer.rpartition("-")[2] in pair.vmctl("-c", "h1", "image", "list").stdout
+    finally:
+        pair.vmctl("-c", "h1", "delete", name, "--yes", "--missing-ok")
+        pair.vmctl("-c", "h2", "image", "delete", older, "--yes")
+        pair.vmctl("-c", "h2", "image", "delete", image, "--yes", check=None)
+
+
 def test_restoring_takes_no_disk_from_a_vm_elsewhere(pair: Pair, vm: str, both: Path, tmp_path: Path) -> None:
     """Neither the file that a VM of another host got from the same backup, nor one that it shares with the old VM."""
     here, name, place = ("-c", "qemu:///system"), f"{vm}-back", ("--folder", str(tmp_path / "backups"))
