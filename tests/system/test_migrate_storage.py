@@ -396,6 +396,34 @@ def test_cut_off_it_stays_and_the_target_is_clean(pair: Pair, vm: str, number: s
     assert not [name for name in pair.files("h2") if name.endswith(".migrating")]
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupted_while_the_target_prepares(pair: Pair, vm: str, times: int) -> None:
+    """libvirt forgets what it is told then, and begins a QEMU there, whose disks must not be taken from it."""
+    first, second = pair.machine("h1"), pair.machine("h2")
+    install(second)
+    second.kill("libvirtd")
+    second.start("libvirtd")
+    before = of(vm, pair.files("h1"))
+    hold = Hold(Phase.PREPARE, first, second, vm)
+    process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    try:
+        assert hold.enter(lambda: process.poll() is not None, 0)
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            pause(1)
+        pause(3)  # longer than a look at both takes
+        assert before <= of(vm, pair.files("h2"))
+    finally:
+        hold.release()
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 130, said
+    if f"{vm} runs on h1 as before" in said:
+        assert pair.where(vm) == {"h1": "running"} and of(vm, pair.files("h2")) == set(), said
+    else:
+        assert times > 1 and "no file of it was deleted" in said, said
+        pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover", "--copy-storage", "overlay")
+
+
 def test_interrupted_while_both_are_asked_where_it_is(pair: Pair, vm: str) -> None:
     """It runs on h2 already, which does not answer just then: its disks there are the only ones that it writes to."""
     first, second = pair.machine("h1"), pair.machine("h2")
