@@ -14,6 +14,7 @@ from vmctl import digest
 from vmctl.backup_index import CLUSTER, ZEROS, Index
 from vmctl.errors import ImageError, VmctlError
 from vmctl.nbd import Export
+from vmctl.wait import Worker
 
 PIECE = 16 * CLUSTER
 _THREADS = 8  # while some wait for the disk, others empty what the server has sent
@@ -205,7 +206,7 @@ def run(copy: Copy, moved: Callable[[int], None] = lambda _count: None) -> Index
             total[0] += amount
 
     work = _Work(copy, count)
-    threads = [threading.Thread(target=work.run, name="backup", daemon=True) for _ in range(_THREADS)]
+    threads = [Worker(work.run, "backup") for _ in range(_THREADS)]
     began = time.monotonic()
     try:
         for thread in threads:

@@ -13,7 +13,7 @@ from vmctl.disk_chain import Chain
 from vmctl.disk_find import Located, folders, locate, require_idle, require_no_overlays, require_not_elsewhere
 from vmctl.disk_spec import Ref, name_problem, parse_ref
 from vmctl.disk_xml import DiskDevice
-from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, VmctlError
+from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, VmctlError, WrongState
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, pools, storage
@@ -201,6 +201,11 @@ def create(host: Host, text: str, size: int | None, form: DiskFormat | None, bac
         )
         try:
             storage.create_volume(host.conn, made.pool, render.volume(view), name=made.volume)
+        except WrongState:
+            if storage.pool_exists(host.conn, made.pool):  # and runs: another host that sees it may have made the file
+                storage.refresh(host.conn, made.pool)
+                plan_create(host, text, size, form, backing)
+            raise
         except HypervisorError as error:
             error.hint = (
                 error.hint or f"has pool {made.pool} room, and may it be written to? vmctl disk pool show {made.pool}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -11,7 +10,7 @@ from vmctl.errors import HostUnreachable, VmctlError, quietly
 from vmctl.events import Progress, Reporter
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain
-from vmctl.wait import wait_until
+from vmctl.wait import Worker, wait_until
 
 _CANCEL_TIMEOUT_S = 30.0
 _BACK_S = 30.0
@@ -27,7 +26,7 @@ def blocking(host: Host, name: str, work: Callable[[], None], report: Reporter, 
         except VmctlError as error:
             failure.append(error)
 
-    worker = threading.Thread(target=run, name=doing, daemon=True)
+    worker = Worker(run, doing)
     worker.start()
     try:
         while worker.is_alive():

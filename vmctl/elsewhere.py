@@ -1,5 +1,7 @@
 """Who on other hosts needs files of a host, where they see the same storage: none of its own VMs tells of them.
 
+And whether a VM of which a host has a definition is on another by now.
+
 Nobody is asked where the config file has no other host, nor about a folder that this machine alone can see.
 """
 
@@ -7,8 +9,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from vmctl import folder_pools, image_users
 from vmctl.config import HostEntry
@@ -17,7 +21,10 @@ from vmctl.events import Reporter, Warned
 from vmctl.fleet import DEADLINE_S, Fleet, called, each
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
+from vmctl.hypervisor.domain import Domain
+from vmctl.hypervisor.states import State
 
+T = TypeVar("T")
 _ANEW_S = 60.0
 _late: dict[str, tuple[float, HostUnreachable]] = {}  # who did not answer, and when: several disks wait for it once
 
@@ -46,26 +53,32 @@ def look(host: Host, paths: Collection[str], timeout_s: float = DEADLINE_S) -> E
     spelled = {path: names for path, names in spelled.items() if names}
     if not host.others or not spelled:
         return Elsewhere({}, {})
-    fleet, now = Fleet(host.settings, host.folders), time.monotonic()
-    silent = {name: error for name, (since, error) in _late.items() if now - since < _ANEW_S}
-
-    def ask(entry: HostEntry) -> dict[str, tuple[str, ...]]:
-        if called(entry) in silent:
-            raise silent[called(entry)]
-        with fleet.open(entry) as other:
-            return _asked(host, other, spelled)
-
     users: dict[str, list[tuple[str, str]]] = {}
     unasked = {}
-    for name, answer in each(host.others, ask, timeout_s):
+    for name, answer in _answers(host, lambda other: _asked(host, other, spelled), timeout_s):
         if isinstance(answer, VmctlError):
             unasked[name] = answer.message
-            if isinstance(answer, HostUnreachable) and name not in silent:
-                _late[name] = time.monotonic(), answer
             continue
         for path, names in answer.items():
             users.setdefault(path, []).extend((name, user) for user in names)
     return Elsewhere({path: tuple(found) for path, found in users.items()}, unasked)
+
+
+def _answers(host: Host, ask: Callable[[Host], T], timeout_s: float) -> Iterator[tuple[str, T | VmctlError]]:
+    """What each of the other hosts says, or why it says nothing; who was late is not waited for within a minute."""
+    fleet, now = Fleet(host.settings, host.folders), time.monotonic()
+    silent = {name: error for name, (since, error) in _late.items() if now - since < _ANEW_S}
+
+    def one(entry: HostEntry) -> T:
+        if called(entry) in silent:
+            raise silent[called(entry)]
+        with fleet.open(entry) as other:
+            return ask(other)
+
+    for name, answer in each(host.others, one, timeout_s):
+        if isinstance(answer, HostUnreachable) and name not in silent:
+            _late[name] = time.monotonic(), answer
+        yield name, answer
 
 
 def _spellings(host: Host, path: str) -> tuple[str, ...]:
@@ -91,8 +104,8 @@ def _asked(host: Host, other: Host, spelled: Mapping[str, tuple[str, ...]]) -> d
     if unattached:  # those that this host sees, too, its own rules are for
         known = {one.name for one in storage.all_volumes(host.conn)}
         found |= {name: rest for name, volumes in unattached.items() if (rest := volumes - known)}
-    if not found or (host.conn.host, host.facts.uuid) == (other.conn.host, other.facts.uuid):
-        return {}  # the same host, by another name
+    if not found or _is_same(host, other):
+        return {}
     both = folder_pools.shared_folders(host, other, {_folder(name) for name in found if name.startswith("/")})
     theirs = {name: users for name, users in found.items() if not name.startswith("/") or _folder(name) in both}
     answer = {path: {user for name in names for user in theirs.get(name, ())} for path, names in spelled.items()}
@@ -133,6 +146,35 @@ def require_unused(host: Host, ref: str, paths: Collection[str], doing: str, rep
             hint=f"vmctl -c {users[0][0]} disk list shows whose it is",
         )
     _warn(found, report)
+
+
+def require_off(host: Host, vm: Domain, report: Reporter, timeout_s: float = DEADLINE_S) -> None:
+    """Raise Conflict when another host has that very VM, by its UUID, in use; warn of hosts that cannot be asked."""
+    unasked = {}
+    for name, there in _answers(host, partial(_has, host, vm.uuid), timeout_s):
+        if isinstance(there, VmctlError):
+            unasked[name] = there.message
+        elif there is not None and (there.active or there.state is State.SAVED):
+            how, what = "is saved", f"vmctl -c {name} start {there.name} goes on with it there"
+            if there.active:
+                how, what = "runs", f"vmctl -c {name} stop {there.name} ends it there"
+            raise Conflict(
+                f"cannot start VM {vm.name}: it {how} on {name}, and must not be on two hosts at once",
+                hint=f"{what}; vmctl delete {vm.name} gives up what stayed of it here",
+            )
+    if unasked:
+        why = next(iter(unasked.values()))
+        text = f"not asked whether {vm.name}, which went to another host once, runs there: {', '.join(unasked)} ({why})"
+        report(Warned(text, "make sure that it does not: two that run on one disk destroy it"))
+
+
+def _has(host: Host, uuid: str, other: Host) -> Domain | None:
+    return None if _is_same(host, other) else domain.find_or_none(other.conn, uuid)
+
+
+def _is_same(host: Host, other: Host) -> bool:
+    """Whether it is the same host, by another name."""
+    return (host.conn.host, host.facts.uuid) == (other.conn.host, other.facts.uuid)
 
 
 def _warn(found: Elsewhere, report: Reporter) -> None:

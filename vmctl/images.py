@@ -20,7 +20,7 @@ from typing import IO
 
 from vmctl import digest
 from vmctl.durable import written_out
-from vmctl.errors import ImageError, NotFound, VmctlError
+from vmctl.errors import ImageError, NotFound, VmctlError, quietly
 from vmctl.events import Progress, Reporter, Step, Warned
 from vmctl.hosts import Host, pool_folder
 from vmctl.hypervisor import storage
@@ -67,11 +67,17 @@ def _pool_xml(host: Host, name: str) -> str:
     return render.pool(name, pool_path(host, name))
 
 
-def list_images(host: Host) -> tuple[Manifest, ...]:
-    """All images, by name and then newest first."""
+def list_images(host: Host, *, anew: bool = False) -> tuple[Manifest, ...]:
+    """All images, by name and then newest first.
+
+    What another host put into a store that both see is among them where its folder can be looked into from here;
+    elsewhere with ``anew``, for which libvirt looks at every file there.
+    """
     pool = host.settings.image_pool
     if not storage.pool_exists(host.conn, pool):
         return ()
+    if _has_unseen(host, pool, otherwise=anew):
+        quietly(lambda: storage.refresh(host.conn, pool, timeout_s=0))  # or as it is, while a file is made there
     try:
         read = _manifests(host, pool)
     except VmctlError:  # another host that sees the store took one away: libvirt here does not know yet
@@ -80,6 +86,17 @@ def list_images(host: Host) -> tuple[Manifest, ...]:
     found = [manifest for manifest in read if manifest is not None]
     found.sort(key=lambda manifest: manifest.built, reverse=True)
     return tuple(sorted(found, key=lambda manifest: manifest.name))
+
+
+def _has_unseen(host: Host, pool: str, *, otherwise: bool) -> bool:
+    """Whether there are images in the store that libvirt does not know of; ``otherwise`` where nobody here can tell."""
+    if not (host.conn.local and host.conn.qemu):
+        return otherwise
+    try:
+        there = {one.name for one in Path(storage.pool_path(host.conn, pool)).iterdir() if is_manifest(one.name)}
+    except OSError:
+        return otherwise
+    return not there <= {*storage.volume_names(host.conn, pool)}
 
 
 def _manifests(host: Host, pool: str) -> list[Manifest | None]:
@@ -92,7 +109,7 @@ def find(host: Host, name: str) -> Image:
 
     What the catalogue calls ``name`` besides is found under its own name. Raises NotFound.
     """
-    known = list_images(host)
+    known = list_images(host, anew=True)
     own = (manifest for manifest in known if name in {manifest.name, manifest.stem, manifest.short})
     tagged = (manifest for manifest in known if name in manifest.tags)
     for manifest in (*own, *tagged):

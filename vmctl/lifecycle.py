@@ -14,6 +14,7 @@ from vmctl import (
     disk_journal,
     domain_job,
     forgotten,
+    identity,
     layer_check,
     networks,
     render,
@@ -27,6 +28,7 @@ from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import agent, disks, domain, events
 from vmctl.hypervisor.domain import ACTIVE, Domain, State
+from vmctl.hypervisor.states import MOVED
 from vmctl.hypervisor.waiting import Waiting
 from vmctl.seed_disk import detach_used
 from vmctl.spec import Accel
@@ -76,6 +78,10 @@ def start(host: Host, name: str, report: Reporter) -> Started:
         )
     if vm.active:
         return Started.ALREADY
+    if host.others and (vm.why == MOVED or any(identity.is_moved(host, one) for one in identity.prefixes(vm))):
+        from vmctl import elsewhere  # late: most know one host
+
+        elsewhere.require_off(host, vm, report)
     forgotten.require_none(host, vm.name, vm.uuid, f"start VM {name}")
     layer_check.require_none_newer(host, vm, f"start VM {name}")
     for nic in vm.facts.nics:

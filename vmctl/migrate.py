@@ -287,7 +287,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
     stayed = where in {Where.STAYED, Where.HALF}
     if where is Where.HALF:
         quietly(lambda: domain.resume(ends.source.conn, vm.name))
-    if stayed and seen[1].known:  # else its marks stay, for --recover
+    if stayed and seen[1].known and not seen[1].there:  # else its marks stay, for --recover
         made.close()
     if where is Where.HALF:
         where, seen = migrate_settle.settled(ends, vm, run, report)

@@ -134,9 +134,11 @@ def _files(
             if later or below.path not in found:
                 found[below.path] = replace(below, later=later)
         found[source] = top
+    folders = {one.rpartition("/")[0] for one in known}
     for role, path in ((Role.KERNEL, vm.facts.kernel), (Role.INITRD, vm.facts.initrd), (Role.NVRAM, nvram(vm))):
         if path and (role is not Role.NVRAM or path in known):  # libvirt makes those at the first start
-            found.setdefault(path, _file(host, known.get(path), File(role, path)))
+            missing = path not in known and path.rpartition("/")[0] in folders
+            found.setdefault(path, _file(host, known.get(path), File(role, path, missing=missing)))
     if vm.facts.serial_log:
         found.setdefault(vm.facts.serial_log, File(Role.LOG, vm.facts.serial_log))
     return tuple(found.values())
@@ -144,7 +146,7 @@ def _files(
 
 def _file(host: Host, volume: VolumeFacts | None, plain: File) -> File:
     if volume is None:
-        return replace(plain, missing=plain.role in _LOOKED_FOR and plain.folder not in {"", "/dev"})
+        return replace(plain, missing=plain.missing or (plain.role in _LOOKED_FOR and plain.folder not in {"", "/dev"}))
     try:
         size = volume.physical or storage.volume_size(host.conn, volume.pool, volume.name)
     except NotFound:
@@ -200,6 +202,16 @@ def left_below(source: Host, vm: Domain, found: Sequence[File]) -> tuple[File, .
     return tuple(left.values())
 
 
+def own_disks(left: Iterable[File], kept: Set[str], ours: Set[str], same: Set[str]) -> tuple[str, ...]:
+    """The disks that a left definition has to itself: there, and not the one of its name that the VM has. Pure.
+
+    ``kept``: the paths of what the VM has, where it stays; ``ours``: of what bears the mark of a move; ``same``: the
+    folders in which a name means what it means there.
+    """
+    disks = (one for one in left if one.role is Role.DISK and not one.missing and one.path not in ours)
+    return tuple(one.path for one in disks if one.path not in kept or not (one.network or one.folder in same))
+
+
 # --- what the target has -------------------------------------------------------------------------------------
 
 
@@ -253,8 +265,9 @@ def look(
     leavings: list[File] = []
     obsolete: list[str] = []
     for one in found:
-        if one.missing and one.folder not in both:
-            needs.append(DiskNeed(one.told, one.path, False, missing=True, later=one.later))
+        if one.missing:
+            below = one.target if one.role is Role.BASE else ""
+            needs.append(DiskNeed(one.told, one.path, False, missing=True, later=one.later, below=below))
             continue
         if one.network or one.folder in both:
             users = in_use.get(one.path, ()) if one.role is Role.DISK else ()

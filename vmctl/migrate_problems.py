@@ -33,7 +33,7 @@ class DiskNeed:
     """A disk, or another file the VM needs: whether both hosts see the same one, and what the target has in its place.
 
     ``space`` bytes are needed to make it there; ``users`` run there now with that very file. ``missing``: the source
-    has none, though the VM names it, or with ``later`` will at its next start.
+    has none, though the VM names it, or with ``later`` will at its next start; ``below``: the disk that is based on it.
     """
 
     name: str
@@ -48,6 +48,7 @@ class DiskNeed:
     users: tuple[str, ...] = ()
     missing: bool = False
     later: bool = False
+    below: str = ""
 
 
 class PoolNeed(NamedTuple):
@@ -294,7 +295,7 @@ def _storage(facts: Facts) -> Iterator[Problem]:
             continue
         if need.missing:
             gone = f"{what} is not there on {here.name}, though {vm.name} {'will need' if need.later else 'needs'} it"
-            yield Problem(gone, "put it back, or detach the disk", note=need.later)
+            yield Problem(gone, _mend_of_missing(facts, need), note=need.later)
             continue
         if need.shared:
             if need.cache == "unsafe" and facts.live:
@@ -323,6 +324,17 @@ def _storage(facts: Facts) -> Iterator[Problem]:
         if free is not None and free < needed:
             what = f"{folder} on {there.name} has {free >> 20} MiB free, and {vm.name} needs up to {needed >> 20} MiB"
             yield Problem(what, "make room there")
+
+
+def _mend_of_missing(facts: Facts, need: DiskNeed) -> str:
+    if not need.below:
+        return "put it back, or detach the disk" if "disk" in need.name else "put it back"
+    if facts.live and not need.later:  # what was deleted or renamed, its QEMU has open
+        pull = f"virsh blockpull {facts.vm.name} {need.below} --wait"
+        return (
+            f"put it back; or let disk {need.below} take over what QEMU still has of it: on {facts.source.name}, {pull}"
+        )
+    return f"put it back: without it nobody can read disk {need.below}"
 
 
 def _postcopy(facts: Facts) -> Iterator[Problem]:

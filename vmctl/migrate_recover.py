@@ -46,7 +46,7 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             where, seen = migrate_settle.settle(ends, vm.uuid)
         here, there = ends.names
         if where is Where.MOVED or _off_there(seen):
-            _require_left(ends.source, here, vm, seen[0])
+            _require_left(ends.source, here, vm, seen[0], ends.target, went=True)
             looked = _looked(ends, vm, wish)
             migrate.end_on_target(ends, looked, wish, report)
             _clear_marks(ends, looked)
@@ -60,7 +60,7 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         elif where is Where.LOST:
             text = f"{name} runs on neither host: if it did before, its memory is gone, and its disks are not"
             report(Warned(text, f"vmctl start {name}, once it is where it shall be"))
-        _require_left(ends.target, there, vm, seen[1])
+        _require_left(ends.target, there, vm, seen[1], ends.source, went=False)
         _clear_target(ends, vm, seen[1], report)
     report(Step(f"{name} is on {here}, and {there} is clean: migrating it"))
     return migrate.migrate(ends, name, wish, report)
@@ -83,10 +83,11 @@ def _only_off(seen: tuple[Seen, Seen]) -> bool:
     return seen[0].state is not None and seen[1].known and not seen[1].there
 
 
-def _require_left(host: Host, called: str, vm: Domain, seen: Seen) -> None:
+def _require_left(host: Host, called: str, vm: Domain, seen: Seen, stays: Host, *, went: bool) -> None:
     """Raise MigrationFailed where a host has more of a VM that is elsewhere than moves leave: it was used there.
 
-    A definition that was kept there, and started: its saved memory and its snapshots would go with it.
+    A definition that was kept there, and started: its saved memory and its snapshots would go with it. Or one that
+    somebody copied, and gave disks of its own: it is another VM, whatever its UUID.
     """
     if seen.state is None or seen.there:
         return
@@ -100,6 +101,26 @@ def _require_left(host: Host, called: str, vm: Domain, seen: Seen) -> None:
             "leaves: it was used there",
             hint=f"look at it there; vmctl -c {called} delete {left.name} gives up what it has there",
         )
+    if own := _own_disks(host, left, stays, went=went):
+        raise MigrationFailed(
+            f"cannot recover VM {vm.name}: on {called} it is {left.state}, with a disk that is not the one on "
+            f"{stays.name}, and that no move which was cut off left there: {', '.join(own)}",
+            hint=f"is it another VM? on {called} itself, vmctl clone {left.name} NEW makes one with a UUID of its own; "
+            f"vmctl -c {called} delete {left.name} gives up what it has there",
+        )
+
+
+def _own_disks(host: Host, left: Domain, stays: Host, *, went: bool) -> tuple[str, ...]:
+    """The disks of a definition of a VM that stays elsewhere which are neither the VM's nor what a move left.
+
+    ``went``: the VM has gone from there, so that what is called as its disks are is what they were copied from.
+    """
+    files = migrate_files.files(host, left)
+    kept = {one.path for one in migrate_files.files(stays, domain.find(stays.conn, left.uuid))}
+    ours = migrate_storage.marked(host, files) | migrate_storage.marked(stays, files)
+    folders = {one.folder for one in files if not one.network and one.path in kept}
+    same = folders if went else folder_pools.shared_folders(stays, host, folders)
+    return migrate_files.own_disks(files, kept, ours, same)
 
 
 def _off_there(seen: tuple[Seen, Seen]) -> bool:

@@ -59,6 +59,8 @@ def settle(ends: Ends, uuid: str) -> tuple[Where, tuple[Seen, Seen]]:
         if seen != before:
             before, changed = seen, now
         ended = where in {Where.MOVED, Where.STAYED} and not (seen[0].there and seen[1].there)
+        if where is Where.STAYED and ended:
+            ended = not _busy(ends, uuid)  # what is being cancelled may not have come to the target yet
         ended = ended or where is Where.LOST or (where is Where.POSTCOPY and CUT_OFF in {seen[0].why, seen[1].why})
         if ended or now - began >= _SETTLE_S:
             return where, seen
@@ -88,11 +90,10 @@ def failed(ends: Ends, name: str, run: Run, where: Where, seen: tuple[Seen, Seen
             if where is Where.HALF or seen[0].runs
             else f"{name} is on {here} as before"
         )
-        if not seen[1].known:
-            return MigrationFailed(
-                f"cannot migrate VM {name}: {why}; {text}, {there} cannot be asked",
-                hint=f"{anew} clears up there, later",
-            )
+        if not seen[1].known or seen[1].there:
+            rest = f"on {there} it is still {seen[1].told}" if seen[1].known else f"{there} cannot be asked"
+            kind = Interrupted if run.interrupted and seen[1].known else MigrationFailed
+            return kind(f"cannot migrate VM {name}: {why}; {text}, {rest}", hint=f"{anew} clears up there, later")
         if run.interrupted:
             return Interrupted(f"cannot migrate VM {name}: {run.interrupted}; {text}")
         return MigrationFailed(f"cannot migrate VM {name}: {why}; {text}")

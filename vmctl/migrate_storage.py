@@ -59,16 +59,21 @@ def unmark(target: Host, makes: Sequence[Make]) -> None:
         remove(target, _mark(one.file))
 
 
+def marked(host: Host, files: Sequence[File]) -> frozenset[str]:
+    """The paths of those of the files beside which a host has a mark: a move made them, and was cut off."""
+    local = [file for file in files if not file.network]
+    names = {folder: _names(host, folder) for folder in {file.folder for file in local}}
+    return frozenset(file.path for file in local if file.leaf + MARK in names[file.folder])
+
+
 def clear_marked(target: Host, files: Sequence[File]) -> list[str]:
     """Delete what a killed migration left of these files, and return their paths.
 
     What others are based on comes last: by then nobody needs it but another VM, which is there with it, so it is whole.
     """
-    local = [file for file in reversed(files) if not file.network]
-    names = {folder: _names(target, folder) for folder in {file.folder for file in local}}
-    found = []
-    for file in local:
-        if file.leaf + MARK not in names[file.folder]:
+    there, found = marked(target, files), []
+    for file in reversed(files):
+        if file.path not in there:
             continue
         if not (_public(file) and image_users.needed(target.conn).by(file.path)):
             remove(target, file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +14,7 @@ from vmctl.hypervisor import connection, migration
 from vmctl.hypervisor.migration import Orders, Way
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_policy import Abort, Done, GoPostcopy, Policy, Raise, Sample, converges, decide, eta_s, rates
+from vmctl.wait import Worker
 
 _LOOK_S = 0.2
 _ABORT_S = 20.0
@@ -52,7 +52,7 @@ def run(ends: Ends, name: str, orders: Orders, policy: Policy, report: Reporter)
         """Whether vmctl, through which a direct one goes, has lost the target: QEMU would send on, to no end."""
         return orders.way is Way.DIRECT and not connection.is_alive(target.conn)
 
-    worker = threading.Thread(target=work, name=f"migrate {name}", daemon=True)
+    worker = Worker(work, f"migrate {name}")
     began = time.monotonic()
     worker.start()
     # As long as it sends the first time, nothing is known yet of how much downtime it needs.
@@ -69,12 +69,19 @@ def run(ends: Ends, name: str, orders: Orders, policy: Policy, report: Reporter)
                 continue
             outcome.interrupted = why
             outcome.failure = outcome.failure or why
-            if not outcome.postcopy:
-                migration.abort(source.conn, name)
             with suppress(KeyboardInterrupt, Interrupted):  # where the VM is must be asked all the same
-                worker.join(_ABORT_S)
+                abort = partial(migration.abort, source.conn, name)
+                end(worker, (lambda: None) if outcome.postcopy else abort, timeout_s=_ABORT_S, again_s=_LOOK_S)
             outcome.hung = worker.is_alive()
             return outcome
+
+
+def end(worker: Worker, abort: Callable[[], object], *, timeout_s: float, again_s: float) -> None:
+    """Wait for a migration that is cancelled, said again and again: its job may not have begun yet."""
+    deadline = time.monotonic() + timeout_s
+    while worker.is_alive() and time.monotonic() < deadline:
+        abort()
+        worker.join(again_s)
 
 
 def _try(act: Callable[[], object]) -> None:
@@ -86,7 +93,7 @@ def _try(act: Callable[[], object]) -> None:
 
 
 def _steer(
-    worker: threading.Thread,
+    worker: Worker,
     began: float,
     ends: Ends,
     name: str,

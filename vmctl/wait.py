@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -40,6 +41,33 @@ def wait_until(
             raise WaitTimeout(what, after_s=clock() - began, evidence=evidence(), hint=hint)
         sleep(max(0.0, min(interval_s, deadline - clock())))
         interval_s *= growth
+
+
+class Worker(threading.Thread):
+    """A thread that can be waited for again after an interrupt.
+
+    Python 3.11 takes a thread for ended when an interrupt comes while it is joined (bpo-45274): whoever then waits for
+    the end of what was cancelled, to clear up after it, would do so while it goes on.
+    """
+
+    def __init__(self, work: Callable[[], object], name: str) -> None:
+        super().__init__(target=work, name=name, daemon=True)
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        """Do the work."""
+        try:
+            super().run()
+        finally:
+            self._over.set()
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end, ``timeout`` seconds at most."""
+        self._over.wait(timeout)
+
+    def is_alive(self) -> bool:
+        """Whether it was begun, and has not ended."""
+        return self.ident is not None and not self._over.is_set()
 
 
 def pause(seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -66,6 +67,21 @@ def test_a_tag_is_one_more_name_and_moves(shell: Shell, stored: Callable[[], str
     shell.run("image", "tag", one, "micro", check=5)
     shell.run("image", "tag", one, "Bad Tag", check=2)
     shell.run("image", "tag", one, "like-0123456789ab", check=2)
+
+
+def test_an_image_that_another_host_put_into_the_store_is_seen(
+    shell: Shell, stored: Callable[[], str], tmp_path: Path
+) -> None:
+    """It is the newest of its name, and libvirt does not know of it."""
+    one, two = stored(), stored()
+    files = [*STORE.glob(f"{two}.*")]
+    for path in files:
+        shutil.move(path, tmp_path)
+    shell.virsh("pool-refresh", "vmctl-images")
+    assert shell.run("image", "show", "kept", "-o", "name").stdout.strip() == one
+    for path in files:
+        shutil.move(tmp_path / path.name, path)
+    assert shell.run("image", "show", "kept", "-o", "name").stdout.strip() == two
 
 
 def test_an_image_that_takes_the_name_of_a_tag_says_so(shell: Shell, stored: Callable[[], str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -278,6 +279,34 @@ def test_an_image_of_a_vm_elsewhere_stays_in_the_store(pair: Pair, vm: str, tmp_
         pair.machine("h1").virsh("pool-refresh", "vmctl-images")
 
 
+def test_a_disk_of_that_name_that_another_host_made(pair: Pair, vm: str) -> None:
+    """libvirt knows of it only when it looks again, which is for vmctl to see to."""
+    disk = f"{vm}-taken"
+    for host in ("h1", "h2"):
+        pair.vmctl("-c", host, "disk", "list")
+    pair.vmctl("-c", "h1", "disk", "create", disk, "1M")
+    told = pair.vmctl("-c", "h2", "disk", "create", disk, "1M", check=5).stderr
+    assert told == f"cannot create disk {disk}: pool vmctl has a volume {disk}.qcow2 already\n"
+    pair.vmctl("-c", "h2", "disk", "delete", f"vmctl/{disk}.qcow2", "--yes")
+
+
+def test_an_image_that_another_host_put_into_the_store(pair: Pair, vm: str, tmp_path: Path) -> None:
+    image, name = f"seen-{vm[2:]}", f"{vm}-seen"
+    sh("qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "a.qcow2"), "4M")
+    sh("qemu-img", "create", "-q", "-f", "qcow2", str(tmp_path / "b.qcow2"), "5M")
+    pair.vmctl("-c", "h1", "image", "list")
+    older = pair.vmctl("-c", "h2", "image", "import", str(tmp_path / "a.qcow2"), "--name", image).stdout.strip()
+    try:
+        pair.vmctl("-c", "h1", "create", name, "--image", image, "--network", "lan", "--no-start")
+        newer = pair.vmctl("-c", "h2", "image", "import", str(tmp_path / "b.qcow2"), "--name", image).stdout.strip()
+        assert pair.vmctl("-c", "h1", "image", "show", image, "-o", "name").stdout.strip() == newer
+        assert newer.rpartition("-")[2] in pair.vmctl("-c", "h1", "image", "list").stdout
+    finally:
+        pair.vmctl("-c", "h1", "delete", name, "--yes", "--missing-ok")
+        pair.vmctl("-c", "h2", "image", "delete", older, "--yes")
+        pair.vmctl("-c", "h2", "image", "delete", image, "--yes", check=None)
+
+
 def test_restoring_takes_no_disk_from_a_vm_elsewhere(pair: Pair, vm: str, both: Path, tmp_path: Path) -> None:
     """Neither the file that a VM of another host got from the same backup, nor one that it shares with the old VM."""
     here, name, place = ("-c", "qemu:///system"), f"{vm}-back", ("--folder", str(tmp_path / "backups"))
@@ -389,7 +418,9 @@ def test_a_definition_that_stayed_takes_no_disk_along(pair: Pair, vm: str) -> No
         pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--keep-source")
         files = pair.files("h2")
         assert any(one.endswith("-seed.iso") for one in files)
-        pair.vmctl("-c", "h1", "start", name, check=13)  # QEMU locks its disks
+        told = pair.vmctl("-c", "h1", "start", name, check=5).stderr
+        assert f"cannot start VM {name}: it runs on h2, and must not be on two hosts at once" in told
+        assert f"vmctl -c h2 stop {name}" in told
         assert pair.files("h2") == files, "its seed too, which is in its drive there"
         told = pair.vmctl("-c", "h1", "delete", name, "--yes").stderr
         assert told.count(f"{name} on h2 needs it, on storage that both hosts see") >= 2, (
@@ -397,11 +428,16 @@ def test_a_definition_that_stayed_takes_no_disk_along(pair: Pair, vm: str) -> No
         )
         assert pair.files("h2") == files and pair.where(name) == {"h2": "running"}
         pair.vmctl("-c", "h2", "stop", name, "--force")
-        pair.vmctl("-c", "h2", "start", name)
+        uri, key = "qemu+ssh://root@127.0.0.1:1/system", pair.machine("h1").host_key
+        pair.vmctl("host", "add", "dead", uri, "--host-key", key, "--no-check")
+        told = pair.vmctl("-c", "h2", "start", name).stderr
+        assert f"not asked whether {name}, which went to another host once, runs there: dead (" in told
+        pair.vmctl("host", "remove", "dead")
         pair.vmctl("-c", "h2", "wait", name, "--for", "agent")
         assert pair.vmctl("-c", "h2", "exec", name, "--", "cat", "/root/kept").stdout == "kept\n"
         pair.vmctl("-c", "h2", "delete", name, "--yes")
         assert not [one for one in pair.files("h2") if one.startswith(f"{name}-")], "the last one takes all"
+    pair.vmctl("host", "remove", "dead", check=None)
 
 
 def test_recovery_gives_up_nothing_that_was_used_there(pair: Pair, vm: str) -> None:
@@ -420,6 +456,64 @@ def test_recovery_gives_up_nothing_that_was_used_there(pair: Pair, vm: str) -> N
             assert pair.where(name)["h1"] == "shut off"
             assert pair.json("-c", "h1", "show", name)["state"] == "saved"
             assert pair.machine("h1").virsh("snapshot-list", name, "--name").split() == ["first"]
+
+
+def test_recovery_gives_up_no_other_vm_of_its_uuid(pair: Pair, vm: str) -> None:
+    """Somebody copied the definition and gave it a disk of its own: it is no left-over, be it off or the one on."""
+    name, first, second = f"{vm}-copied", pair.machine("h1"), pair.machine("h2")
+    own = f"/var/lib/libvirt/vmctl/{name}.qcow2"
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--network", "lan", "--no-start")
+    try:
+        text = first.virsh("dumpxml", name)
+        (disk,) = set(re.findall(r"source file='([^']*\.qcow2)'", text))
+        first.run("cp", disk, own)
+        second.run("sh", "-c", "cat >/tmp/d.xml; virsh define /tmp/d.xml", input=text.replace(disk, own))
+        told = pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", check=11).stderr
+        assert "--recover looks at both" in told, "which is what one does then"
+        words = ("-c", "h1", "migrate", name, "--to", "h2", "--recover")
+        told = pair.vmctl(*words, check=12).stderr
+        assert "on h2 it is stopped, with a disk that is not the one on h1" in told and told.count(own) == 1
+        second.virsh("start", name)
+        told = pair.vmctl(*words, check=12).stderr
+        assert "on h1 it is stopped, with a disk that is not the one on h2" in told and told.count(disk) == 1
+        assert pair.where(name) == {"h1": "shut off", "h2": "running"}
+        second.virsh("destroy", name)
+        pair.vmctl("-c", "h2", "delete", name, "--yes")
+        pair.vmctl(*words)
+        assert pair.where(name) == {"h2": "shut off"}
+    finally:
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+        first.run("rm", "-f", own)
+
+
+def test_a_base_image_or_a_kernel_that_is_gone(pair: Pair, vm: str) -> None:
+    """The preflight tells, and its mend works: QEMU still has the file."""
+    image = f"img-{vm[2:]}"
+    first = pair.machine("h1")
+    (base,) = first.images.glob("micro-*.qcow2")
+    for path in first.images.glob(f"{base.stem}.*"):
+        text = path.read_bytes()
+        if path.suffix == ".json":
+            text = text.replace(b'"micro"', f'"{image}"'.encode())
+        (first.images / f"{image}-{path.name.partition('-')[2]}").write_bytes(text)
+    first.virsh("pool-refresh", "vmctl-images")
+    name = f"{vm}-based"
+    pair.vmctl("-c", "h1", "create", name, "--image", image, "--memory", "128M", "--network", "lan", "--wait", "agent")
+    words = ("-c", "h1", "migrate", name, "--to", "h2")
+    try:
+        for path in first.images.glob(f"{image}-*"):
+            path.unlink()
+        told = pair.vmctl(*words, "--check", check=11).stderr
+        assert f"base image (/var/lib/libvirt/vmctl/vmctl-images/{image}-" in told and "is not there on h1" in told
+        assert f"kernel (/var/lib/libvirt/vmctl/vmctl-images/{image}-" in told
+        assert f"on h1, virsh blockpull {name} vda --wait" in told
+        assert "is not there on h1" in pair.vmctl(*words, check=11).stderr
+        first.virsh("blockpull", name, "vda", "--wait")
+        assert "base image" not in pair.vmctl(*words, check=11).stderr
+    finally:
+        pair.vmctl("-c", "h1", "delete", name, "--yes", "--missing-ok")
+        first.virsh("pool-refresh", "vmctl-images")
 
 
 def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_path: Path) -> None:

@@ -127,6 +127,18 @@ def test_live_with_whole_disks(pair: Pair, vm: str) -> None:
     assert read(pair, "h2", vm) == digest
 
 
+def test_one_that_stayed_with_disks_of_its_own_does_not_start_beside(pair: Pair, vm: str) -> None:
+    """Its disks are copies, which no lock of QEMU's keeps it from; and no recovery gives them up unasked."""
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+    told = pair.vmctl("-c", "h1", "start", vm, check=5).stderr
+    assert f"cannot start VM {vm}: it runs on h2" in told and f"vmctl -c h2 stop {vm}" in told
+    told = pair.vmctl("-c", "h2", "migrate", vm, "--to", "h1", "--recover", check=12).stderr
+    assert "on h1 it is stopped, with a disk that is not the one on h2" in told
+    assert pair.where(vm) == {"h1": "shut off", "h2": "running"}
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+    assert pair.where(vm) == {"h2": "running"} and not of(vm, pair.files("h1"))
+
+
 @pytest.mark.parametrize("way", ["overlay", "full"])
 def test_a_disk_in_a_folder_that_is_no_pool(pair: Pair, vm: str, way: str) -> None:
     first, second = pair.machine("h1"), pair.machine("h2")
@@ -382,6 +394,34 @@ def test_cut_off_it_stays_and_the_target_is_clean(pair: Pair, vm: str, number: s
     pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
     assert read(pair, "h2", vm) == digest
     assert not [name for name in pair.files("h2") if name.endswith(".migrating")]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupted_while_the_target_prepares(pair: Pair, vm: str, times: int) -> None:
+    """libvirt forgets what it is told then, and begins a QEMU there, whose disks must not be taken from it."""
+    first, second = pair.machine("h1"), pair.machine("h2")
+    install(second)
+    second.kill("libvirtd")
+    second.start("libvirtd")
+    before = of(vm, pair.files("h1"))
+    hold = Hold(Phase.PREPARE, first, second, vm)
+    process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    try:
+        assert hold.enter(lambda: process.poll() is not None, 0)
+        for _ in range(times):
+            process.send_signal(signal.SIGINT)
+            pause(1)
+        pause(3)  # longer than a look at both takes
+        assert before <= of(vm, pair.files("h2"))
+    finally:
+        hold.release()
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 130, said
+    if f"{vm} runs on h1 as before" in said:
+        assert pair.where(vm) == {"h1": "running"} and of(vm, pair.files("h2")) == set(), said
+    else:
+        assert times > 1 and "no file of it was deleted" in said, said
+        pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover", "--copy-storage", "overlay")
 
 
 def test_interrupted_while_both_are_asked_where_it_is(pair: Pair, vm: str) -> None:

@@ -105,6 +105,15 @@ def test_what_is_missing_at_the_next_start_is_a_note() -> None:
     assert one.note and "will need it" in one.what
 
 
+def test_a_base_that_is_gone_can_be_had_from_the_qemu_that_has_it_open() -> None:
+    facts = replace(FINE, needs=(DiskNeed("base image", "/p/base", False, missing=True, below="vda"),))
+    (one,) = fatal(problems(facts))
+    assert one.what == "base image (/p/base) is not there on h1, though web needs it"
+    assert "on h1, virsh blockpull web vda" in one.mend
+    (one,) = fatal(problems(replace(facts, live=False)))
+    assert "blockpull" not in one.mend and "put it back" in one.mend
+
+
 def test_notes_keep_nobody_from_it() -> None:
     facts = replace(
         FINE,

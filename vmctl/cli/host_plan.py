@@ -24,11 +24,11 @@ from vmctl.cli.options import (
     refuse_unless_yes,
     reporter,
 )
-from vmctl.errors import PartialFailure, PreflightFailed, VmctlError
+from vmctl.errors import NotFound, PartialFailure, PreflightFailed, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from vmctl.census import Census
     from vmctl.config import HostEntry
@@ -208,19 +208,52 @@ def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, 
 
 
 def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[str, ...]:
-    """The VMs that are meant. Raises NotFound; HostUnreachable in bounded time."""
+    """The VMs that are meant; those that another host has are told, and passed over: a run that was cut off moved them.
+
+    Raises NotFound where none is left, or nobody has one; HostUnreachable in bounded time.
+    """
     from vmctl import fleet
     from vmctl.hypervisor import domain
     from vmctl.listing import matching
 
-    def ask(entry: HostEntry) -> tuple[str, ...]:
+    def ask(entry: HostEntry) -> dict[str, str | NotFound]:
+        found: dict[str, str | NotFound] = {}
         with asked.open(entry) as host:
-            return tuple(domain.find(host.conn, name).name for name in matching(host, names))
+            for name in matching(host, names):
+                try:
+                    found[name] = domain.find(host.conn, name).name
+                except NotFound as error:
+                    found[name] = error
+        return found
 
-    ((_, found),) = fleet.each([source], ask, _LOOK_S)
-    if isinstance(found, VmctlError):
-        raise found
-    return found
+    ((_, told),) = fleet.each([source], ask, _LOOK_S)
+    if isinstance(told, VmctlError):
+        raise told
+    there = [one for one in told.values() if isinstance(one, str)]
+    absent = {name: error for name, error in told.items() if isinstance(error, NotFound)}
+    moved = _elsewhere(asked, source, absent) if absent else {}
+    for name, error in absent.items():
+        again = f"vmctl migrate {name} --to {moved.get(name)} --recover clears up what a move left here"
+        if name in moved:
+            error.hint = f"{moved[name]} has it; {again}"
+        if not there or name not in moved:
+            raise error
+        note(f"{name} is on {moved[name]} already; {again}")
+    return tuple(dict.fromkeys(there))
+
+
+def _elsewhere(asked: Fleet, source: HostEntry, names: Collection[str]) -> dict[str, str]:
+    """Which other host has a VM of each of the names, as far as they answer."""
+    from vmctl import fleet
+    from vmctl.hypervisor import inventory
+
+    def ask(entry: HostEntry) -> set[str]:
+        with asked.open(entry) as host:
+            return {*names} & {*inventory.names(host.conn)}
+
+    others = [one for one in asked.settings.hosts.values() if one != source]
+    answers = fleet.each(others, ask, _LOOK_S)
+    return {name: host for host, found in answers if not isinstance(found, VmctlError) for name in found}
 
 
 def _look(asked: Fleet, names: Sequence[str], avoid: Sequence[str], timeout: float) -> Census:

@@ -217,7 +217,7 @@ def list_(connect: ConnectOption = None, output: OutputOption = Output.TABLE) ->
     from vmctl import images
 
     with opened(connect) as host:
-        found = images.list_images(host)
+        found = images.list_images(host, anew=True)
         ui.emit(
             found,
             output,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 
@@ -12,6 +11,7 @@ from vmctl.errors import VmctlError, quietly
 from vmctl.hypervisor import domain
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
+from vmctl.wait import Worker
 
 _LIVE_S = 8.0
 _ABORT_S = 60.0
@@ -53,7 +53,7 @@ def save_and_go_on(
         except VmctlError as error:
             failure.append(error)
 
-    worker = threading.Thread(target=work, name="save memory", daemon=True)
+    worker = Worker(work, "save memory")
     worker.start()
     held = False
     try:

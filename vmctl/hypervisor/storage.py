@@ -132,14 +132,14 @@ def pools(conn: Connection) -> tuple[tuple[str, str, str, int, int], ...]:
     return tuple(sorted(found))
 
 
-def refresh(conn: Connection, pool: str) -> None:
+def refresh(conn: Connection, pool: str, *, timeout_s: float = _REFRESH_TIMEOUT_S) -> None:
     """Look at the pool's folder again. libvirt refuses while a volume is being made: wait for that, bounded."""
     with calling(f"refresh storage pool {pool}"):
         found = _pool(conn, pool)
-    _refresh(found, pool)
+    _refresh(found, pool, timeout_s)
 
 
-def _refresh(found: Any, pool: str) -> None:
+def _refresh(found: Any, pool: str, timeout_s: float = _REFRESH_TIMEOUT_S) -> None:
     def attempt() -> bool:
         try:
             found.refresh()
@@ -149,7 +149,7 @@ def _refresh(found: Any, pool: str) -> None:
             raise translated(error, f"refresh storage pool {pool}") from error
         return True
 
-    wait_until(attempt, what=f"refresh of storage pool {pool}", timeout_s=_REFRESH_TIMEOUT_S, interval_s=0.05)
+    wait_until(attempt, what=f"refresh of storage pool {pool}", timeout_s=timeout_s, interval_s=0.05)
 
 
 class Listing(NamedTuple):
