@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
-from vmctl import identity, image_users, images, render
+from vmctl import elsewhere, identity, image_users, images, render
 from vmctl.errors import Conflict, ImageError, NotFound, quietly
 from vmctl.events import Progress, Reporter, Step, Warned
-from vmctl.folder_pools import shown
+from vmctl.folder_pools import shared_folders, shown
 from vmctl.hosts import Host
 from vmctl.hypervisor import storage
 from vmctl.hypervisor.domain import Domain
@@ -66,14 +66,16 @@ def marked(host: Host, files: Sequence[File]) -> frozenset[str]:
     return frozenset(file.path for file in local if file.leaf + MARK in names[file.folder])
 
 
-def clear_marked(target: Host, files: Sequence[File]) -> list[str]:
-    """Delete what a killed migration left of these files, and return their paths.
+def clear_marked(stays: Host, target: Host, files: Sequence[File]) -> list[str]:
+    """Delete what a killed migration left on the target of the files of a VM that is on ``stays``; their paths.
 
-    What others are based on comes last: by then nobody needs it but another VM, which is there with it, so it is whole.
+    Not where both see one folder: there they are the VM's own, and the marks are of a move that it came by. What others
+    are based on comes last: by then nobody needs it but another VM, which is there with it, so it is whole.
     """
     there, found = marked(target, files), []
+    both = shared_folders(stays, target, (file.folder for file in files if file.path in there))
     for file in reversed(files):
-        if file.path not in there:
+        if file.path not in there or file.folder in both:
             continue
         if not (_public(file) and image_users.needed(target.conn).by(file.path)):
             remove(target, file)

@@ -440,6 +440,19 @@ def test_a_definition_that_stayed_takes_no_disk_along(pair: Pair, vm: str) -> No
     pair.vmctl("host", "remove", "dead", check=None)
 
 
+def test_recovery_takes_no_disk_that_both_see(pair: Pair, vm: str) -> None:
+    """It has a mark: a move from a third host, which sees none of this, was killed at its end."""
+    (disk,) = [one for one in pair.files("h1") if one.startswith(f"{vm}-") and one.endswith(".qcow2")]
+    mark = pair.machine("h1").images.parent / f"vmctl/{disk}.migrating"
+    mark.touch()
+    try:
+        pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+        assert disk in pair.files("h2") and pair.where(vm) == {"h2": "running"}
+        assert pair.vmctl("-c", "h2", "exec", vm, "--", "sh", "-c", "echo well >/root/well; sync; echo well").stdout
+    finally:
+        mark.unlink()
+
+
 def test_recovery_gives_up_nothing_that_was_used_there(pair: Pair, vm: str) -> None:
     """A definition that stayed, and was started: it has a memory, and a snapshot, that no move leaves."""
     with guest(pair) as name:
