@@ -139,6 +139,24 @@ def test_one_that_stayed_with_disks_of_its_own_does_not_start_beside(pair: Pair,
     assert pair.where(vm) == {"h2": "running"} and not of(vm, pair.files("h1"))
 
 
+def test_recovery_keeps_what_it_wrote_where_it_went(pair: Pair, vm: str) -> None:
+    """vmctl was killed, and libvirt went on: the copies have marks yet, and by now are newer than what stayed here."""
+    pair.bed.limit("20mbit")
+    process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+    until(lambda: "Outgoing" in pair.machine("h1").virsh("domjobinfo", vm, check=False), "the migration sends")
+    process.kill()
+    process.communicate(timeout=60)
+    pair.bed.limit(None)
+    until(lambda: pair.where(vm) == {"h1": "shut off", "h2": "running"}, "libvirt has moved it")
+    digest = written(pair, "h2", vm)
+    pair.vmctl("-c", "h2", "stop", vm, "--force")
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+    assert pair.where(vm) == {"h2": "shut off"} and not of(vm, pair.files("h1"))
+    pair.vmctl("-c", "h2", "start", vm)
+    pair.vmctl("-c", "h2", "wait", vm, "--for", "agent")
+    assert read(pair, "h2", vm) == digest
+
+
 @pytest.mark.parametrize("way", ["overlay", "full"])
 def test_a_disk_in_a_folder_that_is_no_pool(pair: Pair, vm: str, way: str) -> None:
     first, second = pair.machine("h1"), pair.machine("h2")

@@ -219,6 +219,16 @@ def set_bandwidth(source: Connection, name: str, bytes_per_s: int) -> None:
         handle(source, name).migrateSetMaxSpeed(max(1, bytes_per_s // _MIB), 0)
 
 
+_WAS_ENDED = frozenset({libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN, libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED})
+
+
+def was_ended(vm: Domain) -> bool:
+    """Whether it is off as one that had run: its guest shut down, or somebody turned it off. Not known after long."""
+    with calling(f"look at VM {vm.name}"):
+        state, reason = vm.handle.state()
+    return state == libvirt.VIR_DOMAIN_SHUTOFF and reason in _WAS_ENDED
+
+
 def busy(conn: Connection, name: str) -> bool:
     """Whether some job of the domain is under way."""
     with calling(f"ask for the job of VM {name}"):
