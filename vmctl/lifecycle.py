@@ -28,7 +28,6 @@ from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import agent, disks, domain, events
 from vmctl.hypervisor.domain import ACTIVE, Domain, State
-from vmctl.hypervisor.states import MOVED
 from vmctl.hypervisor.waiting import Waiting
 from vmctl.seed_disk import detach_used
 from vmctl.spec import Accel
@@ -78,7 +77,7 @@ def start(host: Host, name: str, report: Reporter) -> Started:
         )
     if vm.active:
         return Started.ALREADY
-    if host.others and (vm.why == MOVED or any(identity.is_moved(host, one) for one in identity.prefixes(vm))):
+    if host.others and identity.went(host, vm):
         from vmctl import elsewhere  # late: most know one host
 
         elsewhere.require_off(host, vm, report)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from vmctl import disk_xml, host_check, host_ssh, layer_check, migrate_files
+from vmctl import disk_xml, elsewhere, host_check, host_ssh, identity, layer_check, migrate_files
 from vmctl.at_once import beside
 from vmctl.config import HostEntry
 from vmctl.errors import NotFound, VmctlError
@@ -65,6 +65,7 @@ def gather(
     free = migration.free_huge_pages(target.conn, facts.huge_pages_kib) if facts.huge_pages_kib else 0
     theirs = replace(theirs, huge_pages_free=free, space=dict(look.space))
     cpu = _cpu(target, vm, standing.cpu)
+    beyond, not_asked = elsewhere.in_use(source, vm, target) if not live and identity.went(source, vm) else ({}, {})
     if live and facts.bridges:
         asking.back()  # whether it has them
     ways = asking.answer(way) if live else Ways()
@@ -86,6 +87,8 @@ def gather(
             certificates=ways.certificates if tls else {},
             cards=frozenset(ways.cards),
             unasked=ways.unasked,
+            elsewhere={one: "runs" if found.active else "is saved" for one, found in beyond.items()},
+            not_asked=tuple(not_asked),
             userfaults=ways.userfaults is not False or target.facts.qemu_user in {None, "0"},
         ),
         vm,

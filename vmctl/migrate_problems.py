@@ -125,6 +125,8 @@ class Facts:
     postcopy: bool = False
     certificates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # that QEMU lacks, by host
     cards: frozenset[str] = frozenset()  # the target's network interfaces; empty: not known
+    elsewhere: Mapping[str, str] = field(default_factory=dict)  # what it does on other hosts than the two, by host
+    not_asked: tuple[str, ...] = ()  # hosts that do not say so
     userfaults: bool = True  # whether QEMU on the target may wait for pages that are not there yet
 
 
@@ -188,6 +190,12 @@ def _identity(facts: Facts) -> Iterator[Problem]:
         yield Problem(f"both hosts are called {there.hostname}", "give one another host name")
     if there.vms.get(vm.name, vm.uuid) != vm.uuid:
         yield Problem(f"{there.name} has another VM called {vm.name}", "vmctl rename one of them")
+    for name, how in facts.elsewhere.items():
+        what = f"{vm.name} {how} on {name}, where it went once: what {facts.source.name} has is only what stayed of it"
+        yield Problem(what, f"vmctl -c {name} migrate {vm.name} --to {there.name}")
+    if facts.not_asked:
+        what = f"not asked whether {vm.name}, which went to another host once, runs there: {', '.join(facts.not_asked)}"
+        yield Problem(what, "make sure that it does not", note=True)
     for name, uuid in there.vms.items():
         if uuid == vm.uuid:
             what = f"{there.name} has a VM of the same UUID already: {name}"

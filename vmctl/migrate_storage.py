@@ -211,8 +211,10 @@ _SHARED_S = 300.0
 
 
 def clear_source(ends: Ends, vm: Domain, found: Sequence[File], left: Sequence[str], report: Reporter) -> None:
-    """Delete what was the VM's own on its old host and lies on no shared storage: ``left``. Others' disks stay, and so
-    does what the target has not, whatever became of it there: it is all there is.
+    """Delete what was the VM's own on its old host and lies on no storage that the target sees: ``left``.
+
+    Others' disks stay, also what a VM of a third host needs that sees them, and so does what the target has not,
+    whatever became of it there: it is all there is.
 
     What clones and forks share goes with the last of them. Of several that leave at once one must be the last, so they
     take turns.
@@ -220,6 +222,11 @@ def clear_source(ends: Ends, vm: Domain, found: Sequence[File], left: Sequence[s
     record, source = vm.facts.record, ends.source
     own = {owned.volume for owned in record.owned} if record else set()
     local = [one for one in found if one.path in left]
+    mine = [one.path for one in local if one.leaf in own or one.role in {Role.DISK, Role.NVRAM, Role.LOG}]
+    theirs = elsewhere.needed(source, mine, report, but=ends.target)
+    for path, others in theirs.items():
+        report(Warned(f"kept {path} on {source.name}: {others} needs it, on storage that both see"))
+    local = [one for one in local if one.path not in theirs]
     with held(source.folders.runtime, f"shared disks on {source.lock_scope}", timeout_s=_SHARED_S):
         needed, gone = image_users.needed(source.conn), {vm.name}
         there = {folder: _names(ends.target, folder) for folder in {one.folder for one in local}}

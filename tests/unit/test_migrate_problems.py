@@ -45,6 +45,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("both hosts are called one", {}, {"hostname": "one"}, {}),
     ("another VM called web", {}, {"vms": {"web": "u2"}}, {}),
     ("a VM of the same UUID already: old", {}, {"vms": {"old": "u1"}}, {}),
+    ("runs on h3, where it went once", {"state": State.STOPPED}, {}, {"live": False, "elsewhere": {"h3": "runs"}}),
     ("runs on KVM, which h2 does not offer", {}, {"kinds": ("qemu",)}, {}),
     ("no machine type pc-q35-7.2", {}, {"machines": frozenset({"pc-q35-6.0"})}, {}),
     ("on h2 QEMU is /opt/qemu", {}, {"emulator": "/opt/qemu"}, {}),
