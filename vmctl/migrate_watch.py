@@ -141,7 +141,7 @@ def _steer(
             outcome.done.append(Done(sample.at_s, action))
             report(Step(f"{name}: {action.why}"))
         if isinstance(action, Raise):
-            _try(partial(migration.set_downtime, source.conn, name, action.downtime_ms))
+            _try(partial(migration.raise_downtime, source.conn, name, action.downtime_ms))
         elif isinstance(action, Abort):
             outcome.failure = action.why
             migration.abort(source.conn, name)

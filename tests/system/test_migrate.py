@@ -662,6 +662,22 @@ def test_limits_that_change_on_the_way(pair: Pair) -> None:
         assert pair.where(name) == {"h2": "running"}
 
 
+def test_a_downtime_that_was_asked_for_stays(pair: Pair) -> None:
+    """The policy, which raises it step by step, set it back to its own next step."""
+    pair.bed.limit("60mbit")
+    with busy(pair) as name:
+        process = pair.begin("-c", "h1", "migrate", name, "--to", "h2", "--live", "--no-auto-converge")
+        assert process.stderr is not None
+        raised = lambda: next(line for line in process.stderr or () if "downtime up to" in line)  # noqa: E731
+        raised()
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--adjust", "--downtime", "1500")
+        raised()
+        assert pair.machine("h1").virsh("migrate-getmaxdowntime", name) == "1500"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert pair.where(name) == {"h1": "running"}
+
+
 def test_what_takes_too_long_is_given_up(pair: Pair) -> None:
     pair.bed.limit("20mbit")
     with busy(pair) as name:

@@ -213,6 +213,14 @@ def set_downtime(source: Connection, name: str, milliseconds: int) -> None:
         handle(source, name).migrateSetMaxDowntime(milliseconds, 0)
 
 
+def raise_downtime(source: Connection, name: str, milliseconds: int) -> None:
+    """The same, unless it may be longer already: somebody has said so meanwhile."""
+    with calling(f"set the downtime of the migration of VM {name}"):
+        dom = handle(source, name)
+        if dom.migrateGetMaxDowntime(0) < milliseconds:
+            dom.migrateSetMaxDowntime(milliseconds, 0)
+
+
 def set_bandwidth(source: Connection, name: str, bytes_per_s: int) -> None:
     """At most that much, from now on."""
     with calling(f"limit the migration of VM {name}"):
