@@ -54,11 +54,12 @@ def run(ends: Ends, name: str, orders: Orders, policy: Policy, report: Reporter)
 
     worker = Worker(work, f"migrate {name}")
     began = time.monotonic()
-    worker.start()
-    # As long as it sends the first time, nothing is known yet of how much downtime it needs.
-    _try(lambda: migration.set_downtime(source.conn, name, policy.downtime_ms))
     while True:
-        try:
+        try:  # from its first moment on: what is not cancelled goes on without vmctl
+            if worker.ident is None:
+                worker.start()
+                # As long as it sends the first time, nothing is known yet of how much downtime it needs.
+                _try(lambda: migration.set_downtime(source.conn, name, policy.downtime_ms))
             _steer(worker, began, ends, name, policy, outcome, report, lost=lost)
             return outcome
         except (KeyboardInterrupt, Interrupted) as early:
