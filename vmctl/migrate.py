@@ -199,6 +199,8 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: flo
     try:
         if not wish.keep:
             domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))
+        elif vm.autostart:
+            _let_lie(ends, vm.name, report)
     except (VmctlError, KeyboardInterrupt, Interrupted):
         if domain.find_or_none(ends.source.conn, vm.uuid) is not None:
             whole.close()
@@ -207,6 +209,12 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: flo
     migrate_storage.unmark(ends.target, looked.look.makes)
     here, there = ends.names
     return Moved(vm.name, vm.uuid, here, there, Mode.STOPPED, time.monotonic() - began, copied=_paths(looked))
+
+
+def _let_lie(ends: Ends, name: str, report: Reporter) -> None:
+    """What stays of it here does not start by itself at the next boot, beside the one on the target."""
+    domain.set_autostart(ends.source.conn, name, on=False)
+    report(Step(f"{name} does not start by itself any more on {ends.names[0]}"))
 
 
 def _shares_nvram(looked: Found) -> bool:
@@ -347,6 +355,8 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
             left = domain.find_or_none(ends.source.conn, vm.uuid)
         if left is not None and not wish.keep:
             domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))
+        elif left is not None and left.autostart:
+            _let_lie(ends, vm.name, report)
     except VmctlError as error:
         text = f"{ends.names[0]} still has a definition of {vm.name}: {error.message}"
         report(Warned(text, migrate_settle.again(vm.name, ends.names[1])))

@@ -401,7 +401,10 @@ def test_one_host_by_two_names(pair: Pair, vm: str) -> None:
 
 
 def test_what_is_asked_to_stay(pair: Pair, vm: str) -> None:
-    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--transient", "--keep-source")
+    pair.vmctl("-c", "h1", "autostart", vm)
+    told = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--transient", "--keep-source").stderr
+    assert f"{vm} does not start by itself any more on h1" in told, "beside the one on h2, at the next boot"
+    assert pair.json("-c", "h1", "show", vm)["autostart"] is False
     assert pair.where(vm) == {"h1": "shut off", "h2": "running"}
     assert pair.machine("h2").virsh("dominfo", vm).split("Persistent:")[1].split()[0] == "no"
     refused = pair.vmctl("-c", "h2", "migrate", vm, "--to", "h1", check=11)
