@@ -592,6 +592,21 @@ def test_interrupted_it_stays(pair: Pair, vm: str, way: list[str], number: signa
     assert pair.vmctl("-c", "h1", "exec", "--via", "agent", vm, "--", "echo", "well").stdout == "well\n"
 
 
+def test_interrupted_it_tells_of_those_that_have_moved(pair: Pair, vm: str) -> None:
+    off = f"{vm}-off"
+    pair.vmctl("-c", "h1", "create", off, "--image", "micro", "--network", "lan", "--no-start")
+    pair.bed.limit("10mbit")
+    try:
+        process = pair.begin("-c", "h1", "migrate", off, vm, f"{vm}-none", "--to", "h2", "-o", "json")
+        until(lambda: sending(pair, vm), "the second is sent")
+        process.send_signal(signal.SIGINT)
+        told, said = process.communicate(timeout=60)
+        assert process.returncode == 130 and f"not begun: {vm}-none" in said, said
+        assert [one["vm"] for one in json.loads(told)] == [off]
+    finally:
+        pair.vmctl("-c", "h2", "delete", off, "--yes", "--missing-ok")
+
+
 def test_vmctl_is_killed_and_the_job_is_finished(pair: Pair, vm: str) -> None:
     pair.bed.limit("10mbit")
     process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2")
