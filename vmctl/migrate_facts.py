@@ -106,7 +106,7 @@ def _found(source: Host, target: Host, name: str) -> Domain:
     except NotFound as error:
         if domain.find_or_none(target.conn, name) is None:
             raise
-        again = f"vmctl migrate {name} --to {target.name} --recover"
+        again = f"vmctl -c {source.name} migrate {name} --to {target.name} --recover"
         raise NotFound(error.message, hint=f"{target.name} has it; {again} clears up what a move left here") from error
 
 

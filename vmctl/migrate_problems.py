@@ -152,14 +152,15 @@ def version(text: str) -> tuple[int, ...]:
 
 def _state(facts: Facts) -> Iterator[Problem]:
     vm = facts.vm
-    recover = f"vmctl migrate {vm.name} --to {facts.target.name} --recover"
+    here = f"vmctl -c {facts.source.name}"
+    recover = f"{here} migrate {vm.name} --to {facts.target.name} --recover"
     if vm.state is State.SAVED:
-        yield Problem(f"{vm.name} is saved, and its memory lies on {facts.source.name}", f"vmctl start {vm.name}")
+        yield Problem(f"{vm.name} is saved, and its memory lies on {facts.source.name}", f"{here} start {vm.name}")
     elif vm.state is State.CRASHED and not facts.live:
         pass  # its QEMU is gone: it is off
     elif vm.state in {State.CRASHED, State.CREATING, State.STOPPING, State.SUSPENDED}:
         yield Problem(
-            f"{vm.name} is {vm.state}{f' ({vm.why})' if vm.why else ''}", f"vmctl reset, or delete, {vm.name}"
+            f"{vm.name} is {vm.state}{f' ({vm.why})' if vm.why else ''}", f"{here} reset {vm.name}, or delete"
         )
     elif vm.state is State.PAUSED and vm.why in {"I/O error", *_CUT_OFF}:
         yield Problem(f"{vm.name} is paused ({vm.why})", recover if vm.why in _CUT_OFF else "mend that first")
@@ -189,7 +190,7 @@ def _identity(facts: Facts) -> Iterator[Problem]:
     if facts.source.hostname == there.hostname:
         yield Problem(f"both hosts are called {there.hostname}", "give one another host name")
     if there.vms.get(vm.name, vm.uuid) != vm.uuid:
-        yield Problem(f"{there.name} has another VM called {vm.name}", "vmctl rename one of them")
+        yield Problem(f"{there.name} has another VM called {vm.name}", f"vmctl -c {there.name} rename {vm.name} NEW")
     for name, how in facts.elsewhere.items():
         what = f"{vm.name} {how} on {name}, where it went once: what {facts.source.name} has is only what stayed of it"
         yield Problem(what, f"vmctl -c {name} migrate {vm.name} --to {there.name}")
@@ -199,9 +200,8 @@ def _identity(facts: Facts) -> Iterator[Problem]:
     for name, uuid in there.vms.items():
         if uuid == vm.uuid:
             what = f"{there.name} has a VM of the same UUID already: {name}"
-            yield Problem(
-                what, f"vmctl migrate {vm.name} --to {there.name} --recover looks at both and ends what was cut off"
-            )
+            again = f"vmctl -c {facts.source.name} migrate {vm.name} --to {there.name} --recover"
+            yield Problem(what, f"{again} looks at both and ends what was cut off")
 
 
 def _machine(facts: Facts) -> Iterator[Problem]:
@@ -235,12 +235,12 @@ def _devices(facts: Facts) -> Iterator[Problem]:
     for share in vm.shares:
         what, mend = (
             f"{vm.name} has a folder of its host mounted: {share}",
-            f"vmctl unshare {vm.name} {vm.mounts.get(share, 'GUEST')}, or stop it first",
+            f"vmctl -c {facts.source.name} unshare {vm.name} {vm.mounts.get(share, 'GUEST')}, or stop it first",
         )
         yield Problem(what, mend) if facts.live else Problem(f"{what}; on {there} it is that one's folder", note=True)
     if vm.snapshots:
         named = " ".join(f"{vm.name}.{one}" for one in vm.snapshots)
-        mend = f"vmctl snapshot delete {named}, which loses what they hold"
+        mend = f"vmctl -c {facts.source.name} snapshot delete {named}, which loses what they hold"
         yield Problem(f"{vm.name} has snapshots, which libvirt does not move: {', '.join(vm.snapshots)}", mend)
     if vm.checkpoints:
         what = (

@@ -329,10 +329,10 @@ def test_to_auto_goes_on_where_it_was_cut_off(fleet: Fleet) -> None:
     assert "cannot find VM nope" in fleet.run(*words, "nope", "--to", "auto", check=4).stderr
     assert fleet.where() == {"a": "h2", "b": "h1"}
     said = fleet.run(*words, "--to", "auto").stderr
-    assert "a is on h2 already; vmctl migrate a --to h2 --recover clears up what a move left here" in said
+    assert "a is on h2 already; vmctl -c h1 migrate a --to h2 --recover clears up what a move left here" in said
     assert fleet.where()["a"] == "h2" and fleet.where()["b"] != "h1"
     said = fleet.run("-c", "h1", "migrate", "a", "--to", "auto", check=4).stderr
-    assert "h2 has it; vmctl migrate a --to h2 --recover" in said
+    assert "h2 has it; vmctl -c h1 migrate a --to h2 --recover" in said
 
 
 def test_to_auto_when_the_host_does_not_answer(fleet: Fleet) -> None:
