@@ -321,8 +321,23 @@ def resume(host: Host, name: str) -> bool:
     if vm.state is State.RUNNING:
         return False
     domain.require(vm, frozenset({State.PAUSED, State.SUSPENDED}), "resume", f"vmctl start {name}")
+    if vm.why == "migration" and host.others:
+        _require_here_alone(host, vm)
     domain.resume(host.conn, name)
     return True
+
+
+def _require_here_alone(host: Host, vm: Domain) -> None:
+    """Raise Conflict when a VM that a migration has paused is on another host too, or may be."""
+    from vmctl import elsewhere  # late: most know one host
+
+    found, unasked = elsewhere.in_use(host, vm)
+    for other in (*found, *unasked):
+        has = "has it too" if other in found else "cannot be asked whether it has it"
+        raise Conflict(
+            f"cannot resume VM {vm.name}: a migration has paused it, and {other} {has}",
+            hint=f"where it came from, vmctl migrate {vm.name} --to HOST --recover asks both, and ends that",
+        )
 
 
 def save(host: Host, name: str, report: Reporter) -> bool:

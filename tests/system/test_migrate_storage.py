@@ -478,6 +478,27 @@ def test_interrupted_while_both_are_asked_where_it_is(pair: Pair, vm: str) -> No
     assert before <= of(vm, pair.files("h2")) and not [name for name in pair.files("h2") if "migrating" in name]
 
 
+def test_one_that_a_migration_has_paused_is_not_resumed_beside(pair: Pair, vm: str) -> None:
+    """The source's libvirtd died once the target had been told to run it, and vmctl did: nobody ends it here."""
+    first, second = pair.machine("h1"), pair.machine("h2")
+    hold = Hold(Phase.FINISH, first, second, vm)
+    process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    try:
+        assert hold.enter(lambda: process.poll() is not None, 0)
+        first.kill("libvirtd")
+        process.kill()
+        process.communicate(timeout=60)
+    finally:
+        hold.release()
+        first.start("libvirtd")
+    until(lambda: pair.where(vm) == {"h1": "paused", "h2": "running"}, "it runs there, and is paused here")
+    told = pair.vmctl("-c", "h1", "resume", vm, check=5).stderr
+    assert f"cannot resume VM {vm}: a migration has paused it, and h2 has it too" in told and "--recover" in told
+    assert pair.where(vm) == {"h1": "paused", "h2": "running"}
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+    assert pair.where(vm) == {"h2": "running"} and not of(vm, pair.files("h1"))
+
+
 @pytest.fixture
 def two(pair: Pair) -> Iterator[tuple[str, str]]:
     """Two stopped VMs of one image."""
