@@ -106,7 +106,8 @@ def _found(source: Host, target: Host, name: str) -> Domain:
     except NotFound as error:
         if domain.find_or_none(target.conn, name) is None:
             raise
-        again = f"vmctl -c {source.name} migrate {name} --to {target.name} --recover"
+        at = called(source.entry) if source.entry else source.name
+        again = f"vmctl -c {at} migrate {name} --to {target.name} --recover"
         raise NotFound(error.message, hint=f"{target.name} has it; {again} clears up what a move left here") from error
 
 
@@ -195,6 +196,7 @@ def side(host: Host) -> HostSide:
         networks={net.name: net.active for net in nets},
         nat=frozenset(net.name for net in nets if net.gateway),
         vms=dict(domain.identities(host.conn)),
+        at=called(host.entry) if host.entry else "",
     )
 
 

@@ -103,6 +103,12 @@ class HostSide:
     vms: Mapping[str, str] = field(default_factory=dict)  # UUID by name
     huge_pages_free: int = 0
     space: Mapping[str, int] = field(default_factory=dict)  # free bytes by folder
+    at: str = ""  # what it is called to vmctl, where that is not its name
+
+    @property
+    def command(self) -> str:
+        """vmctl on it."""
+        return f"vmctl -c {self.at or self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +158,7 @@ def version(text: str) -> tuple[int, ...]:
 
 def _state(facts: Facts) -> Iterator[Problem]:
     vm = facts.vm
-    here = f"vmctl -c {facts.source.name}"
+    here = facts.source.command
     recover = f"{here} migrate {vm.name} --to {facts.target.name} --recover"
     if vm.state is State.SAVED:
         yield Problem(f"{vm.name} is saved, and its memory lies on {facts.source.name}", f"{here} start {vm.name}")
@@ -190,7 +196,7 @@ def _identity(facts: Facts) -> Iterator[Problem]:
     if facts.source.hostname == there.hostname:
         yield Problem(f"both hosts are called {there.hostname}", "give one another host name")
     if there.vms.get(vm.name, vm.uuid) != vm.uuid:
-        yield Problem(f"{there.name} has another VM called {vm.name}", f"vmctl -c {there.name} rename {vm.name} NEW")
+        yield Problem(f"{there.name} has another VM called {vm.name}", f"{there.command} rename {vm.name} NEW")
     for name, how in facts.elsewhere.items():
         what = f"{vm.name} {how} on {name}, where it went once: what {facts.source.name} has is only what stayed of it"
         yield Problem(what, f"vmctl -c {name} migrate {vm.name} --to {there.name}")
@@ -200,7 +206,7 @@ def _identity(facts: Facts) -> Iterator[Problem]:
     for name, uuid in there.vms.items():
         if uuid == vm.uuid:
             what = f"{there.name} has a VM of the same UUID already: {name}"
-            again = f"vmctl -c {facts.source.name} migrate {vm.name} --to {there.name} --recover"
+            again = f"{facts.source.command} migrate {vm.name} --to {there.name} --recover"
             yield Problem(what, f"{again} looks at both and ends what was cut off")
 
 
@@ -235,12 +241,12 @@ def _devices(facts: Facts) -> Iterator[Problem]:
     for share in vm.shares:
         what, mend = (
             f"{vm.name} has a folder of its host mounted: {share}",
-            f"vmctl -c {facts.source.name} unshare {vm.name} {vm.mounts.get(share, 'GUEST')}, or stop it first",
+            f"{facts.source.command} unshare {vm.name} {vm.mounts.get(share, 'GUEST')}, or stop it first",
         )
         yield Problem(what, mend) if facts.live else Problem(f"{what}; on {there} it is that one's folder", note=True)
     if vm.snapshots:
         named = " ".join(f"{vm.name}.{one}" for one in vm.snapshots)
-        mend = f"vmctl -c {facts.source.name} snapshot delete {named}, which loses what they hold"
+        mend = f"{facts.source.command} snapshot delete {named}, which loses what they hold"
         yield Problem(f"{vm.name} has snapshots, which libvirt does not move: {', '.join(vm.snapshots)}", mend)
     if vm.checkpoints:
         what = (

@@ -295,7 +295,7 @@ def test_layers_go_when_a_whole_move_was_cut_off_at_its_end(pair: Pair, vm: str,
             pair.vmctl(*words, "--copy-storage", "full", "--direct", "--keep-source")
             pair.shell.virsh("undefine", one)
             said = pair.vmctl(*words, check=4).stderr
-            assert f"vmctl -c h1 migrate {one} --to h2 --recover" in said, "what a plain second run names"
+            assert f"vmctl -c qemu:///system migrate {one} --to h2 --recover" in said, "what a plain second run names"
             pair.vmctl(*words, "--recover")
             pair.vmctl("-c", "h2", "exec", "--via", "agent", one, "true")
             if one is clones[0]:
