@@ -44,8 +44,8 @@ class Elsewhere:
         return ", ".join(f"{user} on {host}" for host, user in self.users[path])
 
 
-def look(host: Host, paths: Collection[str], timeout_s: float = DEADLINE_S) -> Elsewhere:
-    """Ask all other hosts that vmctl knows at once, each until ``timeout_s`` are over.
+def look(host: Host, paths: Collection[str], timeout_s: float = DEADLINE_S, *, but: Host | None = None) -> Elsewhere:
+    """Ask all other hosts that vmctl knows, ``but`` one, at once, each until ``timeout_s`` are over.
 
     A path that is in use there counts where both see one folder, which is proved by a file that is gone again.
     """
@@ -55,7 +55,7 @@ def look(host: Host, paths: Collection[str], timeout_s: float = DEADLINE_S) -> E
         return Elsewhere({}, {})
     users: dict[str, list[tuple[str, str]]] = {}
     unasked = {}
-    for name, answer in _answers(host, lambda other: _asked(host, other, spelled), timeout_s):
+    for name, answer in _answers(host, lambda other: _asked(host, other, spelled), timeout_s, but=but):
         if isinstance(answer, VmctlError):
             unasked[name] = answer.message
             continue
@@ -64,7 +64,9 @@ def look(host: Host, paths: Collection[str], timeout_s: float = DEADLINE_S) -> E
     return Elsewhere({path: tuple(found) for path, found in users.items()}, unasked)
 
 
-def _answers(host: Host, ask: Callable[[Host], T], timeout_s: float) -> Iterator[tuple[str, T | VmctlError]]:
+def _answers(
+    host: Host, ask: Callable[[Host], T], timeout_s: float, *, but: Host | None = None
+) -> Iterator[tuple[str, T | VmctlError]]:
     """What each of the other hosts says, or why it says nothing; who was late is not waited for within a minute."""
     fleet, now = Fleet(host.settings, host.folders), time.monotonic()
     silent = {name: error for name, (since, error) in _late.items() if now - since < _ANEW_S}
@@ -75,7 +77,8 @@ def _answers(host: Host, ask: Callable[[Host], T], timeout_s: float) -> Iterator
         with fleet.open(entry) as other:
             return ask(other)
 
-    for name, answer in each(host.others, one, timeout_s):
+    entries = [entry for entry in host.others if but is None or entry != but.entry]
+    for name, answer in each(entries, one, timeout_s):
         if isinstance(answer, HostUnreachable) and name not in silent:
             _late[name] = time.monotonic(), answer
         yield name, answer
@@ -130,9 +133,9 @@ def _owner(owners: Mapping[str, str], path: str) -> frozenset[str]:
     return frozenset(owners[one] for one in names if one in owners)
 
 
-def needed(host: Host, paths: Collection[str], report: Reporter) -> dict[str, str]:
+def needed(host: Host, paths: Collection[str], report: Reporter, *, but: Host | None = None) -> dict[str, str]:
     """Those of the files that VMs of other hosts need, and who; warns of hosts that cannot be asked."""
-    found = look(host, paths)
+    found = look(host, paths, but=but)
     _warn(found, report)
     return {path: found.told(path) for path in found.users}
 
@@ -150,22 +153,32 @@ def require_unused(host: Host, ref: str, paths: Collection[str], doing: str, rep
 
 def require_off(host: Host, vm: Domain, report: Reporter, timeout_s: float = DEADLINE_S) -> None:
     """Raise Conflict when another host has that very VM, by its UUID, in use; warn of hosts that cannot be asked."""
-    unasked = {}
-    for name, there in _answers(host, partial(_has, host, vm.uuid), timeout_s):
-        if isinstance(there, VmctlError):
-            unasked[name] = there.message
-        elif there is not None and (there.active or there.state is State.SAVED):
-            how, what = "is saved", f"vmctl -c {name} start {there.name} goes on with it there"
-            if there.active:
-                how, what = "runs", f"vmctl -c {name} stop {there.name} ends it there"
-            raise Conflict(
-                f"cannot start VM {vm.name}: it {how} on {name}, and must not be on two hosts at once",
-                hint=f"{what}; vmctl delete {vm.name} gives up what stayed of it here",
-            )
+    found, unasked = in_use(host, vm, timeout_s=timeout_s)
+    for name, there in found.items():
+        how, what = "is saved", f"vmctl -c {name} start {there.name} goes on with it there"
+        if there.active:
+            how, what = "runs", f"vmctl -c {name} stop {there.name} ends it there"
+        raise Conflict(
+            f"cannot start VM {vm.name}: it {how} on {name}, and must not be on two hosts at once",
+            hint=f"{what}; vmctl delete {vm.name} gives up what stayed of it here",
+        )
     if unasked:
         why = next(iter(unasked.values()))
         text = f"not asked whether {vm.name}, which went to another host once, runs there: {', '.join(unasked)} ({why})"
         report(Warned(text, "make sure that it does not: two that run on one disk destroy it"))
+
+
+def in_use(
+    host: Host, vm: Domain, but: Host | None = None, *, timeout_s: float = DEADLINE_S
+) -> tuple[dict[str, Domain], dict[str, str]]:
+    """That very VM, by its UUID, on each other host where it runs or is saved; and who cannot be asked, and why."""
+    found, unasked = {}, {}
+    for name, there in _answers(host, partial(_has, host, vm.uuid), timeout_s, but=but):
+        if isinstance(there, VmctlError):
+            unasked[name] = there.message
+        elif there is not None and (there.active or there.state is State.SAVED):
+            found[name] = there
+    return found, unasked
 
 
 def _has(host: Host, uuid: str, other: Host) -> Domain | None:

@@ -11,6 +11,7 @@ from vmctl.events import Reporter, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 from vmctl.hypervisor.domain import Domain
+from vmctl.hypervisor.states import MOVED
 
 
 def volumes_of(host: Host, prefix: str) -> tuple[str, ...]:
@@ -61,6 +62,11 @@ def is_moved(host: Host, prefix: str) -> bool:
     """Whether volumes of that prefix are of a VM that went to another host."""
     pool = host.settings.pool
     return storage.pool_exists(host.conn, pool) and prefix + _MOVED in storage.volume_names(host.conn, pool)
+
+
+def went(host: Host, vm: Domain) -> bool:
+    """Whether that VM, which is off here, went to another host once, as far as this one knows."""
+    return vm.why == MOVED or any(is_moved(host, one) for one in prefixes(vm))
 
 
 def needed_of(host: Host, volumes: Collection[str]) -> frozenset[str]:

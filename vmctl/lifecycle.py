@@ -28,7 +28,6 @@ from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import agent, disks, domain, events
 from vmctl.hypervisor.domain import ACTIVE, Domain, State
-from vmctl.hypervisor.states import MOVED
 from vmctl.hypervisor.waiting import Waiting
 from vmctl.seed_disk import detach_used
 from vmctl.spec import Accel
@@ -78,7 +77,7 @@ def start(host: Host, name: str, report: Reporter) -> Started:
         )
     if vm.active:
         return Started.ALREADY
-    if host.others and (vm.why == MOVED or any(identity.is_moved(host, one) for one in identity.prefixes(vm))):
+    if host.others and identity.went(host, vm):
         from vmctl import elsewhere  # late: most know one host
 
         elsewhere.require_off(host, vm, report)
@@ -322,8 +321,23 @@ def resume(host: Host, name: str) -> bool:
     if vm.state is State.RUNNING:
         return False
     domain.require(vm, frozenset({State.PAUSED, State.SUSPENDED}), "resume", f"vmctl start {name}")
+    if vm.why == "migration" and host.others:
+        _require_here_alone(host, vm)
     domain.resume(host.conn, name)
     return True
+
+
+def _require_here_alone(host: Host, vm: Domain) -> None:
+    """Raise Conflict when a VM that a migration has paused is on another host too, or may be."""
+    from vmctl import elsewhere  # late: most know one host
+
+    found, unasked = elsewhere.in_use(host, vm)
+    for other in (*found, *unasked):
+        has = "has it too" if other in found else "cannot be asked whether it has it"
+        raise Conflict(
+            f"cannot resume VM {vm.name}: a migration has paused it, and {other} {has}",
+            hint=f"where it came from, vmctl migrate {vm.name} --to HOST --recover asks both, and ends that",
+        )
 
 
 def save(host: Host, name: str, report: Reporter) -> bool:

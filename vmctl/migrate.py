@@ -199,6 +199,8 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: flo
     try:
         if not wish.keep:
             domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))
+        elif vm.autostart:
+            _let_lie(ends, vm.name, report)
     except (VmctlError, KeyboardInterrupt, Interrupted):
         if domain.find_or_none(ends.source.conn, vm.uuid) is not None:
             whole.close()
@@ -207,6 +209,12 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: flo
     migrate_storage.unmark(ends.target, looked.look.makes)
     here, there = ends.names
     return Moved(vm.name, vm.uuid, here, there, Mode.STOPPED, time.monotonic() - began, copied=_paths(looked))
+
+
+def _let_lie(ends: Ends, name: str, report: Reporter) -> None:
+    """What stays of it here does not start by itself at the next boot, beside the one on the target."""
+    domain.set_autostart(ends.source.conn, name, on=False)
+    report(Step(f"{name} does not start by itself any more on {ends.names[0]}"))
 
 
 def _shares_nvram(looked: Found) -> bool:
@@ -229,7 +237,7 @@ def _clear_source(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
             migrate_storage.unmark_shared(ends.source, looked.vm, looked.facts.needs)
         known_hosts(ends.source, looked.vm.name).unlink(missing_ok=True)
     except VmctlError as error:
-        name, again = looked.vm.name, migrate_settle.again(looked.vm.name, ends.names[1])
+        name, again = looked.vm.name, migrate_settle.again(looked.vm.name, *ends.names)
         report(Warned(f"{ends.names[0]} still has files of {name}: {error.message}", again))
 
 
@@ -297,7 +305,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
         end_on_target(ends, looked, wish, report)
     except (KeyboardInterrupt, Interrupted) as early:
         text = f"{f'{early}' or 'interrupted'}; it runs on {there}, and {here} may still have files of it"
-        again = migrate_settle.again(vm.name, there)
+        again = migrate_settle.again(vm.name, here, there)
         raise Interrupted(f"cannot migrate VM {vm.name}: {text}", hint=again) from early
     for late in migrate_facts.notes_of(ends.asking().answer(wish.way), looked.facts):
         report(Warned(late.what, late.mend))
@@ -347,9 +355,11 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
             left = domain.find_or_none(ends.source.conn, vm.uuid)
         if left is not None and not wish.keep:
             domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))
+        elif left is not None and left.autostart:
+            _let_lie(ends, vm.name, report)
     except VmctlError as error:
         text = f"{ends.names[0]} still has a definition of {vm.name}: {error.message}"
-        report(Warned(text, migrate_settle.again(vm.name, ends.names[1])))
+        report(Warned(text, migrate_settle.again(vm.name, *ends.names)))
     else:
         _clear_source(ends, looked, wish, report)
     migrate_storage.unmark(ends.target, looked.look.makes)

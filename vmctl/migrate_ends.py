@@ -10,7 +10,7 @@ from vmctl.config import HostEntry
 from vmctl.errors import NotFound, PreflightFailed, Unsupported, VmctlError
 from vmctl.fleet import Fleet
 from vmctl.hosts import Host
-from vmctl.hypervisor import connection, domain
+from vmctl.hypervisor import connection, domain, migration
 from vmctl.migrate_facts import Asking
 from vmctl.migrate_outcome import Seen
 from vmctl.migrate_problems import one_host
@@ -116,12 +116,13 @@ class Ends:
         def ask(which: str) -> None:
             try:
                 vm = domain.find(self._host(which).conn, uuid)
+                ended = migration.was_ended(vm)
             except NotFound:
                 found[which] = Seen(True)
             except VmctlError:
                 pass
             else:
-                found[which] = Seen(True, vm.state, vm.why)
+                found[which] = Seen(True, vm.state, vm.why, ended)
 
         threads = {which: threading.Thread(target=ask, args=(which,), daemon=True) for which in ("source", "target")}
         deadline = time.monotonic() + _ASK_S

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from vmctl import disk_xml, host_check, host_ssh, layer_check, migrate_files
+from vmctl import disk_xml, elsewhere, host_check, host_ssh, identity, layer_check, migrate_files
 from vmctl.at_once import beside
 from vmctl.config import HostEntry
 from vmctl.errors import NotFound, VmctlError
@@ -65,6 +65,7 @@ def gather(
     free = migration.free_huge_pages(target.conn, facts.huge_pages_kib) if facts.huge_pages_kib else 0
     theirs = replace(theirs, huge_pages_free=free, space=dict(look.space))
     cpu = _cpu(target, vm, standing.cpu)
+    beyond, not_asked = elsewhere.in_use(source, vm, target) if not live and identity.went(source, vm) else ({}, {})
     if live and facts.bridges:
         asking.back()  # whether it has them
     ways = asking.answer(way) if live else Ways()
@@ -86,6 +87,8 @@ def gather(
             certificates=ways.certificates if tls else {},
             cards=frozenset(ways.cards),
             unasked=ways.unasked,
+            elsewhere={one: "runs" if found.active else "is saved" for one, found in beyond.items()},
+            not_asked=tuple(not_asked),
             userfaults=ways.userfaults is not False or target.facts.qemu_user in {None, "0"},
         ),
         vm,
@@ -103,7 +106,8 @@ def _found(source: Host, target: Host, name: str) -> Domain:
     except NotFound as error:
         if domain.find_or_none(target.conn, name) is None:
             raise
-        again = f"vmctl migrate {name} --to {target.name} --recover"
+        at = called(source.entry) if source.entry else source.name
+        again = f"vmctl -c {at} migrate {name} --to {target.name} --recover"
         raise NotFound(error.message, hint=f"{target.name} has it; {again} clears up what a move left here") from error
 
 
@@ -192,6 +196,7 @@ def side(host: Host) -> HostSide:
         networks={net.name: net.active for net in nets},
         nat=frozenset(net.name for net in nets if net.gateway),
         vms=dict(domain.identities(host.conn)),
+        at=called(host.entry) if host.entry else "",
     )
 
 

@@ -100,5 +100,5 @@ def _clear(asked: Fleet, one: Left, report: Reporter) -> None:
         vm = domain.find(ends.source.conn, one.vm)
         if vm.active and migration.busy(ends.source.conn, one.vm):
             return
-        for path in migrate_storage.clear_marked(ends.target, migrate_files.files(ends.source, vm)):
+        for path in migrate_storage.clear_marked(ends.source, ends.target, migrate_files.files(ends.source, vm)):
             report(Step(f"deleted {path} on {one.host}, which a move of {one.vm} that was cut off left"))

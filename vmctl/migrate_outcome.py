@@ -13,11 +13,15 @@ from vmctl.hypervisor.states import State
 
 
 class Seen(NamedTuple):
-    """The VM on one host: ``state`` None where there is none of its UUID; not ``known``: nobody could be asked."""
+    """The VM on one host: ``state`` None where there is none of its UUID; not ``known``: nobody could be asked.
+
+    ``ended``: it is off, and had run there; False also where that is not known any more.
+    """
 
     known: bool
     state: State | None = None
     why: str = ""
+    ended: bool = False
 
     @property
     def there(self) -> bool:
@@ -71,5 +75,8 @@ def judge(source: Seen, target: Seen) -> Where:
     if source.there:
         if source.why in _POSTCOPY:
             return Where.LOST
-        return Where.UNKNOWN if target.there else Where.HALF if source.why == "migration" else Where.STAYED
+        if target.there or source.why != "migration":
+            return Where.UNKNOWN if target.there else Where.STAYED
+        # It went on there, and has ended since: its memory here is older than its disks.
+        return Where.LOST if target.ended or target.state is State.SAVED else Where.HALF
     return Where.MOVED if target.there else Where.LOST

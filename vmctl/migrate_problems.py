@@ -103,6 +103,12 @@ class HostSide:
     vms: Mapping[str, str] = field(default_factory=dict)  # UUID by name
     huge_pages_free: int = 0
     space: Mapping[str, int] = field(default_factory=dict)  # free bytes by folder
+    at: str = ""  # what it is called to vmctl, where that is not its name
+
+    @property
+    def command(self) -> str:
+        """vmctl on it."""
+        return f"vmctl -c {self.at or self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +131,8 @@ class Facts:
     postcopy: bool = False
     certificates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # that QEMU lacks, by host
     cards: frozenset[str] = frozenset()  # the target's network interfaces; empty: not known
+    elsewhere: Mapping[str, str] = field(default_factory=dict)  # what it does on other hosts than the two, by host
+    not_asked: tuple[str, ...] = ()  # hosts that do not say so
     userfaults: bool = True  # whether QEMU on the target may wait for pages that are not there yet
 
 
@@ -150,14 +158,15 @@ def version(text: str) -> tuple[int, ...]:
 
 def _state(facts: Facts) -> Iterator[Problem]:
     vm = facts.vm
-    recover = f"vmctl migrate {vm.name} --to {facts.target.name} --recover"
+    here = facts.source.command
+    recover = f"{here} migrate {vm.name} --to {facts.target.name} --recover"
     if vm.state is State.SAVED:
-        yield Problem(f"{vm.name} is saved, and its memory lies on {facts.source.name}", f"vmctl start {vm.name}")
+        yield Problem(f"{vm.name} is saved, and its memory lies on {facts.source.name}", f"{here} start {vm.name}")
     elif vm.state is State.CRASHED and not facts.live:
         pass  # its QEMU is gone: it is off
     elif vm.state in {State.CRASHED, State.CREATING, State.STOPPING, State.SUSPENDED}:
         yield Problem(
-            f"{vm.name} is {vm.state}{f' ({vm.why})' if vm.why else ''}", f"vmctl reset, or delete, {vm.name}"
+            f"{vm.name} is {vm.state}{f' ({vm.why})' if vm.why else ''}", f"{here} reset {vm.name}, or delete"
         )
     elif vm.state is State.PAUSED and vm.why in {"I/O error", *_CUT_OFF}:
         yield Problem(f"{vm.name} is paused ({vm.why})", recover if vm.why in _CUT_OFF else "mend that first")
@@ -187,13 +196,18 @@ def _identity(facts: Facts) -> Iterator[Problem]:
     if facts.source.hostname == there.hostname:
         yield Problem(f"both hosts are called {there.hostname}", "give one another host name")
     if there.vms.get(vm.name, vm.uuid) != vm.uuid:
-        yield Problem(f"{there.name} has another VM called {vm.name}", "vmctl rename one of them")
+        yield Problem(f"{there.name} has another VM called {vm.name}", f"{there.command} rename {vm.name} NEW")
+    for name, how in facts.elsewhere.items():
+        what = f"{vm.name} {how} on {name}, where it went once: what {facts.source.name} has is only what stayed of it"
+        yield Problem(what, f"vmctl -c {name} migrate {vm.name} --to {there.name}")
+    if facts.not_asked:
+        what = f"not asked whether {vm.name}, which went to another host once, runs there: {', '.join(facts.not_asked)}"
+        yield Problem(what, "make sure that it does not", note=True)
     for name, uuid in there.vms.items():
         if uuid == vm.uuid:
             what = f"{there.name} has a VM of the same UUID already: {name}"
-            yield Problem(
-                what, f"vmctl migrate {vm.name} --to {there.name} --recover looks at both and ends what was cut off"
-            )
+            again = f"{facts.source.command} migrate {vm.name} --to {there.name} --recover"
+            yield Problem(what, f"{again} looks at both and ends what was cut off")
 
 
 def _machine(facts: Facts) -> Iterator[Problem]:
@@ -227,12 +241,12 @@ def _devices(facts: Facts) -> Iterator[Problem]:
     for share in vm.shares:
         what, mend = (
             f"{vm.name} has a folder of its host mounted: {share}",
-            f"vmctl unshare {vm.name} {vm.mounts.get(share, 'GUEST')}, or stop it first",
+            f"{facts.source.command} unshare {vm.name} {vm.mounts.get(share, 'GUEST')}, or stop it first",
         )
         yield Problem(what, mend) if facts.live else Problem(f"{what}; on {there} it is that one's folder", note=True)
     if vm.snapshots:
         named = " ".join(f"{vm.name}.{one}" for one in vm.snapshots)
-        mend = f"vmctl snapshot delete {named}, which loses what they hold"
+        mend = f"{facts.source.command} snapshot delete {named}, which loses what they hold"
         yield Problem(f"{vm.name} has snapshots, which libvirt does not move: {', '.join(vm.snapshots)}", mend)
     if vm.checkpoints:
         what = (

@@ -12,7 +12,7 @@ from vmctl.events import Reporter, Status, Step, Warned
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain, migration
 from vmctl.hypervisor.domain import Domain
-from vmctl.hypervisor.states import State
+from vmctl.hypervisor.states import MOVED, State
 from vmctl.migrate import Mode, Moved, Wish
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import Look
@@ -80,7 +80,7 @@ _HINTS = {
 
 def _only_off(seen: tuple[Seen, Seen]) -> bool:
     """Whether it simply is off, on the source: nothing was lost."""
-    return seen[0].state is not None and seen[1].known and not seen[1].there
+    return seen[0].state is not None and not seen[0].there and seen[1].known and not seen[1].there
 
 
 def _require_left(host: Host, called: str, vm: Domain, seen: Seen, stays: Host, *, went: bool) -> None:
@@ -101,7 +101,15 @@ def _require_left(host: Host, called: str, vm: Domain, seen: Seen, stays: Host, 
             "leaves: it was used there",
             hint=f"look at it there; vmctl -c {called} delete {left.name} gives up what it has there",
         )
-    if own := _own_disks(host, left, stays, went=went):
+    own = _own_disks(host, left, stays, went=went, used=seen.ended)
+    if own and seen.ended and not went:
+        raise MigrationFailed(
+            f"cannot recover VM {vm.name}: on {called} it is {left.state}, and has run there, with a disk that "
+            f"{stays.name} has not: {', '.join(own)}",
+            hint=f"vmctl -c {called} start {left.name} goes on with it there; "
+            f"vmctl -c {called} delete {left.name} gives up what it did there",
+        )
+    if own:
         raise MigrationFailed(
             f"cannot recover VM {vm.name}: on {called} it is {left.state}, with a disk that is not the one on "
             f"{stays.name}, and that no move which was cut off left there: {', '.join(own)}",
@@ -110,22 +118,28 @@ def _require_left(host: Host, called: str, vm: Domain, seen: Seen, stays: Host, 
         )
 
 
-def _own_disks(host: Host, left: Domain, stays: Host, *, went: bool) -> tuple[str, ...]:
+def _own_disks(host: Host, left: Domain, stays: Host, *, went: bool, used: bool) -> tuple[str, ...]:
     """The disks of a definition of a VM that stays elsewhere which are neither the VM's nor what a move left.
 
     ``went``: the VM has gone from there, so that what is called as its disks are is what they were copied from.
+    ``used``: it has run there, and written to what a move left.
     """
     files = migrate_files.files(host, left)
     kept = {one.path for one in migrate_files.files(stays, domain.find(stays.conn, left.uuid))}
-    ours = migrate_storage.marked(host, files) | migrate_storage.marked(stays, files)
+    marked = migrate_storage.marked(host, files) | migrate_storage.marked(stays, files)
+    ours = frozenset() if used and not went else marked
     folders = {one.folder for one in files if not one.network and one.path in kept}
     same = folders if went else folder_pools.shared_folders(stays, host, folders)
     return migrate_files.own_disks(files, kept, ours, same)
 
 
 def _off_there(seen: tuple[Seen, Seen]) -> bool:
-    """Whether it is off, and only the target has it: it went as one that was off, or has ended there since."""
-    return seen[0].known and seen[0].state is None and seen[1].state is not None and not seen[1].there
+    """Whether it is off, and on the target: it went as one that was off, or has ended there since.
+
+    The source has none of it, or a definition that has not been used since libvirt sent it away.
+    """
+    gone = seen[0].known and (seen[0].state is None or seen[0].why == MOVED)
+    return gone and seen[1].state is not None and not seen[1].there
 
 
 def _await_job(ends: Ends, vm: Domain, wish: Wish, report: Reporter) -> None:
@@ -170,7 +184,7 @@ def _clear_target(ends: Ends, vm: Domain, there: Seen, report: Reporter) -> None
     """The VM is on the source: a definition of it on the target, and half made files there, go."""
     if there.state is not None and not there.there:
         domain.undefine(ends.target.conn, vm.uuid, keep_nvram=True)  # what was made there has a mark
-    for path in migrate_storage.clear_marked(ends.target, migrate_files.files(ends.source, vm)):
+    for path in migrate_storage.clear_marked(ends.source, ends.target, migrate_files.files(ends.source, vm)):
         report(Step(f"deleted {path} on {ends.names[1]}, which was not whole"))
 
 

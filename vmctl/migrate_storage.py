@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
-from vmctl import identity, image_users, images, render
+from vmctl import elsewhere, identity, image_users, images, render
 from vmctl.errors import Conflict, ImageError, NotFound, quietly
 from vmctl.events import Progress, Reporter, Step, Warned
-from vmctl.folder_pools import shown
+from vmctl.folder_pools import shared_folders, shown
 from vmctl.hosts import Host
 from vmctl.hypervisor import storage
 from vmctl.hypervisor.domain import Domain
@@ -66,14 +66,16 @@ def marked(host: Host, files: Sequence[File]) -> frozenset[str]:
     return frozenset(file.path for file in local if file.leaf + MARK in names[file.folder])
 
 
-def clear_marked(target: Host, files: Sequence[File]) -> list[str]:
-    """Delete what a killed migration left of these files, and return their paths.
+def clear_marked(stays: Host, target: Host, files: Sequence[File]) -> list[str]:
+    """Delete what a killed migration left on the target of the files of a VM that is on ``stays``; their paths.
 
-    What others are based on comes last: by then nobody needs it but another VM, which is there with it, so it is whole.
+    Not where both see one folder: there they are the VM's own, and the marks are of a move that it came by. What others
+    are based on comes last: by then nobody needs it but another VM, which is there with it, so it is whole.
     """
     there, found = marked(target, files), []
+    both = shared_folders(stays, target, (file.folder for file in files if file.path in there))
     for file in reversed(files):
-        if file.path not in there:
+        if file.path not in there or file.folder in both:
             continue
         if not (_public(file) and image_users.needed(target.conn).by(file.path)):
             remove(target, file)
@@ -209,8 +211,10 @@ _SHARED_S = 300.0
 
 
 def clear_source(ends: Ends, vm: Domain, found: Sequence[File], left: Sequence[str], report: Reporter) -> None:
-    """Delete what was the VM's own on its old host and lies on no shared storage: ``left``. Others' disks stay, and so
-    does what the target has not, whatever became of it there: it is all there is.
+    """Delete what was the VM's own on its old host and lies on no storage that the target sees: ``left``.
+
+    Others' disks stay, also what a VM of a third host needs that sees them, and so does what the target has not,
+    whatever became of it there: it is all there is.
 
     What clones and forks share goes with the last of them. Of several that leave at once one must be the last, so they
     take turns.
@@ -218,6 +222,11 @@ def clear_source(ends: Ends, vm: Domain, found: Sequence[File], left: Sequence[s
     record, source = vm.facts.record, ends.source
     own = {owned.volume for owned in record.owned} if record else set()
     local = [one for one in found if one.path in left]
+    mine = [one.path for one in local if one.leaf in own or one.role in {Role.DISK, Role.NVRAM, Role.LOG}]
+    theirs = elsewhere.needed(source, mine, report, but=ends.target)
+    for path, others in theirs.items():
+        report(Warned(f"kept {path} on {source.name}: {others} needs it, on storage that both see"))
+    local = [one for one in local if one.path not in theirs]
     with held(source.folders.runtime, f"shared disks on {source.lock_scope}", timeout_s=_SHARED_S):
         needed, gone = image_users.needed(source.conn), {vm.name}
         there = {folder: _names(ends.target, folder) for folder in {one.folder for one in local}}

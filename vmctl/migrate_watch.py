@@ -54,11 +54,12 @@ def run(ends: Ends, name: str, orders: Orders, policy: Policy, report: Reporter)
 
     worker = Worker(work, f"migrate {name}")
     began = time.monotonic()
-    worker.start()
-    # As long as it sends the first time, nothing is known yet of how much downtime it needs.
-    _try(lambda: migration.set_downtime(source.conn, name, policy.downtime_ms))
     while True:
-        try:
+        try:  # from its first moment on: what is not cancelled goes on without vmctl
+            if worker.ident is None:
+                worker.start()
+                # As long as it sends the first time, nothing is known yet of how much downtime it needs.
+                _try(lambda: migration.set_downtime(source.conn, name, policy.downtime_ms))
             _steer(worker, began, ends, name, policy, outcome, report, lost=lost)
             return outcome
         except (KeyboardInterrupt, Interrupted) as early:
@@ -141,7 +142,7 @@ def _steer(
             outcome.done.append(Done(sample.at_s, action))
             report(Step(f"{name}: {action.why}"))
         if isinstance(action, Raise):
-            _try(partial(migration.set_downtime, source.conn, name, action.downtime_ms))
+            _try(partial(migration.raise_downtime, source.conn, name, action.downtime_ms))
         elif isinstance(action, Abort):
             outcome.failure = action.why
             migration.abort(source.conn, name)

@@ -293,6 +293,16 @@ def test_a_network_that_a_host_lacks(fleet: Fleet) -> None:
             machine.virsh("net-destroy", "extra", check=False)
 
 
+def test_what_stayed_of_one_that_runs_on_a_third_host_does_not_go(fleet: Fleet) -> None:
+    """With its disks it would go, where those two see them, and the third host does not."""
+    fleet.define("h1", "a")
+    fleet.run("-c", "h1", "migrate", "a", "--to", "h2", "--keep-source")
+    said = fleet.run("-c", "h1", "migrate", "a", "--to", "h3", check=11).stderr
+    assert "a runs on h2, where it went once" in said and "vmctl -c h2 migrate a --to h3" in said
+    assert "a runs on h2, where it went once" in fleet.run("host", "drain", "h1", "--yes", check=14).stderr
+    assert fleet.running() == {"a"} and not fleet.machines["h3"].virsh("list", "--all", "--name")
+
+
 def test_migrate_to_auto(fleet: Fleet) -> None:
     first = fleet.machines["h1"]
     fleet.run("host", "add", "aaa", first.ssh_uri, "--host-key", first.host_key)
@@ -319,10 +329,10 @@ def test_to_auto_goes_on_where_it_was_cut_off(fleet: Fleet) -> None:
     assert "cannot find VM nope" in fleet.run(*words, "nope", "--to", "auto", check=4).stderr
     assert fleet.where() == {"a": "h2", "b": "h1"}
     said = fleet.run(*words, "--to", "auto").stderr
-    assert "a is on h2 already; vmctl migrate a --to h2 --recover clears up what a move left here" in said
+    assert "a is on h2 already; vmctl -c h1 migrate a --to h2 --recover clears up what a move left here" in said
     assert fleet.where()["a"] == "h2" and fleet.where()["b"] != "h1"
     said = fleet.run("-c", "h1", "migrate", "a", "--to", "auto", check=4).stderr
-    assert "h2 has it; vmctl migrate a --to h2 --recover" in said
+    assert "h2 has it; vmctl -c h1 migrate a --to h2 --recover" in said
 
 
 def test_to_auto_when_the_host_does_not_answer(fleet: Fleet) -> None:

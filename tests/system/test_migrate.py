@@ -401,7 +401,10 @@ def test_one_host_by_two_names(pair: Pair, vm: str) -> None:
 
 
 def test_what_is_asked_to_stay(pair: Pair, vm: str) -> None:
-    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--transient", "--keep-source")
+    pair.vmctl("-c", "h1", "autostart", vm)
+    told = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--transient", "--keep-source").stderr
+    assert f"{vm} does not start by itself any more on h1" in told, "beside the one on h2, at the next boot"
+    assert pair.json("-c", "h1", "show", vm)["autostart"] is False
     assert pair.where(vm) == {"h1": "shut off", "h2": "running"}
     assert pair.machine("h2").virsh("dominfo", vm).split("Persistent:")[1].split()[0] == "no"
     refused = pair.vmctl("-c", "h2", "migrate", vm, "--to", "h1", check=11)
@@ -438,6 +441,19 @@ def test_a_definition_that_stayed_takes_no_disk_along(pair: Pair, vm: str) -> No
         pair.vmctl("-c", "h2", "delete", name, "--yes")
         assert not [one for one in pair.files("h2") if one.startswith(f"{name}-")], "the last one takes all"
     pair.vmctl("host", "remove", "dead", check=None)
+
+
+def test_recovery_takes_no_disk_that_both_see(pair: Pair, vm: str) -> None:
+    """It has a mark: a move from a third host, which sees none of this, was killed at its end."""
+    (disk,) = [one for one in pair.files("h1") if one.startswith(f"{vm}-") and one.endswith(".qcow2")]
+    mark = pair.machine("h1").images.parent / f"vmctl/{disk}.migrating"
+    mark.touch()
+    try:
+        pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+        assert disk in pair.files("h2") and pair.where(vm) == {"h2": "running"}
+        assert pair.vmctl("-c", "h2", "exec", vm, "--", "sh", "-c", "echo well >/root/well; sync; echo well").stdout
+    finally:
+        mark.unlink()
 
 
 def test_recovery_gives_up_nothing_that_was_used_there(pair: Pair, vm: str) -> None:
@@ -576,6 +592,21 @@ def test_interrupted_it_stays(pair: Pair, vm: str, way: list[str], number: signa
     assert pair.vmctl("-c", "h1", "exec", "--via", "agent", vm, "--", "echo", "well").stdout == "well\n"
 
 
+def test_interrupted_it_tells_of_those_that_have_moved(pair: Pair, vm: str) -> None:
+    off = f"{vm}-off"
+    pair.vmctl("-c", "h1", "create", off, "--image", "micro", "--network", "lan", "--no-start")
+    pair.bed.limit("10mbit")
+    try:
+        process = pair.begin("-c", "h1", "migrate", off, vm, f"{vm}-none", "--to", "h2", "-o", "json")
+        until(lambda: sending(pair, vm), "the second is sent")
+        process.send_signal(signal.SIGINT)
+        told, said = process.communicate(timeout=60)
+        assert process.returncode == 130 and f"not begun: {vm}-none" in said, said
+        assert [one["vm"] for one in json.loads(told)] == [off]
+    finally:
+        pair.vmctl("-c", "h2", "delete", off, "--yes", "--missing-ok")
+
+
 def test_vmctl_is_killed_and_the_job_is_finished(pair: Pair, vm: str) -> None:
     pair.bed.limit("10mbit")
     process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2")
@@ -649,6 +680,22 @@ def test_limits_that_change_on_the_way(pair: Pair) -> None:
         _, said = process.communicate(timeout=40)  # at 1 MiB/s it would take more than a minute
         assert process.returncode == 0, said
         assert pair.where(name) == {"h2": "running"}
+
+
+def test_a_downtime_that_was_asked_for_stays(pair: Pair) -> None:
+    """The policy, which raises it step by step, set it back to its own next step."""
+    pair.bed.limit("60mbit")
+    with busy(pair) as name:
+        process = pair.begin("-c", "h1", "migrate", name, "--to", "h2", "--live", "--no-auto-converge")
+        assert process.stderr is not None
+        raised = lambda: next(line for line in process.stderr or () if "downtime up to" in line)  # noqa: E731
+        raised()
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--adjust", "--downtime", "1500")
+        raised()
+        assert pair.machine("h1").virsh("migrate-getmaxdowntime", name) == "1500"
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+        assert pair.where(name) == {"h1": "running"}
 
 
 def test_what_takes_too_long_is_given_up(pair: Pair) -> None:

@@ -139,6 +139,24 @@ def test_one_that_stayed_with_disks_of_its_own_does_not_start_beside(pair: Pair,
     assert pair.where(vm) == {"h2": "running"} and not of(vm, pair.files("h1"))
 
 
+def test_recovery_keeps_what_it_wrote_where_it_went(pair: Pair, vm: str) -> None:
+    """vmctl was killed, and libvirt went on: the copies have marks yet, and by now are newer than what stayed here."""
+    pair.bed.limit("20mbit")
+    process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+    until(lambda: "Outgoing" in pair.machine("h1").virsh("domjobinfo", vm, check=False), "the migration sends")
+    process.kill()
+    process.communicate(timeout=60)
+    pair.bed.limit(None)
+    until(lambda: pair.where(vm) == {"h1": "shut off", "h2": "running"}, "libvirt has moved it")
+    digest = written(pair, "h2", vm)
+    pair.vmctl("-c", "h2", "stop", vm, "--force")
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+    assert pair.where(vm) == {"h2": "shut off"} and not of(vm, pair.files("h1"))
+    pair.vmctl("-c", "h2", "start", vm)
+    pair.vmctl("-c", "h2", "wait", vm, "--for", "agent")
+    assert read(pair, "h2", vm) == digest
+
+
 @pytest.mark.parametrize("way", ["overlay", "full"])
 def test_a_disk_in_a_folder_that_is_no_pool(pair: Pair, vm: str, way: str) -> None:
     first, second = pair.machine("h1"), pair.machine("h2")
@@ -277,7 +295,7 @@ def test_layers_go_when_a_whole_move_was_cut_off_at_its_end(pair: Pair, vm: str,
             pair.vmctl(*words, "--copy-storage", "full", "--direct", "--keep-source")
             pair.shell.virsh("undefine", one)
             said = pair.vmctl(*words, check=4).stderr
-            assert f"vmctl migrate {one} --to h2 --recover" in said, "what a plain second run names"
+            assert f"vmctl -c qemu:///system migrate {one} --to h2 --recover" in said, "what a plain second run names"
             pair.vmctl(*words, "--recover")
             pair.vmctl("-c", "h2", "exec", "--via", "agent", one, "true")
             if one is clones[0]:
@@ -312,7 +330,7 @@ def test_a_stopped_one_cut_off_at_its_end(pair: Pair, vm: str, two: tuple[str, s
     for file in of(name, pair.files("h2")):
         second.run("touch", f"/var/lib/libvirt/vmctl/vmctl/{file}.migrating")
     said = pair.vmctl(*words, check=4).stderr
-    assert f"vmctl migrate {name} --to h2 --recover" in said, "what a plain second run names"
+    assert f"vmctl -c h1 migrate {name} --to h2 --recover" in said, "what a plain second run names"
     pair.vmctl(*words, "--recover")
     assert of(name, pair.files("h1")) == set() and pair.where(name) == {"h2": "shut off"}
     assert before - of(name, pair.files("h2")) <= {file for file in before if file.endswith("console.log")}
@@ -458,6 +476,27 @@ def test_interrupted_while_both_are_asked_where_it_is(pair: Pair, vm: str) -> No
     pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
     assert of(vm, pair.files("h1")) == set()
     assert before <= of(vm, pair.files("h2")) and not [name for name in pair.files("h2") if "migrating" in name]
+
+
+def test_one_that_a_migration_has_paused_is_not_resumed_beside(pair: Pair, vm: str) -> None:
+    """The source's libvirtd died once the target had been told to run it, and vmctl did: nobody ends it here."""
+    first, second = pair.machine("h1"), pair.machine("h2")
+    hold = Hold(Phase.FINISH, first, second, vm)
+    process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    try:
+        assert hold.enter(lambda: process.poll() is not None, 0)
+        first.kill("libvirtd")
+        process.kill()
+        process.communicate(timeout=60)
+    finally:
+        hold.release()
+        first.start("libvirtd")
+    until(lambda: pair.where(vm) == {"h1": "paused", "h2": "running"}, "it runs there, and is paused here")
+    told = pair.vmctl("-c", "h1", "resume", vm, check=5).stderr
+    assert f"cannot resume VM {vm}: a migration has paused it, and h2 has it too" in told and "--recover" in told
+    assert pair.where(vm) == {"h1": "paused", "h2": "running"}
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+    assert pair.where(vm) == {"h2": "running"} and not of(vm, pair.files("h1"))
 
 
 @pytest.fixture

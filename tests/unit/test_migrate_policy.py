@@ -83,6 +83,7 @@ def test_a_stall() -> None:
 
 RUNS, OFF, NONE, DARK = Seen(True, State.RUNNING), Seen(True, State.STOPPED), Seen(True), Seen(False)
 HELD = Seen(True, State.PAUSED, "migration")
+ENDED, SAVED = Seen(True, State.STOPPED, ended=True), Seen(True, State.SAVED)
 ASKED = Seen(True, State.PAUSED, "asked")
 BROKEN, LACKING = (Seen(True, state, "post-copy failed") for state in (State.PAUSED, State.RUNNING))
 
@@ -101,6 +102,9 @@ BROKEN, LACKING = (Seen(True, state, "post-copy failed") for state in (State.PAU
         (RUNS, DARK, Where.STAYED),
         (ASKED, NONE, Where.STAYED),
         (HELD, NONE, Where.HALF),
+        (HELD, OFF, Where.HALF),
+        (HELD, ENDED, Where.LOST),
+        (HELD, SAVED, Where.LOST),
         (HELD, DARK, Where.UNKNOWN),
         (HELD, HELD, Where.UNKNOWN),
         (DARK, NONE, Where.UNKNOWN),

@@ -45,6 +45,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("both hosts are called one", {}, {"hostname": "one"}, {}),
     ("another VM called web", {}, {"vms": {"web": "u2"}}, {}),
     ("a VM of the same UUID already: old", {}, {"vms": {"old": "u1"}}, {}),
+    ("runs on h3, where it went once", {"state": State.STOPPED}, {}, {"live": False, "elsewhere": {"h3": "runs"}}),
     ("runs on KVM, which h2 does not offer", {}, {"kinds": ("qemu",)}, {}),
     ("no machine type pc-q35-7.2", {}, {"machines": frozenset({"pc-q35-6.0"})}, {}),
     ("on h2 QEMU is /opt/qemu", {}, {"emulator": "/opt/qemu"}, {}),
@@ -85,7 +86,7 @@ def test_each(said: str, vm: dict[str, Any], there: dict[str, Any], both: dict[s
 
 def test_the_mend_for_snapshots_is_a_command() -> None:
     (found,) = fatal(problems(replace(FINE, vm=replace(VM, snapshots=("a", "b")))))
-    assert found.mend.startswith("vmctl snapshot delete web.a web.b, ")
+    assert found.mend.startswith("vmctl -c h1 snapshot delete web.a web.b, ")
 
 
 def test_one_host_is_told_once() -> None:
@@ -144,10 +145,10 @@ def test_all_at_once_and_stopped_ones_ask_less() -> None:
 @pytest.mark.parametrize("why", ["migration", "post-copy", "post-copy failed"])
 def test_what_was_cut_off_names_the_way_on(why: str) -> None:
     facts = replace(FINE, vm=replace(VM, state=State.PAUSED, why=why, busy=True))
-    assert [one.mend for one in problems(facts) if "vmctl migrate web --to h2 --recover" not in one.mend] == []
+    assert [one.mend for one in problems(facts) if "vmctl -c h1 migrate web --to h2 --recover" not in one.mend] == []
 
 
 def test_a_shared_folder_is_taken_away_by_where_the_guest_has_it() -> None:
     for mounts, named in (({"/srv": "/mnt"}, "/mnt"), ({}, "GUEST")):
         (found,) = problems(replace(FINE, vm=replace(VM, shares=("/srv",), mounts=mounts)))
-        assert found.mend == f"vmctl unshare {VM.name} {named}, or stop it first"
+        assert found.mend == f"vmctl -c h1 unshare {VM.name} {named}, or stop it first"

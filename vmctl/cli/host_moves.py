@@ -92,20 +92,22 @@ def _carried_out(
 ) -> Plan:
     moved: list[Moved] = []
     barred: _Barred = {}
-    while True:
-        found = plan(barred)
-        begin(found, len(moved))
-        failures = _make(asked, found, wish, at_once, output, moved, ours)
-        refused = {move: error for move, error in failures.items() if isinstance(error, PreflightFailed)}
-        for move, error in refused.items():
-            for what, mend in error.problems:
-                note(f"{called(move)}: {what}" + (f"; mend: {mend}" if mend else ""))
-            why = "; ".join(what for what, _ in error.problems)
-            barred[move.vm, move.source] = (*barred.get((move.vm, move.source), ()), (move.target, why))
-        if not refused or len(refused) < len(failures):
-            break
-    if moved and output is not Output.TABLE:
-        ui.emit(moved, output, str, lambda: [one.vm for one in moved])
+    try:
+        while True:
+            found = plan(barred)
+            begin(found, len(moved))
+            failures = _make(asked, found, wish, at_once, output, moved, ours)
+            refused = {move: error for move, error in failures.items() if isinstance(error, PreflightFailed)}
+            for move, error in refused.items():
+                for what, mend in error.problems:
+                    note(f"{called(move)}: {what}" + (f"; mend: {mend}" if mend else ""))
+                why = "; ".join(what for what, _ in error.problems)
+                barred[move.vm, move.source] = (*barred.get((move.vm, move.source), ()), (move.target, why))
+            if not refused or len(refused) < len(failures):
+                break
+    finally:  # also of one that is interrupted: those have moved
+        if moved and output is not Output.TABLE:
+            ui.emit(moved, output, str, lambda: [one.vm for one in moved])
     if failures:
         raise PartialFailure(
             f"cannot make {len(failures)} of {len(found.moves)} moves",

@@ -233,7 +233,8 @@ def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[str, 
     absent = {name: error for name, error in told.items() if isinstance(error, NotFound)}
     moved = _elsewhere(asked, source, absent) if absent else {}
     for name, error in absent.items():
-        again = f"vmctl migrate {name} --to {moved.get(name)} --recover clears up what a move left here"
+        command = f"vmctl -c {fleet.called(source)} migrate {name} --to {moved.get(name)} --recover"
+        again = f"{command} clears up what a move left here"
         if name in moved:
             error.hint = f"{moved[name]} has it; {again}"
         if not there or name not in moved:

@@ -244,10 +244,13 @@ def _each(names: tuple[str, ...], work: Callable[[str], Moved], output: Output) 
     for name in names:
         try:
             result = work(name)
-        except Interrupted as early:
+        except (KeyboardInterrupt, Interrupted) as early:
+            told_of = early if isinstance(early, Interrupted) else Interrupted(f"cannot migrate VM {name}: interrupted")
             rest = names[names.index(name) + 1 :]
+            if moved and output is not Output.TABLE:
+                ui.emit(moved, output, str, lambda: [one.vm for one in moved])
             raise Interrupted(
-                early.message + (f"; not begun: {', '.join(rest)}" if rest else ""), hint=early.hint
+                told_of.message + (f"; not begun: {', '.join(rest)}" if rest else ""), hint=told_of.hint
             ) from early
         except VmctlError as error:
             if len(names) == 1:

@@ -213,10 +213,28 @@ def set_downtime(source: Connection, name: str, milliseconds: int) -> None:
         handle(source, name).migrateSetMaxDowntime(milliseconds, 0)
 
 
+def raise_downtime(source: Connection, name: str, milliseconds: int) -> None:
+    """The same, unless it may be longer already: somebody has said so meanwhile."""
+    with calling(f"set the downtime of the migration of VM {name}"):
+        dom = handle(source, name)
+        if dom.migrateGetMaxDowntime(0) < milliseconds:
+            dom.migrateSetMaxDowntime(milliseconds, 0)
+
+
 def set_bandwidth(source: Connection, name: str, bytes_per_s: int) -> None:
     """At most that much, from now on."""
     with calling(f"limit the migration of VM {name}"):
         handle(source, name).migrateSetMaxSpeed(max(1, bytes_per_s // _MIB), 0)
+
+
+_WAS_ENDED = frozenset({libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN, libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED})
+
+
+def was_ended(vm: Domain) -> bool:
+    """Whether it is off as one that had run: its guest shut down, or somebody turned it off. Not known after long."""
+    with calling(f"look at VM {vm.name}"):
+        state, reason = vm.handle.state()
+    return state == libvirt.VIR_DOMAIN_SHUTOFF and reason in _WAS_ENDED
 
 
 def busy(conn: Connection, name: str) -> bool:
