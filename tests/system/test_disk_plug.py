@@ -185,6 +185,19 @@ def test_a_pool_that_is_not_active_is_not_forgotten_while_a_vm_has_a_disk_there(
     shell.run("disk", "pool", "delete", "asleep", "--yes")
 
 
+def test_a_pool_with_what_a_stopped_vms_disk_is_based_on_is_not_forgotten(
+    shell: Shell, name: str, tmp_path: Path
+) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    shell.run("disk", "pool", "create", "below", "--path", str(tmp_path / "below"))
+    shell.run("disk", "create", "below/base", "1M")
+    shell.run("disk", "create", "above", "--backing", "below/base")
+    shell.run("disk", "attach", name, "above", "--serial", "above")
+    assert f"disks of {name} are there" in shell.run("disk", "pool", "delete", "below", "--yes", check=5).stderr
+    shell.run("disk", "detach", f"{name}:above", "--delete", "--yes")
+    shell.run("disk", "pool", "delete", "below", "--yes")
+
+
 def test_a_disk_of_the_next_start_is_its_vms_already(shell: Shell, vm: str) -> None:
     shell.run("disk", "create", "later", "1M")
     where = f"{vm}:later"
