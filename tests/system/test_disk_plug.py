@@ -198,6 +198,16 @@ def test_a_pool_with_what_a_stopped_vms_disk_is_based_on_is_not_forgotten(
     shell.run("disk", "pool", "delete", "below", "--yes")
 
 
+def test_what_a_vm_writes_to_is_nothing_to_base_a_disk_on(shell: Shell, name: str) -> None:
+    """Nor while it is stopped: once it is started the new disk would read what was never on one disk."""
+    shell.run("create", name, "--image", "micro", "--no-start")
+    there = volumes(shell)
+    for dry in (["--dry-run"], []):
+        refused = shell.run("disk", "create", "child", "--backing", f"{name}:root", *dry, check=2).stderr
+        assert f"VM {name} writes to {name}:root" in refused
+    assert volumes(shell) == there
+
+
 def test_a_disk_of_the_next_start_is_its_vms_already(shell: Shell, vm: str) -> None:
     shell.run("disk", "create", "later", "1M")
     where = f"{vm}:later"
