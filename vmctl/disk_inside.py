@@ -78,7 +78,7 @@ def look(raw: Path, *, what: str) -> Inside:
     if _is_ext(raw, 0):
         _run(["e2fsck", "-f", "-n", str(raw)], what)
         return Inside("ext", _ext_size(raw, 0), can_shrink=True)
-    if _read(raw, 510, 2) == b"\x55\xaa":
+    if _read(raw, 510, 2) == b"\x55\xaa" and not _is_file_system(raw, what):
         return _partitioned(raw, what)
     if _empty(raw):
         return Inside("empty", 0)
@@ -86,6 +86,12 @@ def look(raw: Path, *, what: str) -> Inside:
         f"cannot {what}: what is on it is neither ext2, 3 or 4 nor a partition table, so vmctl cannot check it",
         hint="copy it to a smaller disk in the guest",
     )
+
+
+def _is_file_system(raw: Path, what: str) -> bool:
+    """Whether a file system is on the disk itself: FAT and NTFS end their first sector as a partition table does."""
+    said = _run(["blkid", "-p", "-o", "export", str(raw)], what, fine=(0, 2, 8))  # 2: nothing, 8: of two kinds
+    return any(line.startswith("TYPE=") for line in said.splitlines()) or not said.strip()
 
 
 def _partitioned(raw: Path, what: str) -> Inside:

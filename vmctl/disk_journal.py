@@ -15,7 +15,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from vmctl import disk_xml, forgotten, switch_over
-from vmctl.errors import VmctlError, quietly
+from vmctl.errors import Conflict, VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import devices, disks, domain, pools, storage
@@ -104,7 +104,7 @@ def settle(host: Host, vm: str, report: Reporter, *, deciding: bool = False) -> 
     """Bring what was begun on disks of ``vm``, whose name is held, to its end. Whether there was anything.
 
     Raises Conflict where nobody can tell which of two files the VM wrote to last; ``deciding``: both stay then, and it
-    is what the definition says.
+    is what the definition says. Of one that runs, nobody decides.
     """
     found = [(path, entry) for path, entry in entries(host) if entry.vm == vm and vm]
     for path, entry in found:
@@ -146,6 +146,7 @@ def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> No
             disks.abort_job(host.conn, vm.name, entry.target)
         else:
             follow(host, vm, entry)
+        _require_in_sight(host, vm, entry)
     else:
         doing = f"settle disk {entry.target} of VM {vm.name}"
         forgotten.require_none(host, vm.name, vm.uuid, doing)
@@ -164,6 +165,17 @@ def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> No
         report(Step(f"disk {entry.target} of {entry.vm} is {entry.new}"))
     else:
         _remove_unused(host, entry.new)
+
+
+def _require_in_sight(host: Host, vm: Domain, entry: Entry) -> None:
+    """Raise Conflict where a running VM has the new file open, and libvirt, which was killed meanwhile, the old one."""
+    live = {disk.target: disk.source for disk in disks.disks(host.conn, vm.name, inactive=False)}
+    if live.get(entry.target) == entry.old and os.path.realpath(entry.new) in forgotten.opened(host):
+        raise Conflict(
+            f"cannot settle disk {entry.target} of VM {vm.name}: it may have gone on in {entry.new}, and libvirt, "
+            f"which was killed as it went there, knows of {entry.old}",
+            hint=f"vmctl stop {vm.name}, then vmctl doctor --fix",
+        )
 
 
 def follow(host: Host, vm: Domain, entry: Entry) -> None:
@@ -221,7 +233,8 @@ def _unmake(host: Host, vm: Domain, entry: Entry) -> None:
 
 
 def _remove_unused(host: Host, path: str) -> None:
-    if path not in {disk.source for _, _, found in disks.all_disks(host.conn) for disk in found}:
+    named = {disk.source for _, _, found in disks.all_disks(host.conn) for disk in found}
+    if path not in named and os.path.realpath(path) not in forgotten.opened(host):
         remove_file(host, path)
 
 

@@ -169,8 +169,8 @@ def plan_create(host: Host, text: str, size: int | None, form: DiskFormat | None
         found.append("it needs a size")
     if below is not None and form is not DiskFormat.QCOW2:
         found.append("only qcow2 can be based on another disk")
-    if below is not None and below.live and below.disk is not None and not below.disk.readonly:
-        found.append(f"running VM {below.owner} writes to {backing}")
+    if below is not None and below.disk is not None and not below.disk.readonly:
+        found.append(f"VM {below.owner} writes to {backing}: from then on the new one would be wrong")
     if found:
         raise SpecError(f"cannot create disk {text}", problems=found)
     capacity = 0

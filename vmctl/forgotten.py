@@ -32,6 +32,19 @@ def processes(host: Host) -> dict[str, int]:
     return found
 
 
+def opened(host: Host) -> frozenset[str]:
+    """All files that this host's QEMUs have open, as far as they can be seen from here."""
+    return frozenset(path for pid in processes(host).values() for path in opened_by(pid))
+
+
+def opened_by(pid: int) -> frozenset[str]:
+    """The files that a process has open; none where it cannot be looked into."""
+    try:
+        return frozenset(str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return frozenset()
+
+
 def find(host: Host) -> tuple[tuple[str, int], ...]:
     """Names of VMs that libvirt calls stopped and whose QEMU runs, each with its process id."""
     running = processes(host)

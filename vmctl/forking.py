@@ -18,6 +18,7 @@ from vmctl import (
     copies,
     domain_copy,
     domain_job,
+    forgotten,
     hosts,
     images,
     layer_check,
@@ -197,7 +198,7 @@ def _take_back(host: Host, planned: Plan) -> None:
     """Delete the layers that the VM does not go on in after all."""
     from vmctl import render
 
-    used = {disk.source for disk in disks.disks(host.conn, planned.vm.name, inactive=False)} | layer_check.opened(host)
+    used = {disk.source for disk in disks.disks(host.conn, planned.vm.name, inactive=False)} | forgotten.opened(host)
     unused = [one.above for one in planned.layers if one.above and copies.path_of(host, one.above) not in used]
     for volume in unused:
         storage.delete_volume(host.conn, volume.pool, volume.volume)

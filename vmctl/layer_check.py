@@ -149,11 +149,6 @@ def _merging(host: Host, vm: Domain, entry: snapshot_journal.Entry) -> Iterator[
             yield Doubt(vm.name, disk.target, disk.source, base[0], ("qcow2", base[1]))
 
 
-def opened(host: Host) -> frozenset[str]:
-    """All files that this host's QEMUs have open, as far as they can be seen from here."""
-    return frozenset(path for pid in forgotten.processes(host).values() for path in _opened(pid))
-
-
 def newer(host: Host, vm: str, paths: Collection[str]) -> dict[str, str]:
     """Those of the files that a stopped VM may have gone on in, unknown to libvirt, and what each is based on.
 
@@ -254,14 +249,7 @@ def _below(path: str) -> tuple[str, ...]:
 def _open_in(host: Host, vm: str) -> frozenset[str]:
     """The files that a VM's QEMU has open; none where its process cannot be looked into."""
     pid = inventory.process_id(host.conn, vm)
-    return _opened(pid) if pid else frozenset()
-
-
-def _opened(pid: int) -> frozenset[str]:
-    try:
-        return frozenset(str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir())
-    except OSError:
-        return frozenset()
+    return forgotten.opened_by(pid) if pid else frozenset()
 
 
 def _backing(path: str) -> str:

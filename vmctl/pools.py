@@ -9,13 +9,13 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import render
+from vmctl import image_users, render
 from vmctl.choices import PoolType
 from vmctl.disk_spec import name_problem
 from vmctl.errors import Conflict, HypervisorError, SpecError, Unsupported
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
-from vmctl.hypervisor import disks, pools, storage
+from vmctl.hypervisor import disks, domain, pools, storage
 from vmctl.hypervisor.pools import PoolFacts
 from vmctl.render import PoolView
 
@@ -220,7 +220,9 @@ def _users(host: Host, pool: PoolFacts, volumes: tuple[storage.VolumeFacts, ...]
                 or (here and any(one.startswith(here) for one in named))
             ):
                 users.add(vm)
-    return tuple(sorted(users))
+    vms = {name for name, _ in domain.identities(host.conn)}
+    needed = image_users.needed(host.conn)  # of a stopped VM's disk libvirt does not tell what it is based on
+    return tuple(sorted(users | {user for path in paths for user in needed.by(os.path.realpath(path)) if user in vms}))
 
 
 def deletable(host: Host, name: str) -> ShownPool:

@@ -82,7 +82,9 @@ def _lines(text: str) -> list[str]:
     lines = [line.rstrip() for line in text.splitlines() if line.strip() and not _QUIET.match(line)]
     # Inside a snapshot's XML it stands further to the right.
     margin = " " * max(0, len(lines[1]) - len(lines[1].lstrip()) - 2) if len(lines) > 1 else ""
-    return [line.removeprefix(margin) for line in lines]
+    lines = [line.removeprefix(margin) for line in lines]
+    # vmctl's own part of it stands where it was put, until libvirt writes it anew.
+    return [f"      {line.lstrip()}" if line.lstrip().startswith(("<vmctl:", "</vmctl:")) else line for line in lines]
 
 
 def _change(host: Host, target: str, before: tuple[str, str], after: tuple[str, str]) -> DiskChange:

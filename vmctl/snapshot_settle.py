@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vmctl import agent, disk_journal, forgotten, image_users, layer_check, snapshot_journal, snapshot_xml, switch_over
 from vmctl.disk_journal import remove_file
-from vmctl.errors import WrongState, quietly
+from vmctl.errors import Conflict, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, snapshots
@@ -31,7 +31,8 @@ def settle(host: Host, name: str, report: Reporter, *, deciding: bool = False) -
     """Settle what was begun on a VM, whose name is held. What is left to be merged stays in the journal.
 
     Raises Conflict where nobody can tell which of two files the VM wrote to last; ``deciding``: both stay then, and it
-    is the lower one, or of two that were being merged the one that was written to last.
+    is the lower one, or of two that were being merged the one that was written to last. Of one that runs, nobody
+    decides.
     """
     snapshots.put_back(host.conn, name, snapshot_journal.aside(host, name))
     there = domain.find_or_none(host.conn, name)
@@ -45,6 +46,7 @@ def settle(host: Host, name: str, report: Reporter, *, deciding: bool = False) -
         vm = domain.find_or_none(host.conn, name)
         if vm is not None:
             _end(host, entry)
+            _require_in_sight(host, vm, entry)
             _follow(host, vm, report)  # it may have gone on while that was waited for
         stopped = vm is not None and not vm.active and entry.doing == "create"
         written = layer_check.newer(host, name, entry.files) if stopped else {}
@@ -125,6 +127,23 @@ def _give_up_merge(host: Host, entry: Entry) -> None:
             disks.abort_job(host.conn, entry.vm, disk.target)
 
 
+def _require_in_sight(host: Host, vm: Domain, entry: Entry) -> None:
+    """Raise Conflict where libvirt still has the mark of a merge that was being switched over, its job given up.
+
+    So it is when libvirt was killed as it switched over: the running VM may write to either of the two files.
+    """
+    if not (entry.unsure and vm.active):
+        return
+    layers = {os.path.realpath(path) for path in entry.layers}
+    for disk in disks.disks(host.conn, vm.name, inactive=False):
+        if disk.mirror and os.path.realpath(disk.source) in layers:
+            raise Conflict(
+                f"cannot settle disk {disk.target} of VM {vm.name}: it may have gone on in {disk.mirror}, and libvirt, "
+                f"which was killed as it went there, knows of {disk.source}",
+                hint=f"vmctl stop {vm.name}, then vmctl doctor --fix",
+            )
+
+
 def private(host: Host, paths: Iterable[str]) -> None:
     """Let none but their owner read files that a snapshot's writes go to: qemu-img, which libvirt runs, lets all."""
     for path in paths:
@@ -181,7 +200,7 @@ def drop_unneeded(host: Host, paths: Collection[str], seen: Seen | None = None) 
         return
     seen = seen or image_users.look(host.conn)
     theirs = needed_elsewhere(host, there, silent)
-    kept = {*theirs, *layer_check.opened(host)}
+    kept = {*theirs, *forgotten.opened(host)}
     there = [path for path in there if path not in kept]
     bases = dict(seen.bases)
     while True:

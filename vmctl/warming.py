@@ -84,6 +84,7 @@ def preview(host: Host, name: str, report: Reporter, *, memory_mib: int, vcpus: 
     copies.require_local(host, name, "warm")
     manifest = images.find(host, name).manifest
     _require_unused(host, manifest, report)
+    creation.plan(host, VM(name="warm", image=manifest.stem, memory_mib=memory_mib, vcpus=vcpus))
     disk, memory = paths(host, manifest)
     return [
         f"new VM warm-… with {memory_mib} MiB and {vcpus} vCPU, deleted afterwards",
@@ -180,13 +181,24 @@ def _keep(host: Host, image: Image, vm: Domain, report: Reporter) -> Manifest:
     return warmed
 
 
-def drop(host: Host, name: str, report: Reporter) -> Manifest:
-    """Delete the state kept beside an image. Raises Conflict while VMs are based on it, NotFound when there is none."""
+def preview_drop(host: Host, name: str, report: Reporter) -> list[str]:
+    """What deleting the state kept beside an image would touch. Raises as drop() does."""
+    manifest = _droppable(host, name, report)
+    return [*(f"deleted file {path}" for path in paths(host, manifest)), f"manifest of image {manifest.stem}"]
+
+
+def _droppable(host: Host, name: str, report: Reporter) -> Manifest:
     manifest = images.find(host, name).manifest
     if manifest.warm is None:
         raise NotFound(f"cannot drop the warmed state of image {manifest.stem}: it has none")
-    with images.changing(host, manifest.name, timeout_s=_LOCK_TIMEOUT_S):
-        _require_unused(host, manifest, report)
+    _require_unused(host, manifest, report)
+    return manifest
+
+
+def drop(host: Host, name: str, report: Reporter) -> Manifest:
+    """Delete the state kept beside an image. Raises Conflict while VMs are based on it, NotFound when there is none."""
+    with images.changing(host, images.find(host, name).manifest.name, timeout_s=_LOCK_TIMEOUT_S):
+        manifest = _droppable(host, name, report)
         cold = replace(manifest, warm=None)
         images.rewrite(host, cold)
         for path in paths(host, manifest):

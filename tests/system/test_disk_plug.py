@@ -185,6 +185,29 @@ def test_a_pool_that_is_not_active_is_not_forgotten_while_a_vm_has_a_disk_there(
     shell.run("disk", "pool", "delete", "asleep", "--yes")
 
 
+def test_a_pool_with_what_a_stopped_vms_disk_is_based_on_is_not_forgotten(
+    shell: Shell, name: str, tmp_path: Path
+) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    shell.run("disk", "pool", "create", "below", "--path", str(tmp_path / "below"))
+    shell.run("disk", "create", "below/base", "1M")
+    shell.run("disk", "create", "above", "--backing", "below/base")
+    shell.run("disk", "attach", name, "above", "--serial", "above")
+    assert f"disks of {name} are there" in shell.run("disk", "pool", "delete", "below", "--yes", check=5).stderr
+    shell.run("disk", "detach", f"{name}:above", "--delete", "--yes")
+    shell.run("disk", "pool", "delete", "below", "--yes")
+
+
+def test_what_a_vm_writes_to_is_nothing_to_base_a_disk_on(shell: Shell, name: str) -> None:
+    """Nor while it is stopped: once it is started the new disk would read what was never on one disk."""
+    shell.run("create", name, "--image", "micro", "--no-start")
+    there = volumes(shell)
+    for dry in (["--dry-run"], []):
+        refused = shell.run("disk", "create", "child", "--backing", f"{name}:root", *dry, check=2).stderr
+        assert f"VM {name} writes to {name}:root" in refused
+    assert volumes(shell) == there
+
+
 def test_a_disk_of_the_next_start_is_its_vms_already(shell: Shell, vm: str) -> None:
     shell.run("disk", "create", "later", "1M")
     where = f"{vm}:later"

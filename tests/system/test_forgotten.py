@@ -7,18 +7,20 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.system import libvirtd
 from tests.system.conftest import REPO, VMCTL, Shell
 from tests.system.test_interrupted import interrupted
-from vmctl import disk_journal, disk_xml, render, snapshot_journal
+from vmctl import disk_journal, disk_xml, render, snapshot_journal, switch_over
 from vmctl.hosts import open_host
 from vmctl.hypervisor import domain
 from vmctl.record import Owned
@@ -297,6 +299,78 @@ def test_a_merge_that_was_cut_off_holds_nobody_up(shell: Shell, name: str) -> No
     assert ".snap-" not in shell.virsh("dumpxml", name)
     assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
     shell.run("delete", name, "--yes")
+
+
+def switched_unseen(shell: Shell, vm: str, function: str, *words: str) -> None:
+    """Begin a change; libvirtd and vmctl are killed at the switch, which QEMU makes; its job is over when one is back.
+
+    So it is when libvirt dies between what it tells QEMU at the end of a job and its own note of that.
+    """
+    die = (
+        "import os, pathlib, sys; from vmctl.hypervisor import disks; from vmctl.cli import run\n"
+        f"change = disks.{function}\n"
+        "def die(switching):\n"
+        "    switching(); os.kill(int(pathlib.Path('/run/libvirtd.pid').read_text()), 9); os.kill(os.getpid(), 9)\n"
+        "def wrapped(*words, switching=None, **options):\n"
+        "    *words, switching = (*words, switching) if switching else words\n"
+        "    return change(*words, switching=lambda: die(switching), **options)\n"
+        f"disks.{function} = wrapped\n"
+        "run(sys.argv[1:])"
+    )
+    daemon = Path(f"/proc/{Path('/run/libvirtd.pid').read_text().strip()}")
+    done = subprocess.run([sys.executable, "-c", die, *words], cwd=REPO, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    wait_until(lambda: not daemon.exists(), what="end of libvirtd", timeout_s=30)
+    (monitor,) = Path("/var/lib/libvirt/qemu").glob(f"domain-*-{vm}/monitor.sock")
+    with socket.socket(socket.AF_UNIX) as connected:
+        connected.connect(str(monitor))
+        stream = connected.makefile("rw")
+
+        def qmp(command: str, **arguments: object) -> Any:
+            stream.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+            stream.flush()
+            return next(answer["return"] for answer in map(json.loads, stream) if "return" in answer)
+
+        qmp("qmp_capabilities")
+        (job,) = qmp("query-jobs")
+        qmp("job-complete", id=job["id"])
+        wait_until(lambda: qmp("query-jobs")[0]["status"] == "concluded", what="the switch", timeout_s=30)
+        qmp("job-dismiss", id=job["id"])
+    libvirtd.begin()
+
+
+@pytest.mark.parametrize("change", ["delete", "move"])
+def test_a_switch_that_libvirt_lost_sight_of(shell: Shell, name: str, pool: Path, change: str) -> None:
+    """The running VM writes to a file of which libvirt does not know: it stays, and is told of when the VM ends."""
+    target, more = ("vda", []) if change == "delete" else ("vdc", ["--disk", "8M"])
+    shell.run("create", name, "--image", "micro", *more, "--wait", "agent")
+    if change == "delete":
+        shell.run("snapshot", "create", f"{name}.one", "--no-memory")
+        shell.run("exec", name, "--", "sh", "-c", "echo sooner >/root/later; sync")  # in what is merged
+        switched_unseen(shell, name, "commit", "snapshot", "delete", f"{name}.one", "--yes")
+    else:
+        switched_unseen(shell, name, "copy_and_switch", "disk", "move", f"{name}:vdc", "--pool", pool.name)
+    (old,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == target]
+    with open_host() as host:
+        if change == "delete":
+            below = switch_over.below(host, old)
+            assert below is not None
+            new = below[0]
+        else:
+            ((_, entry),) = disk_journal.entries(host)
+            new = entry.new
+    shell.run("exec", name, "--", "sh", "-c", f"echo later >{'/dev/vdc' if more else '/root/later'}; sync")
+    for words in (("doctor", "--fix"), ("disk", "resize", f"{name}:{target}", "+16M"), ("doctor", "--fix")):
+        assert shell.run(*words, check=None).returncode, words
+        assert Path(old).exists() and Path(new).exists(), words
+    shell.run("stop", name, "--force")
+    refused = shell.run("start", name, check=5).stderr
+    assert f"{target} is {old}" in refused and f"gone on in {new}" in refused, refused
+    shell.run("doctor", "--fix", check=None)
+    assert Path(old).exists() and Path(new).exists()
+    shell.run("delete", name, "--yes")
+    for path in (old, new):
+        Path(path).unlink(missing_ok=True)
 
 
 def test_a_backup_takes_the_definition_with_what_the_vm_is_in(shell: Shell, name: str, tmp_path: Path) -> None:

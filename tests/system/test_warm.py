@@ -21,6 +21,10 @@ def test_a_warmed_image_from_making_to_removal(shell: Shell, names: Callable[[],
     assert "is not warm" in shell.run("create", one, "--image", "micro", "--warm", check=4).stderr
     said = shell.run("image", "warm", "micro", "--dry-run").stdout
     assert ".memory" in said and volumes(shell, "vmctl-images") == store
+    assert "new file" in shell.json("image", "warm", "micro", "--dry-run")["touches"][1]
+    for dry in ([], ["--dry-run"]):
+        assert "it has none" in shell.run("image", "warm", "micro", "--remove", *dry, check=4).stderr
+        assert shell.run("image", "warm", "micro", "--vcpus", "0", *dry, check=2).stderr
     shell.run("image", "warm", "micro", timeout=600)
     assert volumes(shell) == before  # the VM it was made of is gone
     (row,) = [line for line in shell.run("image", "list").stdout.splitlines() if line.startswith("micro ")]
@@ -43,10 +47,16 @@ def test_a_warmed_image_from_making_to_removal(shell: Shell, names: Callable[[],
     for words in (
         ["image", "delete", "micro", "--yes"],
         ["image", "warm", "micro"],
+        ["image", "warm", "micro", "--dry-run"],
         ["image", "warm", "micro", "--remove"],
+        ["image", "warm", "micro", "--remove", "--dry-run"],
     ):
         assert one in shell.run(*words, check=5).stderr
     shell.run("delete", one, two, "--yes")
+    gone = {
+        line.rpartition("/")[2] for line in shell.json("image", "warm", "micro", "--remove", "--dry-run")["touches"]
+    }
+    assert volumes(shell, "vmctl-images") - store < gone
     shell.run("image", "warm", "micro", "--remove")
     assert (volumes(shell, "vmctl-images"), volumes(shell)) == (store, before)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -339,6 +340,21 @@ def test_what_is_on_a_disk_decides_whether_it_shrinks(tmp_path: Path) -> None:
         assert dump(raw) == before
         assert disk_inside.look(raw, what="x").needs == needed
     raw.write_bytes(b"data" * 4096)
+    with pytest.raises(ImageError, match="cannot check"):
+        disk_inside.look(raw, what="x")
+
+
+def test_a_file_system_that_ends_its_first_sector_as_a_partition_table_does_is_not_cut(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    # FAT, as mkfs.vfat makes it on a whole disk: jump, sizes, media; FAT16; no partition where a table would have them.
+    sizes = struct.pack("<HBHBHHBHHHII", 512, 8, 1, 2, 512, 0, 0xF8, 64, 32, 2, 0, (64 << 20) // 512)
+    kind = b"\x80\0\x29" + b"\1\2\3\4" + b"NO NAME    " + b"FAT16   "
+    sector = (b"\xeb\x3c\x90mkfs.fat" + sizes + kind).ljust(510, b"\0") + b"\x55\xaa"
+    with raw.open("wb") as file:
+        file.truncate(64 << 20)
+        file.write(sector + b"\xf8\xff\xff\xff")
+        file.seek((64 << 20) - 4096)
+        file.write(b"data" * 1024)
     with pytest.raises(ImageError, match="cannot check"):
         disk_inside.look(raw, what="x")
 

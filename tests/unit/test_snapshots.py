@@ -279,3 +279,6 @@ def test_a_definition_inside_a_snapshot_differs_not_by_where_it_stands() -> None
     now = "<domain type='qemu'>\n  <name>a</name>\n  <devices>\n    <emulator/>\n  </devices>\n</domain>\n"
     inside = "<domain type='qemu'>\n    <name>a</name>\n    <devices>\n      <emulator/>\n    </devices>\n  </domain>"
     assert snapshot_diff._lines(now) == snapshot_diff._lines(inside)
+    record = "  <metadata>\n{0}    <vmctl:vm xmlns:vmctl='v'>\n{0}  <vmctl:ssh/>\n{0}</vmctl:vm>\n  </metadata>\n"
+    written_anew, as_put = (now.replace("  <devices>", record.format(by) + "  <devices>") for by in ("    ", ""))
+    assert snapshot_diff._lines(written_anew) == snapshot_diff._lines(as_put)

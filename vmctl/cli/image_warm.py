@@ -25,15 +25,16 @@ def warm(
 
     memory_mib = spec.parse_size_mib(memory)
     with opened(connect) as host:
-        if remove:
-            manifest = images.find(host, name).manifest if dry_run else warming.drop(host, name, reporter())
-            ui.say(f"would delete the warmed state of {manifest.stem}" if dry_run else manifest.stem)
-            return
+        stem = images.find(host, name).manifest.stem
         if dry_run:
-            for line in warming.preview(host, name, reporter(), memory_mib=memory_mib, vcpus=vcpus):
-                ui.say(line)
+            if remove:
+                lines = warming.preview_drop(host, name, reporter())
+            else:
+                lines = warming.preview(host, name, reporter(), memory_mib=memory_mib, vcpus=vcpus)
+            ui.emit({"touches": lines}, output, lambda: "\n".join(lines), lambda: [stem])
             return
-        manifest = warming.warm(
-            host, images.find(host, name).manifest.stem, reporter(), memory_mib=memory_mib, vcpus=vcpus
-        )
+        if remove:
+            manifest = warming.drop(host, name, reporter())
+        else:
+            manifest = warming.warm(host, stem, reporter(), memory_mib=memory_mib, vcpus=vcpus)
         ui.emit(manifest, output, lambda: manifest.stem, lambda: [manifest.stem])
