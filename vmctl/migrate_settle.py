@@ -62,8 +62,10 @@ def settle(ends: Ends, uuid: str) -> tuple[Where, tuple[Seen, Seen]]:
         if where is Where.STAYED and ended:
             ended = not _busy(ends, uuid)  # what is being cancelled may not have come to the target yet
         ended = ended or where is Where.LOST or (where is Where.POSTCOPY and CUT_OFF in {seen[0].why, seen[1].why})
-        if ended or now - began >= _SETTLE_S:
+        if ended:
             return where, seen
+        if now - began >= _SETTLE_S:  # that it has stayed cannot be said while the source may yet send it
+            return Where.UNKNOWN if where is Where.STAYED else where, seen
         # A libvirtd that died leaves its VM paused, for it cannot know; nobody else is going to settle that.
         if where in {Where.MOVED, Where.HALF} and now - changed >= _STILL_S and not _busy(ends, uuid):
             return where, seen
