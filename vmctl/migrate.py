@@ -22,7 +22,7 @@ from vmctl.migrate_facts import Found
 from vmctl.migrate_files import File, nvram
 from vmctl.migrate_outcome import Where
 from vmctl.migrate_policy import Policy
-from vmctl.migrate_problems import Problem, fatal, problems
+from vmctl.migrate_problems import Problem, fatal, problems, recovery
 from vmctl.outage import Probe
 
 
@@ -237,7 +237,7 @@ def _clear_source(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
             migrate_storage.unmark_shared(ends.source, looked.vm, looked.facts.needs)
         known_hosts(ends.source, looked.vm.name).unlink(missing_ok=True)
     except VmctlError as error:
-        name, again = looked.vm.name, migrate_settle.again(looked.vm.name, *ends.names)
+        name, again = looked.vm.name, recovery(looked.vm.name, *ends.names)
         report(Warned(f"{ends.names[0]} still has files of {name}: {error.message}", again))
 
 
@@ -305,7 +305,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
         end_on_target(ends, looked, wish, report)
     except (KeyboardInterrupt, Interrupted) as early:
         text = f"{f'{early}' or 'interrupted'}; it runs on {there}, and {here} may still have files of it"
-        again = migrate_settle.again(vm.name, here, there)
+        again = recovery(vm.name, here, there)
         raise Interrupted(f"cannot migrate VM {vm.name}: {text}", hint=again) from early
     for late in migrate_facts.notes_of(ends.asking().answer(wish.way), looked.facts):
         report(Warned(late.what, late.mend))
@@ -359,7 +359,7 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
             _let_lie(ends, vm.name, report)
     except VmctlError as error:
         text = f"{ends.names[0]} still has a definition of {vm.name}: {error.message}"
-        report(Warned(text, migrate_settle.again(vm.name, *ends.names)))
+        report(Warned(text, recovery(vm.name, *ends.names)))
     else:
         _clear_source(ends, looked, wish, report)
     migrate_storage.unmark(ends.target, looked.look.makes)

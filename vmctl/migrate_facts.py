@@ -20,7 +20,7 @@ from vmctl.hypervisor import capabilities, connection, domain, migration, networ
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.migration import Copying, Standing, Way
 from vmctl.migrate_files import File, Look
-from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, Problem, VmFacts, problems
+from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, Problem, VmFacts, problems, recovery
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def _found(source: Host, target: Host, name: str) -> Domain:
         if domain.find_or_none(target.conn, name) is None:
             raise
         at = called(source.entry) if source.entry else source.name
-        again = f"vmctl -c {at} migrate {name} --to {target.name} --recover"
+        again = recovery(name, at, target.name)
         raise NotFound(error.message, hint=f"{target.name} has it; {again} clears up what a move left here") from error
 
 

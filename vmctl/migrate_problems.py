@@ -106,9 +106,14 @@ class HostSide:
     at: str = ""  # what it is called to vmctl, where that is not its name
 
     @property
+    def called(self) -> str:
+        """What it is called to vmctl."""
+        return self.at or self.name
+
+    @property
     def command(self) -> str:
         """vmctl on it."""
-        return f"vmctl -c {self.at or self.name}"
+        return f"vmctl -c {self.called}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +156,11 @@ def fatal(found: tuple[Problem, ...]) -> tuple[Problem, ...]:
     return tuple(one for one in found if not one.note)
 
 
+def recovery(name: str, here: str, there: str) -> str:
+    """The command that ends a migration which was cut off; the hosts as vmctl calls them."""
+    return f"vmctl -c {here} migrate {name} --to {there} --recover"
+
+
 def version(text: str) -> tuple[int, ...]:
     """A dotted version as numbers."""
     return tuple(int(part) for part in text.split(".") if part.isdigit())
@@ -159,7 +169,7 @@ def version(text: str) -> tuple[int, ...]:
 def _state(facts: Facts) -> Iterator[Problem]:
     vm = facts.vm
     here = facts.source.command
-    recover = f"{here} migrate {vm.name} --to {facts.target.name} --recover"
+    recover = recovery(vm.name, facts.source.called, facts.target.name)
     if vm.state is State.SAVED:
         yield Problem(f"{vm.name} is saved, and its memory lies on {facts.source.name}", f"{here} start {vm.name}")
     elif vm.state is State.CRASHED and not facts.live:
@@ -206,7 +216,7 @@ def _identity(facts: Facts) -> Iterator[Problem]:
     for name, uuid in there.vms.items():
         if uuid == vm.uuid:
             what = f"{there.name} has a VM of the same UUID already: {name}"
-            again = f"{facts.source.command} migrate {vm.name} --to {there.name} --recover"
+            again = recovery(vm.name, facts.source.called, there.name)
             yield Problem(what, f"{again} looks at both and ends what was cut off")
 
 

@@ -10,17 +10,13 @@ from vmctl.hypervisor import migration
 from vmctl.hypervisor.domain import Domain
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_outcome import CUT_OFF, Seen, Where, judge
+from vmctl.migrate_problems import recovery
 from vmctl.migrate_watch import Run
 from vmctl.wait import pause
 
 _SETTLE_S, _STILL_S = 40.0, 4.0
 _LOOK_S = 0.5
 _LINGER_S = 0.2
-
-
-def again(name: str, here: str, there: str) -> str:
-    """The command that ends what was cut off."""
-    return f"vmctl -c {here} migrate {name} --to {there} --recover"
 
 
 def settled(ends: Ends, vm: Domain, run: Run, report: Reporter) -> tuple[Where, tuple[Seen, Seen]]:
@@ -35,7 +31,7 @@ def settled(ends: Ends, vm: Domain, run: Run, report: Reporter) -> tuple[Where, 
                 raise Interrupted(
                     f"cannot migrate VM {vm.name}: {why} before {here} and {there} had said where it is; no file of it "
                     "was deleted",
-                    hint=again(vm.name, here, there),
+                    hint=recovery(vm.name, here, there),
                 ) from early
             run.interrupted = why
             report(Warned(f"{vm.name}: {why}; {here} and {there} are still asked where it is"))
@@ -84,7 +80,7 @@ def failed(ends: Ends, name: str, run: Run, where: Where, seen: tuple[Seen, Seen
     """The error for a VM that did not move, which says where it is."""
     here, there = ends.names
     states = f"on {here} it is {seen[0].told}, on {there} {seen[1].told}"
-    anew = again(name, here, there)
+    anew = recovery(name, here, there)
     why = run.failure or "libvirt gave no reason"
     if where in {Where.STAYED, Where.HALF}:
         text = (

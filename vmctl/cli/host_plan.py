@@ -215,6 +215,7 @@ def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[str, 
     from vmctl import fleet
     from vmctl.hypervisor import domain
     from vmctl.listing import matching
+    from vmctl.migrate_problems import recovery
 
     def ask(entry: HostEntry) -> dict[str, str | NotFound]:
         found: dict[str, str | NotFound] = {}
@@ -233,7 +234,7 @@ def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[str, 
     absent = {name: error for name, error in told.items() if isinstance(error, NotFound)}
     moved = _elsewhere(asked, source, absent) if absent else {}
     for name, error in absent.items():
-        command = f"vmctl -c {fleet.called(source)} migrate {name} --to {moved.get(name)} --recover"
+        command = recovery(name, fleet.called(source), moved.get(name, ""))
         again = f"{command} clears up what a move left here"
         if name in moved:
             error.hint = f"{moved[name]} has it; {again}"
