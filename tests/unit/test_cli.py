@@ -70,6 +70,25 @@ def test_a_word_from_elsewhere_or_mistyped(capsys: pytest.CaptureFixture[str], l
     assert first.startswith("cannot understand the command line: no such command ") and second == f"hint: {hint}"
 
 
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("disk resize web vdb +1G", "did you mean vmctl disk resize web:vdb +1G?"),
+        ("disk detach web vdb --delete", "did you mean vmctl disk detach web:vdb --delete?"),
+        ("snapshot create web before", "did you mean vmctl snapshot create web.before?"),
+        ("snapshot revert web before --yes", "did you mean vmctl snapshot revert web.before --yes?"),
+        ("disk resize web:vdb +1G now", "vmctl disk resize --help"),
+        ("disk show -q web vdb", "vmctl disk show --help"),
+        ("show web vdb --yes", "vmctl show --help"),
+    ],
+)
+def test_a_disk_or_a_snapshot_named_in_two_words(capsys: pytest.CaptureFixture[str], line: str, hint: str) -> None:
+    first, second = told(capsys, *line.split())
+    assert first.startswith("cannot understand the command line: ") and second == "hint: " + hint.replace(
+        "mean vmctl", f"mean vmctl {' '.join(ON)}"
+    )
+
+
 def test_every_word_from_elsewhere_leads_to_a_command() -> None:
     tree = command()
     for word, meant in words._ELSEWHERE.items():

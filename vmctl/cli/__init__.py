@@ -9,6 +9,7 @@ import signal
 import sys
 from itertools import takewhile
 from types import FrameType
+from typing import Any
 
 from vmctl.cli.unheard import Watch
 from vmctl.errors import Interrupted, SpecError, VmctlError
@@ -136,8 +137,18 @@ def _usage(error: Exception, args: list[str]) -> int:
         if words:
             # An option without its value is noticed before there is a context.
             before = " ".join(["vmctl", *takewhile(lambda word: word[:1] != "-", args[:1])])
-            path = getattr(getattr(error, "ctx", None), "command_path", before)
+            context = getattr(error, "ctx", None)
+            path = getattr(context, "command_path", before)
             text = (words[:1].lower() + words[1:]).rstrip(".")
-            ui.tell_error(SpecError(f"cannot understand the command line: {text}", hint=f"{path} --help"))
+            hint = (_meant(context, path, args) if "extra argument" in text else "") or f"{path} --help"
+            ui.tell_error(SpecError(f"cannot understand the command line: {text}", hint=hint))
         return code
     raise error
+
+
+def _meant(context: Any, path: str, args: list[str]) -> str:
+    from vmctl.cli.words import in_one_word
+
+    first = next((one.metavar or "" for one in context.command.params if one.param_type_name == "argument"), "")
+    meant = in_one_word(path, args, first)
+    return f"did you mean {meant}?" if meant else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Container
 
 _ELSEWHERE = {
@@ -101,3 +102,20 @@ def elsewhere(at: str, word: str, known: Container[str]) -> list[str]:
     if group:  # whatever holds of VMs only is left out
         ways = [way for way in ways if way in known]
     return [f"{at} {way}" for way in ways]
+
+
+_JOINED = {"DISK": ":", "VM.SNAPSHOT": ".", "VM[.SNAPSHOT]": "."}
+
+
+def in_one_word(at: str, args: list[str], kind: str) -> str:
+    """The command line meant by one that names a disk or a snapshot in two words, as virsh would; "" for any other.
+
+    ``at`` is the command ("vmctl disk resize"), ``kind`` what its first argument is called.
+    """
+    path = at.split()[1:]
+    after = next((n + len(path) for n in range(len(args)) if args[n : n + len(path)] == path), 0)
+    named, rest = args[after : after + 2], args[after + 2 :]
+    plain = all(word[:1] != "-" and not set(word) & set(":./") for word in named)
+    if kind not in _JOINED or len(named) < 2 or not plain or not after:
+        return ""
+    return shlex.join(["vmctl", *args[:after], _JOINED[kind].join(named), *rest])
