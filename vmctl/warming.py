@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from vmctl import (
@@ -26,7 +28,7 @@ from vmctl.at_once import at_once
 from vmctl.copies import Newcomer
 from vmctl.disk_replace import PREFIX
 from vmctl.domain_copy import File
-from vmctl.errors import Conflict, NotFound, SpecError, Unsupported, quietly
+from vmctl.errors import Conflict, NotFound, SpecError, Unsupported, WaitTimeout, quietly
 from vmctl.events import Reporter, Step
 from vmctl.forking import Forked
 from vmctl.guest import private_key
@@ -42,9 +44,13 @@ from vmctl.readiness import Goal
 from vmctl.seed import public_key
 from vmctl.seed_disk import WENT_ON
 from vmctl.spec import VM
+from vmctl.wait import wait_until
 from vmctl.workspace import workspace
 
 _LOCK_TIMEOUT_S = 30.0
+# Emulated, an idle micro or Debian uses 0.01 s in a second, and micro's second sshd, begun late, 0.05.
+_LOOK_S, _CALM, _CALM_LOOKS = 1.0, 0.03, 3
+_REST_TIMEOUT_S = 60.0
 _LABEL = "vmctl/warming"  # of the VM that is booted for it: it is nobody's once its maker is dead
 
 
@@ -75,8 +81,29 @@ def warm(host: Host, name: str, report: Reporter, *, memory_mib: int = 512, vcpu
         for one in (goal, Goal.AGENT):
             budget = 3 * readiness.default_timeout_s(made, one)
             readiness.wait_for(host, made, one, timeout_s=budget, report=report)
+        _let_rest(host, vm.name, report)
         with images.changing(host, image.manifest.name, timeout_s=_LOCK_TIMEOUT_S):
             return _keep(host, image, domain.find(host.conn, vm.name), report)
+
+
+def _let_rest(host: Host, name: str, report: Reporter) -> None:
+    """Let a guest end what it does after it answers: each VM that goes on from its state would have to do it first."""
+    looks: list[float] = []
+
+    def rests() -> bool:
+        looks.append(domain.used_s(host.conn, name))
+        return at_rest(looks)
+
+    try:
+        wait_until(rests, what=f"VM {name} to be at rest", timeout_s=_REST_TIMEOUT_S, interval_s=_LOOK_S)
+    except WaitTimeout:
+        report(Step(f"{name} does not come to rest: its state is taken as it is"))
+
+
+def at_rest(looks: Sequence[float]) -> bool:
+    """Whether a guest did next to nothing of late, by its processor seconds at each look, a second apart."""
+    late = looks[-_CALM_LOOKS - 1 :]
+    return len(late) > _CALM_LOOKS and all(b - a < _CALM * _LOOK_S for a, b in pairwise(late))
 
 
 def preview(host: Host, name: str, report: Reporter, *, memory_mib: int, vcpus: int) -> list[str]:

@@ -41,7 +41,7 @@
 struct service {
     const char *name, *program;
     const char *const *command;
-    bool wanted;
+    bool wanted, ended_at_once;
     pid_t pid;
     long started_ms, restart_ms;
 };
@@ -166,11 +166,13 @@ static void ended(struct service *service, int status)
 {
     if (service == &services[SSHD] && promote_next())
         return;
-    long lived_ms = now_ms() - service->started_ms;
+    /* One that ends at once, again and again, is given time. Once may be a fork's: it ends an sshd that has just begun. */
+    bool before = service->ended_at_once;
+    service->ended_at_once = now_ms() - service->started_ms < 1000;
     service->pid = 0;
     if (service->command != shell_command)
         say("%s ended with status %d", service->name, WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
-    service->restart_ms = now_ms() + (lived_ms < 1000 ? 1000 : 0);
+    service->restart_ms = now_ms() + (before && service->ended_at_once ? 1000 : 0);
 }
 
 /* --- power -------------------------------------------------------------------------------------- */

@@ -89,6 +89,32 @@ def test_two_guests_reach_each_other(make_vm: Callable[..., GuestVM]) -> None:
     two.run("ping", "-c", "1", "-W", "5", address)
 
 
+# Ends the sshd that takes connections, and the one that comes for it: when, and when there was a third. Three times.
+ENDED_TWICE = """
+firsts() { for p in $(pidof dropbear); do grep -q "^PPid:.1$" /proc/$p/status && echo $p; done; }
+listening() { for p in $(firsts); do case " $ours " in *" $p "*) ;; *) echo $p; esac; done; }
+ended() { old=$1; kill -9 $old; until new=$(listening) && [ -n "$new" ] && [ "$new" != $old ]; do :; done; }
+now() { cut -d " " -f 1 /proc/uptime; }
+first=$(firsts)
+ours=" $(echo $(pidof dropbear)) "
+ours="${ours%% $first *} ${ours##* $first }"
+for i in 1 2 3; do
+    sleep 2
+    ended $(listening)
+    at=$(now)
+    ended $new
+    echo $at $(now)
+done
+"""
+
+
+def test_an_sshd_that_is_ended_as_soon_as_it_has_begun_is_back_at_once(make_vm: Callable[..., GuestVM]) -> None:
+    """As a fork ends it. One that ends at once again and again is given a second each time."""
+    told = make_vm(agent=False).run("sh", "-c", ENDED_TWICE).stdout.split()
+    assert len(told) == 6
+    assert min(float(b) - float(a) for a, b in zip(told[::2], told[1::2], strict=True)) < 1
+
+
 def test_identity_is_kept_over_a_reboot_and_runcmd_runs_once(make_vm: Callable[..., GuestVM]) -> None:
     guest = make_vm(runcmd=("echo ran >>/root/ran",))
     script = "for i in $(seq 50); do test -s /root/ran && break; sleep 0.2; done; cat /etc/machine-id; sync"

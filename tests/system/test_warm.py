@@ -43,6 +43,9 @@ def test_a_warmed_image_from_making_to_removal(shell: Shell, names: Callable[[],
         assert told[0][which] != told[1][which]
     for name in (one, two):  # neither has booted
         assert "vmctl-micro: init" not in shell.run("logs", name).stdout
+        # Nor was an sshd begun for it: the state was taken when the one that only waits for its key was there.
+        begun = "grep -las dropbear_ed25519_host_ke[y] /proc/[0-9]*/cmdline"
+        assert "/proc/" not in shell.run("exec", name, "--", "sh", "-c", begun, check=None).stdout
     assert shell.json("show", one)["labels"] == {"is": one}
     for words in (
         ["image", "delete", "micro", "--yes"],

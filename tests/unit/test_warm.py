@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vmctl import copies, disk_chain
+from vmctl import copies, disk_chain, warming
 from vmctl.at_once import at_once
 from vmctl.errors import ImageError, SpecError
 from vmctl.manifest import Manifest, Warm, parse
@@ -38,6 +38,21 @@ def test_one_with_half_a_warm_state_is_none() -> None:
 
 def test_a_delete_takes_the_warm_files_too() -> None:
     assert {f"{COLD.stem}.warm", f"{COLD.stem}.memory"} <= set(COLD.volumes())
+
+
+@pytest.mark.parametrize(
+    ("looks", "rests"),
+    [
+        ([], False),
+        ([5.0, 5.01, 5.02], False),
+        ([5.0, 5.01, 5.02, 5.03], True),
+        ([1.0, 5.0, 5.01, 5.02, 5.03], True),
+        ([5.0, 5.01, 5.06, 5.07], False),
+        ([5.0, 5.01, 5.02, 5.03, 5.2], False),
+    ],
+)
+def test_a_guest_rests_after_three_calm_looks(looks: list[float], rests: bool) -> None:
+    assert warming.at_rest(looks) is rests
 
 
 def test_a_chain_is_read_by_its_headers(tmp_path: Path) -> None:

@@ -141,6 +141,13 @@ def state(conn: Connection, name: str) -> tuple[State, str]:
         return state_of(code, reason)
 
 
+def used_s(conn: Connection, name: str) -> float:
+    """Processor seconds that a running domain has had. Raises NotFound."""
+    dom = handle(conn, name)
+    with calling(f"ask what VM {name} uses"):
+        return float(dom.info()[4] / 1e9)
+
+
 def xml(conn: Connection, name: str, *, inactive: bool = False, secure: bool = False) -> str:
     """The domain's XML, security-sensitive parts (a screen's password) left out unless ``secure``."""
     flags = libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0
