@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
+
+from vmctl.wait import Worker
 
 T = TypeVar("T")
 _AT_ONCE = 4
@@ -13,8 +14,9 @@ _AT_ONCE = 4
 
 @contextmanager
 def beside(work: Callable[[], T]) -> Iterator[Callable[[], T]]:
-    """Do ``work`` beside the block, which does not end before it has. What is yielded waits for it, and has its result.
+    """Do ``work`` beside the block, which does not end before it has, interrupted or not.
 
+    What is yielded waits for it, and has its result.
     Its error is raised there, and lost where the block fails before.
     """
     found: list[T] = []
@@ -26,7 +28,7 @@ def beside(work: Callable[[], T]) -> Iterator[Callable[[], T]]:
         except BaseException as error:  # noqa: BLE001  raised by who asks for the result
             failure.append(error)
 
-    thread = threading.Thread(target=do, name="beside", daemon=True)
+    thread = Worker(do, "beside")
 
     def result() -> T:
         thread.join()

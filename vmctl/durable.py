@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from vmctl.wait import Worker
+
 _AGAIN_S = 0.1
 _BEGIN = 2  # SYNC_FILE_RANGE_WRITE
 
@@ -25,7 +27,7 @@ def _beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
         except OSError as error:
             failures.append(error)
 
-    thread = threading.Thread(target=guarded, daemon=True)
+    thread = Worker(guarded, "write out")
     thread.start()
     try:
         yield

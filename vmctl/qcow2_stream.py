@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 from vmctl.digest import Digest
 from vmctl.qcow2_writer import CLUSTER, COPIED, PER_L2, PastTheCache, big_endian, header, ones, put, refcounts_of
+from vmctl.wait import Worker
 
 _BATCH = 16  # clusters
 _WRITERS = 3
@@ -138,7 +138,7 @@ class _Line:
         for _ in range(_BUFFERS):
             self.free.put(mmap.mmap(-1, _BATCH * CLUSTER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         works = [self._digest, *([self._write] * _WRITERS)]
-        self._threads = [threading.Thread(target=work, name="copy", daemon=True) for work in works]
+        self._threads = [Worker(work, "copy") for work in works]
         for thread in self._threads:
             thread.start()
 

@@ -6,7 +6,6 @@ the other. libvirt below 9.10 can do this for internal snapshots only; those it 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -45,6 +44,7 @@ from vmctl.memory_pipe import SavedMemory
 from vmctl.snapshot_journal import Entry
 from vmctl.snapshot_plan import OURS, Ref
 from vmctl.snapshot_xml import Snapshot
+from vmctl.wait import Worker
 from vmctl.workspace import workspace
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def _looking(host: Host) -> Iterator[list[Seen]]:
         with suppress(VmctlError), hosts.another(host) as own:
             seen.append(image_users.look(own.conn))
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = Worker(look, "look")
     thread.start()
     try:
         yield seen
