@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from vmctl import host_ssh, layer_check, migrate_facts, migrate_settle, migrate_storage, migrate_watch
+from vmctl import host_ssh, layer_check, migrate_facts, migrate_settle, migrate_storage, migrate_watch, networks
 from vmctl.choices import Accel
 from vmctl.errors import Interrupted, PreflightFailed, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned
@@ -145,6 +145,8 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
                 f"{name} is lost with what it did"
             )
             report(Warned(text))
+        if target.settings.network in looked.facts.vm.nics and not target.conn.session:
+            networks.ensure(target, report)
         migrate_storage.mark_shared(source, target, looked.vm, looked.facts.needs)
         return (_live if looked.vm.active else _offline)(ends, looked, wish, report, began)
 

@@ -195,6 +195,7 @@ def side(host: Host) -> HostSide:
         available_mib=node.available_mib(host.conn),
         networks={net.name: net.active for net in nets},
         nat=frozenset(net.name for net in nets if net.gateway),
+        own_network="" if host.conn.session else host.settings.network,
         vms=dict(domain.identities(host.conn)),
         at=called(host.entry) if host.entry else "",
     )

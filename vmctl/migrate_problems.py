@@ -87,7 +87,8 @@ class VmFacts:
 
 @dataclass(frozen=True, slots=True)
 class HostSide:
-    """One of the two hosts. ``networks``: name -> whether it runs; ``nat`` are those whose addresses are their own."""
+    """One of the two hosts. ``networks``: name -> whether it runs; ``nat`` are those whose addresses are their own,
+    ``own_network`` is the one that vmctl makes there when it is needed."""
 
     name: str
     uuid: str
@@ -100,6 +101,7 @@ class HostSide:
     available_mib: int
     networks: Mapping[str, bool]
     nat: frozenset[str] = frozenset()
+    own_network: str = ""
     vms: Mapping[str, str] = field(default_factory=dict)  # UUID by name
     huge_pages_free: int = 0
     space: Mapping[str, int] = field(default_factory=dict)  # free bytes by folder
@@ -284,8 +286,15 @@ def _memory(facts: Facts) -> Iterator[Problem]:
 def _networks(facts: Facts) -> Iterator[Problem]:
     vm, there = facts.vm, facts.target
     for name in dict.fromkeys(vm.nics):
-        if name not in there.networks:
-            yield Problem(f"{there.name} has no network {name}", f"make it there as it is on {facts.source.name}")
+        if name == there.own_network:
+            if name not in there.networks:
+                yield Problem(f"network {name} is made on {there.name}", note=True)
+        elif name not in there.networks:
+            as_here = (
+                f"on {facts.source.called}: virsh net-dumpxml {name} >net.xml; on {there.called}, with that file: "
+            )
+            mend = f"{as_here}virsh net-define net.xml && virsh net-start {name}"
+            yield Problem(f"{there.name} has no network {name}", mend)
         elif not there.networks[name] and facts.live:
             yield Problem(f"network {name} on {there.name} is down", f"on it: virsh net-start {name}")
         if name in facts.source.nat or name in there.nat:

@@ -151,7 +151,8 @@ def _host(name: str, host: Host) -> HostSeen:
 def _networks(host: Host) -> frozenset[str]:
     if not host.conn.qemu or host.conn.session:
         return frozenset()
-    return frozenset(net.name for net in network.all_networks(host.conn))
+    own = host.settings.network  # which is made when it is needed
+    return frozenset({own, *(net.name for net in network.all_networks(host.conn))})
 
 
 # --- pure ------------------------------------------------------------------------------------------------------

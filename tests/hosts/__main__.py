@@ -1,4 +1,7 @@
-"""python -m tests.hosts up N [--shared] [--tls] [-- COMMAND...]: a shell, or a command, beside N hosts."""
+"""python -m tests.hosts up N [--shared] [--tls] [-- COMMAND...]: a shell, or a command, beside N hosts.
+
+vmctl knows them in there: `vmctl -c h1 list`.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +35,11 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of clearing up
     with booted(given.count, shared=given.shared, tls=given.tls) as bed:
+        env = {**os.environ, "BED": str(bed.folder), "XDG_CONFIG_HOME": str(bed.folder / "config"), "PS1": "testbed# "}
         for machine in bed.machines:
             print(f"{machine.name}  {machine.address}  {machine.ssh_uri}", file=sys.stderr)
-        env = {**os.environ, "BED": str(bed.folder), "PS1": "testbed# "}
+            words = ["host", "add", machine.name, machine.ssh_uri, "--host-key", machine.host_key, "--no-check"]
+            subprocess.run([sys.executable, "-m", "vmctl", "--quiet", *words], check=True, env=env, stdout=sys.stderr)
         words = command.split("\0")[:-1] or ["bash", "--norc", "-i"]
         try:
             return subprocess.run(words, check=False, env=env, preexec_fn=tied).returncode

@@ -378,8 +378,15 @@ def test_a_guest_behind_its_host_is_told_as_such(pair: Pair, vm: str) -> None:
         assert pair.vmctl("-c", "h1", "exec", "--via", "agent", name, "--", "hostname").stdout == f"{name}\n"
         told = pair.vmctl("-c", "h1", "wait", name, "--for", "ssh", "--timeout", "1", check=7).stderr
         assert "a network of h1's own" in told
+        # Of which the target has one too, as soon as a VM needs it.
+        second = pair.machine("h2")
+        for word in ("net-destroy", "net-undefine"):
+            second.virsh(word, "vmctl", check=False)
+        assert "network vmctl is made on h2" in pair.vmctl("-c", "h1", "migrate", name, "--to", "h2").stderr
+        assert pair.where(name) == {"h2": "running"} and "vmctl" in second.virsh("net-list", "--name").split()
     finally:
-        pair.vmctl("-c", "h1", "delete", name, "--yes")
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok")
 
 
 def test_one_host_by_two_names(pair: Pair, vm: str) -> None:

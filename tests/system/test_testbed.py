@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -187,6 +188,8 @@ def test_by_hand_it_clears_up_when_it_is_ended_and_after_others_that_could_not()
         said = one.communicate(timeout=60)[1]
         assert one.returncode == code and "Traceback" not in said
     assert not folders[0].exists() and folders[1].exists()
+    listed = sh(*up[:5], "--", "vmctl", "host", "list", "-o", "json", cwd=REPO)
+    assert [(one["name"], one["state"]) for one in json.loads(listed.stdout)] == [("h1", "up")]
     none = sh(*up[:5], "--", "no-such-command", check=False, cwd=REPO)
     assert none.returncode == 127 and "cannot run no-such-command: No such file" in none.stderr
     assert not folders[1].exists(), "whichever number the last one had"

@@ -27,6 +27,12 @@ def test_the_host_it_is_on() -> None:
     assert [one.what for one in problems(here)] == [f"{FINE.source.name} is the host it is on"]
 
 
+@pytest.mark.parametrize("there", [{}, {"lan": False}])
+def test_the_network_that_vmctl_makes_is_made(there: dict[str, bool]) -> None:
+    found = problems(replace(FINE, target=replace(FINE.target, networks=there, own_network="lan")))
+    assert not fatal(found) and [one.what for one in found] == ["network lan is made on h2"][len(there) :]
+
+
 def test_one_whose_qemu_died_is_off() -> None:
     assert problems(replace(FINE, vm=replace(FINE.vm, state=State.CRASHED), live=False)) == ()
 

@@ -39,7 +39,9 @@ def migrate(
             autocompletion=complete_host,
         ),
     ],
-    check: Annotated[bool, typer.Option("--check", help="Only look whether it could; exit 11 if not.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", "--dry-run", help="Only look whether it could; exit 11 if not.")
+    ] = False,
     adjust: Annotated[
         bool, typer.Option("--adjust", help="Give one that is under way other --bandwidth and --downtime.")
     ] = False,
