@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from vmctl import host_ssh, layer_check, migrate_facts, migrate_settle, migrate_storage, migrate_watch
+from vmctl import homes, host_ssh, layer_check, migrate_facts, migrate_settle, migrate_storage, migrate_watch
 from vmctl.choices import Accel
 from vmctl.errors import Interrupted, PreflightFailed, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned
@@ -190,8 +190,9 @@ def _sends_live(vm: Domain, wish: Wish) -> bool:
 def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float) -> Moved:
     """Files, then the definition there, then none here: whatever ends this early, some host has it defined."""
     vm = looked.vm
-    text = domain.xml(ends.source.conn, vm.name, inactive=True, secure=True)
     with migrate_storage.made(ends, looked.look.makes, report) as undo:
+        _note_both(ends, vm, wish, undo)
+        text = domain.xml(ends.source.conn, vm.name, inactive=True, secure=True)
         domain.define(ends.target.conn, text, name=vm.name)
         undo.callback(lambda: quietly(lambda: domain.undefine(ends.target.conn, vm.name, keep_nvram=True)))
         domain.set_autostart(ends.target.conn, vm.name, on=vm.autostart)
@@ -206,9 +207,23 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: flo
             whole.close()
         raise
     _clear_source(ends, looked, wish, report)
+    _note_gone(ends, vm, wish)
     migrate_storage.unmark(ends.target, looked.look.makes)
     here, there = ends.names
     return Moved(vm.name, vm.uuid, here, there, Mode.STOPPED, time.monotonic() - began, copied=_paths(looked))
+
+
+def _note_both(ends: Ends, vm: Domain, wish: Wish, undo: ExitStack) -> None:
+    """Note, before the definition goes along, that both hosts have it then: each asks the other before it starts it."""
+    if wish.keep and vm.persistent:
+        before = homes.note(ends.source, vm, ends.target)
+        undo.callback(quietly, lambda: homes.write(ends.source, vm, before))
+
+
+def _note_gone(ends: Ends, vm: Domain, wish: Wish) -> None:
+    """The source has nothing of it any more, which a definition that was kept before may say."""
+    if not wish.keep:
+        quietly(lambda: homes.forget(ends.target, domain.find(ends.target.conn, vm.uuid), [ends.source.facts.uuid]))
 
 
 def _let_lie(ends: Ends, name: str, report: Reporter) -> None:
@@ -282,6 +297,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
     with migrate_storage.made(ends, looked.look.makes, report) as undo:
         for file in looked.look.leavings:
             undo.callback(quietly, partial(_take_away, ends, file))
+        _note_both(ends, vm, wish, undo)
         report(Step(f"{vm.name}: {here} -> {there}, {mode}, {wish.way}"))
         with _probe(ends.source, looked) as probe:
             answering = probe is not None and probe.answers()
@@ -362,4 +378,5 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
         report(Warned(text, recovery(vm.name, *ends.names)))
     else:
         _clear_source(ends, looked, wish, report)
+        _note_gone(ends, vm, wish)
     migrate_storage.unmark(ends.target, looked.look.makes)

@@ -65,7 +65,7 @@ def gather(
     free = migration.free_huge_pages(target.conn, facts.huge_pages_kib) if facts.huge_pages_kib else 0
     theirs = replace(theirs, huge_pages_free=free, space=dict(look.space))
     cpu = _cpu(target, vm, standing.cpu)
-    beyond, not_asked = elsewhere.in_use(source, vm, target) if not live and identity.went(source, vm) else ({}, {})
+    beyond = elsewhere.look_for(source, vm, target) if not live and identity.went(source, vm) else None
     if live and facts.bridges:
         asking.back()  # whether it has them
     ways = asking.answer(way) if live else Ways()
@@ -87,8 +87,10 @@ def gather(
             certificates=ways.certificates if tls else {},
             cards=frozenset(ways.cards),
             unasked=ways.unasked,
-            elsewhere={one: "runs" if found.active else "is saved" for one, found in beyond.items()},
-            not_asked=tuple(not_asked),
+            elsewhere={one: "runs" if found.active else "is saved" for one, found in beyond.in_use.items()}
+            if beyond
+            else {},
+            not_asked=tuple(beyond.unasked) if beyond else (),
             userfaults=ways.userfaults is not False or target.facts.qemu_user in {None, "0"},
         ),
         vm,

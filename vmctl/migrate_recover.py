@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmctl import folder_pools, migrate, migrate_facts, migrate_files, migrate_settle, migrate_storage
+from vmctl import folder_pools, homes, migrate, migrate_facts, migrate_files, migrate_settle, migrate_storage
 from vmctl.errors import MigrationFailed, VmctlError
 from vmctl.events import Reporter, Status, Step, Warned
 from vmctl.hosts import Host, holding
@@ -184,6 +184,7 @@ def _clear_target(ends: Ends, vm: Domain, there: Seen, report: Reporter) -> None
     """The VM is on the source: a definition of it on the target, and half made files there, go."""
     if there.state is not None and not there.there:
         domain.undefine(ends.target.conn, vm.uuid, keep_nvram=True)  # what was made there has a mark
+        homes.forget(ends.source, domain.find(ends.source.conn, vm.uuid), [ends.target.facts.uuid])
     for path in migrate_storage.clear_marked(ends.source, ends.target, migrate_files.files(ends.source, vm)):
         report(Step(f"deleted {path} on {ends.names[1]}, which was not whole"))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.phases import Hold, Phase, install
+from tests.hosts import Machine
 from tests.system.migrating import Pair, guest, pair_fixture, until
 from tests.system.test_list import calls
 from vmctl.wait import pause
@@ -137,6 +138,76 @@ def test_one_that_stayed_with_disks_of_its_own_does_not_start_beside(pair: Pair,
     assert pair.where(vm) == {"h1": "shut off", "h2": "running"}
     pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
     assert pair.where(vm) == {"h2": "running"} and not of(vm, pair.files("h1"))
+
+
+def test_what_stayed_is_known_for_that_when_libvirt_has_forgotten_it(pair: Pair, vm: str) -> None:
+    """libvirt, begun anew, says of what it sent away no more than that it is off; and it was started on both hosts."""
+    first, second = pair.machine("h1"), pair.machine("h2")
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+    _begun_anew(first)
+    told = pair.vmctl("-c", "h1", "start", vm, check=5).stderr
+    assert f"cannot start VM {vm}: it runs on h2, and must not be on two hosts at once" in told
+    told = pair.vmctl("-c", "h1", "autostart", vm, check=5).stderr
+    assert f"cannot set autostart of VM {vm}: it runs on h2" in told
+    assert pair.where(vm) == {"h1": "shut off", "h2": "running"}
+
+    second.kill("libvirtd")
+    told = pair.vmctl("-c", "h1", "start", vm, check=5).stderr
+    assert f"cannot start VM {vm}: h2 has it too, and cannot be asked whether it runs there" in told
+    assert f"if it is gone for good: vmctl start {vm} --take-over" in told
+    pair.vmctl("host", "remove", "h2")
+    told = pair.vmctl("-c", "h1", "start", vm, check=5).stderr
+    assert "the config file has no such host" in told and f"vmctl host add h2 {second.ssh_uri}" in told
+    second.start("libvirtd")
+    pair.vmctl("host", "add", "h2", second.ssh_uri, "--host-key", second.host_key)
+
+    pair.vmctl("-c", "h2", "stop", vm, "--force")
+    pair.vmctl("-c", "h1", "start", vm)  # it is off there
+    _begun_anew(second)
+    told = pair.vmctl("-c", "h2", "start", vm, check=5).stderr
+    assert f"cannot start VM {vm}: it runs on h1" in told
+    pair.vmctl("-c", "h1", "stop", vm, "--force")
+    pair.vmctl("-c", "h1", "snapshot", "create", f"{vm}.off")
+    pair.vmctl("-c", "h2", "start", vm)
+    told = pair.vmctl("-c", "h1", "snapshot", "revert", f"{vm}.off", "--start", "--yes", check=5).stderr
+    assert f"cannot revert to snapshot {vm}.off and start VM {vm}: it runs on h2" in told
+    assert pair.where(vm) == {"h1": "shut off", "h2": "running"}
+    pair.vmctl("-c", "h1", "snapshot", "revert", f"{vm}.off", "--yes")
+    pair.vmctl("-c", "h1", "start", vm, check=5)
+    pair.vmctl("-c", "h1", "snapshot", "delete", f"{vm}.off", "--yes")
+
+    pair.vmctl("-c", "h2", "stop", vm, "--force")
+    second.kill("libvirtd")
+    pair.vmctl("-c", "h1", "start", vm, "--take-over")
+    second.start("libvirtd")
+    assert "vmctl-homes" not in first.virsh("dumpxml", "--inactive", vm), "it asks h2 no more"
+    pair.vmctl("-c", "h1", "delete", vm, "--yes")
+    assert "vmctl-homes" in second.virsh("dumpxml", "--inactive", vm)
+    pair.vmctl("-c", "h2", "start", vm)
+    assert "vmctl-homes" not in second.virsh("dumpxml", "--inactive", vm), "h1 has it no more"
+    pair.vmctl("-c", "h2", "wait", vm, "--for", "agent")
+
+
+def _begun_anew(machine: Machine) -> None:
+    machine.kill("libvirtd")
+    machine.start("libvirtd")
+
+
+def test_what_stayed_of_one_that_was_off(pair: Pair, vm: str) -> None:
+    name = f"{vm}-off"
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    try:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+        pair.vmctl("-c", "h2", "start", name)
+        told = pair.vmctl("-c", "h1", "start", name, check=5).stderr
+        assert f"cannot start VM {name}: it runs on h2" in told
+        pair.vmctl("-c", "h2", "stop", name, "--force")
+        pair.vmctl("-c", "h1", "delete", name, "--yes")
+        pair.vmctl("-c", "h2", "migrate", name, "--to", "h1", "--copy-storage", "overlay")
+        assert "vmctl-homes" not in pair.machine("h1").virsh("dumpxml", name), "it is there alone again"
+    finally:
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
 
 
 def test_recovery_keeps_what_it_wrote_where_it_went(pair: Pair, vm: str) -> None:
