@@ -10,13 +10,14 @@ from functools import partial
 
 from vmctl import homes, host_ssh, layer_check, migrate_facts, migrate_settle, migrate_storage, migrate_watch
 from vmctl.choices import Accel
-from vmctl.errors import Interrupted, PreflightFailed, VmctlError, WrongState, quietly
+from vmctl.errors import Interrupted, MigrationFailed, PreflightFailed, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.guest import address, known_hosts
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain, migration
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.migration import Copying, Orders, Way
+from vmctl.hypervisor.states import State
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_facts import Found
 from vmctl.migrate_files import File, nvram
@@ -355,11 +356,28 @@ def _take_away(ends: Ends, file: File) -> None:
     migrate_storage.remove(ends.target, file)
 
 
+_LEFT = frozenset({"migration", "post-copy", "post-copy failed"})
+
+
+def _require_rest(ends: Ends, left: Domain) -> None:
+    """Raise MigrationFailed unless what runs of a VM on the source is what its migration left there, paused."""
+    if left.state is State.PAUSED and left.why in _LEFT:
+        return
+    here, there = ends.names
+    how = f"{left.state} ({left.why})" if left.why else f"{left.state}"
+    raise MigrationFailed(
+        f"cannot end VM {left.name} on {here}, as one that has moved to {there}: it is {how}, as no move leaves it",
+        hint=f"look at both; vmctl -c {here} stop {left.name} --force ends it there, with what it has in memory",
+    )
+
+
 def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> None:
     """It runs there: what is left of it here goes, but for what was asked to stay.
 
     Its files there are unmarked last, for a drain that is made again finds by their marks what a kill left here. With a
     definition here they are at once: from both that are off, a recovery would take the marked ones for half made.
+
+    Raises MigrationFailed, and has ended nothing, where it runs here too by now, or is paused as no move leaves it.
     """
     vm = looked.vm
     if vm.autostart:
@@ -367,12 +385,15 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
     try:
         left = domain.find_or_none(ends.source.conn, vm.uuid)
         if left is not None and left.active:  # it ended between two steps of libvirt's; the target has the VM
+            _require_rest(ends, left)
             quietly(lambda: domain.power_off(ends.source.conn, vm.name))  # which may have just come to its end
             left = domain.find_or_none(ends.source.conn, vm.uuid)
         if left is not None and not wish.keep:
             domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))
         elif left is not None and left.autostart:
             _let_lie(ends, vm.name, report)
+    except MigrationFailed:
+        raise
     except VmctlError as error:
         text = f"{ends.names[0]} still has a definition of {vm.name}: {error.message}"
         report(Warned(text, recovery(vm.name, *ends.names)))

@@ -18,7 +18,7 @@ from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import Look
 from vmctl.migrate_outcome import CUT_OFF, Seen, Where
 from vmctl.migrate_policy import Abort, decide
-from vmctl.migrate_problems import DiskNeed
+from vmctl.migrate_problems import DiskNeed, recovery
 from vmctl.migrate_watch import told
 from vmctl.wait import pause
 
@@ -37,6 +37,7 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         ends.require_two(f"recover VM {name}")
         vm = domain.find_or_none(ends.source.conn, name) or domain.find(ends.target.conn, name)
         began = time.monotonic()
+        _require_not_coming(ends, vm)
         _await_job(ends, vm, wish, report)
         where, seen = migrate_settle.settle(ends, vm.uuid)
         ends.require_two(f"recover VM {name}")  # one may have come back only now
@@ -140,6 +141,20 @@ def _off_there(seen: tuple[Seen, Seen]) -> bool:
     """
     gone = seen[0].known and (seen[0].state is None or seen[0].why == MOVED)
     return gone and seen[1].state is not None and not seen[1].there
+
+
+def _require_not_coming(ends: Ends, vm: Domain) -> None:
+    """Raise MigrationFailed for one that is on its way from the target: what is here of it is no rest of it."""
+    try:
+        coming = migration.leaving(ends.target.conn, vm.uuid)
+    except VmctlError:
+        return  # it has none of it; or cannot be asked, which is seen later
+    if coming and domain.find_or_none(ends.source.conn, vm.uuid) is not None:
+        here, there = ends.names
+        raise MigrationFailed(
+            f"cannot recover VM {vm.name}: it is on its way from {there} to {here}",
+            hint=f"{recovery(vm.name, there, here)} sees the end of that",
+        )
 
 
 def _await_job(ends: Ends, vm: Domain, wish: Wish, report: Reporter) -> None:

@@ -210,6 +210,32 @@ def test_what_stayed_of_one_that_was_off(pair: Pair, vm: str) -> None:
             pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
 
 
+def test_recovery_the_wrong_way_round_ends_nothing_that_comes_or_was_used(pair: Pair, vm: str) -> None:
+    """What was on its way here, from where it still ran, was taken for the rest of one that had gone there."""
+    first, back = pair.machine("h1"), ("-c", "h2", "migrate", vm, "--to", "h1", "--recover")
+    pair.bed.limit("20mbit")
+    process = pair.begin(
+        "-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay", "--keep-source", "--live"
+    )
+    until(lambda: "Outgoing" in first.virsh("domjobinfo", vm, check=False), "the migration sends")
+    process.kill()
+    process.communicate(timeout=60)
+    told = pair.vmctl(*back, check=12).stderr
+    assert f"cannot recover VM {vm}: it is on its way from h1 to h2" in told
+    assert f"vmctl -c h1 migrate {vm} --to h2 --recover" in told
+    pair.bed.limit(None)
+    until(lambda: pair.where(vm) == {"h1": "shut off", "h2": "running"}, "libvirt has moved it")
+
+    first.virsh("start", vm)  # what stayed, beside it
+    first.virsh("suspend", vm)
+    told = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover", check=12).stderr
+    assert f"cannot end VM {vm} on h1, as one that has moved to h2: it is paused (asked), as no" in told
+    assert f"vmctl -c h1 stop {vm} --force" in told
+    assert pair.where(vm) == {"h1": "paused", "h2": "running"}
+    pair.vmctl("-c", "h1", "stop", vm, "--force")
+    pair.vmctl("-c", "h1", "delete", vm, "--yes")
+
+
 def test_recovery_keeps_what_it_wrote_where_it_went(pair: Pair, vm: str) -> None:
     """vmctl was killed, and libvirt went on: the copies have marks yet, and by now are newer than what stayed here."""
     pair.bed.limit("20mbit")
