@@ -150,9 +150,9 @@ def stop(host: Host, name: str, report: Reporter, *, timeout_s: float | None = N
     quietly(lambda: layer_check.follow(host, vm))  # what it writes to now is what it starts with again
     deaf = vm.state is State.PAUSED or vm.panicked
     if deaf and not force:
-        way = (
-            f"vmctl resume {name}, or stop --force" if not vm.panicked else f"vmctl stop {name} --force pulls its plug"
-        )
+        way = f"vmctl stop {name} --force pulls its plug"
+        if not vm.panicked:
+            way = f"{domain.remedy(name, vm.state, vm.why)}, or stop --force"
         raise WrongState(f"cannot stop VM {name}: it is {domain.told(vm.state, vm.why)} and cannot hear", hint=way)
     budget = default_stop_timeout_s(vm) if timeout_s is None else timeout_s
     for way in (Stopped.ACPI, Stopped.AGENT) if not deaf else ():
@@ -336,7 +336,7 @@ def _require_here_alone(host: Host, vm: Domain) -> None:
         has = "has it too" if other in seen.in_use else "cannot be asked whether it has it"
         raise Conflict(
             f"cannot resume VM {vm.name}: a migration has paused it, and {other} {has}",
-            hint=f"where it came from, vmctl migrate {vm.name} --to HOST --recover asks both, and ends that",
+            hint=domain.remedy(vm.name, vm.state, vm.why),
         )
 
 

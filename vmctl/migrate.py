@@ -17,13 +17,13 @@ from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain, migration
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.migration import Copying, Orders, Way
-from vmctl.hypervisor.states import State
+from vmctl.hypervisor.states import MOVING, State, recovery
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_facts import Found
 from vmctl.migrate_files import File, nvram
 from vmctl.migrate_outcome import Where
 from vmctl.migrate_policy import Policy
-from vmctl.migrate_problems import Problem, fatal, problems, recovery
+from vmctl.migrate_problems import Problem, fatal, problems
 from vmctl.outage import Probe
 
 
@@ -356,12 +356,9 @@ def _take_away(ends: Ends, file: File) -> None:
     migrate_storage.remove(ends.target, file)
 
 
-_LEFT = frozenset({"migration", "post-copy", "post-copy failed"})
-
-
 def _require_rest(ends: Ends, left: Domain) -> None:
     """Raise MigrationFailed unless what runs of a VM on the source is what its migration left there, paused."""
-    if left.state is State.PAUSED and left.why in _LEFT:
+    if left.state is State.PAUSED and left.why in MOVING:
         return
     here, there = ends.names
     how = f"{left.state} ({left.why})" if left.why else f"{left.state}"

@@ -19,8 +19,9 @@ from vmctl.hosts import Host
 from vmctl.hypervisor import capabilities, connection, domain, migration, network, node
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.migration import Copying, Standing, Way
+from vmctl.hypervisor.states import recovery
 from vmctl.migrate_files import File, Look
-from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, Problem, VmFacts, problems, recovery
+from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, Problem, VmFacts, problems
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,6 +223,10 @@ def test_recovery_the_wrong_way_round_ends_nothing_that_comes_or_was_used(pair: 
     told = pair.vmctl(*back, check=12).stderr
     assert f"cannot recover VM {vm}: it is on its way from h1 to h2" in told
     assert f"vmctl -c h1 migrate {vm} --to h2 --recover" in told
+    for verb in "start", "stop":
+        told = pair.vmctl("-c", "h2", verb, vm, check=6).stderr
+        assert f"cannot {verb} VM {vm}: it is paused (migration)" in told
+        assert f"vmctl -c SOURCE migrate {vm} --to TARGET --recover asks both" in told and "resume" not in told
     pair.bed.limit(None)
     until(lambda: pair.where(vm) == {"h1": "shut off", "h2": "running"}, "libvirt has moved it")
 

@@ -214,8 +214,8 @@ def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[str, 
     """
     from vmctl import fleet
     from vmctl.hypervisor import domain
+    from vmctl.hypervisor.states import recovery
     from vmctl.listing import matching
-    from vmctl.migrate_problems import recovery
 
     def ask(entry: HostEntry) -> dict[str, str | NotFound]:
         found: dict[str, str | NotFound] = {}
