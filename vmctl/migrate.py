@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from vmctl import homes, host_ssh, layer_check, migrate_facts, migrate_settle, migrate_storage, migrate_watch
+from vmctl import (
+    homes,
+    host_ssh,
+    layer_check,
+    migrate_facts,
+    migrate_settle,
+    migrate_storage,
+    migrate_watch,
+    migrate_wish,
+)
 from vmctl.choices import Accel
 from vmctl.errors import Interrupted, MigrationFailed, PreflightFailed, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned
@@ -16,14 +25,14 @@ from vmctl.guest import address, known_hosts
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain, migration
 from vmctl.hypervisor.domain import Domain
-from vmctl.hypervisor.migration import Copying, Orders, Way
+from vmctl.hypervisor.migration import Copying, Orders
 from vmctl.hypervisor.states import MOVING, State, recovery
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_facts import Found
 from vmctl.migrate_files import File, nvram
 from vmctl.migrate_outcome import Where
-from vmctl.migrate_policy import Policy
 from vmctl.migrate_problems import Problem, fatal, problems
+from vmctl.migrate_wish import Wish
 from vmctl.outage import Probe
 
 
@@ -33,26 +42,6 @@ class Mode(StrEnum):
     LIVE = "live"
     HELD = "held"
     STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """How to migrate. ``live``: send it while it runs; None: where that is safe.
-
-    ``persistent``: the target keeps a definition, None: as it was; ``keep``: the source does.
-    """
-
-    way: Way = Way.PEER
-    live: bool | None = None
-    copying: Copying = Copying.NONE
-    policy: Policy = Policy()
-    persistent: bool | None = None
-    keep: bool = False
-    auto_converge: bool = True
-    compress: bool = False
-    parallel: int = 0
-    tls: bool = False
-    bandwidth: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +68,13 @@ class Moved:
 def check(ends: Ends, name: str, wish: Wish) -> tuple[Problem, ...]:
     """All that stands against it, and notes. Changes nothing."""
     ends.asking().back()
-    return problems(_look(ends, name, wish).facts)
+    looked = _look(ends, name, wish)
+    return _problems(looked, wish)
+
+
+def _problems(looked: Found, wish: Wish) -> tuple[Problem, ...]:
+    found = problems(looked.facts)
+    return found if looked.vm.active else (*migrate_wish.of_stopped(looked.vm.name, wish), *found)
 
 
 def _look(ends: Ends, name: str, wish: Wish) -> Found:
@@ -93,26 +88,6 @@ def _look(ends: Ends, name: str, wish: Wish) -> Found:
         postcopy=wish.policy.postcopy,
         tls=wish.tls,
     )
-
-
-def wish_problems(wish: Wish) -> list[str]:
-    """What of a wish goes with no other part of it, all of it."""
-    found = []
-    if wish.way is Way.TUNNELLED and wish.parallel:
-        found.append("a tunnelled migration has one connection: no --parallel")
-    if wish.way is Way.TUNNELLED and wish.copying is not Copying.NONE:
-        found.append("a tunnelled migration copies no storage")
-    if wish.way is Way.TUNNELLED and (wish.tls or wish.policy.postcopy):
-        found.append("a tunnelled migration goes by libvirt's own connection: no --tls, no --postcopy")
-    if wish.compress and wish.parallel:
-        found.append("--compress goes with one connection only: no --parallel")
-    if wish.policy.postcopy and wish.compress:
-        found.append("--postcopy goes with no --compress")
-    if wish.policy.postcopy and wish.live is False:
-        found.append("--postcopy goes with no --held")
-    if wish.policy.downtime_ms > wish.policy.max_downtime_ms:
-        found.append("--downtime is above --max-downtime")
-    return found
 
 
 def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
@@ -129,7 +104,7 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         if vm is not None:
             layer_check.follow(source, vm)  # the definition goes along
         looked = _look(ends, name, wish)
-        everything = problems(looked.facts)
+        everything = _problems(looked, wish)
         if worst := fatal(everything):
             raise PreflightFailed(
                 f"cannot migrate VM {name} from {source.name} to {target.name}: nothing was changed",
@@ -191,7 +166,7 @@ def _sends_live(vm: Domain, wish: Wish) -> bool:
 def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float) -> Moved:
     """Files, then the definition there, then none here: whatever ends this early, some host has it defined."""
     vm = looked.vm
-    with migrate_storage.made(ends, looked.look.makes, report) as undo:
+    with migrate_storage.made(ends, looked.look.makes, report, bandwidth=wish.bandwidth) as undo:
         _note_both(ends, vm, wish, undo)
         text = domain.xml(ends.source.conn, vm.name, inactive=True, secure=True)
         domain.define(ends.target.conn, text, name=vm.name)
@@ -295,7 +270,7 @@ def _probe(host: Host, looked: Found) -> AbstractContextManager[Probe | None]:
 def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float) -> Moved:
     vm, (here, there) = looked.vm, ends.names
     mode = Mode.LIVE if _sends_live(vm, wish) else Mode.HELD
-    with migrate_storage.made(ends, looked.look.makes, report) as undo:
+    with migrate_storage.made(ends, looked.look.makes, report, bandwidth=wish.bandwidth) as undo:
         for file in looked.look.leavings:
             undo.callback(quietly, partial(_take_away, ends, file))
         _note_both(ends, vm, wish, undo)

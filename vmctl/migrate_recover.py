@@ -13,13 +13,14 @@ from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain, migration
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.states import MOVED, State, recovery
-from vmctl.migrate import Mode, Moved, Wish
+from vmctl.migrate import Mode, Moved
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import Look
 from vmctl.migrate_outcome import CUT_OFF, Seen, Where
 from vmctl.migrate_policy import Abort, decide
 from vmctl.migrate_problems import DiskNeed
 from vmctl.migrate_watch import told
+from vmctl.migrate_wish import Wish
 from vmctl.wait import pause
 
 if TYPE_CHECKING:

@@ -210,6 +210,25 @@ def test_what_stayed_of_one_that_was_off(pair: Pair, vm: str) -> None:
             pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
 
 
+def test_what_is_asked_of_one_that_is_off(pair: Pair, vm: str) -> None:
+    """Its files came as fast as they could, whatever --bandwidth said; with --transient it would be nowhere."""
+    name, second = f"{vm}-slow", pair.machine("h2")
+    words = ("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "full")
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    try:
+        told = pair.vmctl(*words, "--transient", check=11).stderr
+        assert f"{name} is stopped: with --transient its target would have nothing of it" in told
+        assert pair.where(name) == {"h1": "shut off"} and not of(name, pair.files("h2"))
+        told = pair.vmctl(*words, "--check", "--timeout", "5", "--downtime", "7").stdout
+        assert f"note     {name}: {name} is stopped, and has no memory to send: nothing is done for --downtime," in told
+        (moved,) = pair.json(*words, "--bandwidth", "4M")
+        sizes = second.run("stat", "-c", "%s", *moved["copied"]).stdout.split()
+        assert moved["time_s"] > 0.9 * sum(map(int, sizes)) / (4 << 20)
+    finally:
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
 def test_recovery_the_wrong_way_round_ends_nothing_that_comes_or_was_used(pair: Pair, vm: str) -> None:
     """What was on its way here, from where it still ran, was taken for the rest of one that had gone there."""
     first, back = pair.machine("h1"), ("-c", "h2", "migrate", vm, "--to", "h1", "--recover")
