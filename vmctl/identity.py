@@ -104,6 +104,15 @@ def needed_elsewhere(host: Host, paths: Collection[str], report: Reporter) -> di
     return elsewhere.needed(host, paths, report)
 
 
+def uuids_elsewhere(host: Host) -> frozenset[str]:
+    """Those that VMs of other hosts have, as far as these answer soon: one may have been made here, and have moved."""
+    if not host.others:
+        return frozenset()
+    from vmctl import elsewhere  # late: most know one host
+
+    return elsewhere.uuids(host)
+
+
 def free_uuid(host: Host, name: str, taken: Iterable[str] = ()) -> str:
     """The UUID for a new VM ``name``: the same each time, unless a VM has it, ``taken`` has, or its disks live on."""
     held = {uuid for other, uuid in domain.identities(host.conn) if other != name} | {*taken}

@@ -210,6 +210,21 @@ def test_what_stayed_of_one_that_was_off(pair: Pair, vm: str) -> None:
             pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
 
 
+def test_one_made_anew_where_it_was_is_another_one(pair: Pair, vm: str) -> None:
+    """With the UUID of the one that moved, which names and MACs come from, both were on one Ethernet with one MAC."""
+    name = f"{vm}-anew"
+    made = ("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    pair.vmctl(*made)
+    try:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay")
+        pair.vmctl(*made)
+        new, moved = (pair.json("-c", host, "show", name) for host in ("h1", "h2"))
+        assert new["uuid"] != moved["uuid"] and new["nics"][0]["mac"] != moved["nics"][0]["mac"]
+    finally:
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
 def test_what_is_asked_of_one_that_is_off(pair: Pair, vm: str) -> None:
     """Its files came as fast as they could, whatever --bandwidth said; with --transient it would be nowhere."""
     name, second = f"{vm}-slow", pair.machine("h2")
