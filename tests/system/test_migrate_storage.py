@@ -6,12 +6,14 @@ import ast
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.faults.phases import Hold, Phase, install
 from tests.hosts import Machine
+from tests.hosts.machine import sh
 from tests.system.migrating import Pair, guest, pair_fixture, until
 from tests.system.test_list import calls
 from vmctl.wait import pause
@@ -223,6 +225,44 @@ def test_one_made_anew_where_it_was_is_another_one(pair: Pair, vm: str) -> None:
     finally:
         for host in ("h1", "h2"):
             pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
+def test_what_a_vm_of_a_third_host_needs_stays(pair: Pair, vm: str, tmp_path: Path) -> None:
+    """That host sees the folder, and the target does not: it is asked before what was copied is deleted."""
+    first, second, shell = pair.machine("h1"), pair.machine("h2"), pair.shell
+    name, other, folder, given = f"{vm}-third", f"{vm}-other", tmp_path / "both", first.folder / "disk/both"
+    disk = f"{folder}/data.qcow2"
+    create = ("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    with ExitStack() as undo:
+        for path in (given, folder):
+            path.mkdir()
+            path.chmod(0o755)
+        sh("mount", "--bind", str(given), str(folder))
+        undo.callback(sh, "umount", str(folder))
+        for machine in (first, second):
+            machine.run("mkdir", "-p", str(folder))
+        first.run("mount", "--bind", "/var/lib/libvirt/both", str(folder))
+        undo.callback(first.run, "umount", str(folder))
+        first.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "1M")
+        pair.vmctl("host", "add", "third", "qemu:///system")
+        undo.callback(pair.vmctl, "host", "remove", "third")
+        for host in ("h1", "h2"):
+            undo.callback(pair.vmctl, "-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+        pair.vmctl(*create)
+        first.virsh("attach-disk", name, disk, "vdz", "--driver", "qemu", "--subdriver", "qcow2", "--config")
+        define = tmp_path / "other.xml"
+        define.write_text(
+            f"<domain type='qemu'><name>{other}</name><memory unit='MiB'>32</memory><os><type>hvm</type></os><devices>"
+            f"<disk type='file'><driver name='qemu' type='qcow2'/><source file='{disk}'/><target dev='vda'/></disk>"
+            "</devices></domain>"
+        )
+        shell.virsh("define", str(define))
+        undo.callback(shell.virsh, "undefine", other)
+        said = pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay").stderr
+        assert f"kept {disk} on h1: {other} on third needs it, on storage that both see" in said
+        assert (folder / "data.qcow2").exists() and pair.where(name) == {"h2": "shut off"}
+        second.run("qemu-img", "info", disk)
+        assert not of(name, pair.files("h1")), "what is its own alone is gone from there"
 
 
 def test_what_is_asked_of_one_that_is_off(pair: Pair, vm: str) -> None:
