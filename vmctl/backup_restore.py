@@ -19,6 +19,7 @@ from vmctl import (
     backup_volumes,
     disk_journal,
     forgotten,
+    homes,
     image_users,
     images,
     networks,
@@ -221,9 +222,12 @@ def _define(
             changes = replace(changes, seed=path) if not seeds else changes
         changes = replace(changes, macs=macs, record=render.record_element(record) if record else "")
         text = backup_definition.changed(planned.text, changes)
+        before = homes.noted(host, planned.old) if planned.old is not None else ()
         if planned.old is None:
             undo.callback(quietly, lambda: _undefine(host, planned))
         domain.define(host.conn, text, name=planned.name)
+        if planned.old is not None and planned.old.uuid == planned.uuid:
+            homes.keep(host, planned.uuid, before)
     known_hosts(host, planned.name).unlink(missing_ok=True)
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 _QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 _METADATA = re.compile(r"\s*<metadata\b[^>]*>(?P<within>.*?)</metadata>|\s*<metadata\b[^>]*/>", re.DOTALL)
-_OWN_RECORD = re.compile(r"<vmctl:vm\b(?:[^>]*/>|.*?</vmctl:vm>)", re.DOTALL)
+_OWN_RECORD = re.compile(
+    r"<vmctl:vm\b(?:[^>]*/>|.*?</vmctl:vm>)|<vmctl-homes:homes\b(?:[^>]*/>|.*?</vmctl-homes:homes>)", re.DOTALL
+)
 _UNIX_PATH_OF_LIBVIRT = "/channel/target/"
 
 
@@ -44,8 +46,8 @@ class Identity:
 def copied(text: str, new: Identity) -> str:
     """The XML of a domain, as libvirt writes it, as that of the copy.
 
-    <metadata> stays to the letter but for vmctl's record: ElementTree would move namespaces to the top, from where
-    libvirt loses them.
+    <metadata> stays to the letter but for vmctl's record and its note of hosts: ElementTree would move namespaces to
+    the top, from where libvirt loses them.
     """
     # A saved domain is wrapped in what libvirt remembers of it; here it is the plain <domain>.
     found = _METADATA.search(text)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from vmctl import folder_pools, image_users
+from vmctl import folder_pools, homes, image_users
 from vmctl.config import HostEntry
 from vmctl.errors import Conflict, HostUnreachable, VmctlError
 from vmctl.events import Reporter, Warned
@@ -26,6 +26,7 @@ from vmctl.hypervisor.states import State
 
 T = TypeVar("T")
 _ANEW_S = 60.0
+_SOON_S = 3.0  # who makes a VM does not wait long for a host that is down
 _late: dict[str, tuple[float, HostUnreachable]] = {}  # who did not answer, and when: several disks wait for it once
 
 
@@ -151,38 +152,96 @@ def require_unused(host: Host, ref: str, paths: Collection[str], doing: str, rep
     _warn(found, report)
 
 
-def require_off(host: Host, vm: Domain, report: Reporter, timeout_s: float = DEADLINE_S) -> None:
-    """Raise Conflict when another host has that very VM, by its UUID, in use; warn of hosts that cannot be asked."""
-    found, unasked = in_use(host, vm, timeout_s=timeout_s)
-    for name, there in found.items():
+def uuids(host: Host) -> frozenset[str]:
+    """The UUIDs of all VMs of the other hosts, of as many as answer within seconds."""
+    found: set[str] = set()
+    for _, answer in _answers(host, partial(_uuids, host), _SOON_S):
+        found |= answer if not isinstance(answer, VmctlError) else set()
+    return frozenset(found)
+
+
+def _uuids(host: Host, other: Host) -> set[str]:
+    return set() if _is_same(host, other) else {uuid for _, uuid in domain.identities(other.conn)}
+
+
+def require_off(
+    host: Host, vm: Domain, doing: str, report: Reporter, timeout_s: float = DEADLINE_S, *, take_over: bool = False
+) -> None:
+    """Raise Conflict when another host has that very VM, by its UUID, in use, or one that it is noted to be on cannot
+    be asked; warn of others that cannot. What it is noted to be on, and is not, is forgotten.
+
+    ``take_over``: those that cannot be asked are taken for gone, and forgotten too.
+    """
+    seen = look_for(host, vm, timeout_s=timeout_s)
+    for name, there in seen.in_use.items():
         how, what = "is saved", f"vmctl -c {name} start {there.name} goes on with it there"
         if there.active:
             how, what = "runs", f"vmctl -c {name} stop {there.name} ends it there"
         raise Conflict(
-            f"cannot start VM {vm.name}: it {how} on {name}, and must not be on two hosts at once",
+            f"cannot {doing} VM {vm.name}: it {how} on {name}, and must not be on two hosts at once",
             hint=f"{what}; vmctl delete {vm.name} gives up what stayed of it here",
         )
-    if unasked:
+    noted = homes.others(host, vm)
+    for one in () if take_over else noted:
+        if {one.uuid, one.uri} & seen.asked:
+            continue
+        known = next((called(entry) for entry in host.others if entry.uri == one.uri or entry.name == one.name), "")
+        why, mend = seen.unasked.get(known, "no answer"), f"again, once {one.name} answers"
+        if not known:
+            why = "the config file has no such host"
+            mend = f"vmctl host add {one.name} {one.uri or 'URI'} makes it known"
+        raise Conflict(
+            f"cannot {doing} VM {vm.name}: {one.name} has it too, and cannot be asked whether it runs there: {why}",
+            hint=f"{mend}; if it is gone for good: vmctl start {vm.name} --take-over",
+        )
+    gone = [one.uuid for one in noted if not {one.uuid, one.uri} & seen.having]
+    homes.forget(host, vm, gone)
+    if unasked := seen.unasked:
         why = next(iter(unasked.values()))
         text = f"not asked whether {vm.name}, which went to another host once, runs there: {', '.join(unasked)} ({why})"
         report(Warned(text, "make sure that it does not: two that run on one disk destroy it"))
 
 
-def in_use(
-    host: Host, vm: Domain, but: Host | None = None, *, timeout_s: float = DEADLINE_S
-) -> tuple[dict[str, Domain], dict[str, str]]:
-    """That very VM, by its UUID, on each other host where it runs or is saved; and who cannot be asked, and why."""
+@dataclass(frozen=True, slots=True)
+class Sought:
+    """A VM on the other hosts, by its UUID: as it is on each that has it, and who cannot be asked, and why.
+
+    ``asked``: UUIDs and URIs of those that answered, and ``having`` of those of them that have it.
+    """
+
+    found: Mapping[str, Domain]
+    unasked: Mapping[str, str]
+    asked: frozenset[str]
+    having: frozenset[str]
+
+    @property
+    def in_use(self) -> dict[str, Domain]:
+        """Where it runs, or is saved."""
+        return {name: one for name, one in self.found.items() if one.active or one.state is State.SAVED}
+
+
+def look_for(host: Host, vm: Domain, but: Host | None = None, *, timeout_s: float = DEADLINE_S) -> Sought:
+    """Ask all other hosts, ``but`` one, for that very VM."""
     found, unasked = {}, {}
-    for name, there in _answers(host, partial(_has, host, vm.uuid), timeout_s, but=but):
-        if isinstance(there, VmctlError):
-            unasked[name] = there.message
-        elif there is not None and (there.active or there.state is State.SAVED):
+    asked: set[str] = set()
+    having: set[str] = set()
+    for name, answer in _answers(host, partial(_has, host, vm.uuid), timeout_s, but=but):
+        if isinstance(answer, VmctlError):
+            unasked[name] = answer.message
+            continue
+        names, there = answer
+        asked |= names
+        if there is not None:
             found[name] = there
-    return found, unasked
+            having |= names
+    return Sought(found, unasked, frozenset(asked), frozenset(having))
 
 
-def _has(host: Host, uuid: str, other: Host) -> Domain | None:
-    return None if _is_same(host, other) else domain.find_or_none(other.conn, uuid)
+def _has(host: Host, uuid: str, other: Host) -> tuple[set[str], Domain | None]:
+    if _is_same(host, other):
+        return set(), None
+    names = {other.facts.uuid} | ({other.conn.uri} if not other.conn.local else set())
+    return names, domain.find_or_none(other.conn, uuid)
 
 
 def _is_same(host: Host, other: Host) -> bool:

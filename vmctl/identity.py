@@ -1,11 +1,14 @@
-"""Who a new VM is: a UUID that no VM has, and volumes' names of which no file is in use."""
+"""Who a new VM is: a UUID that no VM has, and volumes' names of which no file is in use.
+
+And whether a VM that is off here may be started: one that went to another host may run there.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 
-from vmctl import image_users, render, resolve
+from vmctl import homes, image_users, render, resolve
 from vmctl.errors import Conflict
 from vmctl.events import Reporter, silent
 from vmctl.hosts import Host
@@ -66,7 +69,19 @@ def is_moved(host: Host, prefix: str) -> bool:
 
 def went(host: Host, vm: Domain) -> bool:
     """Whether that VM, which is off here, went to another host once, as far as this one knows."""
-    return vm.why == MOVED or any(is_moved(host, one) for one in prefixes(vm))
+    return vm.why == MOVED or bool(homes.others(host, vm)) or any(is_moved(host, one) for one in prefixes(vm))
+
+
+def require_off_elsewhere(host: Host, vm: Domain, doing: str, report: Reporter, *, take_over: bool = False) -> None:
+    """Raise Conflict where a VM, which is off here, is in use on another host, or on one that must be asked and cannot.
+
+    Whatever lets one run that may have been here while it ran elsewhere asks this first. ``take_over``: what cannot be
+    asked is taken for gone for good.
+    """
+    if homes.others(host, vm) or (host.others and went(host, vm)):
+        from vmctl import elsewhere  # late: most know one host
+
+        elsewhere.require_off(host, vm, doing, report, take_over=take_over)
 
 
 def needed_of(host: Host, volumes: Collection[str]) -> frozenset[str]:
@@ -87,6 +102,15 @@ def needed_elsewhere(host: Host, paths: Collection[str], report: Reporter) -> di
     from vmctl import elsewhere  # late: most know one host
 
     return elsewhere.needed(host, paths, report)
+
+
+def uuids_elsewhere(host: Host) -> frozenset[str]:
+    """Those that VMs of other hosts have, as far as these answer soon: one may have been made here, and have moved."""
+    if not host.others:
+        return frozenset()
+    from vmctl import elsewhere  # late: most know one host
+
+    return elsewhere.uuids(host)
 
 
 def free_uuid(host: Host, name: str, taken: Iterable[str] = ()) -> str:

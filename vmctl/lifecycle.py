@@ -54,8 +54,11 @@ class Started(StrEnum):
     ALREADY = "running already"
 
 
-def start(host: Host, name: str, report: Reporter) -> Started:
-    """Boot it, or bring it back from its saved memory; one that runs is left alone, one on its way off waited for."""
+def start(host: Host, name: str, report: Reporter, *, take_over: bool = False) -> Started:
+    """Boot it, or bring it back from its saved memory; one that runs is left alone, one on its way off waited for.
+
+    ``take_over``: also where it is noted to be on a host that cannot be asked whether it runs there.
+    """
     vm = domain.find(host.conn, name)
     if vm.facts.record is not None and vm.facts.record.creating:
         raise WrongState(
@@ -77,10 +80,7 @@ def start(host: Host, name: str, report: Reporter) -> Started:
         )
     if vm.active:
         return Started.ALREADY
-    if host.others and identity.went(host, vm):
-        from vmctl import elsewhere  # late: most know one host
-
-        elsewhere.require_off(host, vm, report)
+    identity.require_off_elsewhere(host, vm, "start", report, take_over=take_over)
     forgotten.require_none(host, vm.name, vm.uuid, f"start VM {name}")
     layer_check.require_none_newer(host, vm, f"start VM {name}")
     for nic in vm.facts.nics:
@@ -150,9 +150,9 @@ def stop(host: Host, name: str, report: Reporter, *, timeout_s: float | None = N
     quietly(lambda: layer_check.follow(host, vm))  # what it writes to now is what it starts with again
     deaf = vm.state is State.PAUSED or vm.panicked
     if deaf and not force:
-        way = (
-            f"vmctl resume {name}, or stop --force" if not vm.panicked else f"vmctl stop {name} --force pulls its plug"
-        )
+        way = f"vmctl stop {name} --force pulls its plug"
+        if not vm.panicked:
+            way = f"{domain.remedy(name, vm.state, vm.why)}, or stop --force"
         raise WrongState(f"cannot stop VM {name}: it is {domain.told(vm.state, vm.why)} and cannot hear", hint=way)
     budget = default_stop_timeout_s(vm) if timeout_s is None else timeout_s
     for way in (Stopped.ACPI, Stopped.AGENT) if not deaf else ():
@@ -331,12 +331,12 @@ def _require_here_alone(host: Host, vm: Domain) -> None:
     """Raise Conflict when a VM that a migration has paused is on another host too, or may be."""
     from vmctl import elsewhere  # late: most know one host
 
-    found, unasked = elsewhere.in_use(host, vm)
-    for other in (*found, *unasked):
-        has = "has it too" if other in found else "cannot be asked whether it has it"
+    seen = elsewhere.look_for(host, vm)
+    for other in (*seen.in_use, *seen.unasked):
+        has = "has it too" if other in seen.in_use else "cannot be asked whether it has it"
         raise Conflict(
             f"cannot resume VM {vm.name}: a migration has paused it, and {other} {has}",
-            hint=f"where it came from, vmctl migrate {vm.name} --to HOST --recover asks both, and ends that",
+            hint=domain.remedy(vm.name, vm.state, vm.why),
         )
 
 
@@ -354,6 +354,17 @@ def save(host: Host, name: str, report: Reporter) -> bool:
     layer_check.follow(host, vm)
     domain_job.blocking(host, name, lambda: domain.save(host.conn, name), report, f"memory of {name}")
     return True
+
+
+def autostart(host: Host, name: str, report: Reporter, *, on: bool) -> None:
+    """Whether it starts with its host, which asks no other host whether it runs there by then.
+
+    Raises Conflict for one that is in use on another host, or may be.
+    """
+    if on:
+        vm = domain.find(host.conn, name)
+        identity.require_off_elsewhere(host, vm, "set autostart of", report)
+    domain.set_autostart(host.conn, name, on=on)
 
 
 def rename(host: Host, name: str, new: str, report: Reporter) -> None:

@@ -8,21 +8,32 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from vmctl import host_ssh, layer_check, migrate_facts, migrate_settle, migrate_storage, migrate_watch, networks
+from vmctl import (
+    homes,
+    host_ssh,
+    layer_check,
+    migrate_facts,
+    migrate_settle,
+    migrate_storage,
+    migrate_watch,
+    migrate_wish,
+    networks,
+)
 from vmctl.choices import Accel
-from vmctl.errors import Interrupted, PreflightFailed, VmctlError, WrongState, quietly
+from vmctl.errors import Interrupted, MigrationFailed, PreflightFailed, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.guest import address, known_hosts
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain, migration
 from vmctl.hypervisor.domain import Domain
-from vmctl.hypervisor.migration import Copying, Orders, Way
+from vmctl.hypervisor.migration import Copying, Orders
+from vmctl.hypervisor.states import MOVING, State, recovery
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_facts import Found
 from vmctl.migrate_files import File, nvram
 from vmctl.migrate_outcome import Where
-from vmctl.migrate_policy import Policy
-from vmctl.migrate_problems import Problem, fatal, problems, recovery
+from vmctl.migrate_problems import Problem, fatal, problems
+from vmctl.migrate_wish import Wish
 from vmctl.outage import Probe
 
 
@@ -32,26 +43,6 @@ class Mode(StrEnum):
     LIVE = "live"
     HELD = "held"
     STOPPED = "stopped"
-
-
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """How to migrate. ``live``: send it while it runs; None: where that is safe.
-
-    ``persistent``: the target keeps a definition, None: as it was; ``keep``: the source does.
-    """
-
-    way: Way = Way.PEER
-    live: bool | None = None
-    copying: Copying = Copying.NONE
-    policy: Policy = Policy()
-    persistent: bool | None = None
-    keep: bool = False
-    auto_converge: bool = True
-    compress: bool = False
-    parallel: int = 0
-    tls: bool = False
-    bandwidth: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +69,13 @@ class Moved:
 def check(ends: Ends, name: str, wish: Wish) -> tuple[Problem, ...]:
     """All that stands against it, and notes. Changes nothing."""
     ends.asking().back()
-    return problems(_look(ends, name, wish).facts)
+    looked = _look(ends, name, wish)
+    return _problems(looked, wish)
+
+
+def _problems(looked: Found, wish: Wish) -> tuple[Problem, ...]:
+    found = problems(looked.facts)
+    return found if looked.vm.active else (*migrate_wish.of_stopped(looked.vm.name, wish), *found)
 
 
 def _look(ends: Ends, name: str, wish: Wish) -> Found:
@@ -92,26 +89,6 @@ def _look(ends: Ends, name: str, wish: Wish) -> Found:
         postcopy=wish.policy.postcopy,
         tls=wish.tls,
     )
-
-
-def wish_problems(wish: Wish) -> list[str]:
-    """What of a wish goes with no other part of it, all of it."""
-    found = []
-    if wish.way is Way.TUNNELLED and wish.parallel:
-        found.append("a tunnelled migration has one connection: no --parallel")
-    if wish.way is Way.TUNNELLED and wish.copying is not Copying.NONE:
-        found.append("a tunnelled migration copies no storage")
-    if wish.way is Way.TUNNELLED and (wish.tls or wish.policy.postcopy):
-        found.append("a tunnelled migration goes by libvirt's own connection: no --tls, no --postcopy")
-    if wish.compress and wish.parallel:
-        found.append("--compress goes with one connection only: no --parallel")
-    if wish.policy.postcopy and wish.compress:
-        found.append("--postcopy goes with no --compress")
-    if wish.policy.postcopy and wish.live is False:
-        found.append("--postcopy goes with no --held")
-    if wish.policy.downtime_ms > wish.policy.max_downtime_ms:
-        found.append("--downtime is above --max-downtime")
-    return found
 
 
 def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
@@ -128,7 +105,7 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         if vm is not None:
             layer_check.follow(source, vm)  # the definition goes along
         looked = _look(ends, name, wish)
-        everything = problems(looked.facts)
+        everything = _problems(looked, wish)
         if worst := fatal(everything):
             raise PreflightFailed(
                 f"cannot migrate VM {name} from {source.name} to {target.name}: nothing was changed",
@@ -192,8 +169,9 @@ def _sends_live(vm: Domain, wish: Wish) -> bool:
 def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float) -> Moved:
     """Files, then the definition there, then none here: whatever ends this early, some host has it defined."""
     vm = looked.vm
-    text = domain.xml(ends.source.conn, vm.name, inactive=True, secure=True)
-    with migrate_storage.made(ends, looked.look.makes, report) as undo:
+    with migrate_storage.made(ends, looked.look.makes, report, bandwidth=wish.bandwidth) as undo:
+        _note_both(ends, vm, wish, undo)
+        text = domain.xml(ends.source.conn, vm.name, inactive=True, secure=True)
         domain.define(ends.target.conn, text, name=vm.name)
         undo.callback(lambda: quietly(lambda: domain.undefine(ends.target.conn, vm.name, keep_nvram=True)))
         domain.set_autostart(ends.target.conn, vm.name, on=vm.autostart)
@@ -208,9 +186,23 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: flo
             whole.close()
         raise
     _clear_source(ends, looked, wish, report)
+    _note_gone(ends, vm, wish)
     migrate_storage.unmark(ends.target, looked.look.makes)
     here, there = ends.names
     return Moved(vm.name, vm.uuid, here, there, Mode.STOPPED, time.monotonic() - began, copied=_paths(looked))
+
+
+def _note_both(ends: Ends, vm: Domain, wish: Wish, undo: ExitStack) -> None:
+    """Note, before the definition goes along, that both hosts have it then: each asks the other before it starts it."""
+    if wish.keep and vm.persistent:
+        before = homes.note(ends.source, vm, ends.target)
+        undo.callback(quietly, lambda: homes.write(ends.source, vm, before))
+
+
+def _note_gone(ends: Ends, vm: Domain, wish: Wish) -> None:
+    """The source has nothing of it any more, which a definition that was kept before may say."""
+    if not wish.keep:
+        quietly(lambda: homes.forget(ends.target, domain.find(ends.target.conn, vm.uuid), [ends.source.facts.uuid]))
 
 
 def _let_lie(ends: Ends, name: str, report: Reporter) -> None:
@@ -281,9 +273,10 @@ def _probe(host: Host, looked: Found) -> AbstractContextManager[Probe | None]:
 def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float) -> Moved:
     vm, (here, there) = looked.vm, ends.names
     mode = Mode.LIVE if _sends_live(vm, wish) else Mode.HELD
-    with migrate_storage.made(ends, looked.look.makes, report) as undo:
+    with migrate_storage.made(ends, looked.look.makes, report, bandwidth=wish.bandwidth) as undo:
         for file in looked.look.leavings:
             undo.callback(quietly, partial(_take_away, ends, file))
+        _note_both(ends, vm, wish, undo)
         report(Step(f"{vm.name}: {here} -> {there}, {mode}, {wish.way}"))
         with _probe(ends.source, looked) as probe:
             answering = probe is not None and probe.answers()
@@ -341,11 +334,25 @@ def _take_away(ends: Ends, file: File) -> None:
     migrate_storage.remove(ends.target, file)
 
 
+def _require_rest(ends: Ends, left: Domain) -> None:
+    """Raise MigrationFailed unless what runs of a VM on the source is what its migration left there, paused."""
+    if left.state is State.PAUSED and left.why in MOVING:
+        return
+    here, there = ends.names
+    how = f"{left.state} ({left.why})" if left.why else f"{left.state}"
+    raise MigrationFailed(
+        f"cannot end VM {left.name} on {here}, as one that has moved to {there}: it is {how}, as no move leaves it",
+        hint=f"look at both; vmctl -c {here} stop {left.name} --force ends it there, with what it has in memory",
+    )
+
+
 def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> None:
     """It runs there: what is left of it here goes, but for what was asked to stay.
 
     Its files there are unmarked last, for a drain that is made again finds by their marks what a kill left here. With a
     definition here they are at once: from both that are off, a recovery would take the marked ones for half made.
+
+    Raises MigrationFailed, and has ended nothing, where it runs here too by now, or is paused as no move leaves it.
     """
     vm = looked.vm
     if vm.autostart:
@@ -353,15 +360,19 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
     try:
         left = domain.find_or_none(ends.source.conn, vm.uuid)
         if left is not None and left.active:  # it ended between two steps of libvirt's; the target has the VM
+            _require_rest(ends, left)
             quietly(lambda: domain.power_off(ends.source.conn, vm.name))  # which may have just come to its end
             left = domain.find_or_none(ends.source.conn, vm.uuid)
         if left is not None and not wish.keep:
             domain.undefine(ends.source.conn, vm.name, keep_nvram=_shares_nvram(looked))
         elif left is not None and left.autostart:
             _let_lie(ends, vm.name, report)
+    except MigrationFailed:
+        raise
     except VmctlError as error:
         text = f"{ends.names[0]} still has a definition of {vm.name}: {error.message}"
         report(Warned(text, recovery(vm.name, *ends.names)))
     else:
         _clear_source(ends, looked, wish, report)
+        _note_gone(ends, vm, wish)
     migrate_storage.unmark(ends.target, looked.look.makes)

@@ -19,8 +19,9 @@ from vmctl.hosts import Host
 from vmctl.hypervisor import capabilities, connection, domain, migration, network, node
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.migration import Copying, Standing, Way
+from vmctl.hypervisor.states import recovery
 from vmctl.migrate_files import File, Look
-from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, Problem, VmFacts, problems, recovery
+from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, Problem, VmFacts, problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def gather(
     free = migration.free_huge_pages(target.conn, facts.huge_pages_kib) if facts.huge_pages_kib else 0
     theirs = replace(theirs, huge_pages_free=free, space=dict(look.space))
     cpu = _cpu(target, vm, standing.cpu)
-    beyond, not_asked = elsewhere.in_use(source, vm, target) if not live and identity.went(source, vm) else ({}, {})
+    beyond = elsewhere.look_for(source, vm, target) if not live and identity.went(source, vm) else None
     if live and facts.bridges:
         asking.back()  # whether it has them
     ways = asking.answer(way) if live else Ways()
@@ -87,8 +88,10 @@ def gather(
             certificates=ways.certificates if tls else {},
             cards=frozenset(ways.cards),
             unasked=ways.unasked,
-            elsewhere={one: "runs" if found.active else "is saved" for one, found in beyond.items()},
-            not_asked=tuple(not_asked),
+            elsewhere={one: "runs" if found.active else "is saved" for one, found in beyond.in_use.items()}
+            if beyond
+            else {},
+            not_asked=tuple(beyond.unasked) if beyond else (),
             userfaults=ways.userfaults is not False or target.facts.qemu_user in {None, "0"},
         ),
         vm,

@@ -17,9 +17,9 @@ from vmctl.fleet import Fleet
 from vmctl.hosts import holding
 from vmctl.hypervisor import domain, migration, storage
 from vmctl.hypervisor.states import State
-from vmctl.migrate import Wish
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import MARK
+from vmctl.migrate_wish import Wish
 
 
 class Seen(NamedTuple):

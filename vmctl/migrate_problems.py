@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vmctl.hypervisor.states import State
+from vmctl.hypervisor.states import MOVING, State, recovery
 
 _SKEW_S = 2.0
-_CUT_OFF = frozenset({"post-copy failed", "post-copy", "migration"})
 
 
 class Problem(NamedTuple):
@@ -158,11 +157,6 @@ def fatal(found: tuple[Problem, ...]) -> tuple[Problem, ...]:
     return tuple(one for one in found if not one.note)
 
 
-def recovery(name: str, here: str, there: str) -> str:
-    """The command that ends a migration which was cut off; the hosts as vmctl calls them."""
-    return f"vmctl -c {here} migrate {name} --to {there} --recover"
-
-
 def version(text: str) -> tuple[int, ...]:
     """A dotted version as numbers."""
     return tuple(int(part) for part in text.split(".") if part.isdigit())
@@ -180,8 +174,8 @@ def _state(facts: Facts) -> Iterator[Problem]:
         yield Problem(
             f"{vm.name} is {vm.state}{f' ({vm.why})' if vm.why else ''}", f"{here} reset {vm.name}, or delete"
         )
-    elif vm.state is State.PAUSED and vm.why in {"I/O error", *_CUT_OFF}:
-        yield Problem(f"{vm.name} is paused ({vm.why})", recover if vm.why in _CUT_OFF else "mend that first")
+    elif vm.state is State.PAUSED and vm.why in {"I/O error", *MOVING}:
+        yield Problem(f"{vm.name} is paused ({vm.why})", recover if vm.why in MOVING else "mend that first")
     if facts.live and vm.busy:
         what = f"another job of {vm.name} is under way"
         yield Problem(what, f"wait for it, or cancel it; of a migration, {recover} sees the end")

@@ -6,20 +6,21 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmctl import folder_pools, migrate, migrate_facts, migrate_files, migrate_settle, migrate_storage
+from vmctl import folder_pools, homes, migrate, migrate_facts, migrate_files, migrate_settle, migrate_storage
 from vmctl.errors import MigrationFailed, VmctlError
 from vmctl.events import Reporter, Status, Step, Warned
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain, migration
 from vmctl.hypervisor.domain import Domain
-from vmctl.hypervisor.states import MOVED, State
-from vmctl.migrate import Mode, Moved, Wish
+from vmctl.hypervisor.states import MOVED, State, recovery
+from vmctl.migrate import Mode, Moved
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import Look
 from vmctl.migrate_outcome import CUT_OFF, Seen, Where
 from vmctl.migrate_policy import Abort, decide
 from vmctl.migrate_problems import DiskNeed
 from vmctl.migrate_watch import told
+from vmctl.migrate_wish import Wish
 from vmctl.wait import pause
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         ends.require_two(f"recover VM {name}")
         vm = domain.find_or_none(ends.source.conn, name) or domain.find(ends.target.conn, name)
         began = time.monotonic()
+        _require_not_coming(ends, vm)
         _await_job(ends, vm, wish, report)
         where, seen = migrate_settle.settle(ends, vm.uuid)
         ends.require_two(f"recover VM {name}")  # one may have come back only now
@@ -142,6 +144,20 @@ def _off_there(seen: tuple[Seen, Seen]) -> bool:
     return gone and seen[1].state is not None and not seen[1].there
 
 
+def _require_not_coming(ends: Ends, vm: Domain) -> None:
+    """Raise MigrationFailed for one that is on its way from the target: what is here of it is no rest of it."""
+    try:
+        coming = migration.leaving(ends.target.conn, vm.uuid)
+    except VmctlError:
+        return  # it has none of it; or cannot be asked, which is seen later
+    if coming and domain.find_or_none(ends.source.conn, vm.uuid) is not None:
+        here, there = ends.names
+        raise MigrationFailed(
+            f"cannot recover VM {vm.name}: it is on its way from {there} to {here}",
+            hint=f"{recovery(vm.name, there, here)} sees the end of that",
+        )
+
+
 def _await_job(ends: Ends, vm: Domain, wish: Wish, report: Reporter) -> None:
     """A peer-to-peer migration goes on without the vmctl that began it: see it end, or end it when it stands still.
 
@@ -184,6 +200,7 @@ def _clear_target(ends: Ends, vm: Domain, there: Seen, report: Reporter) -> None
     """The VM is on the source: a definition of it on the target, and half made files there, go."""
     if there.state is not None and not there.there:
         domain.undefine(ends.target.conn, vm.uuid, keep_nvram=True)  # what was made there has a mark
+        homes.forget(ends.source, domain.find(ends.source.conn, vm.uuid), [ends.target.facts.uuid])
     for path in migrate_storage.clear_marked(ends.source, ends.target, migrate_files.files(ends.source, vm)):
         report(Step(f"deleted {path} on {ends.names[1]}, which was not whole"))
 

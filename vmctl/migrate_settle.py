@@ -8,9 +8,9 @@ from vmctl.errors import Interrupted, MigrationFailed, VmctlError
 from vmctl.events import Reporter, Warned
 from vmctl.hypervisor import migration
 from vmctl.hypervisor.domain import Domain
+from vmctl.hypervisor.states import recovery
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_outcome import CUT_OFF, Seen, Where, judge
-from vmctl.migrate_problems import recovery
 from vmctl.migrate_watch import Run
 from vmctl.wait import pause
 

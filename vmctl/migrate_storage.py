@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -18,14 +19,17 @@ from vmctl.locks import held
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_files import MARK, File, Make, Role, digest
 from vmctl.migrate_problems import DiskNeed
+from vmctl.wait import pause
 
 _MADE_S = 3600.0  # as long as a base image may take over a slow link
 _UNMADE_S = 3.0  # who holds it for longer still makes it
 
 
 @contextmanager
-def made(ends: Ends, makes: Sequence[Make], report: Reporter) -> Iterator[ExitStack]:
+def made(ends: Ends, makes: Sequence[Make], report: Reporter, *, bandwidth: int = 0) -> Iterator[ExitStack]:
     """Make the files, each proved to be what the source has. What undoes it is in the stack, for the block to pop.
+
+    ``bandwidth``: most bytes sent a second, 0 for all there is.
 
     Beside each stands a mark until all is over: whoever comes after a kill knows a file that is not whole by it.
     """
@@ -39,7 +43,7 @@ def made(ends: Ends, makes: Sequence[Make], report: Reporter) -> Iterator[ExitSt
                 # Once a disk of ours is there, another move that is cut off leaves all that both need to us.
                 while shared:
                     _on_undo(undo, ends.target, shared.pop(), others, report)
-            _make(ends, one, others, undo, report)
+            _make(ends, one, others, undo, report, bandwidth)
         yield undo
 
 
@@ -93,7 +97,9 @@ def _names(host: Host, folder: str) -> tuple[str, ...]:
         return ()
 
 
-def _make(ends: Ends, make: Make, others: Callable[[], set[str]], undo: ExitStack, report: Reporter) -> None:
+def _make(
+    ends: Ends, make: Make, others: Callable[[], set[str]], undo: ExitStack, report: Reporter, bandwidth: int
+) -> None:
     file, target = make.file, ends.target
     with _alone(target, file, report), shown(target, file.folder) as pool:
         _on_undo(undo, target, file, others, report)
@@ -108,7 +114,7 @@ def _make(ends: Ends, make: Make, others: Callable[[], set[str]], undo: ExitStac
             storage.create_volume(target.conn, pool, render.volume(render.VolumeView(mark, 1, "raw")), name=mark)
         storage.create_volume(target.conn, pool, render.volume(view), name=file.leaf)
         if not make.empty:
-            _fill(ends.source, target, file, pool, report)
+            _fill(ends.source, target, file, pool, report, bandwidth)
 
 
 def _view(make: Make, *, store: bool) -> render.VolumeView:
@@ -140,18 +146,19 @@ def _public(file: File) -> bool:
     return file.role in {Role.BASE, Role.KERNEL, Role.INITRD}
 
 
-def _fill(source: Host, target: Host, file: File, pool: str, report: Reporter) -> None:
+def _fill(source: Host, target: Host, file: File, pool: str, report: Reporter, bandwidth: int) -> None:
     if file.role is Role.LOG:
         _begin_log(source, target, file, pool)
         return
+    began = time.monotonic()
+
+    def moved(done: int) -> None:
+        report(Progress(f"{file.told} {file.leaf}", done, file.size))
+        if bandwidth and (early := done / bandwidth - (time.monotonic() - began)) > 0:
+            pause(early)
+
     with shown(source, file.folder) as there:
-        sent = storage.transfer(
-            source.conn,
-            (there, file.leaf),
-            target.conn,
-            (pool, file.leaf),
-            lambda done: report(Progress(f"{file.told} {file.leaf}", done, file.size)),
-        )
+        sent = storage.transfer(source.conn, (there, file.leaf), target.conn, (pool, file.leaf), moved)
     if digest(target, file) != sent:
         raise ImageError(f"cannot copy {file.path} to {target.name}: what arrived has another SHA-256")
     storage.refresh(target.conn, pool)  # what it is, libvirt sees by its content

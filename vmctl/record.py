@@ -1,6 +1,8 @@
 """What vmctl remembers about a VM: an element of its own namespace inside the domain's <metadata>.
 
 There is no state file beside it. virsh and virt-manager keep the element as it is.
+
+Beside it, in a namespace of its own, for VMs that are none of vmctl's move too: which hosts have a definition of it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from typing import NamedTuple
 NAMESPACE = "https://vmctl.dev/xmlns/vm/1"
 PREFIX = "vmctl"
 SCHEMA = 1
+HOMES = "https://vmctl.dev/xmlns/homes/1"
+HOMES_PREFIX = "vmctl-homes"
 
 
 class Owned(NamedTuple):
@@ -55,6 +59,25 @@ class Record:
     mounts: Mapping[str, str] = field(default_factory=dict)
     restarted: int = 0
     schema: int = SCHEMA
+
+
+class Home(NamedTuple):
+    """A host that has a definition of a VM: its own UUID, what it was called, how it was reached ("" from itself)."""
+
+    uuid: str
+    name: str
+    uri: str
+
+
+def homes(text: str) -> tuple[Home, ...]:
+    """The hosts that have a domain, by its XML; not what that says of another one, of which it is a copy."""
+    if HOMES not in text:
+        return ()
+    root = ET.fromstring(text)
+    element = root.find(f"metadata/{{{HOMES}}}homes")
+    if element is None or element.get("vm") != root.findtext("uuid"):
+        return ()
+    return tuple(Home(one.get("host", ""), one.get("name", ""), one.get("uri", "")) for one in element)
 
 
 def _tag(name: str) -> str:

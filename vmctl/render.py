@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import jinja2
     from markupsafe import Markup
 
-    from vmctl.record import Record
+    from vmctl.record import Home, Record
     from vmctl.resolve import DomainView, ShareView
 
 
@@ -260,6 +260,11 @@ def metadata(value: Record) -> str:
 def record_element(value: Record) -> str:
     """A record as it stands in a domain's XML."""
     return _xml("metadata", record=value, namespace=record.NAMESPACE, prefix=f"{record.PREFIX}:")
+
+
+def homes(vm: str, found: Sequence[Home]) -> str:
+    """A note of the hosts that have the VM of that UUID, as libvirt takes it."""
+    return _xml("homes", vm=vm, homes=found)
 
 
 def domain(view: DomainView) -> str:

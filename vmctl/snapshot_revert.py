@@ -18,7 +18,9 @@ from vmctl import (
     disk_guard,
     disk_xml,
     domain_files,
+    homes,
     hosts,
+    identity,
     image_users,
     memory_pipe,
     qcow2_overlay,
@@ -168,9 +170,14 @@ def _touches(found: _Plan, start: bool | None) -> tuple[str, ...]:
     if found.one.kept and found.one.kept.nvram and found.nvram:
         told.append(f"write {found.nvram}")
     told += [f"read {found.one.memory_file}"] if found.one.memory == "external" and start is not False else []
-    wakes = start is None and found.one.memory != "no" and found.one.state == "running"
-    told += [f"start VM {found.vm.name}"] if start or wakes else []
+    told += [f"start VM {found.vm.name}"] if _runs_then(found, start) else []
     return (*told, *(f"delete {path}" for path in found.old))
+
+
+def _runs_then(found: _Plan, start: bool | None) -> bool:
+    """Whether its processors run after it."""
+    wakes = start is None and found.one.memory != "no" and found.one.state == "running"
+    return start or wakes
 
 
 def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None, safety: bool = False) -> Reverted:
@@ -181,6 +188,9 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
     ref, _one = snapshots.named(host, text)
     with snapshot_layers.working_on(host, ref.vm, report) as vm:
         found = _plan(host, vm, ref)
+        if not vm.active and _runs_then(found, start):
+            identity.require_off_elsewhere(host, vm, f"revert to snapshot {ref} and start", report)
+        homes_before = homes.noted(host, vm)
         if found.one.kind == "internal":  # in the files themselves; else what they are stays
             for disk in disks.disks(host.conn, vm.name, inactive=not vm.active):
                 if disk.source in found.one.files:
@@ -194,6 +204,7 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
             _libvirts(host, found, report, start)
         else:
             _external(host, found, report, start=start)
+        homes.keep(host, vm.uuid, homes_before)
         state, _why = domain.state(host.conn, vm.name)
         report(Step(f"VM {vm.name} is at snapshot {ref.snapshot}, {state}"))
         return Reverted(vm.name, ref.snapshot, str(state), kept, () if kept else found.lost, _touches(found, start))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vmctl import lifecycle, listing, networks, render, resolve
+from vmctl import homes, lifecycle, listing, networks, render, resolve
 from vmctl.domain_xml import with_shared_memory
 from vmctl.errors import Conflict, HostUnreachable, NotFound, SpecError, VmctlError, WrongState
 from vmctl.events import silent
@@ -17,7 +17,7 @@ from vmctl.hypervisor import devices, domain, network
 from vmctl.hypervisor.connection import Connection, connect
 from vmctl.hypervisor.domain import State
 from vmctl.hypervisor.network import NetworkFacts
-from vmctl.record import Record
+from vmctl.record import Home, Record
 from vmctl.spec import VM, Accel, Disk, Firmware, Graphics, Machine, Nic, NicModel, Share, ShareDriver, parse_disk
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -45,6 +45,28 @@ def xml_of(vm: VM, accel: Accel = Accel.TCG, **changes: object) -> str:
 
 def define(conn: Connection, name: str, **fields: object) -> None:
     domain.define(conn, xml_of(VM(name, "micro", **fields)), name=name)  # type: ignore[arg-type]
+
+
+def test_a_note_of_its_hosts_is_a_vms_own_and_goes_with_the_last_other_one(host: Host) -> None:
+    define(host.conn, "web1")
+
+    def found() -> domain.Domain:
+        return domain.find(host.conn, "web1")
+
+    here, there = Home(host.facts.uuid, "here", ""), Home("another", "a&b", "qemu+ssh://b/system")
+    homes.forget(host, found(), [there.uuid])
+    homes.write(host, found(), (here, there))
+    assert homes.noted(host, found()) == (here, there) and homes.others(host, found()) == (there,)
+    assert found().facts.record == replace(RECORD, labels={}), "beside what vmctl remembers"
+    with pytest.raises(
+        Conflict, match="a&b has it too, and cannot be asked whether it runs there: the config file has"
+    ):
+        lifecycle.start(host, "web1", silent)
+    with pytest.raises(Conflict, match="cannot set autostart of VM web1: a&b has it too"):
+        lifecycle.autostart(host, "web1", silent, on=True)
+    lifecycle.autostart(host, "web1", silent, on=False)
+    lifecycle.start(host, "web1", silent, take_over=True)
+    assert homes.noted(host, found()) == () and "homes" not in found().xml
 
 
 CASES = {

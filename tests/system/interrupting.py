@@ -1,6 +1,7 @@
 """Runs a vmctl command line and sends a signal right after the N-th change it made to the host.
 
 Usage: python interrupting.py SIGNAL[@PIDFILE] N WORD…   To itself, or to the process whose id the file holds.
+For N the name of a change does, as it is printed: right after the first of these.
 Prints the changes it made, one a line, to the file in $CHANGES.
 With LIBVIRTD or QEMU for a signal it is that process that is killed, a moment after the N-th change has begun; libvirtd
 comes back at once.
@@ -34,7 +35,7 @@ from vmctl import (
     snapshot_settle,
 )
 from vmctl.cli import run
-from vmctl.hypervisor import backup, devices, disks, domain, network, saved, snapshots, storage
+from vmctl.hypervisor import backup, devices, disks, domain, migration, network, saved, snapshots, storage
 
 CHANGES: dict[Any, tuple[str, ...]] = {
     Path: ("rename",),  # how a finished file gets its name in the store
@@ -42,6 +43,7 @@ CHANGES: dict[Any, tuple[str, ...]] = {
     network: ("define", "start"),
     domain: ("define", "start", "set_record", "set_autostart", "power_off", "resume", "undefine", "detach_disk"),
     devices: ("attach", "detach"),
+    migration: ("set_downtime",),
     saved: ("save_and_go_on", "restore_paused", "set_links"),
     disks: ("resize", "unplug", "copy_and_switch", "pull", "commit"),
     qemu_img: (
@@ -87,13 +89,14 @@ def main() -> int:
     """Wrap, then run."""
     name, _, pid_file = sys.argv[1].partition("@")
     which = name if name in VICTIMS else signal.Signals[name]
-    at = int(sys.argv[2])
+    at = int(sys.argv[2]) if sys.argv[2].isdigit() else 0
+    first = "" if at else sys.argv[2]
     log = Path(os.environ["CHANGES"]).open("a")  # noqa: SIM115  it must outlive a SIGKILL, line by line
     count = 0
 
     def wrapped(label: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
+            nonlocal at, count, first
             if which in VICTIMS:
                 count += 1
                 if count == at:
@@ -107,6 +110,8 @@ def main() -> int:
             count += 1  # now: one change may be made within another
             log.write(label + "\n")
             log.flush()
+            if label == first:
+                at, first = count, ""
             if count == at:
                 os.kill(int(Path(pid_file).read_text()) if pid_file else os.getpid(), which)
             return result

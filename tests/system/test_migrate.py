@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts.machine import sh
-from tests.system.conftest import Shell
+from tests.system.conftest import REPO, Shell
 from tests.system.migrating import Pair, busy, guest, pair_fixture, until
 from vmctl import disk_xml
 
@@ -712,6 +714,23 @@ def test_what_takes_too_long_is_given_up(pair: Pair) -> None:
         said = pair.vmctl("-c", "h1", *words, check=12).stderr
         assert "did not come to its end in" in said and f"{name} runs on h1 as before" in said
         assert pair.where(name) == {"h1": "running"}
+
+
+def test_ctrl_c_as_it_begins(pair: Pair, tmp_path: Path) -> None:
+    """As the first downtime is set, libvirt's call being under way: vmctl ended, and the migration went on alone."""
+    pair.bed.limit("20mbit")
+    with busy(pair) as name:
+        words = ("-c", "h1", "migrate", name, "--to", "h2", "--live", "--no-auto-converge")
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.system.interrupting", "SIGINT", "migration.set_downtime", *words],
+            cwd=REPO,
+            env={**pair.env, "CHANGES": str(tmp_path / "changes")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 130 and f"{name} runs on h1 as before" in done.stderr, done.stderr
+        assert not sending(pair, name) and pair.where(name) == {"h1": "running"}
 
 
 def test_post_copy_is_refused_where_it_cannot_be(pair: Pair, vm: str) -> None:

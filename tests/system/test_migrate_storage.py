@@ -6,11 +6,14 @@ import ast
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.faults.phases import Hold, Phase, install
+from tests.hosts import Machine
+from tests.hosts.machine import sh
 from tests.system.migrating import Pair, guest, pair_fixture, until
 from tests.system.test_list import calls
 from vmctl.wait import pause
@@ -137,6 +140,178 @@ def test_one_that_stayed_with_disks_of_its_own_does_not_start_beside(pair: Pair,
     assert pair.where(vm) == {"h1": "shut off", "h2": "running"}
     pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
     assert pair.where(vm) == {"h2": "running"} and not of(vm, pair.files("h1"))
+
+
+def test_what_stayed_is_known_for_that_when_libvirt_has_forgotten_it(pair: Pair, vm: str) -> None:
+    """libvirt, begun anew, says of what it sent away no more than that it is off; and it was started on both hosts."""
+    first, second = pair.machine("h1"), pair.machine("h2")
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+    _begun_anew(first)
+    told = pair.vmctl("-c", "h1", "start", vm, check=5).stderr
+    assert f"cannot start VM {vm}: it runs on h2, and must not be on two hosts at once" in told
+    told = pair.vmctl("-c", "h1", "autostart", vm, check=5).stderr
+    assert f"cannot set autostart of VM {vm}: it runs on h2" in told
+    assert pair.where(vm) == {"h1": "shut off", "h2": "running"}
+
+    second.kill("libvirtd")
+    told = pair.vmctl("-c", "h1", "start", vm, check=5).stderr
+    assert f"cannot start VM {vm}: h2 has it too, and cannot be asked whether it runs there" in told
+    assert f"if it is gone for good: vmctl start {vm} --take-over" in told
+    pair.vmctl("host", "remove", "h2")
+    told = pair.vmctl("-c", "h1", "start", vm, check=5).stderr
+    assert "the config file has no such host" in told and f"vmctl host add h2 {second.ssh_uri}" in told
+    second.start("libvirtd")
+    pair.vmctl("host", "add", "h2", second.ssh_uri, "--host-key", second.host_key)
+
+    pair.vmctl("-c", "h2", "stop", vm, "--force")
+    pair.vmctl("-c", "h1", "start", vm)  # it is off there
+    _begun_anew(second)
+    told = pair.vmctl("-c", "h2", "start", vm, check=5).stderr
+    assert f"cannot start VM {vm}: it runs on h1" in told
+    pair.vmctl("-c", "h1", "stop", vm, "--force")
+    pair.vmctl("-c", "h1", "snapshot", "create", f"{vm}.off")
+    pair.vmctl("-c", "h2", "start", vm)
+    told = pair.vmctl("-c", "h1", "snapshot", "revert", f"{vm}.off", "--start", "--yes", check=5).stderr
+    assert f"cannot revert to snapshot {vm}.off and start VM {vm}: it runs on h2" in told
+    assert pair.where(vm) == {"h1": "shut off", "h2": "running"}
+    pair.vmctl("-c", "h1", "snapshot", "revert", f"{vm}.off", "--yes")
+    pair.vmctl("-c", "h1", "start", vm, check=5)
+    pair.vmctl("-c", "h1", "snapshot", "delete", f"{vm}.off", "--yes")
+
+    pair.vmctl("-c", "h2", "stop", vm, "--force")
+    second.kill("libvirtd")
+    pair.vmctl("-c", "h1", "start", vm, "--take-over")
+    second.start("libvirtd")
+    assert "vmctl-homes" not in first.virsh("dumpxml", "--inactive", vm), "it asks h2 no more"
+    pair.vmctl("-c", "h1", "delete", vm, "--yes")
+    assert "vmctl-homes" in second.virsh("dumpxml", "--inactive", vm)
+    pair.vmctl("-c", "h2", "start", vm)
+    assert "vmctl-homes" not in second.virsh("dumpxml", "--inactive", vm), "h1 has it no more"
+    pair.vmctl("-c", "h2", "wait", vm, "--for", "agent")
+
+
+def _begun_anew(machine: Machine) -> None:
+    machine.kill("libvirtd")
+    machine.start("libvirtd")
+
+
+def test_what_stayed_of_one_that_was_off(pair: Pair, vm: str) -> None:
+    name = f"{vm}-off"
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    try:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+        pair.vmctl("-c", "h2", "start", name)
+        told = pair.vmctl("-c", "h1", "start", name, check=5).stderr
+        assert f"cannot start VM {name}: it runs on h2" in told
+        pair.vmctl("-c", "h2", "stop", name, "--force")
+        pair.vmctl("-c", "h1", "delete", name, "--yes")
+        pair.vmctl("-c", "h2", "migrate", name, "--to", "h1", "--copy-storage", "overlay")
+        assert "vmctl-homes" not in pair.machine("h1").virsh("dumpxml", name), "it is there alone again"
+    finally:
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
+def test_one_made_anew_where_it_was_is_another_one(pair: Pair, vm: str) -> None:
+    """With the UUID of the one that moved, which names and MACs come from, both were on one Ethernet with one MAC."""
+    name = f"{vm}-anew"
+    made = ("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    pair.vmctl(*made)
+    try:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay")
+        pair.vmctl(*made)
+        new, moved = (pair.json("-c", host, "show", name) for host in ("h1", "h2"))
+        assert new["uuid"] != moved["uuid"] and new["nics"][0]["mac"] != moved["nics"][0]["mac"]
+    finally:
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
+def test_what_a_vm_of_a_third_host_needs_stays(pair: Pair, vm: str, tmp_path: Path) -> None:
+    """That host sees the folder, and the target does not: it is asked before what was copied is deleted."""
+    first, second, shell = pair.machine("h1"), pair.machine("h2"), pair.shell
+    name, other, folder, given = f"{vm}-third", f"{vm}-other", tmp_path / "both", first.folder / "disk/both"
+    disk = f"{folder}/data.qcow2"
+    create = ("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    with ExitStack() as undo:
+        for path in (given, folder):
+            path.mkdir()
+            path.chmod(0o755)
+        sh("mount", "--bind", str(given), str(folder))
+        undo.callback(sh, "umount", str(folder))
+        for machine in (first, second):
+            machine.run("mkdir", "-p", str(folder))
+        first.run("mount", "--bind", "/var/lib/libvirt/both", str(folder))
+        undo.callback(first.run, "umount", str(folder))
+        first.run("qemu-img", "create", "-q", "-f", "qcow2", disk, "1M")
+        pair.vmctl("host", "add", "third", "qemu:///system")
+        undo.callback(pair.vmctl, "host", "remove", "third")
+        for host in ("h1", "h2"):
+            undo.callback(pair.vmctl, "-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+        pair.vmctl(*create)
+        first.virsh("attach-disk", name, disk, "vdz", "--driver", "qemu", "--subdriver", "qcow2", "--config")
+        define = tmp_path / "other.xml"
+        define.write_text(
+            f"<domain type='qemu'><name>{other}</name><memory unit='MiB'>32</memory><os><type>hvm</type></os><devices>"
+            f"<disk type='file'><driver name='qemu' type='qcow2'/><source file='{disk}'/><target dev='vda'/></disk>"
+            "</devices></domain>"
+        )
+        shell.virsh("define", str(define))
+        undo.callback(shell.virsh, "undefine", other)
+        said = pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay").stderr
+        assert f"kept {disk} on h1: {other} on third needs it, on storage that both see" in said
+        assert (folder / "data.qcow2").exists() and pair.where(name) == {"h2": "shut off"}
+        second.run("qemu-img", "info", disk)
+        assert not of(name, pair.files("h1")), "what is its own alone is gone from there"
+
+
+def test_what_is_asked_of_one_that_is_off(pair: Pair, vm: str) -> None:
+    """Its files came as fast as they could, whatever --bandwidth said; with --transient it would be nowhere."""
+    name, second = f"{vm}-slow", pair.machine("h2")
+    words = ("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "full")
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    try:
+        told = pair.vmctl(*words, "--transient", check=11).stderr
+        assert f"{name} is stopped: with --transient its target would have nothing of it" in told
+        assert pair.where(name) == {"h1": "shut off"} and not of(name, pair.files("h2"))
+        told = pair.vmctl(*words, "--check", "--timeout", "5", "--downtime", "7").stdout
+        assert f"note     {name}: {name} is stopped, and has no memory to send: nothing is done for --downtime," in told
+        (moved,) = pair.json(*words, "--bandwidth", "4M")
+        sizes = second.run("stat", "-c", "%s", *moved["copied"]).stdout.split()
+        assert moved["time_s"] > 0.9 * sum(map(int, sizes)) / (4 << 20)
+    finally:
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
+def test_recovery_the_wrong_way_round_ends_nothing_that_comes_or_was_used(pair: Pair, vm: str) -> None:
+    """What was on its way here, from where it still ran, was taken for the rest of one that had gone there."""
+    first, back = pair.machine("h1"), ("-c", "h2", "migrate", vm, "--to", "h1", "--recover")
+    pair.bed.limit("20mbit")
+    process = pair.begin(
+        "-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay", "--keep-source", "--live"
+    )
+    until(lambda: "Outgoing" in first.virsh("domjobinfo", vm, check=False), "the migration sends")
+    process.kill()
+    process.communicate(timeout=60)
+    told = pair.vmctl(*back, check=12).stderr
+    assert f"cannot recover VM {vm}: it is on its way from h1 to h2" in told
+    assert f"vmctl -c h1 migrate {vm} --to h2 --recover" in told
+    for verb in "start", "stop":
+        told = pair.vmctl("-c", "h2", verb, vm, check=6).stderr
+        assert f"cannot {verb} VM {vm}: it is paused (migration)" in told
+        assert f"vmctl -c SOURCE migrate {vm} --to TARGET --recover asks both" in told and "resume" not in told
+    pair.bed.limit(None)
+    until(lambda: pair.where(vm) == {"h1": "shut off", "h2": "running"}, "libvirt has moved it")
+
+    first.virsh("start", vm)  # what stayed, beside it
+    first.virsh("suspend", vm)
+    told = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover", check=12).stderr
+    assert f"cannot end VM {vm} on h1, as one that has moved to h2: it is paused (asked), as no" in told
+    assert f"vmctl -c h1 stop {vm} --force" in told
+    assert pair.where(vm) == {"h1": "paused", "h2": "running"}
+    pair.vmctl("-c", "h1", "stop", vm, "--force")
+    pair.vmctl("-c", "h1", "delete", vm, "--yes")
 
 
 def test_recovery_keeps_what_it_wrote_where_it_went(pair: Pair, vm: str) -> None:

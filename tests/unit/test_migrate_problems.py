@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vmctl.hypervisor.states import State
+from vmctl.hypervisor.states import State, remedy
 from vmctl.migrate_problems import Cpu, DiskNeed, Facts, HostSide, PoolNeed, VmFacts, fatal, problems
 
 VM = VmFacts("web", "u1", State.RUNNING, "", True, "kvm", "pc-q35-7.2", "/usr/bin/qemu", 1024, ("lan",))
@@ -158,3 +158,10 @@ def test_a_shared_folder_is_taken_away_by_where_the_guest_has_it() -> None:
     for mounts, named in (({"/srv": "/mnt"}, "/mnt"), ({}, "GUEST")):
         (found,) = problems(replace(FINE, vm=replace(VM, shares=("/srv",), mounts=mounts)))
         assert found.mend == f"vmctl -c h1 unshare {VM.name} {named}, or stop it first"
+
+
+@pytest.mark.parametrize("why", ["migration", "post-copy", "post-copy failed"])
+def test_what_a_migration_has_paused_is_not_to_be_resumed_by_hand(why: str) -> None:
+    told = remedy("a", State.PAUSED, why)
+    assert told.startswith("vmctl -c SOURCE migrate a --to TARGET --recover ") and "resume" not in told
+    assert remedy("a", State.PAUSED, "asked") == "vmctl resume a"

@@ -77,6 +77,9 @@ XML = f"""<domain type='qemu' id='7' xmlns:qemu='http://libvirt.org/schemas/doma
   <metadata>
     <other:thing xmlns:other="http://example.org/other">kept</other:thing>
     <vmctl:vm xmlns:vmctl="{record.NAMESPACE}" schema="1" image="micro"><vmctl:label key="a" value="b"/></vmctl:vm>
+    <vmctl-homes:homes xmlns:vmctl-homes="{record.HOMES}" vm="11111111-1111-1111-1111-111111111111">
+      <vmctl-homes:home host="h" name="big" uri="qemu+ssh://big/system"/>
+    </vmctl-homes:homes>
   </metadata>
   <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type><nvram template='/x'>/nv/one_VARS.fd</nvram></os>
   <devices>
@@ -133,7 +136,8 @@ def test_nothing_of_the_first_is_left_in_the_copy() -> None:
         assert old not in text, old
     for kept in ("kept", "<vmctl:vm new='yes'/>", 'slot="0x02"', 'template="/x"', "52:54:00:00:00:08", "4001-:22"):
         assert kept in text, kept
-    assert "vmctl:label" not in text and "seclabel" not in text
+    assert "vmctl:label" not in text and "seclabel" not in text and "homes" not in text
+    assert record.homes(XML) == (record.Home("h", "big", "qemu+ssh://big/system"),)
 
 
 def test_the_copy_is_well_formed_but_for_the_records_namespace() -> None:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from vmctl.census import Census
     from vmctl.fleet import Fleet
-    from vmctl.migrate import Moved, Wish
+    from vmctl.migrate import Moved
     from vmctl.migrate_ends import Ends
+    from vmctl.migrate_wish import Wish
     from vmctl.plans_of_others import Told
     from vmctl.rebalance import Move, Plan
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vmctl.census import Census
     from vmctl.config import HostEntry
     from vmctl.fleet import Fleet
-    from vmctl.migrate import Wish
+    from vmctl.migrate_wish import Wish
     from vmctl.rebalance import Plan
 
 Avoid = Annotated[
@@ -75,7 +75,7 @@ class _How(NamedTuple):
     def wish(self) -> Wish:
         """How each move is made."""
         from vmctl.hypervisor.migration import Copying, Way
-        from vmctl.migrate import Wish
+        from vmctl.migrate_wish import Wish
 
         copying = Copying(self.copy_storage.value) if self.copy_storage else Copying.NONE
         return Wish(way=Way.DIRECT if self.direct else Way.PEER, copying=copying)
@@ -214,8 +214,8 @@ def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[str, 
     """
     from vmctl import fleet
     from vmctl.hypervisor import domain
+    from vmctl.hypervisor.states import recovery
     from vmctl.listing import matching
-    from vmctl.migrate_problems import recovery
 
     def ask(entry: HostEntry) -> dict[str, str | NotFound]:
         found: dict[str, str | NotFound] = {}

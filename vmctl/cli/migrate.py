@@ -24,8 +24,9 @@ from vmctl.ui import Output
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from vmctl.migrate import Moved, Wish
+    from vmctl.migrate import Moved
     from vmctl.migrate_ends import Ends
+    from vmctl.migrate_wish import Wish
 
 
 def migrate(
@@ -114,8 +115,8 @@ def migrate(
     """
     from vmctl.config import AUTO
     from vmctl.hypervisor.migration import Copying, Way
-    from vmctl.migrate import Wish, wish_problems
     from vmctl.migrate_policy import Policy
+    from vmctl.migrate_wish import Wish, wish_problems
 
     wish = Wish(
         way=Way.DIRECT if direct else Way.TUNNELLED if tunnelled else Way.PEER,

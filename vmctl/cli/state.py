@@ -13,14 +13,23 @@ if TYPE_CHECKING:
     from vmctl.hosts import Host
 
 
-def start(names: Names, wait: WaitOption = None, timeout: TimeoutOption = None, connect: ConnectOption = None) -> None:
+def start(
+    names: Names,
+    take_over: Annotated[
+        bool,
+        typer.Option("--take-over", help="Also one that may run on a host that cannot be asked: that one is gone."),
+    ] = False,
+    wait: WaitOption = None,
+    timeout: TimeoutOption = None,
+    connect: ConnectOption = None,
+) -> None:
     """Start VMs; one with saved memory goes on where it was. A running one is left alone."""
     from vmctl import lifecycle
 
     report, goal = reporter(), goal_of(wait)
 
     def work(host: Host, name: str) -> str:
-        how = lifecycle.start(host, name, report)
+        how = lifecycle.start(host, name, report, take_over=take_over)
         if goal is None:
             return how
         from vmctl import readiness
@@ -135,12 +144,13 @@ def autostart(
     connect: ConnectOption = None,
 ) -> None:
     """Start VMs with their host, or with --off no longer."""
-    from vmctl.hypervisor import domain
+    from vmctl import lifecycle
 
+    report = reporter()
     on_vms(
         connect,
         names,
         "set autostart of",
-        lambda host, name: domain.set_autostart(host.conn, name, on=not off),
+        lambda host, name: lifecycle.autostart(host, name, report, on=not off),
         lambda _: f"autostart {'off' if off else 'on'}",
     )

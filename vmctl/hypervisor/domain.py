@@ -325,6 +325,17 @@ def set_record(conn: Connection, name: str, element: str, *, only_live: bool = F
         dom.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, element, record.PREFIX, record.NAMESPACE, flags)
 
 
+def set_homes(conn: Connection, name: str, element: str | None) -> None:
+    """Replace the note of its hosts in the domain's definition; None takes it away."""
+    with calling(f"note where VM {name} is defined"):
+        dom, flags = handle(conn, name), libvirt.VIR_DOMAIN_AFFECT_CONFIG
+        try:
+            dom.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, element, record.HOMES_PREFIX, record.HOMES, flags)
+        except libvirt.libvirtError as error:
+            if element is not None or error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_METADATA:
+                raise
+
+
 def require(domain: Domain, allowed: frozenset[State], doing: str, hint: str = "") -> None:
     """Raise WrongState unless the domain is in one of the ``allowed`` states."""
     if domain.state not in allowed:

@@ -243,6 +243,14 @@ def busy(conn: Connection, name: str) -> bool:
         return bool(handle(conn, name).jobInfo()[0])
 
 
+def leaving(conn: Connection, name: str) -> bool:
+    """Whether a migration of a domain that is there is under way from there to another host."""
+    with calling(f"ask for the migration of VM {name}"):
+        stats = handle(conn, name).jobStats()
+    under_way = stats.get("type") != libvirt.VIR_DOMAIN_JOB_NONE
+    return bool(under_way and stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
+
+
 class Standing(NamedTuple):
     """What libvirt knows of a VM beside its XML. ``cpu``: the <cpu> a target must offer a running one, "" for none."""
 

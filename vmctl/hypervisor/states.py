@@ -26,6 +26,7 @@ class State(StrEnum):
 
 PANICKED = "guest panicked"
 MOVED = "moved to another host"
+MOVING = frozenset({"migration", "post-copy", "post-copy failed"})  # what a migration pauses one for
 
 # Of these more can be expected; a panicked guest only waits for someone to look at it.
 ACTIVE = frozenset({State.RUNNING, State.PAUSED, State.STOPPING, State.SUSPENDED})
@@ -88,4 +89,11 @@ def remedy(name: str, state: State, why: str) -> str:
         return f"vmctl logs {name} shows how; vmctl reset {name} restarts it"
     if why == _PAUSED_WHY[libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]:
         return "wait for it; if that has no end: vmctl doctor"
+    if state is State.PAUSED and why in MOVING:
+        return f"{recovery(name, 'SOURCE', 'TARGET')} asks both hosts where it is, and ends that"
     return f"vmctl resume {name}" if state is State.PAUSED else f"vmctl start {name}"
+
+
+def recovery(name: str, here: str, there: str) -> str:
+    """The command that ends a migration which was cut off; the hosts as vmctl calls them."""
+    return f"vmctl -c {here} migrate {name} --to {there} --recover"

@@ -1,0 +1,57 @@
+"""Which hosts have a definition of a VM, by a note in the definition itself: on each of them its start asks the others.
+
+libvirt tells of a VM only until it is begun anew that it was sent to another host, and a copy of a disk has no lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from vmctl import record, render
+from vmctl.hosts import Host
+from vmctl.hypervisor import domain
+from vmctl.hypervisor.domain import Domain
+from vmctl.record import Home
+
+
+def others(host: Host, vm: Domain) -> tuple[Home, ...]:
+    """The other hosts that have it, or had when that was noted."""
+    found = noted(host, vm)
+    return tuple(one for one in found if one.uuid != host.facts.uuid)  # asked of libvirt only where there is a note
+
+
+def noted(host: Host, vm: Domain) -> tuple[Home, ...]:
+    """All that the note says."""
+    if not vm.active:
+        return record.homes(vm.xml)
+    return record.homes(domain.xml(host.conn, vm.uuid, inactive=True)) if vm.persistent else ()
+
+
+def note(host: Host, vm: Domain, there: Host) -> tuple[Home, ...]:
+    """Note that it stays defined on its host while it goes to another: the note goes along. Returns what it said."""
+    before = noted(host, vm)
+    known = {one.uuid: one for one in before}
+    for one in (host, there):
+        known[one.facts.uuid] = Home(one.facts.uuid, one.name, "" if one.conn.local else one.conn.uri)
+    write(host, vm, tuple(known.values()))
+    return before
+
+
+def forget(host: Host, vm: Domain, gone: Collection[str]) -> None:
+    """Hosts of those UUIDs have it no more."""
+    before = noted(host, vm)
+    left = [one for one in before if one.uuid not in gone]
+    if len(left) != len(before):
+        write(host, vm, () if [one.uuid for one in left] == [host.facts.uuid] else left)
+
+
+def write(host: Host, vm: Domain, found: Sequence[Home]) -> None:
+    """Let the note of a definition be that; none at all for nobody."""
+    domain.set_homes(host.conn, vm.uuid, render.homes(vm.uuid, found) if found else None)
+
+
+def keep(host: Host, uuid: str, before: Sequence[Home]) -> None:
+    """Let a definition that took another one's place say what that one did."""
+    now = domain.find(host.conn, uuid)
+    if noted(host, now) != tuple(before):
+        write(host, now, before)
