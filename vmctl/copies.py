@@ -153,9 +153,8 @@ def newcomers(
 ) -> tuple[Newcomer, ...]:
     """Who the new VMs are; nothing is made yet. ``below``: volumes that must stay while one of them is there."""
     uuids: dict[str, str] = {}
-    elsewhere = identity.uuids_elsewhere(host)
     for name in names:
-        uuids[name] = identity.free_uuid(host, name, {*elsewhere, *uuids.values()})
+        uuids[name] = identity.free_uuid(host, name, uuids.values())
     made: dict[str, Newcomer] = {}
 
     def work_out(name: str) -> None:

@@ -78,7 +78,7 @@ def plan(host: Host, vm: VM) -> Plan:
     if found := [*first_boot.image_problems(vm, image.manifest), *host_fit.problems(host, vm, image.manifest)]:
         raise SpecError(f"cannot create VM {vm.name} from image {image.manifest.stem}", problems=found)
     decision = hosts.decide_accel(host, vm.accel)
-    vm_uuid = identity.free_uuid(host, vm.name, identity.uuids_elsewhere(host))
+    vm_uuid = identity.free_uuid(host, vm.name)
     prefix = resolve.volume_prefix(vm.name, vm_uuid)
     owned, log, disks = _own_volumes(vm, prefix, host.settings)
     folder = images.pool_path(host, host.settings.pool)

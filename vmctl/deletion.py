@@ -138,7 +138,7 @@ def remove(host: Host, vm: Domain, report: Reporter) -> None:
     Disks it shares with clones and forks go with the last of them. Of several deleted at once one must be the last, so
     they take turns from the look at who needs what until they are gone.
     """
-    files = _of_snapshots(host, vm)
+    files, went = _of_snapshots(host, vm), identity.went(host, vm)
     if vm.active:
         power_off(host, vm.name)
     known_hosts(host, vm.name).unlink(missing_ok=True)
@@ -159,6 +159,8 @@ def remove(host: Host, vm: Domain, report: Reporter) -> None:
             report(Warned(f"kept volume {one.volume}: {why}"))
         if vm.persistent:
             domain.undefine(host.conn, vm.name)
+    if not went:
+        identity.forget_moving(host, vm.uuid)
     for prefix in identity.prefixes(vm) if owned and not theirs else ():
         identity.unmark_moved(host, prefix)
 

@@ -26,7 +26,6 @@ from vmctl.hypervisor.states import State
 
 T = TypeVar("T")
 _ANEW_S = 60.0
-_SOON_S = 3.0  # who makes a VM does not wait long for a host that is down
 _late: dict[str, tuple[float, HostUnreachable]] = {}  # who did not answer, and when: several disks wait for it once
 
 
@@ -150,18 +149,6 @@ def require_unused(host: Host, ref: str, paths: Collection[str], doing: str, rep
             hint=f"vmctl -c {users[0][0]} disk list shows whose it is",
         )
     _warn(found, report)
-
-
-def uuids(host: Host) -> frozenset[str]:
-    """The UUIDs of all VMs of the other hosts, of as many as answer within seconds."""
-    found: set[str] = set()
-    for _, answer in _answers(host, partial(_uuids, host), _SOON_S):
-        found |= answer if not isinstance(answer, VmctlError) else set()
-    return frozenset(found)
-
-
-def _uuids(host: Host, other: Host) -> set[str]:
-    return set() if _is_same(host, other) else {uuid for _, uuid in domain.identities(other.conn)}
 
 
 def require_off(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from contextlib import suppress
+from pathlib import Path
 
 from vmctl import homes, image_users, render, resolve
 from vmctl.errors import Conflict
@@ -104,18 +105,36 @@ def needed_elsewhere(host: Host, paths: Collection[str], report: Reporter) -> di
     return elsewhere.needed(host, paths, report)
 
 
-def uuids_elsewhere(host: Host) -> frozenset[str]:
-    """Those that VMs of other hosts have, as far as these answer soon: one may have been made here, and have moved."""
-    if not host.others:
-        return frozenset()
-    from vmctl import elsewhere  # late: most know one host
+def note_moving(host: Host, uuid: str) -> None:
+    """Keep the UUID of a VM that goes to another host: the next one of its name here is to be another one.
 
-    return elsewhere.uuids(host)
+    Kept with what is this user's, for a VM that takes its disks along leaves nothing behind.
+    """
+    with suppress(OSError):
+        _moving(host).mkdir(parents=True, exist_ok=True)
+        (_moving(host) / uuid).touch()
+
+
+def forget_moving(host: Host, uuid: str) -> None:
+    """That VM is no more."""
+    with suppress(OSError):
+        (_moving(host) / uuid).unlink(missing_ok=True)
+
+
+def _moving(host: Host) -> Path:
+    return host.folders.data / "moved"
+
+
+def _have_moved(host: Host) -> set[str]:
+    try:
+        return {one.name for one in _moving(host).iterdir()}
+    except OSError:
+        return set()
 
 
 def free_uuid(host: Host, name: str, taken: Iterable[str] = ()) -> str:
     """The UUID for a new VM ``name``: the same each time, unless a VM has it, ``taken`` has, or its disks live on."""
-    held = {uuid for other, uuid in domain.identities(host.conn) if other != name} | {*taken}
+    held = {uuid for other, uuid in domain.identities(host.conn) if other != name} | {*taken} | _have_moved(host)
     while True:
         found = resolve.identity(host.conn.host, name, held)
         prefix = resolve.volume_prefix(name, found)

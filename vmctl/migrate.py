@@ -11,6 +11,7 @@ from functools import partial
 from vmctl import (
     homes,
     host_ssh,
+    identity,
     layer_check,
     migrate_facts,
     migrate_settle,
@@ -124,6 +125,7 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             report(Warned(text))
         if target.settings.network in looked.facts.vm.nics and not target.conn.session:
             networks.ensure(target, report)
+        identity.note_moving(source, looked.vm.uuid)
         migrate_storage.mark_shared(source, target, looked.vm, looked.facts.needs)
         return (_live if looked.vm.active else _offline)(ends, looked, wish, report, began)
 
