@@ -35,6 +35,7 @@ def add(folders: Folders, entry: HostEntry) -> None:
             folders,
             (text.rstrip("\n") + "\n\n" if text.strip() else "") + table(entry),
             {**before.hosts, entry.name: entry},
+            f"write [host.{entry.name}] with {', '.join(table(entry).splitlines()[1:])}",
         )
 
 
@@ -45,7 +46,8 @@ def remove(folders: Folders, name: str) -> HostEntry:
         gone = config.entry(name, before)
         if not gone.name:
             raise NotFound(f"cannot remove host {name}: that is no name of a host")
-        _write(folders, without(_text(folders), name), {k: v for k, v in before.hosts.items() if k != name})
+        left = {k: v for k, v in before.hosts.items() if k != name}
+        _write(folders, without(_text(folders), name), left, f"take [host.{name}] out")
     return gone
 
 
@@ -80,8 +82,8 @@ def _text(folders: Folders) -> str:
     return found.read_bytes().decode() if found.exists() else ""  # its line ends, too, are left as they are
 
 
-def _write(folders: Folders, text: str, hosts: dict[str, HostEntry]) -> None:
-    """Replace the file, once what stands in the new one is what was meant."""
+def _write(folders: Folders, text: str, hosts: dict[str, HostEntry], by_hand: str) -> None:
+    """Replace the file, once what stands in the new one is what was meant, which else can be done ``by_hand``."""
     import tomllib
 
     target = path(folders).resolve()
@@ -107,4 +109,7 @@ def _write(folders: Folders, text: str, hosts: dict[str, HostEntry]) -> None:
                 Path(file.name).unlink(missing_ok=True)
                 raise
     except OSError as error:
-        raise VmctlError(f"cannot write config file {target}: {reason(error)}") from error
+        raise VmctlError(
+            f"cannot write config file {target}: {reason(error)}",
+            hint=f"make it writable, or {by_hand} where it is made",
+        ) from error

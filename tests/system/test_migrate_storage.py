@@ -156,7 +156,7 @@ def test_what_stayed_is_known_for_that_when_libvirt_has_forgotten_it(pair: Pair,
     second.kill("libvirtd")
     told = pair.vmctl("-c", "h1", "start", vm, check=5).stderr
     assert f"cannot start VM {vm}: h2 has it too, and cannot be asked whether it runs there" in told
-    assert f"if it is gone for good: vmctl start {vm} --take-over" in told
+    assert f"if it is gone for good: vmctl -c h1 start {vm} --take-over" in told
     pair.vmctl("host", "remove", "h2")
     told = pair.vmctl("-c", "h1", "start", vm, check=5).stderr
     assert "the config file has no such host" in told and f"vmctl host add h2 {second.ssh_uri}" in told

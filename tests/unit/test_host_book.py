@@ -10,8 +10,9 @@ import pytest
 
 from vmctl import config, host_add, host_book, host_ssh
 from vmctl.cli import run
+from vmctl.cli.options import on_host
 from vmctl.config import Folders, HostEntry
-from vmctl.errors import Conflict, HostUnreachable, NotFound, SpecError
+from vmctl.errors import Conflict, HostUnreachable, NotFound, SpecError, VmctlError
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ2m3tqF7Qq3b0m7cXW5w0m3F4yZ1QmXyq0m1u8Hq2xS"
 FILE = """# mine
@@ -145,6 +146,28 @@ def test_what_is_no_host(folders: Folders) -> None:
             config.load(write(folders, f'[host.one]\nuri = "qemu:///system"\naddress = "{address}"\n'))
     for address in ("fe80::1", "[fe80::1]", "10.0.0.1", "big.example", ""):
         assert host_add.problems(host_add.Wish("one", "qemu:///system", address=address)) == []
+
+
+def test_a_config_file_that_cannot_be_written_says_what_to_write(folders: Folders) -> None:
+    """As one that is made by something else, in a place that is read-only."""
+    sealed = folders._replace(config=Path("/proc/self/fdinfo"))
+    with pytest.raises(VmctlError, match=r"cannot write config file /proc/\d+/fdinfo/config.toml: ") as caught:
+        host_book.add(sealed, HostEntry("one", "qemu:///system"))
+    assert caught.value.hint == 'make it writable, or write [host.one] with uri = "qemu:///system" where it is made'
+
+
+@pytest.mark.parametrize(
+    ("hint", "told"),
+    [
+        ("see `vmctl list`", "see `vmctl -c 'a b' list`"),
+        ("vmctl start x, or vmctl -c h2 stop x", "vmctl -c 'a b' start x, or vmctl -c h2 stop x"),
+        ("is it another vmctl? `vmctl creates` none", "is it another vmctl? `vmctl creates` none"),
+        ("vmctl host add NAME URI", "vmctl host add NAME URI"),
+        ("run vmctl there", "run vmctl there"),
+    ],
+)
+def test_what_a_hint_names_is_for_the_host_that_was_given(hint: str, told: str) -> None:
+    assert on_host(hint, "a b") == told
 
 
 def test_who_named_a_host_that_is_none(folders: Folders) -> None:

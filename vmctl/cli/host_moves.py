@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _UNDO_S = 120.0  # a move that is cut off asks both hosts where its VM is, however slow the way between is
 _WAITS = "taking back what was begun; one more Ctrl-C does not wait for it"
-_AGAIN = "the same again goes on with the rest; vmctl migrate NAME --to HOST --recover ends what was cut off"
+_AGAIN = "the same again goes on with the rest; vmctl -c FROM migrate NAME --to TO --recover ends what was cut off"
 
 
 def called(move: Move) -> str:

@@ -23,6 +23,7 @@ from vmctl.cli.options import (
     note,
     refuse_unless_yes,
     reporter,
+    tell_where,
 )
 from vmctl.errors import NotFound, PartialFailure, PreflightFailed, VmctlError
 from vmctl.ui import Output
@@ -236,6 +237,7 @@ def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[str, 
     for name, error in absent.items():
         command = recovery(name, fleet.called(source), moved.get(name, ""))
         again = f"{command} clears up what a move left here"
+        tell_where(error, fleet.called(source))
         if name in moved:
             error.hint = f"{moved[name]} has it; {again}"
         if not there or name not in moved:

@@ -17,8 +17,9 @@ from vmctl.cli.options import (
     complete_host,
     fleet_of_config,
     reporter,
+    tell_where,
 )
-from vmctl.errors import HostUnreachable, Interrupted, PartialFailure, PreflightFailed, SpecError, VmctlError
+from vmctl.errors import HostUnreachable, Interrupted, NotFound, PartialFailure, PreflightFailed, SpecError, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ def _rate(text: str | None) -> int:
 def _ends(connect: str | None, to: str) -> Iterator[Ends]:
     """Source and target, not opened yet."""
     from vmctl import config
+    from vmctl.fleet import called
     from vmctl.hypervisor.events import start_loop
     from vmctl.migrate_ends import Ends
 
@@ -196,7 +198,11 @@ def _ends(connect: str | None, to: str) -> Iterator[Ends]:
     fleet = fleet_of_config()
     source = config.chosen_entry(connect or GLOBALS.connect, fleet.settings)
     with Ends(fleet, source, config.entry(to, fleet.settings)) as ends:
-        yield ends
+        try:
+            yield ends
+        except NotFound as error:  # what other errors hint at names its host, for there are two
+            tell_where(error, called(source))
+            raise
 
 
 def _wanted(ends: Ends, names: list[str], *, recover: bool) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ import typer
 
 from vmctl import ui
 from vmctl.cli.many import each
-from vmctl.errors import SpecError, VmctlError
+from vmctl.errors import Interrupted, PartialFailure, SpecError, VmctlError
 from vmctl.ui import Output, Verbosity
 
 if TYPE_CHECKING:
@@ -160,9 +162,33 @@ def opened(connect: str | None, *, events: bool = False) -> Iterator[Host]:
         start_loop()
     from vmctl.hosts import open_host
 
+    given = connect or GLOBALS.connect
     # Loaded only when there is something to tell.
-    with open_host(connect or GLOBALS.connect, report=lambda event: reporter()(event)) as host:
-        yield host
+    with open_host(given, report=lambda event: reporter()(event)) as host:
+        try:
+            yield host
+        except (VmctlError, Interrupted) as error:
+            if given:
+                tell_where(error, given)
+            raise
+
+
+# What a hint may name that works on the host of the command it is the hint of.
+_ON_HOST = re.compile(
+    r"(?<![\w/-])vmctl (?=(?:agent|autostart|console|create|delete|disk|doctor|exec|image|list|logs|pause|rename|reset|"
+    r"resume|save|show|snapshot|start|stop|thaw|trim|unshare|view|wait)\b)"
+)
+
+
+def tell_where(error: VmctlError | Interrupted, given: str) -> None:
+    """Let hints of an error name the host that was given with the command: without it they are of another one."""
+    for one in (error, *(error.failures.values() if isinstance(error, PartialFailure) else ())):
+        one.hint = on_host(one.hint, given)
+
+
+def on_host(hint: str, given: str) -> str:
+    """A hint whose commands, but those that name a host already, are for the host that was given. Pure."""
+    return _ON_HOST.sub(lambda _: f"vmctl -c {shlex.quote(given)} ", hint)
 
 
 def fleet_of_config() -> Fleet:
