@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -30,7 +30,8 @@ class Entry:
 
     ``old`` "": a file made for a VM that is not there yet, and goes unless the VM comes to name it. ``plug``: the XML
     of a disk that is attached, ``new`` the volume made for it, "" for none. ``unsure``: the running VM may have gone on
-    in ``new``, which libvirt was asked for; ``switched``: it has, as libvirt said.
+    in ``new``, which libvirt was asked for; ``switched``: it has, as libvirt said. ``process``: the mark of its QEMU
+    then.
     """
 
     uri: str
@@ -43,6 +44,7 @@ class Entry:
     plug: str = ""
     switched: bool = False
     unsure: bool = False
+    process: str = ""
 
     @property
     def told(self) -> str:
@@ -103,8 +105,8 @@ def entries(host: Host) -> Iterator[tuple[Path, Entry]]:
 def settle(host: Host, vm: str, report: Reporter, *, deciding: bool = False) -> bool:
     """Bring what was begun on disks of ``vm``, whose name is held, to its end. Whether there was anything.
 
-    Raises Conflict where nobody can tell which of two files the VM wrote to last; ``deciding``: both stay then, and it
-    is what the definition says. Of one that runs, nobody decides.
+    Raises Conflict where nobody can tell which of two files the VM wrote to last; ``deciding``, for one that is to be
+    deleted: both stay then, and it is what the definition says.
     """
     found = [(path, entry) for path, entry in entries(host) if entry.vm == vm and vm]
     for path, entry in found:
@@ -113,13 +115,13 @@ def settle(host: Host, vm: str, report: Reporter, *, deciding: bool = False) -> 
     return bool(found)
 
 
-def settle_all(host: Host, report: Reporter) -> list[str]:
-    """The same for all VMs that nobody works on, deciding what must be. Returns what was settled."""
+def settle_all(host: Host, report: Reporter, *, but: Collection[str] = ()) -> list[str]:
+    """The same for all VMs that nobody works on, ``but`` these. Returns what was settled."""
     told, failure = [], None
-    for vm in sorted({entry.vm for _, entry in entries(host)}):
+    for vm in sorted({entry.vm for _, entry in entries(host)} - {*but}):
         try:
             with holding(host, vm):
-                if settle(host, vm, report, deciding=True):
+                if settle(host, vm, report):
                     told.append(vm)
         except VmctlError as error:  # one that has to wait must not keep the others
             failure = failure or error
@@ -140,6 +142,15 @@ def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> No
         return
     if vm is None:
         return  # deleted meanwhile, with its disks; which of the files was whose nobody can tell any more
+    doing = f"settle disk {entry.target} of VM {vm.name}"
+    if not vm.active:
+        forgotten.require_none(host, vm.name, vm.uuid, doing)
+        follow_stopped(host, entry)
+    if found := doubt(host, vm, entry):
+        if not deciding:
+            raise found.refusal(doing)
+        report(Warned(f"disk {entry.target} of {entry.vm} is {entry.old}; {entry.new} may be newer, and stays"))
+        return
     if vm.active:
         live = {disk.target: disk for disk in disks.disks(host.conn, vm.name, inactive=False)}.get(entry.target)
         if live is not None and live.mirror == entry.new:
@@ -147,15 +158,6 @@ def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> No
         else:
             follow(host, vm, entry)
         _require_in_sight(host, vm, entry)
-    else:
-        doing = f"settle disk {entry.target} of VM {vm.name}"
-        forgotten.require_none(host, vm.name, vm.uuid, doing)
-        follow_stopped(host, entry)
-        if found := doubt(host, entry):
-            if not deciding:
-                raise found.refusal(doing, found.told)
-            report(Warned(f"disk {entry.target} of {entry.vm} is {entry.old}; {entry.new} may be newer: look at both"))
-            return
     named = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=True)}
     named |= {disk.source for disk in disks.disks(host.conn, vm.name, inactive=False)} if vm.active else set()
     if entry.new in named:
@@ -191,15 +193,30 @@ def follow_stopped(host: Host, entry: Entry) -> None:
         _name_new(host, entry)
 
 
-def doubt(host: Host, entry: Entry) -> Doubt | None:
-    """What nobody can tell of the disk of a stopped VM: whether it went on in the new file, which differs."""
-    if not entry.unsure or entry.switched or not host.conn.local or not Path(entry.new).exists():
+def doubt(host: Host, vm: Domain, entry: Entry) -> Doubt | None:
+    """What nobody can tell of the disk of a VM that has stopped since: whether it went on in the new file.
+
+    One that differs. Where both read the same nobody is in doubt, from now on neither.
+    """
+    if not entry.unsure or not host.conn.local or not Path(entry.new).exists():
         return None
-    for disk in disks.disks(host.conn, entry.vm, inactive=True):
+    if not forgotten.started_since(host, vm.name, entry.process) if vm.active else entry.switched:
+        return None
+    for disk in disks.disks(host.conn, entry.vm, inactive=not vm.active):
         if disk.target == entry.target and disk.source == entry.old:
-            found = Doubt(entry.vm, entry.target, entry.old, entry.new, (disk.format, entry.format))
-            return None if switch_over.same(host, found) else found
+            found = Doubt(entry.vm, entry.target, entry.old, entry.new, (disk.format, entry.format), vm.active)
+            if vm.active or not switch_over.same(host, found):
+                return found
+            note(host, entry, replace(entry, unsure=False))
     return None
+
+
+def keep(host: Host, path: Path, entry: Entry, *, new: bool) -> None:
+    """End an entry of which there is a doubt: the disk is the ``new`` file or the old one. Both stay."""
+    if new:
+        _name_new(host, entry)
+        _own(host, entry)
+    path.unlink(missing_ok=True)
 
 
 def _settle_plug(host: Host, vm: Domain, entry: Entry, report: Reporter) -> None:
@@ -271,6 +288,6 @@ def remove_file(host: Host, path: str) -> None:
             quietly(lambda name=pool.name: storage.refresh(host.conn, name))  # type: ignore[misc]
 
 
-def unsettled(host: Host) -> list[str]:
-    """One line for each change that was begun and not ended."""
-    return [entry.told for _, entry in entries(host)]
+def unsettled(host: Host, *, but: Collection[str] = ()) -> list[str]:
+    """One line for each change that was begun and not ended, ``but`` of these VMs."""
+    return [entry.told for _, entry in entries(host) if entry.vm not in but]

@@ -13,6 +13,7 @@ from vmctl import (
     agent,
     disk_chain,
     domain_job,
+    forgotten,
     render,
     resolve,
     snapshot_delete,
@@ -190,6 +191,7 @@ def _take(host: Host, plan: _Plan, order: Order, report: Reporter) -> None:
         frozen=order.wanted.freeze,
         expires=expires.isoformat() if expires else "",
         keep=plan.nvram or "-",
+        process=forgotten.mark(host, vm.name),
     )
     path = snapshot_journal.begin(host, entry)
     try:

@@ -142,6 +142,7 @@ def _commit(
     base, top = files
     moved = job_reporter(report, f"merge {Path(top).name} into {Path(base).name}")
     active = disk.source == top
+    asked = replace(entry, unsure=True, process=forgotten.mark(host, name))
 
     def note(now: Entry) -> None:
         disk_journal.write(path, asdict(now))
@@ -152,14 +153,12 @@ def _commit(
             note(entry)
 
     try:
-        disks.commit(
-            host.conn, name, disk.target, base, top, moved, switching=lambda: note(replace(entry, unsure=True))
-        )
+        disks.commit(host.conn, name, disk.target, base, top, moved, switching=lambda: note(asked))
     except BaseException:
         quietly(stayed)
         raise
     if active:
-        note(replace(entry, switched=True))
+        note(replace(asked, switched=True))
 
 
 def _as_named(disk: DiskDevice, path: str) -> str:
@@ -286,10 +285,11 @@ def working_on(host: Host, vm: str, report: Reporter) -> Iterator[Domain]:
 
 
 def settle(host: Host, name: str, report: Reporter, *, merging: bool = False) -> None:
-    """Bring what was begun on snapshots of a VM, whose name is held, to its end. ``merging``: also what takes long, and
-    what has to be decided (snapshot_settle.settle).
+    """Bring what was begun on snapshots of a VM, whose name is held, to its end. ``merging``: also what takes long.
+
+    Raises as snapshot_settle.settle.
     """
-    snapshot_settle.settle(host, name, report, deciding=merging)
+    snapshot_settle.settle(host, name, report)
     for path, entry in snapshot_journal.entries(host):
         if entry.vm == name and _tidied(host, entry, report, merging=merging):
             path.unlink(missing_ok=True)
@@ -343,8 +343,8 @@ def write_aside(path: str, data: bytes) -> None:
         os.fsync(handle)
 
 
-def settle_all(host: Host, report: Reporter) -> None:
-    """The same for all VMs that nobody works on, to the end."""
-    for name in sorted(snapshot_journal.vms(host)):
+def settle_all(host: Host, report: Reporter, *, but: Collection[str] = ()) -> None:
+    """The same for all VMs that nobody works on, ``but`` these, to the end."""
+    for name in sorted(snapshot_journal.vms(host) - {*but}):
         with holding(host, name):
             settle(host, name, report, merging=True)

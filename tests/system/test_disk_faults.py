@@ -148,10 +148,10 @@ def test_while_its_vm_runs_whatever_dies_at_whatever_step(
         state = shell.virsh("domstate", vm)
         if which == "LIBVIRTD" and libvirtd.lost(shell, vm):
             shell.run("doctor", "--fix", check=None)
-            for left in files() - {disk_of(shell, vm).source}:  # one of two that may be the newer: told, and kept
-                Path(left).unlink()
         else:
             assert state == ("shut off" if which == "QEMU" and not over else "paused"), steps
+        for one in libvirtd.choose(shell):
+            Path(one.other).unlink()
         if state == "paused":
             running = {d.serial: d.source for d in disk_xml.read(shell.virsh("dumpxml", vm))}
             assert running["data"] == disk_of(shell, vm).source, steps
