@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-from vmctl import disk_xml, forgotten, switch_over
+from vmctl import disk_xml, forgotten, identity, image_users, switch_over
 from vmctl.errors import Conflict, VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host, holding
@@ -138,7 +138,7 @@ def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> No
         return
     if not entry.old:
         if vm is None or entry.new not in domain.xml(host.conn, entry.vm, inactive=True):
-            _remove_unused(host, entry.new)
+            _removed(host, entry.new, report)
         return
     if vm is None:
         return  # deleted meanwhile, with its disks; which of the files was whose nobody can tell any more
@@ -162,11 +162,10 @@ def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> No
     named |= {disk.source for disk in disks.disks(host.conn, vm.name, inactive=False)} if vm.active else set()
     if entry.new in named:
         if not entry.keep and entry.old not in named:
-            _own(host, entry)
-            remove_file(host, entry.old)
+            _own(host, entry, stays=not _removed(host, entry.old, report))
         report(Step(f"disk {entry.target} of {entry.vm} is {entry.new}"))
     else:
-        _remove_unused(host, entry.new)
+        _removed(host, entry.new, report)
 
 
 def _require_in_sight(host: Host, vm: Domain, entry: Entry) -> None:
@@ -249,10 +248,20 @@ def _unmake(host: Host, vm: Domain, entry: Entry) -> None:
     remove_file(host, entry.new)
 
 
-def _remove_unused(host: Host, path: str) -> None:
-    named = {disk.source for _, _, found in disks.all_disks(host.conn) for disk in found}
-    if path not in named and os.path.realpath(path) not in forgotten.opened(host):
-        remove_file(host, path)
+def _removed(host: Host, path: str, report: Reporter) -> bool:
+    """Remove a file, unless a VM names it, a disk is based on it, a QEMU has it open, or another host needs it."""
+    if not Path(path).exists():
+        return True
+    real = os.path.realpath(path)
+    seen = image_users.look(host.conn)
+    users = set(seen.named.get(real, ())) | {Path(top).name for top, base in seen.bases.items() if base == real}
+    users |= {"a running VM"} if real in forgotten.opened(host) else set()
+    users |= set(identity.needed_elsewhere(host, [path], report).values())
+    if users:
+        report(Warned(f"{path} stays: {', '.join(sorted(users))} needs it"))
+        return False
+    remove_file(host, path)
+    return True
 
 
 def _name_new(host: Host, entry: Entry) -> None:
@@ -263,8 +272,8 @@ def _name_new(host: Host, entry: Entry) -> None:
         domain.define(host.conn, disk_xml.with_source(text, entry.target, entry.new, entry.format), name=entry.vm)
 
 
-def _own(host: Host, entry: Entry) -> None:
-    """If the old file was the VM's own, so is the new one."""
+def _own(host: Host, entry: Entry, *, stays: bool = False) -> None:
+    """If the old file was the VM's own, so is the new one; the old one too if it ``stays`` for those who need it."""
     from vmctl import render
 
     vm = domain.find(host.conn, entry.vm)
@@ -277,6 +286,7 @@ def _own(host: Host, entry: Entry) -> None:
     if new is None:
         return
     owned = tuple(Owned(*new) if one == Owned(*old) else one for one in vm.facts.record.owned)
+    owned += (Owned(*old),) if stays else ()
     domain.set_record(host.conn, vm.name, render.metadata(replace(vm.facts.record, owned=owned)))
 
 

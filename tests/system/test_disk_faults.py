@@ -260,6 +260,25 @@ def test_a_plug_interrupted_after_every_step_is_undone(shell: Shell, name: str, 
     COUNTS["attach, stopped", "SIGINT"] = at - 1
 
 
+def test_the_old_file_of_a_killed_move_stays_while_a_disk_is_based_on_it(
+    shell: Shell, vm: str, name: str, tmp_path: Path
+) -> None:
+    """Somebody bases a disk on it before it is removed, as it may be done beside vmctl, too."""
+    shell.run("create", name, "--image", "micro", "--no-start")
+    shell.run("disk", "attach", name, "4M", "--serial", "data")
+    old = disk_of(shell, name).source
+    shell.virsh("start", name, "--paused")
+    _, steps = interrupted(tmp_path, "SIGKILL", 3, "disk", "move", f"{name}:data", "--pool", "faults")
+    assert steps[-1] == "disks.copy_and_switch", steps
+    shell.run("disk", "create", f"{name}-top", "--backing", old)
+    told = shell.run("doctor", "--fix", check=None).stderr
+    assert f"{old} stays: {name}-top.qcow2 needs it" in told, told
+    assert Path(old).exists() and disk_of(shell, name).source != old
+    shell.run("disk", "delete", f"{name}-top", "--yes")
+    shell.run("delete", name, "--yes")
+    assert not Path(old).exists()
+
+
 def test_two_changes_of_one_disk_at_once_are_done_one_after_the_other(shell: Shell, vm: str) -> None:
     from tests.system.conftest import REPO, VMCTL
 
