@@ -58,6 +58,7 @@ def _without(host: Host, seen: View, one: Snapshot) -> tuple[View, list[str]]:
     files = {path for other in seen.found if other.name == one.name for path in other.files}
     seen = replace(seen, found=tuple(other for other in seen.found if other.name != one.name))
     gone, merges = snapshot_layers.plan_tidy(host, seen, files)
+    ended = snapshot_layers.tidied(seen, gone, merges)
     for path in (path for step in merges for path in (step.top, step.base)):
         if not Path(path).exists():  # else it is found when the snapshot is gone
             raise NotFound(
@@ -65,9 +66,15 @@ def _without(host: Host, seen: View, one: Snapshot) -> tuple[View, list[str]]:
                 hint="put it back; or restore a backup: vmctl backup list",
             )
     told = [f"delete {path}" for path in one.aside if Path(path).exists()]
-    told += [f"merge {step.top} into {step.base}, and delete it" for step in merges]
     told += [f"delete {path}" for path in gone]
-    return snapshot_layers.tidied(seen, gone, merges), told
+    told += [f"merge {step.top} into {step.base}, and delete it" for step in merges]
+    told += [
+        f"base {path} on {ended.seen.bases[path]}"
+        for path, below in ended.seen.bases.items()
+        if below != seen.seen.bases[path]
+    ]
+    told += [f"change VM {seen.vm.name}"] if ended.defined != seen.defined else []
+    return ended, told
 
 
 def _require_deletable(host: Host, vm: Domain, one: Snapshot) -> None:

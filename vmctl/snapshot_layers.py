@@ -7,6 +7,7 @@ comes to name the lower, and the upper goes. So whatever dies in between, the ne
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from vmctl.hypervisor.domain import Domain
 from vmctl.identity import needed_elsewhere
 from vmctl.image_users import Seen
 from vmctl.snapshot_journal import Entry
-from vmctl.snapshot_plan import OURS, Files, Merge, tidy
+from vmctl.snapshot_plan import OURS, Files, Merge, tag, tidy
 from vmctl.snapshot_xml import Snapshot
 
 _LOCK_TIMEOUT_S = 30.0
@@ -161,6 +162,11 @@ def _commit(
         note(replace(asked, switched=True))
 
 
+def rewritten(seen: View, step: Merge) -> tuple[str, ...]:
+    """The files that are based on the upper one of two that become one: then on the lower one."""
+    return tuple(sorted(above for above, below in seen.seen.bases.items() if below == step.top))
+
+
 def _as_named(disk: DiskDevice, path: str) -> str:
     """The name by which libvirt knows the file in this disk's chain."""
     return next((one for one in (disk.source, *disk.backing) if os.path.realpath(one) == os.path.realpath(path)), path)
@@ -176,8 +182,8 @@ def _repoint(host: Host, seen: View, step: Merge, base: str, form: str, live: Di
     """Let all that names the upper file name the lower one, which reads the same by now."""
     name = seen.vm.name
     running = {one for disk in seen.now if disk.source for one in seen.chain(disk.source)} if live else set()
-    for above, below in seen.seen.bases.items():
-        if below == step.top and above not in running:  # QEMU itself rewrites those that it has open
+    for above in rewritten(seen, step):
+        if above not in running:  # QEMU itself rewrites those that it has open
             qemu_img.repoint(Path(above), "qcow2", Path(base), form, what=f"base {above} on {base}")
     moved = dict.fromkeys(_spellings(seen, step.top), (base, form))
     text = domain.xml(host.conn, name, inactive=True)
@@ -325,6 +331,13 @@ def require_free(host: Host, vm: Domain, one: Snapshot, doing: str) -> None:
     real = {os.path.realpath(path) for path in one.files}
     if based := sorted(top for top, base in image_users.look(host.conn).bases.items() if base in real):
         raise Conflict(f"cannot {doing}: {', '.join(based)} needs its file as it is")
+
+
+def new_tag(vm: Domain, what: str, beside: Collection[str]) -> str:
+    """The word in the names of a VM's new files in the folders of these ones (snapshot_plan.tag)."""
+    folders = {Path(path).parent for path in beside}
+    prefix = glob.escape(resolve.volume_prefix(vm.name, vm.uuid))
+    return tag(vm.uuid, what, lambda word: not any(any(one.glob(f"{prefix}*.snap-{word}*")) for one in folders))
 
 
 def refresh_pools(host: Host, folder: str) -> None:

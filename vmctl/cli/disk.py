@@ -299,15 +299,13 @@ def limit(
     with opened(connect) as host:
         found = disk_unplug.limit(host, disk, limits, reporter(), dry=dry_run)
         changes = dry_run and bool(limits.given())
-        ui.emit(
-            found,
-            output,
-            lambda: (
-                "\n".join(f"{'would be ' if changes else ''}{name} {value}" for name, value in found.items())
-                or f"{'would have ' if changes else ''}no limits"
-            ),
-            lambda: found,
-        )
+
+        def told() -> str:
+            lines = [f"{'would be ' if changes else ''}{name} {value}" for name, value in found.items()]
+            lines = lines or [f"{'would have ' if changes else ''}no limits"]
+            return "\n".join([*([f"would change VM {disk.partition(':')[0]}"] if changes else []), *lines])
+
+        ui.emit(found, output, told, lambda: found)
 
 
 app.command(cls=Command)(disk_content.resize)
