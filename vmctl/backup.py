@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Collection, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from vmctl import (
     disk_find,
     disk_journal,
     domain_files,
+    domain_job,
     layer_check,
     qemu_img,
     zstd,
@@ -40,6 +41,7 @@ from vmctl.hypervisor import backup, disks, domain, pools
 from vmctl.hypervisor.domain import Domain, State
 
 _ID = "%Y%m%dT%H%M%SZ"
+_AS_THEY_WERE = "the backups before it are as they were"
 _LARGEST_FILE = 1 << 30
 
 
@@ -82,8 +84,9 @@ def create(host: Host, name: str, wish: Wish, report: Reporter, *, dry: bool) ->
     if wish.compression is Compression.ZSTD:
         zstd.require()
     folder = backup_store.vm_folder(wish.folder, name)
-    with holding(host, name):
+    with holding(host, name), ExitStack() as stack:
         vm = domain.find(host.conn, name)
+        stack.enter_context(domain_job.telling_end(host, vm, f"back up VM {name}", _AS_THEY_WERE))
         _require_able(vm, wish)
         layer_check.require_known(host, vm, f"back up VM {name}")
         if dry:

@@ -258,7 +258,8 @@ def _call(host: Host, plan: _Plan, name: str, order: Order, report: Reporter) ->
             )
             raise
 
-    with domain_job.running_on(host, vm.name) if vm.state is State.RUNNING else nullcontext():
+    ended = domain_job.telling_end(host, vm, f"take snapshot {plan.ref}", f"vmctl snapshot list {vm.name}")
+    with ended, domain_job.running_on(host, vm.name) if vm.state is State.RUNNING else nullcontext():
         domain_job.blocking(host, vm.name, take, report, f"take snapshot {plan.ref}")
     snapshot_settle.private(host, plan.overlays.values())
     if plan.nvram:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vmctl import (
+    domain_job,
     snapshot_journal,
     snapshot_layers,
     snapshot_plan,
@@ -134,8 +135,10 @@ def remove(host: Host, vm: Domain, one: Snapshot, report: Reporter) -> None:
         snapshot_settle.redefine(host, vm.name, xml, current=one.current)
     snapshots.forget(host.conn, vm.name, one.name)
     snapshot_settle.drop_unneeded(host, one.aside)
+    ended = domain_job.telling_end(host, vm, f"delete snapshot {vm.name}.{one.name}", "")
     try:
-        snapshot_layers.tidy_up(host, vm.name, report, entry.layers)
+        with ended:
+            snapshot_layers.tidy_up(host, vm.name, report, entry.layers)
     except (VmctlError, KeyboardInterrupt, Interrupted) as error:
         hint = "the snapshot is gone; its files wait to be merged, which vmctl doctor --fix does"
         if isinstance(error, VmctlError):
