@@ -70,22 +70,24 @@ def telling_end(host: Host, vm: Domain, doing: str, hint: str) -> Iterator[None]
     try:
         yield
     except (HypervisorError, WrongState, NotFound, Unsupported, Broken) as error:
-        if not vm.active or not _ended(host, vm):
+        # libvirt may hear of its end a moment later than who speaks with its QEMU.
+        late = _ENDING_S if isinstance(error, (HypervisorError, Broken)) else 0.0
+        if not vm.active or not _ended(host, vm, late):
             raise
         now = domain.find_or_none(host.conn, vm.name)
         state = f"it is {now.state}" if now else "it is gone"
         raise WrongState(f"cannot {doing}: VM {vm.name} ended meanwhile; {state}", hint=hint) from error
 
 
-def _ended(host: Host, vm: Domain) -> bool:
-    """Whether a VM is not the one that ran before; libvirt may hear of its end a moment later than we."""
+def _ended(host: Host, vm: Domain, within_s: float) -> bool:
+    """Whether a VM is not the one that ran before, or will not be in a moment."""
 
     def gone() -> bool:
         now = domain.find_or_none(host.conn, vm.name)
         return now is None or now.id != vm.id
 
     try:
-        wait_until(gone, what="", timeout_s=_ENDING_S, interval_s=0.05)
+        wait_until(gone, what="", timeout_s=within_s, interval_s=0.05)
     except WaitTimeout:
         return False
     return True
