@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 from collections.abc import Collection, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +22,7 @@ from vmctl import (
     disk_find,
     disk_journal,
     domain_files,
+    domain_job,
     layer_check,
     qemu_img,
     zstd,
@@ -40,6 +41,7 @@ from vmctl.hypervisor import backup, disks, domain, pools
 from vmctl.hypervisor.domain import Domain, State
 
 _ID = "%Y%m%dT%H%M%SZ"
+_AS_THEY_WERE = "the backups before it are as they were"
 _LARGEST_FILE = 1 << 30
 
 
@@ -82,13 +84,14 @@ def create(host: Host, name: str, wish: Wish, report: Reporter, *, dry: bool) ->
     if wish.compression is Compression.ZSTD:
         zstd.require()
     folder = backup_store.vm_folder(wish.folder, name)
-    with holding(host, name):
+    with holding(host, name), ExitStack() as stack:
         vm = domain.find(host.conn, name)
+        stack.enter_context(domain_job.telling_end(host, vm, f"back up VM {name}", _AS_THEY_WERE))
         _require_able(vm, wish)
         layer_check.require_known(host, vm, f"back up VM {name}")
         if dry:
             shelf = backup_store.shelf(folder)
-            return _planned(host, vm, wish, shelf, folder, _usable_last(shelf))
+            return _planned(host, vm, wish, shelf, folder, _usable_last(shelf), dry=True)
         with backup_store.telling_os_errors(f"back up VM {name}"):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with backup_store.locked(folder, shared=False), backup_store.telling_os_errors(f"back up VM {name}"):
@@ -122,7 +125,9 @@ def _require_able(vm: Domain, wish: Wish) -> None:
         raise WrongState(f"cannot freeze VM {vm.name}: it is {vm.state}", hint="a stopped VM needs no --freeze")
 
 
-def _planned(host: Host, vm: Domain, wish: Wish, shelf: Shelf, folder: Path, newest: _Last) -> Made:
+def _planned(
+    host: Host, vm: Domain, wish: Wish, shelf: Shelf, folder: Path, newest: _Last, *, dry: bool = False
+) -> Made:
     now = _disks_now(host, vm)
     if not now:
         raise NotFound(f"cannot back up VM {vm.name}: it has no disk that is written to")
@@ -132,14 +137,14 @@ def _planned(host: Host, vm: Domain, wish: Wish, shelf: Shelf, folder: Path, new
     if newest.why and wish.wanted is not Wanted.FULL:
         plans = tuple(replace(one, why=newest.why) for one in plans)
     name = _next_id(shelf)
-    touches = [f"make {folder}/{name}"]
+    touches = [f"make {folder}/{name}" + (", or with the time at which it begins" if dry else "")]
     for plan in plans:
         what = (
             f"what changed since {plan.parent}" if plan.parent else "all of it" + (f": {plan.why}" if plan.why else "")
         )
         touches.append(f"read disk {plan.disk.target} ({plan.disk.source}), {what}")
-    if any(plan.disk.marks for plan in plans):
-        touches.append(f"mark in VM {vm.name} from where the next backup counts")
+    marked = [plan.disk.source for plan in plans if plan.disk.marks]
+    touches += [f"mark in {path} from where the next backup of VM {vm.name} counts" for path in marked]
     if wish.freeze:
         touches.append(f"freeze the file systems of {vm.name} for a moment")
     if shelf.points and (wish.keep is not None or wish.older_than is not None):

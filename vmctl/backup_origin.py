@@ -25,6 +25,7 @@ from vmctl.events import Reporter
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, pools, storage
 from vmctl.hypervisor.domain import Domain, State
+from vmctl.record import Owned
 
 _MACS_TIMEOUT_S = 60.0
 
@@ -57,7 +58,10 @@ class Volume:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A restore worked out, nothing done yet. ``old``: the VM that it overwrites; ``text``: the backup's definition."""
+    """A restore worked out, nothing done yet. ``old``: the VM that it overwrites; ``text``: the backup's definition.
+
+    ``gone``: its files that go with what it was.
+    """
 
     manifest: Manifest
     name: str
@@ -69,6 +73,7 @@ class Plan:
     volumes: tuple[Volume, ...]
     log: str
     lost: tuple[str, ...]
+    gone: tuple[str, ...] = ()
 
     @property
     def touches(self) -> tuple[str, ...]:
@@ -76,7 +81,9 @@ class Plan:
         made = [f"make {one.path}" for one in self.volumes] + (
             [f"make {self.log}"] if self.log and not self.old else []
         )
-        return (*made, f"{'change' if self.old else 'define'} VM {self.name}", *(f"lose {one}" for one in self.lost))
+        gone = [f"delete {path}" for path in self.gone]
+        changed = f"{'change' if self.old else 'define'} VM {self.name}"
+        return (*made, changed, *gone, *(f"lose {one}" for one in self.lost))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,34 @@ def plan(host: Host, folder: Path, wish: Wish, report: Reporter) -> Plan:
     log = ""
     if facts.record is not None and facts.record.console_log is not None:
         log = old.facts.serial_log if old else f"{where}/{_free(taken_by, f'{prefix}-console', '.log')}"
-    return Plan(manifest, name, uuid, pool, old, text, facts, volumes, log, _lost(host, old, manifest))
+    gone = _gone(host, old, manifest, text) if old else ()
+    return Plan(manifest, name, uuid, pool, old, text, facts, volumes, log, _lost(host, old, manifest), gone)
+
+
+def old_files(host: Host, old: Domain) -> dict[Owned, str]:
+    """What the old VM owns beside its disks and its log, as its seed, with the path of each."""
+    if old.facts.record is None:
+        return {}
+    kept = {disk.source for disk in old.facts.disks if not disk.readonly} | {old.facts.serial_log}
+    owned = [one for one in old.facts.record.owned if one != old.facts.record.console_log]
+    paths = {one: f"{pools.pool(host.conn, one.pool).path}/{one.volume}" for one in owned}
+    return {one: path for one, path in paths.items() if path not in kept}
+
+
+def _gone(host: Host, old: Domain, manifest: Manifest, text: str) -> tuple[str, ...]:
+    """The files of the old VM that nobody names any more then: its disks, its seed, its UEFI variables."""
+    now = disks.disks(host.conn, old.name, inactive=True)
+    found = [disk.source for disk in now if manifest.disk(disk.target) is not None]
+    anew = {file.source for file in manifest.files if file.role != "boot"}  # restored beside it, under another name
+    needed = image_users.needed(host.conn)
+    mine = old_files(host, old)
+    ours = {old.name, *(one.volume for one in mine), *(Path(path).name for path in found)}
+    for path in mine.values():
+        others = set(needed.by(path)) - ours
+        if (path in anew or path not in text) and not others:
+            found.append(path)
+    nvram = old.facts.nvram
+    return (*found, *([nvram] if nvram and (nvram in anew or nvram not in text) and host.conn.local else ()))
 
 
 def _definition(shelf: Shelf, manifest: Manifest) -> str:

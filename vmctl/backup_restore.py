@@ -37,7 +37,7 @@ from vmctl.errors import quietly
 from vmctl.events import Reporter, Step
 from vmctl.guest import known_hosts, private_key
 from vmctl.hosts import Host, holding
-from vmctl.hypervisor import backup, disks, domain, pools, storage
+from vmctl.hypervisor import backup, disks, domain, storage
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.locks import held
 from vmctl.record import Owned, Record
@@ -132,27 +132,13 @@ def _paths(planned: Plan) -> tuple[str, ...]:
     return tuple(dict.fromkeys(one for one in found if one))
 
 
-def _old_files(host: Host, planned: Plan) -> tuple[Owned, ...]:
-    """What the old VM owns beside its disks and its log, as its seed: the new one owns it until it is deleted."""
-    old = planned.old
-    if old is None or old.facts.record is None:
-        return ()
-    kept = {disk.source for disk in old.facts.disks if not disk.readonly} | {old.facts.serial_log}
-    return tuple(
-        one
-        for one in old.facts.record.owned
-        if f"{pools.pool(host.conn, one.pool).path}/{one.volume}" not in kept and one != old.facts.record.console_log
-    )
-
-
 def _clear_old(host: Host, planned: Plan, old: Domain) -> None:
     """Delete what of the old VM's own files is neither a disk nor named by the new definition: seed, UEFI variables.
 
     What clones and forks of it are based on stays, its own still, and goes with the last of them.
     """
     text = domain.xml(host.conn, planned.name, inactive=True)
-    files = {one: f"{pools.pool(host.conn, one.pool).path}/{one.volume}" for one in _old_files(host, planned)}
-    files = {one: path for one, path in files.items() if path not in text}
+    files = {one: path for one, path in backup_origin.old_files(host, old).items() if path not in text}
     needed = image_users.needed(host.conn) if files else image_users.Needed({})
     gone: list[Owned] = []
     while free := [
@@ -186,7 +172,8 @@ def _changes(host: Host, planned: Plan) -> tuple[Changes, tuple[Owned, ...]]:
     owned = tuple(
         Owned(planned.pool, one.volume) for one in planned.volumes if one.file is None or one.file.role != "nvram"
     )
-    owned += _old_files(host, planned)
+    if planned.old:  # it owns them until they are deleted
+        owned += tuple(backup_origin.old_files(host, planned.old))
     if planned.log:
         log = planned.old.facts.record.console_log if planned.old and planned.old.facts.record else None
         owned += (log or Owned(planned.pool, Path(planned.log).name),)

@@ -18,12 +18,12 @@ from vmctl.backup_manifest import StoredDisk
 from vmctl.backup_plan import DiskPlan
 from vmctl.backup_store import Shelf
 from vmctl.choices import Compression
-from vmctl.errors import NotFound, Unsupported, VmctlError, WrongState, quietly
+from vmctl.errors import NotFound, Unsupported, VmctlError, quietly
 from vmctl.events import Progress, Reporter, Step, bytes_in_words
 from vmctl.hosts import Host
 from vmctl.hypervisor import backup, disks, domain
 from vmctl.hypervisor.domain import Domain
-from vmctl.nbd import ALLOCATION, ZERO, Broken, Export, Span
+from vmctl.nbd import ALLOCATION, ZERO, Export, Span
 from vmctl.qcow2_writer import Qcow2Writer
 from vmctl.render import BackedUpView, BackupView, CheckpointView
 
@@ -61,19 +61,10 @@ class Order:
 
 
 def take(host: Host, order: Order, report: Reporter) -> tuple[StoredDisk, ...]:
-    """Take all disks. Failing or interrupted, it leaves the VM as it was. Raises WrongState when the VM ends."""
+    """Take all disks. Failing or interrupted, it leaves the VM as it was."""
     sources = _live(host, order, report) if order.vm.active else _stopped(host, order)
-    try:
-        with sources as served:
-            return _copied(order, served, report)
-    except Broken as error:
-        now = domain.find(host.conn, order.vm.name)
-        if now.id == order.vm.id:
-            raise
-        raise WrongState(
-            f"cannot back up VM {now.name}: it ended while it was read; it is {now.state}",
-            hint="the backups before it are as they were",
-        ) from error
+    with sources as served:
+        return _copied(order, served, report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +117,10 @@ def _live(host: Host, order: Order, report: Reporter) -> Iterator[tuple[_Source,
 
 
 def _undo_live(host: Host, order: Order, tag: str) -> None:
-    if tag in backup.job(host.conn, order.vm.name):
-        backup.end(host.conn, order.vm.name)
-    backup_marks.drop(host, order.vm, order.checkpoint)
+    now = domain.find(host.conn, order.vm.name)
+    if now.id == order.vm.id and tag in backup.job(host.conn, now.name):
+        backup.end(host.conn, now.name)
+    backup_marks.drop(host, now, order.checkpoint)
 
 
 @contextmanager

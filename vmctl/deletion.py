@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +44,16 @@ class Doomed:
         return [*what, *(f"volume {owned.volume}" for owned in self.volumes), *files]
 
 
-def doomed(host: Host, name: str) -> Doomed:
-    """What deleting ``name`` would destroy. Raises NotFound when there is nothing."""
+def doomed(host: Host, name: str, before: Sequence[Doomed] = ()) -> Doomed:
+    """What deleting ``name`` would destroy, ``before`` it these. Raises NotFound when there is nothing."""
     vm = domain.find_or_none(host.conn, name)
     if vm is not None:
         files = _of_snapshots(host, vm)
         named = tuple(one.name for one in snapshots.snapshots(host.conn, vm.name))
-        return Doomed(vm.name, vm, _deletable(host, vm, files, silent)[0], files, named)
+        volumes = _deletable(host, vm, files, silent, before)[0]
+        there = {one: set(storage.volume_names(host.conn, one)) for one in {owned.pool for owned in volumes}}
+        volumes = tuple(one for one in volumes if one.volume in there[one.pool])
+        return Doomed(vm.name, vm, volumes, files, named)
     volumes = _leftovers(host, name)
     if not volumes:
         raise domain.absent(host.conn, name)
@@ -79,9 +83,12 @@ def _of_snapshots(host: Host, vm: Domain) -> tuple[str, ...]:
 
 
 def _deletable(
-    host: Host, vm: Domain, files: tuple[str, ...], report: Reporter
+    host: Host, vm: Domain, files: tuple[str, ...], report: Reporter, before: Sequence[Doomed] = ()
 ) -> tuple[tuple[Owned, ...], dict[Owned, str]]:
-    """The VM's own volumes that nobody else uses, once ``files`` are gone; and those that other hosts need, and who."""
+    """The VM's own volumes that nobody else uses, once ``files`` and those VMs are gone that go ``before`` it.
+
+    And those that other hosts need, and who.
+    """
     record = vm.facts.record
     if record is None or not record.owned:
         return (), {}
@@ -96,7 +103,10 @@ def _deletable(
             for v in storage.volume_names(host.conn, log.pool)
             if v.startswith(f"{log.volume}.") and v not in rotated
         ]
-    others = [other for other in domain.all_facts(host.conn) if other.uuid != vm.uuid]
+    gone = {vm.name, *(one.name for one in before)}
+    others = [other for other in domain.all_facts(host.conn) if other.name not in gone]
+    gone |= {Path(path).name for one in before for path in one.files} | {Path(path).name for path in files}
+    gone |= {one.volume for other in before for one in other.volumes} | {one.volume for one in owned}
     used = {path for other in others for path in (other.serial_log, *(disk.source for disk in other.disks))}
     needed = image_users.needed(host.conn)  # through overlays too, in a pool or outside of any
     free: dict[Owned, str] = {}
@@ -104,7 +114,7 @@ def _deletable(
         if not storage.pool_exists(host.conn, one.pool):
             continue  # it keeps nobody from deleting the VM; remove() tells of it
         path = f"{storage.pool_path(host.conn, one.pool)}/{one.volume}"
-        users = set(needed.by(path)) - {vm.name, *(o.volume for o in owned), *(Path(file).name for file in files)}
+        users = set(needed.by(path)) - gone
         if path not in used and f"{one.pool}/{one.volume}" not in used and not users:
             free[one] = path
     theirs = identity.needed_elsewhere(host, list(free.values()), report)

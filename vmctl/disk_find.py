@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import disk_chain, disk_guard, disk_journal, forgotten, layer_check, snapshot_settle
+from vmctl import disk_chain, disk_guard, disk_journal, domain_job, forgotten, layer_check, snapshot_settle
 from vmctl.choices import DiskFormat
 from vmctl.disk_chain import Chain
 from vmctl.disk_spec import Ref, parse_ref
@@ -161,7 +161,11 @@ def working_on(host: Host, text: str, report: Reporter, *, timeout_s: float = 30
             )
         if now.vm is not None:
             layer_check.require_known(host, now.vm, f"work on disk {text}")
-        yield replace(now, ref=text)
+            hint = f"see what it has now: vmctl disk show {text}"
+            with domain_job.telling_end(host, now.vm, f"work on disk {text}", hint):
+                yield replace(now, ref=text)
+        else:
+            yield replace(now, ref=text)
 
 
 def folders(host: Host) -> Callable[[], tuple[str, ...]]:

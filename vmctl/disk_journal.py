@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-from vmctl import disk_xml, forgotten, switch_over
+from vmctl import disk_xml, forgotten, identity, image_users, switch_over
 from vmctl.errors import Conflict, VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host, holding
@@ -30,7 +30,8 @@ class Entry:
 
     ``old`` "": a file made for a VM that is not there yet, and goes unless the VM comes to name it. ``plug``: the XML
     of a disk that is attached, ``new`` the volume made for it, "" for none. ``unsure``: the running VM may have gone on
-    in ``new``, which libvirt was asked for; ``switched``: it has, as libvirt said.
+    in ``new``, which libvirt was asked for; ``switched``: it has, as libvirt said. ``process``: the mark of its QEMU
+    then.
     """
 
     uri: str
@@ -43,6 +44,7 @@ class Entry:
     plug: str = ""
     switched: bool = False
     unsure: bool = False
+    process: str = ""
 
     @property
     def told(self) -> str:
@@ -103,8 +105,8 @@ def entries(host: Host) -> Iterator[tuple[Path, Entry]]:
 def settle(host: Host, vm: str, report: Reporter, *, deciding: bool = False) -> bool:
     """Bring what was begun on disks of ``vm``, whose name is held, to its end. Whether there was anything.
 
-    Raises Conflict where nobody can tell which of two files the VM wrote to last; ``deciding``: both stay then, and it
-    is what the definition says. Of one that runs, nobody decides.
+    Raises Conflict where nobody can tell which of two files the VM wrote to last; ``deciding``, for one that is to be
+    deleted: both stay then, and it is what the definition says.
     """
     found = [(path, entry) for path, entry in entries(host) if entry.vm == vm and vm]
     for path, entry in found:
@@ -113,13 +115,13 @@ def settle(host: Host, vm: str, report: Reporter, *, deciding: bool = False) -> 
     return bool(found)
 
 
-def settle_all(host: Host, report: Reporter) -> list[str]:
-    """The same for all VMs that nobody works on, deciding what must be. Returns what was settled."""
+def settle_all(host: Host, report: Reporter, *, but: Collection[str] = ()) -> list[str]:
+    """The same for all VMs that nobody works on, ``but`` these. Returns what was settled."""
     told, failure = [], None
-    for vm in sorted({entry.vm for _, entry in entries(host)}):
+    for vm in sorted({entry.vm for _, entry in entries(host)} - {*but}):
         try:
             with holding(host, vm):
-                if settle(host, vm, report, deciding=True):
+                if settle(host, vm, report):
                     told.append(vm)
         except VmctlError as error:  # one that has to wait must not keep the others
             failure = failure or error
@@ -136,10 +138,19 @@ def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> No
         return
     if not entry.old:
         if vm is None or entry.new not in domain.xml(host.conn, entry.vm, inactive=True):
-            _remove_unused(host, entry.new)
+            _removed(host, entry.new, report)
         return
     if vm is None:
         return  # deleted meanwhile, with its disks; which of the files was whose nobody can tell any more
+    doing = f"settle disk {entry.target} of VM {vm.name}"
+    if not vm.active:
+        forgotten.require_none(host, vm.name, vm.uuid, doing)
+        follow_stopped(host, entry)
+    if found := doubt(host, vm, entry):
+        if not deciding:
+            raise found.refusal(doing)
+        report(Warned(f"disk {entry.target} of {entry.vm} is {entry.old}; {entry.new} may be newer, and stays"))
+        return
     if vm.active:
         live = {disk.target: disk for disk in disks.disks(host.conn, vm.name, inactive=False)}.get(entry.target)
         if live is not None and live.mirror == entry.new:
@@ -147,24 +158,14 @@ def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> No
         else:
             follow(host, vm, entry)
         _require_in_sight(host, vm, entry)
-    else:
-        doing = f"settle disk {entry.target} of VM {vm.name}"
-        forgotten.require_none(host, vm.name, vm.uuid, doing)
-        follow_stopped(host, entry)
-        if found := doubt(host, entry):
-            if not deciding:
-                raise found.refusal(doing, found.told)
-            report(Warned(f"disk {entry.target} of {entry.vm} is {entry.old}; {entry.new} may be newer: look at both"))
-            return
     named = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=True)}
     named |= {disk.source for disk in disks.disks(host.conn, vm.name, inactive=False)} if vm.active else set()
     if entry.new in named:
         if not entry.keep and entry.old not in named:
-            _own(host, entry)
-            remove_file(host, entry.old)
+            _own(host, entry, stays=not _removed(host, entry.old, report))
         report(Step(f"disk {entry.target} of {entry.vm} is {entry.new}"))
     else:
-        _remove_unused(host, entry.new)
+        _removed(host, entry.new, report)
 
 
 def _require_in_sight(host: Host, vm: Domain, entry: Entry) -> None:
@@ -191,15 +192,30 @@ def follow_stopped(host: Host, entry: Entry) -> None:
         _name_new(host, entry)
 
 
-def doubt(host: Host, entry: Entry) -> Doubt | None:
-    """What nobody can tell of the disk of a stopped VM: whether it went on in the new file, which differs."""
-    if not entry.unsure or entry.switched or not host.conn.local or not Path(entry.new).exists():
+def doubt(host: Host, vm: Domain, entry: Entry) -> Doubt | None:
+    """What nobody can tell of the disk of a VM that has stopped since: whether it went on in the new file.
+
+    One that differs. Where both read the same nobody is in doubt, from now on neither.
+    """
+    if not entry.unsure or not host.conn.local or not Path(entry.new).exists():
         return None
-    for disk in disks.disks(host.conn, entry.vm, inactive=True):
+    if not forgotten.started_since(host, vm.name, entry.process) if vm.active else entry.switched:
+        return None
+    for disk in disks.disks(host.conn, entry.vm, inactive=not vm.active):
         if disk.target == entry.target and disk.source == entry.old:
-            found = Doubt(entry.vm, entry.target, entry.old, entry.new, (disk.format, entry.format))
-            return None if switch_over.same(host, found) else found
+            found = Doubt(entry.vm, entry.target, entry.old, entry.new, (disk.format, entry.format), vm.active)
+            if vm.active or not switch_over.same(host, found):
+                return found
+            note(host, entry, replace(entry, unsure=False))
     return None
+
+
+def keep(host: Host, path: Path, entry: Entry, *, new: bool) -> None:
+    """End an entry of which there is a doubt: the disk is the ``new`` file or the old one. Both stay."""
+    if new:
+        _name_new(host, entry)
+        _own(host, entry)
+    path.unlink(missing_ok=True)
 
 
 def _settle_plug(host: Host, vm: Domain, entry: Entry, report: Reporter) -> None:
@@ -232,10 +248,20 @@ def _unmake(host: Host, vm: Domain, entry: Entry) -> None:
     remove_file(host, entry.new)
 
 
-def _remove_unused(host: Host, path: str) -> None:
-    named = {disk.source for _, _, found in disks.all_disks(host.conn) for disk in found}
-    if path not in named and os.path.realpath(path) not in forgotten.opened(host):
-        remove_file(host, path)
+def _removed(host: Host, path: str, report: Reporter) -> bool:
+    """Remove a file, unless a VM names it, a disk is based on it, a QEMU has it open, or another host needs it."""
+    if not Path(path).exists():
+        return True
+    real = os.path.realpath(path)
+    seen = image_users.look(host.conn)
+    users = set(seen.named.get(real, ())) | {Path(top).name for top, base in seen.bases.items() if base == real}
+    users |= {"a running VM"} if real in forgotten.opened(host) else set()
+    users |= set(identity.needed_elsewhere(host, [path], report).values())
+    if users:
+        report(Warned(f"{path} stays: {', '.join(sorted(users))} needs it"))
+        return False
+    remove_file(host, path)
+    return True
 
 
 def _name_new(host: Host, entry: Entry) -> None:
@@ -246,8 +272,8 @@ def _name_new(host: Host, entry: Entry) -> None:
         domain.define(host.conn, disk_xml.with_source(text, entry.target, entry.new, entry.format), name=entry.vm)
 
 
-def _own(host: Host, entry: Entry) -> None:
-    """If the old file was the VM's own, so is the new one."""
+def _own(host: Host, entry: Entry, *, stays: bool = False) -> None:
+    """If the old file was the VM's own, so is the new one; the old one too if it ``stays`` for those who need it."""
     from vmctl import render
 
     vm = domain.find(host.conn, entry.vm)
@@ -260,6 +286,7 @@ def _own(host: Host, entry: Entry) -> None:
     if new is None:
         return
     owned = tuple(Owned(*new) if one == Owned(*old) else one for one in vm.facts.record.owned)
+    owned += (Owned(*old),) if stays else ()
     domain.set_record(host.conn, vm.name, render.metadata(replace(vm.facts.record, owned=owned)))
 
 
@@ -271,6 +298,6 @@ def remove_file(host: Host, path: str) -> None:
             quietly(lambda name=pool.name: storage.refresh(host.conn, name))  # type: ignore[misc]
 
 
-def unsettled(host: Host) -> list[str]:
-    """One line for each change that was begun and not ended."""
-    return [entry.told for _, entry in entries(host)]
+def unsettled(host: Host, *, but: Collection[str] = ()) -> list[str]:
+    """One line for each change that was begun and not ended, ``but`` of these VMs."""
+    return [entry.told for _, entry in entries(host) if entry.vm not in but]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from vmctl import disk_journal, disk_xml, qemu_img, render
+from vmctl import disk_journal, disk_xml, forgotten, qemu_img, render
 from vmctl.disk_find import Located
 from vmctl.disk_journal import Entry, sync_folder
 from vmctl.errors import Conflict, ImageError, Interrupted, reason
@@ -173,7 +173,9 @@ def live(
         asked = None if entry is None else replace(entry, unsure=True)
 
         def switching() -> None:  # libvirt may die, and forget it, before it or its definition says so
+            nonlocal asked
             if entry is not None and asked is not None:
+                asked = replace(asked, process=forgotten.mark(host, disk.owner))
                 disk_journal.note(host, entry, asked)
 
         disks.copy_and_switch(

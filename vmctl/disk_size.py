@@ -11,7 +11,7 @@ from vmctl.disk_find import Located, chain, require_alone, require_file, require
 from vmctl.disk_replace import share_reporter
 from vmctl.disk_spec import new_size
 from vmctl.errors import Conflict, SpecError, Unsupported, WrongState
-from vmctl.events import Reporter
+from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import agent, disks, storage
 from vmctl.hypervisor.domain import State
@@ -64,7 +64,7 @@ def resize(host: Host, text: str, size: str, report: Reporter, *, grow_fs: bool,
                 require_not_elsewhere(host, disk, "resize", report)
             touches = (f"grow {disk.path or disk.ref}",)
             if not dry:
-                _grow(host, disk, after)
+                _grow(host, disk, after, report)
         else:
             touches = ()
         grown = ""
@@ -97,10 +97,14 @@ def _require_growable(host: Host, disk: Located, shrinks: bool) -> None:
     agent.require(host.conn, disk.owner, f"grow what is on {disk.ref} in")
 
 
-def _grow(host: Host, disk: Located, size: int) -> None:
+def _grow(host: Host, disk: Located, size: int, report: Reporter) -> None:
     if disk.live:
         disks.resize(host.conn, disk.owner, disk.target, size)
     elif host.conn.local and Path(disk.path).is_file():
+        for name, good in qemu_img.bitmaps(Path(disk.path), disk.format).items():
+            if not good:  # QEMU was killed: it can be used for nothing any more, and it keeps the disk from growing
+                qemu_img.remove_bitmap(Path(disk.path), name)
+                report(Step(f"{name} in {disk.path} is broken, and removed: the next backup takes all of the disk"))
         qemu_img.resize(Path(disk.path), disk.format, size)
         if disk.pool:
             storage.refresh(host.conn, disk.pool)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from vmctl import disk_chain, disk_guard, identity, render
+from vmctl import disk_chain, disk_guard, identity, image_users, render
 from vmctl.choices import DiskFormat
 from vmctl.disk_chain import Chain
 from vmctl.disk_find import Located, folders, locate, require_idle, require_no_overlays, require_not_elsewhere
@@ -17,6 +18,7 @@ from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, VmctlEr
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, pools, storage
+from vmctl.image_users import Seen
 from vmctl.images import ensure_pools
 from vmctl.locks import held
 
@@ -25,7 +27,10 @@ _OF_FILES = frozenset({"dir", "fs", "netfs"})
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """One line of the list. Sizes in bytes, 0 where they cannot be told; ``vm`` "": attached to none."""
+    """One line of the list. Sizes in bytes, 0 where they cannot be told; ``vm`` "": attached to none.
+
+    ``needed_by``: who needs one that is attached to none: snapshots of which VMs, and the volumes that are based on it.
+    """
 
     vm: str
     disk: str
@@ -37,6 +42,7 @@ class Listed:
     pool: str
     source: str
     readonly: bool = False
+    needed_by: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -70,13 +76,24 @@ def list_disks(host: Host, names: Collection[str], *, pool: str = "") -> tuple[L
         for path in used.copy():  # of a stopped VM's disk libvirt does not tell what it is based on
             while (one := volumes.get(path)) is not None and (path := one.backing) and path not in used:
                 used.add(path)
-        loose = [one for one in volumes.values() if one.path not in used and one.pool == pool]
-        found += [
-            Listed("", one.name, "", "", one.format, one.capacity, one.allocation, one.pool, one.path)
-            for one in sorted(loose, key=lambda volume: volume.name)
-            if one.format in set(DiskFormat) and not one.name.endswith((".log", ".iso", ".json", ".memory", ".nvram"))
+        loose = [
+            one
+            for one in sorted(volumes.values(), key=lambda volume: volume.name)
+            if one.path not in used and one.pool == pool and one.format in set(DiskFormat)
+            if not one.name.endswith((".log", ".iso", ".json", ".memory", ".nvram"))
         ]
+        seen = image_users.look(host.conn) if loose else None
+        for one in loose:
+            users = _users(seen, os.path.realpath(one.path) if host.conn.local else one.path) if seen else ()
+            sizes = (one.capacity, one.allocation)
+            found.append(Listed("", one.name, "", "", one.format, *sizes, one.pool, one.path, needed_by=users))
     return tuple(found)
+
+
+def _users(seen: Seen, path: str) -> tuple[str, ...]:
+    """Who needs a file that no VM has attached: what names it then is snapshots or saved states."""
+    named = [f"snapshots of {vm}" for vm in sorted(seen.named.get(path, ()))]
+    return (*named, *sorted(seen.volumes.get(path, ())))
 
 
 def _sizes(host: Host, vm: str, disk: DiskDevice) -> tuple[int, int]:

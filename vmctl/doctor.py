@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from vmctl import (
     layer_check,
     snapshot_journal,
     snapshot_layers,
+    unclear,
     unstarted,
     warming,
 )
@@ -216,14 +217,20 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     return findings or [Finding("creations", "ok", "no creation was cut off, no volume is orphaned")]
 
 
+def _unclear(host: Host) -> list[Finding]:
+    """Disks of which nobody can tell which of two files is the VM's: the user has to choose."""
+    return [Finding("choices", "failed", unclear.told(one), one.mend) for one in unclear.find(host)]
+
+
 def _disk_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
-    """Changes of disks that were killed in their middle."""
-    begun = disk_journal.unsettled(host)
+    """Changes of disks that were killed in their middle, but of VMs for which there is a choice to be made."""
+    but = {one.vm for one in unclear.find(host)}
+    begun = disk_journal.unsettled(host, but=but)
     leftover = disk_replace.leftovers(host, disk_replace.PREFIX, clear=fix)
     if not begun and not leftover:
         return [Finding("disks", "ok", "no change of a disk was cut off")]
     if fix:
-        disk_journal.settle_all(host, report)
+        disk_journal.settle_all(host, report, but=but)
     detail = "; ".join([*begun, *leftover])
     return [
         Finding(
@@ -245,14 +252,15 @@ def _measurements(host: Host, *, fix: bool) -> list[Finding]:
 
 
 def _snapshot_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
-    """Changes of snapshots that were cut off, and their files that nobody needs."""
-    begun = snapshot_journal.unsettled(host)
+    """Changes of snapshots that were cut off, and their files that nobody needs, but of VMs as above."""
+    but = {one.vm for one in unclear.find(host)}
+    begun = snapshot_journal.unsettled(host, but=but)
     if not begun:
         return [Finding("snapshots", "ok", "no change of a snapshot was cut off")]
     if fix:
-        snapshot_layers.settle_all(host, report)
-        begun = snapshot_journal.unsettled(host) or begun
-    mended = fix and not snapshot_journal.unsettled(host)
+        snapshot_layers.settle_all(host, report, but=but)
+        begun = snapshot_journal.unsettled(host, but=but) or begun
+    mended = fix and not snapshot_journal.unsettled(host, but=but)
     mend = "" if mended else "vmctl doctor --fix removes what nobody needs and merges what can be one"
     detail = f"a change of a snapshot was cut off: {'; '.join(begun)}"
     return [Finding("snapshots", "mended" if mended else "failed", detail, mend)]
@@ -269,7 +277,9 @@ def _astray(host: Host, *, fix: bool) -> list[Finding]:
         found.append(Finding("layers", "mended" if fix else "failed", detail, mend))
     for path, (vm, base) in layer_check.newer_than_stopped(host).items():
         detail = f"a disk of {vm}, which is stopped, is {base}; {path} may be newer than {base}"
-        found.append(Finding("layers", "warning", detail, f"look at both: vmctl disk map {shlex.quote(path)}"))
+        look = f"look at both: vmctl disk map {shlex.quote(path)}"
+        choose = f"vmctl doctor --fix --keep {shlex.quote(path)} lets it start from that"
+        found.append(Finding("layers", "warning", detail, f"{look}; {choose}"))
     return found or [Finding("layers", "ok", "running VMs write to the files that libvirt names")]
 
 
@@ -320,8 +330,11 @@ def _reopened(connect: str | None, report: Reporter) -> Host | None:
         return None
 
 
-def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Finding, ...]:
-    """All checks, on the host that ``connect`` names; without an answer from it, the ones that need none."""
+def examine(connect: str | None, *, fix: bool, report: Reporter, keep: Collection[str] = ()) -> tuple[Finding, ...]:
+    """All checks, on the host that ``connect`` names; without an answer from it, the ones that need none.
+
+    ``keep``: files of which VMs may have gone on in another, and which they are to have; raises as unclear.keep.
+    """
     findings = _tools()
     try:
         host = open_host(connect, report=report)
@@ -332,12 +345,15 @@ def examine(connect: str | None, *, fix: bool, report: Reporter) -> tuple[Findin
     except VmctlError as error:
         return (*findings, Finding("libvirt", "failed", error.message, error.hint))
     with host:
+        chosen = unclear.keep(host, keep, report) if keep else ()
         findings.append(Finding("libvirt", "ok", f"{host.conn.uri} answers"))
+        findings += [Finding("choices", "mended", line) for line in chosen]
         checks: list[tuple[str, Callable[[], list[Finding]]]] = [
             ("accelerator", lambda: _accelerator(host)),
             ("capability-cache", lambda: _capability_cache(host, fix=fix, report=report)),
             ("networks", lambda: _networks(host, fix=fix, report=report) if not host.conn.session else []),
             ("creations", lambda: _cut_off(host, fix=fix, report=report)),
+            ("choices", lambda: _unclear(host)),
             ("disks", lambda: _disk_changes(host, fix=fix, report=report)),
             ("measurements", lambda: _measurements(host, fix=fix)),
             ("snapshots", lambda: _snapshot_changes(host, fix=fix, report=report)),

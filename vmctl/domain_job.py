@@ -6,14 +6,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from vmctl import hosts
-from vmctl.errors import HostUnreachable, VmctlError, quietly
+from vmctl.errors import (
+    HostUnreachable,
+    HypervisorError,
+    NotFound,
+    Unsupported,
+    VmctlError,
+    WaitTimeout,
+    WrongState,
+    quietly,
+)
 from vmctl.events import Progress, Reporter
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain
+from vmctl.hypervisor.domain import Domain
+from vmctl.nbd import Broken
 from vmctl.wait import Worker, wait_until
 
 _CANCEL_TIMEOUT_S = 30.0
 _BACK_S = 30.0
+_ENDING_S = 1.0
 
 
 def blocking(host: Host, name: str, work: Callable[[], None], report: Reporter, doing: str) -> None:
@@ -47,6 +59,38 @@ def _report(host: Host, name: str, report: Reporter, doing: str) -> None:
         return  # the job, and the process with it, has just ended
     if progress is not None and progress.total:
         report(Progress(doing, progress.done, progress.total))
+
+
+@contextmanager
+def telling_end(host: Host, vm: Domain, doing: str, hint: str) -> Iterator[None]:
+    """A block that works on a VM; where that ran and has ended, so says the error, and not what libvirt said of it.
+
+    libvirt has many words for it: of a monitor that is gone, of an inactive domain, of what that does not support.
+    """
+    try:
+        yield
+    except (HypervisorError, WrongState, NotFound, Unsupported, Broken) as error:
+        # libvirt may hear of its end a moment later than who speaks with its QEMU.
+        late = _ENDING_S if isinstance(error, (HypervisorError, Broken)) else 0.0
+        if not vm.active or not _ended(host, vm, late):
+            raise
+        now = domain.find_or_none(host.conn, vm.name)
+        state = f"it is {now.state}" if now else "it is gone"
+        raise WrongState(f"cannot {doing}: VM {vm.name} ended meanwhile; {state}", hint=hint) from error
+
+
+def _ended(host: Host, vm: Domain, within_s: float) -> bool:
+    """Whether a VM is not the one that ran before, or will not be in a moment."""
+
+    def gone() -> bool:
+        now = domain.find_or_none(host.conn, vm.name)
+        return now is None or now.id != vm.id
+
+    try:
+        wait_until(gone, what="", timeout_s=within_s, interval_s=0.05)
+    except WaitTimeout:
+        return False
+    return True
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vmctl.errors import Conflict, WaitTimeout
 from vmctl.hosts import Host
-from vmctl.hypervisor import domain
+from vmctl.hypervisor import domain, inventory
 from vmctl.wait import wait_until
 
 _ENDING_S = 2.0  # one that has just been stopped may not be gone yet
@@ -43,6 +43,22 @@ def opened_by(pid: int) -> frozenset[str]:
         return frozenset(str(one.readlink()) for one in Path(f"/proc/{pid}/fd").iterdir())
     except OSError:
         return frozenset()
+
+
+def mark(host: Host, name: str) -> str:
+    """What tells the QEMU of a running VM from every other that there was or will be; "" where it cannot be seen."""
+    pid = inventory.process_id(host.conn, name)
+    try:
+        begun = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {pid} {begun}"
+    except OSError:
+        return ""
+
+
+def started_since(host: Host, name: str, was: str) -> bool:
+    """Whether a running VM's QEMU is another one than the one that had this mark; not where either is unknown."""
+    now = mark(host, name) if was else ""
+    return bool(now) and now != was
 
 
 def find(host: Host) -> tuple[tuple[str, int], ...]:

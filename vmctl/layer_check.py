@@ -8,9 +8,9 @@ last, said so: then it is right until the VM stops, and the next start takes the
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vmctl import (
@@ -65,8 +65,8 @@ def follow(host: Host, vm: Domain) -> tuple[Astray, ...]:
 
 def require_known(host: Host, vm: Domain, doing: str) -> None:
     """Raise Conflict where libvirt would take another file for the VM's disk than the one it is in, or was in last."""
+    require_none_newer(host, vm, doing)
     if not vm.active:
-        require_none_newer(host, vm, doing)
         return
     devices = disks.disks(host.conn, vm.name, inactive=False)
     for one in _astray(vm.name, devices, _open_in(host, vm.name)):
@@ -94,30 +94,52 @@ def require_followed(host: Host, vm: Domain, doing: str) -> None:
 
 
 def require_none_newer(host: Host, vm: Domain, doing: str) -> None:
-    """Raise Conflict where a stopped VM may have gone on in another file than its definition names.
+    """Raise Conflict where a VM, before it stopped, may have gone on in another file than its definition names.
 
-    In a layer that a snapshot, which was cut off, made for it, or where it was being switched over to. Where it is
-    known to have, the definition names that file from now on.
+    Where it is known to have, and has not been started since, the definition names that file from now on.
     """
-    if vm.active or not host.conn.local:
+    if not host.conn.local:
         return
     follow_stopped(host, vm)
+    for found in doubts(host, vm):
+        raise found.refusal(doing)
+
+
+def doubts(host: Host, vm: Domain) -> Iterator[Doubt]:
+    """The disks of which nobody can tell in which of two files the VM was last, as far as the journals tell.
+
+    In a layer that a snapshot, which was cut off, made for it, or where it was being switched over to.
+    """
     for _, copy in disk_journal.entries(host):
-        if copy.vm == vm.name and (found := disk_journal.doubt(host, copy)):
-            raise found.refusal(doing, found.told)
+        if copy.vm == vm.name and (found := disk_journal.doubt(host, vm, copy)):
+            yield found
     for _, merged in half_merged(host, vm):
-        raise merged.refusal(doing, f"{merged.last}, which was written to last")
+        yield merged
     for _, entry in snapshot_journal.entries(host):
-        if entry.vm == vm.name and entry.doing == "create":
-            for path, base in newer(host, vm.name, entry.files).items():
-                raise Conflict(
-                    f"cannot {doing}: its disk is {base}, and what it wrote last may be in {path}",
-                    hint=f"look at both: vmctl disk map {path}; vmctl doctor --fix lets it start from {base}",
-                )
+        if entry.vm == vm.name:
+            yield from unlayered(host, vm, left_behind(host, vm, entry))
+
+
+def unlayered(host: Host, vm: Domain, layers: Mapping[str, str]) -> Iterator[Doubt]:
+    """Those of a VM's disks that are based on, or are, what these layers are based on."""
+    for disk in disks.disks(host.conn, vm.name, inactive=True):
+        here = {os.path.realpath(one) for one in (disk.source, *below(disk.source))} if disk.source else set()
+        for path, base in layers.items():
+            if os.path.realpath(base) in here:
+                yield Doubt(vm.name, disk.target, disk.source, path, (disk.format, "qcow2"), vm.active)
+
+
+def left_behind(host: Host, vm: Domain, entry: snapshot_journal.Entry) -> dict[str, str]:
+    """The layers of a snapshot, which was cut off, that the VM may have gone on in before it stopped, as newer()."""
+    if entry.doing != "create" or vm.active and not forgotten.started_since(host, vm.name, entry.process):
+        return {}
+    return newer(host, vm.name, entry.files)
 
 
 def follow_stopped(host: Host, vm: Domain) -> None:
     """Let the definition of a stopped VM name the files that it is known to have gone on in."""
+    if vm.active:
+        return
     for _, copy in disk_journal.entries(host):
         if copy.vm == vm.name:
             disk_journal.follow_stopped(host, copy)
@@ -128,15 +150,19 @@ def follow_stopped(host: Host, vm: Domain) -> None:
 
 
 def half_merged(host: Host, vm: Domain) -> Iterator[tuple[Path, Doubt]]:
-    """The disks of a stopped VM of which nobody can tell whether it went on below a layer that was being merged.
+    """The disks of which nobody can tell whether the VM, before it stopped, went on below a layer that was merged.
 
-    With each where that is noted.
+    With each where that is noted. Where both read the same nobody is in doubt, from now on neither.
     """
     for path, entry in snapshot_journal.entries(host):
-        if entry.vm == vm.name and entry.unsure and not entry.switched:
-            for one in _merging(host, vm, entry):
-                if not switch_over.same(host, one):
-                    yield path, one
+        if entry.vm != vm.name or not entry.unsure:
+            continue
+        if not forgotten.started_since(host, vm.name, entry.process) if vm.active else entry.switched:
+            continue
+        found = [one for one in _merging(host, vm, entry) if vm.active or not switch_over.same(host, one)]
+        if not (found or vm.active):
+            disk_journal.write(path, asdict(replace(entry, unsure=False)))
+        yield from ((path, one) for one in found)
 
 
 def _merging(host: Host, vm: Domain, entry: snapshot_journal.Entry) -> Iterator[Doubt]:
@@ -146,11 +172,11 @@ def _merging(host: Host, vm: Domain, entry: snapshot_journal.Entry) -> Iterator[
         there = os.path.realpath(disk.source) in layers and Path(disk.source).exists()
         base = switch_over.below(host, disk.source) if there else None
         if base:
-            yield Doubt(vm.name, disk.target, disk.source, base[0], ("qcow2", base[1]))
+            yield Doubt(vm.name, disk.target, disk.source, base[0], ("qcow2", base[1]), vm.active)
 
 
 def newer(host: Host, vm: str, paths: Collection[str]) -> dict[str, str]:
-    """Those of the files that a stopped VM may have gone on in, unknown to libvirt, and what each is based on.
+    """Those of the files that a VM, now stopped, may have gone on in, unknown to libvirt, and what each is based on.
 
     There is something in such a layer, nobody names it, and the VM's definition names what is below. Now that its
     QEMU has ended nobody can tell for sure: the VM may have been started since, or be at another place on purpose.
@@ -229,7 +255,7 @@ def _behind(host: Host, vm: str, devices: Sequence[DiskDevice], opened: frozense
             upper = disk.source
         elif os.path.realpath(told.source) in opened:
             continue  # it is where the definition says: libvirt is who does not know
-        elif told.format == "qcow2" and disk.source in _below(told.source):
+        elif told.format == "qcow2" and disk.source in below(told.source):
             upper = told.source
         else:
             continue
@@ -238,7 +264,7 @@ def _behind(host: Host, vm: str, devices: Sequence[DiskDevice], opened: frozense
     return tuple(found)
 
 
-def _below(path: str) -> tuple[str, ...]:
+def below(path: str) -> tuple[str, ...]:
     """What a file is based on, and that is based on, as their headers tell."""
     found: list[str] = []
     while (path := disk_chain.backing_path(_backing(path), path)) and path not in found:

@@ -7,12 +7,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from uuid import uuid4
 
 from vmctl import (
     agent,
     disk_chain,
     domain_job,
+    forgotten,
     render,
     resolve,
     snapshot_delete,
@@ -130,12 +130,12 @@ def _plan(host: Host, vm: Domain, name: str, order: Order) -> _Plan:
     overlays, memory, nvram = {}, "", ""
     if mode.kind is Kind.EXTERNAL:
         prefix = resolve.volume_prefix(vm.name, vm.uuid)
-        for disk in devices:
-            if disk.target in mode.disks:
-                overlays[disk.target] = (
-                    f"{Path(disk.source).parent}/{prefix}-{disk.target}.snap-{uuid4().hex[:8]}.qcow2"
-                )
-        beside = f"{Path(next(iter(overlays.values()))).parent}/{prefix}.snap-{uuid4().hex[:8]}"
+        taken = [disk for disk in devices if disk.target in mode.disks]
+        sources = [disk.source for disk in taken]
+        tag = snapshot_layers.new_tag(vm, f"on {' '.join(sources)}", sources)
+        for disk in taken:
+            overlays[disk.target] = f"{Path(disk.source).parent}/{prefix}-{disk.target}.snap-{tag}.qcow2"
+        beside = f"{Path(next(iter(overlays.values()))).parent}/{prefix}.snap-{tag}"
         memory = f"{beside}.memory" if mode.memory else ""
         nvram = f"{beside}.nvram" if snapshot_settle.nvram_of(host, vm) else ""
     return _Plan(vm, ref, mode, overlays, memory, nvram, devices, (*same, *expired, *oldest))
@@ -190,6 +190,7 @@ def _take(host: Host, plan: _Plan, order: Order, report: Reporter) -> None:
         frozen=order.wanted.freeze,
         expires=expires.isoformat() if expires else "",
         keep=plan.nvram or "-",
+        process=forgotten.mark(host, vm.name),
     )
     path = snapshot_journal.begin(host, entry)
     try:
@@ -257,7 +258,8 @@ def _call(host: Host, plan: _Plan, name: str, order: Order, report: Reporter) ->
             )
             raise
 
-    with domain_job.running_on(host, vm.name) if vm.state is State.RUNNING else nullcontext():
+    ended = domain_job.telling_end(host, vm, f"take snapshot {plan.ref}", f"vmctl snapshot list {vm.name}")
+    with ended, domain_job.running_on(host, vm.name) if vm.state is State.RUNNING else nullcontext():
         domain_job.blocking(host, vm.name, take, report, f"take snapshot {plan.ref}")
     snapshot_settle.private(host, plan.overlays.values())
     if plan.nvram:

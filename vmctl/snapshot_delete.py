@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vmctl import (
+    domain_job,
     snapshot_journal,
     snapshot_layers,
     snapshot_plan,
@@ -58,6 +59,7 @@ def _without(host: Host, seen: View, one: Snapshot) -> tuple[View, list[str]]:
     files = {path for other in seen.found if other.name == one.name for path in other.files}
     seen = replace(seen, found=tuple(other for other in seen.found if other.name != one.name))
     gone, merges = snapshot_layers.plan_tidy(host, seen, files)
+    ended = snapshot_layers.tidied(seen, gone, merges)
     for path in (path for step in merges for path in (step.top, step.base)):
         if not Path(path).exists():  # else it is found when the snapshot is gone
             raise NotFound(
@@ -65,9 +67,15 @@ def _without(host: Host, seen: View, one: Snapshot) -> tuple[View, list[str]]:
                 hint="put it back; or restore a backup: vmctl backup list",
             )
     told = [f"delete {path}" for path in one.aside if Path(path).exists()]
-    told += [f"merge {step.top} into {step.base}, and delete it" for step in merges]
     told += [f"delete {path}" for path in gone]
-    return snapshot_layers.tidied(seen, gone, merges), told
+    told += [f"merge {step.top} into {step.base}, and delete it" for step in merges]
+    told += [
+        f"base {path} on {ended.seen.bases[path]}"
+        for path, below in ended.seen.bases.items()
+        if below != seen.seen.bases[path]
+    ]
+    told += [f"change VM {seen.vm.name}"] if ended.defined != seen.defined else []
+    return ended, told
 
 
 def _require_deletable(host: Host, vm: Domain, one: Snapshot) -> None:
@@ -127,8 +135,10 @@ def remove(host: Host, vm: Domain, one: Snapshot, report: Reporter) -> None:
         snapshot_settle.redefine(host, vm.name, xml, current=one.current)
     snapshots.forget(host.conn, vm.name, one.name)
     snapshot_settle.drop_unneeded(host, one.aside)
+    ended = domain_job.telling_end(host, vm, f"delete snapshot {vm.name}.{one.name}", "")
     try:
-        snapshot_layers.tidy_up(host, vm.name, report, entry.layers)
+        with ended:
+            snapshot_layers.tidy_up(host, vm.name, report, entry.layers)
     except (VmctlError, KeyboardInterrupt, Interrupted) as error:
         hint = "the snapshot is gone; its files wait to be merged, which vmctl doctor --fix does"
         if isinstance(error, VmctlError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
@@ -23,7 +23,8 @@ class Entry:
 
     ``frozen``: the guest's file systems are held meanwhile. ``keep``: expiry and NVRAM of ``snapshot``, which is being
     taken. ``nvram``: its copy and the file it is put back to, when ``files`` have become the VM's. ``unsure``: a VM may
-    have gone on in what is below ``layers``, which libvirt was asked for; ``switched``: it has.
+    have gone on in what is below ``layers``, which libvirt was asked for; ``switched``: it has. ``process``: the mark
+    of its QEMU then.
     """
 
     uri: str
@@ -38,6 +39,7 @@ class Entry:
     nvram: tuple[str, str] | tuple[()] = ()
     unsure: bool = False
     switched: bool = False
+    process: str = ""
 
 
 def _folder(host: Host) -> Path:
@@ -86,10 +88,11 @@ def renamed(host: Host, vm: str, new: str) -> None:
             disk_journal.write(path, asdict(replace(entry, vm=new)))
 
 
-def unsettled(host: Host) -> list[str]:
-    """One line for each change that was begun and not ended."""
-    found = [f"{entry.doing} of snapshot {entry.vm}.{entry.snapshot}" for _, entry in entries(host)]
-    return [*found, *(f"the checkpoints of {vm} are set aside" for vm in _set_aside(host))]
+def unsettled(host: Host, *, but: Collection[str] = ()) -> list[str]:
+    """One line for each change that was begun and not ended, ``but`` of these VMs."""
+    here = [entry for _, entry in entries(host) if entry.vm not in but]
+    found = [f"{entry.doing} of snapshot {entry.vm}.{entry.snapshot}" for entry in here]
+    return [*found, *(f"the checkpoints of {vm} are set aside" for vm in _set_aside(host) if vm not in but)]
 
 
 def vms(host: Host) -> frozenset[str]:

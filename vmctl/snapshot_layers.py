@@ -7,6 +7,7 @@ comes to name the lower, and the upper goes. So whatever dies in between, the ne
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from vmctl.hypervisor.domain import Domain
 from vmctl.identity import needed_elsewhere
 from vmctl.image_users import Seen
 from vmctl.snapshot_journal import Entry
-from vmctl.snapshot_plan import OURS, Files, Merge, tidy
+from vmctl.snapshot_plan import OURS, Files, Merge, tag, tidy
 from vmctl.snapshot_xml import Snapshot
 
 _LOCK_TIMEOUT_S = 30.0
@@ -142,6 +143,7 @@ def _commit(
     base, top = files
     moved = job_reporter(report, f"merge {Path(top).name} into {Path(base).name}")
     active = disk.source == top
+    asked = replace(entry, unsure=True, process=forgotten.mark(host, name))
 
     def note(now: Entry) -> None:
         disk_journal.write(path, asdict(now))
@@ -152,14 +154,17 @@ def _commit(
             note(entry)
 
     try:
-        disks.commit(
-            host.conn, name, disk.target, base, top, moved, switching=lambda: note(replace(entry, unsure=True))
-        )
+        disks.commit(host.conn, name, disk.target, base, top, moved, switching=lambda: note(asked))
     except BaseException:
         quietly(stayed)
         raise
     if active:
-        note(replace(entry, switched=True))
+        note(replace(asked, switched=True))
+
+
+def rewritten(seen: View, step: Merge) -> tuple[str, ...]:
+    """The files that are based on the upper one of two that become one: then on the lower one."""
+    return tuple(sorted(above for above, below in seen.seen.bases.items() if below == step.top))
 
 
 def _as_named(disk: DiskDevice, path: str) -> str:
@@ -177,8 +182,8 @@ def _repoint(host: Host, seen: View, step: Merge, base: str, form: str, live: Di
     """Let all that names the upper file name the lower one, which reads the same by now."""
     name = seen.vm.name
     running = {one for disk in seen.now if disk.source for one in seen.chain(disk.source)} if live else set()
-    for above, below in seen.seen.bases.items():
-        if below == step.top and above not in running:  # QEMU itself rewrites those that it has open
+    for above in rewritten(seen, step):
+        if above not in running:  # QEMU itself rewrites those that it has open
             qemu_img.repoint(Path(above), "qcow2", Path(base), form, what=f"base {above} on {base}")
     moved = dict.fromkeys(_spellings(seen, step.top), (base, form))
     text = domain.xml(host.conn, name, inactive=True)
@@ -286,10 +291,11 @@ def working_on(host: Host, vm: str, report: Reporter) -> Iterator[Domain]:
 
 
 def settle(host: Host, name: str, report: Reporter, *, merging: bool = False) -> None:
-    """Bring what was begun on snapshots of a VM, whose name is held, to its end. ``merging``: also what takes long, and
-    what has to be decided (snapshot_settle.settle).
+    """Bring what was begun on snapshots of a VM, whose name is held, to its end. ``merging``: also what takes long.
+
+    Raises as snapshot_settle.settle.
     """
-    snapshot_settle.settle(host, name, report, deciding=merging)
+    snapshot_settle.settle(host, name, report)
     for path, entry in snapshot_journal.entries(host):
         if entry.vm == name and _tidied(host, entry, report, merging=merging):
             path.unlink(missing_ok=True)
@@ -327,6 +333,13 @@ def require_free(host: Host, vm: Domain, one: Snapshot, doing: str) -> None:
         raise Conflict(f"cannot {doing}: {', '.join(based)} needs its file as it is")
 
 
+def new_tag(vm: Domain, what: str, beside: Collection[str]) -> str:
+    """The word in the names of a VM's new files in the folders of these ones (snapshot_plan.tag)."""
+    folders = {Path(path).parent for path in beside}
+    prefix = glob.escape(resolve.volume_prefix(vm.name, vm.uuid))
+    return tag(vm.uuid, what, lambda word: not any(any(one.glob(f"{prefix}*.snap-{word}*")) for one in folders))
+
+
 def refresh_pools(host: Host, folder: str) -> None:
     """Let libvirt's pools of a folder know what is in it now."""
     for pool in pools.pools(host.conn):
@@ -343,8 +356,8 @@ def write_aside(path: str, data: bytes) -> None:
         os.fsync(handle)
 
 
-def settle_all(host: Host, report: Reporter) -> None:
-    """The same for all VMs that nobody works on, to the end."""
-    for name in sorted(snapshot_journal.vms(host)):
+def settle_all(host: Host, report: Reporter, *, but: Collection[str] = ()) -> None:
+    """The same for all VMs that nobody works on, ``but`` these, to the end."""
+    for name in sorted(snapshot_journal.vms(host) - {*but}):
         with holding(host, name):
             settle(host, name, report, merging=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from itertools import count
 
 from vmctl.errors import NotFound, SpecError, Unsupported, WrongState
 from vmctl.snapshot_xml import Snapshot
@@ -234,6 +236,15 @@ class Files:
     others: Collection[str]
     own: Collection[str]
     made: frozenset[str] = frozenset()
+
+
+def tag(uuid: str, what: str, free: Callable[[str], bool]) -> str:
+    """The word in the names of new files of a VM, one of which ``free`` says that no file has it.
+
+    The same as long as the VM is as it is: so a dry run names the files that are made.
+    """
+    words = (hashlib.sha256(f"{uuid} {what} {n}".encode()).hexdigest()[:8] for n in count())
+    return next(word for word in words if free(word))
 
 
 def tidy(files: Files) -> tuple[tuple[str, ...], tuple[Merge, ...]]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from vmctl import (
     disk_guard,
@@ -104,9 +103,11 @@ def _plan(host: Host, vm: Domain, ref: Ref) -> _Plan:
     if missing := [path for path in domain_files.named(one.xml) if path.startswith("/") and not Path(path).exists()]:
         raise NotFound(f"cannot {doing}: {', '.join(sorted(missing))} is not there any more")
     prefix = resolve.volume_prefix(vm.name, vm.uuid)
+    what = f"back to {one.name} {one.created.isoformat()}"
+    tag = snapshot_layers.new_tag(vm, what, [disk.file for disk in one.external])
     fresh = {
         disk.target: (
-            f"{Path(disk.file).parent}/{prefix}-{disk.target}.snap-{uuid4().hex[:8]}.qcow2",
+            f"{Path(disk.file).parent}/{prefix}-{disk.target}.snap-{tag}.qcow2",
             disk.file,
             disk.format,
         )

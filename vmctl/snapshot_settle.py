@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
-from vmctl import agent, disk_journal, forgotten, image_users, layer_check, snapshot_journal, snapshot_xml, switch_over
+from vmctl import agent, disk_journal, forgotten, image_users, layer_check, snapshot_journal, snapshot_xml
 from vmctl.disk_journal import remove_file
 from vmctl.errors import Conflict, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned, silent
@@ -30,9 +30,8 @@ _JOB_TIMEOUT_S = 600.0
 def settle(host: Host, name: str, report: Reporter, *, deciding: bool = False) -> None:
     """Settle what was begun on a VM, whose name is held. What is left to be merged stays in the journal.
 
-    Raises Conflict where nobody can tell which of two files the VM wrote to last; ``deciding``: both stay then, and it
-    is the lower one, or of two that were being merged the one that was written to last. Of one that runs, nobody
-    decides.
+    Raises Conflict where nobody can tell which of two files the VM wrote to last; ``deciding``, for one that is to be
+    deleted: both stay then, and it is what the definition says.
     """
     snapshots.put_back(host.conn, name, snapshot_journal.aside(host, name))
     there = domain.find_or_none(host.conn, name)
@@ -48,10 +47,9 @@ def settle(host: Host, name: str, report: Reporter, *, deciding: bool = False) -
             _end(host, entry)
             _require_in_sight(host, vm, entry)
             _follow(host, vm, report)  # it may have gone on while that was waited for
-        stopped = vm is not None and not vm.active and entry.doing == "create"
-        written = layer_check.newer(host, name, entry.files) if stopped else {}
+        written = layer_check.left_behind(host, vm, entry) if vm is not None else {}
         for newer, base in written.items():
-            report(Warned(f"a disk of {name} is {base}; {newer} may be newer than {base}: look at both"))
+            report(Warned(f"a disk of {name} is {base}; {newer} may be newer, and stays"))
         drop_unneeded(host, [one for one in entry.files if one not in written])
         if entry.layers:
             # Its files are in order: if one of them is detached later, it must not be taken for a left-over.
@@ -68,25 +66,29 @@ def _follow(host: Host, vm: Domain, report: Reporter) -> None:
 
 
 def _decide(host: Host, vm: Domain, report: Reporter, *, deciding: bool) -> None:
-    """Let the definition of a stopped VM name what it wrote to last, where a merge was being ended."""
-    if vm.active or not any(entry.vm == vm.name for _, entry in snapshot_journal.entries(host)):
+    """Let the definition of a stopped VM name what it wrote to last, where that is known; else raise, or give it up."""
+    if not any(entry.vm == vm.name for _, entry in snapshot_journal.entries(host)):
         return
-    forgotten.require_none(host, vm.name, vm.uuid, f"settle the snapshots of VM {vm.name}")
+    doing = f"settle the snapshots of VM {vm.name}"
+    if not vm.active:
+        forgotten.require_none(host, vm.name, vm.uuid, doing)
     if not deciding:
-        layer_check.require_none_newer(host, vm, f"settle the snapshots of VM {vm.name}")
+        layer_check.require_none_newer(host, vm, doing)
         return
     layer_check.follow_stopped(host, vm)
     for path, doubt in layer_check.half_merged(host, vm):
-        if doubt.last == doubt.other:
-            switch_over.name_other(host, doubt)
-        first = doubt.other if doubt.last == doubt.told else doubt.told
-        report(Warned(f"disk {doubt.target} of {vm.name} is {doubt.last}; {first} may be newer: look at both"))
-        path.unlink(missing_ok=True)
-        for at, entry in snapshot_journal.entries(host):  # nor is the one merged into the other
-            if entry.vm == vm.name and entry.layers:
-                disk_journal.write(at, asdict(replace(entry, layers=())))
-                if not (entry.files or entry.frozen or entry.nvram):
-                    at.unlink()
+        report(Warned(f"disk {doubt.target} of {vm.name} is {doubt.told}; {doubt.other} may be newer"))
+        keep_apart(host, vm.name, path)
+
+
+def keep_apart(host: Host, name: str, merge: Path) -> None:
+    """End the note of a merge, and let nobody merge what the VM's other notes name: the two files stay."""
+    merge.unlink(missing_ok=True)
+    for at, entry in snapshot_journal.entries(host):
+        if entry.vm == name and entry.layers:
+            disk_journal.write(at, asdict(replace(entry, layers=())))
+            if not (entry.files or entry.frozen or entry.nvram):
+                at.unlink()
 
 
 def _idle(host: Host, name: str) -> bool:

@@ -3,11 +3,13 @@
 libvirt writes the definition last. If the VM has stopped before anybody saw to that, the definition names the file that
 it was in before: a copy of which it went on in the new one, or a layer that was merged into what is below it. The
 journals say when libvirt was asked for the switch, and when it said that it is done. Between the two nobody can tell
-but by what is in the files: while the switch is not done, all that the VM writes comes into both.
+but by what is in the files: while the switch is not done, all that the VM writes comes into both. Where they differ it
+is for the user to choose (unclear.py): when they were changed tells little, for libvirt and qemu-img write to them too.
 """
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,9 @@ from vmctl.hypervisor import domain, storage
 
 @dataclass(frozen=True, slots=True)
 class Doubt:
-    """A stopped VM's disk ``target`` is ``told`` by its definition; it may have gone on in ``other``, which differs.
+    """A VM's disk ``target`` is ``told`` by its definition; it may have gone on in ``other``, which differs.
 
-    ``formats`` are theirs.
+    ``formats`` are theirs. ``running``: the VM, which had stopped, was started from ``told`` since, not by vmctl.
     """
 
     vm: str
@@ -29,19 +31,29 @@ class Doubt:
     told: str
     other: str
     formats: tuple[str, str]
+    running: bool = False
 
     @property
-    def last(self) -> str:
-        """The one of them that was written to last."""
-        return max(self.other, self.told, key=lambda path: Path(path).stat().st_mtime_ns)
-
-    def refusal(self, doing: str, start_from: str) -> Conflict:
-        """What is said to who would change or start the VM; ``start_from``: what doctor would let it start from."""
-        return Conflict(
-            f"cannot {doing}: its disk {self.target} is {self.told}, and it may have gone on in {self.other}: libvirt "
-            "was cut off as it switched over to that",
-            hint=f"look at both: vmctl disk map {self.other}; vmctl doctor --fix lets it start from {start_from}",
+    def meaning(self) -> str:
+        """For people."""
+        since = "; it was started from the former since" if self.running else ""
+        return (
+            f"its disk {self.target} is {self.told}, and it may have gone on in {self.other}: libvirt was cut off as "
+            f"it switched over to that{since}"
         )
+
+    @property
+    def mend(self) -> str:
+        """How the user looks at the two, and chooses."""
+        stop = f"vmctl stop {shlex.quote(self.vm)}; " if self.running else ""
+        return (
+            f"{stop}look at both: vmctl disk map {shlex.quote(self.told)}; vmctl disk map {shlex.quote(self.other)}; "
+            "then vmctl doctor --fix --keep FILE lets it start from the one you name; the other one stays too"
+        )
+
+    def refusal(self, doing: str) -> Conflict:
+        """What is said to who would change or start the VM."""
+        return Conflict(f"cannot {doing}: {self.meaning}", hint=self.mend)
 
 
 def below(host: Host, path: str) -> tuple[str, str] | None:

@@ -117,7 +117,7 @@ def preview(host: Host, name: str, report: Reporter, *, memory_mib: int, vcpus: 
         f"new VM warm-… with {memory_mib} MiB and {vcpus} vCPU, deleted afterwards",
         f"{'replaced' if disk.exists() else 'new'} file {disk}",
         f"{'replaced' if memory.exists() else 'new'} file {memory}",
-        f"manifest of image {manifest.stem}",
+        _manifest_of(host, manifest),
     ]
 
 
@@ -211,7 +211,11 @@ def _keep(host: Host, image: Image, vm: Domain, report: Reporter) -> Manifest:
 def preview_drop(host: Host, name: str, report: Reporter) -> list[str]:
     """What deleting the state kept beside an image would touch. Raises as drop() does."""
     manifest = _droppable(host, name, report)
-    return [*(f"deleted file {path}" for path in paths(host, manifest)), f"manifest of image {manifest.stem}"]
+    return [*(f"deleted file {path}" for path in paths(host, manifest)), _manifest_of(host, manifest)]
+
+
+def _manifest_of(host: Host, manifest: Manifest) -> str:
+    return f"changed manifest {paths(host, manifest)[0].parent / manifest.stem}.json"
 
 
 def _droppable(host: Host, name: str, report: Reporter) -> Manifest:

@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 import pytest
 
 from tests.system import pattern
-from tests.system.conftest import Shell, volumes
+from tests.system.conftest import REPO, Shell, volumes
 from vmctl import backup_verify, disk_xml
+from vmctl.wait import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
@@ -466,3 +468,33 @@ def test_a_vm_with_snapshots_is_backed_up_without_what_its_disks_are_based_on(
     files = json.loads((folder / "manifest.json").read_text())["files"]
     assert not [one["source"] for one in files if one["source"].endswith(".qcow2")], made
     shell.run("snapshot", "delete", f"{guest}.one", "--yes")
+
+
+def test_a_vm_that_ends_as_its_backup_begins_is_told_of(shell: Shell, name: str, tmp_path: Path) -> None:
+    """In one way, whatever libvirt says of it; and the mark that a killed QEMU leaves keeps its disk from nothing."""
+    shell.run("create", name, "--image", "micro", "--no-start")
+    shell.virsh("start", name, "--paused")
+    ending = (
+        "import subprocess, sys; from vmctl.hypervisor import backup; from vmctl.cli import run; begin = backup.begin\n"
+        "def ended(conn, name, *words):\n"
+        "    subprocess.run(['virsh', 'destroy', name], check=True, capture_output=True); begin(conn, name, *words)\n"
+        "backup.begin = ended\n"
+        "sys.exit(run(sys.argv[1:]))"
+    )
+    words = ("backup", "create", name, "--folder", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", ending, *words], cwd=REPO, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 6
+    assert done.stderr == (
+        f"cannot back up VM {name}: VM {name} ended meanwhile; it is stopped\n"
+        "hint: the backups before it are as they were\n"
+    )
+    assert not shell.virsh("checkpoint-list", name, "--name") and not list((tmp_path / name).glob("*Z"))
+    shell.virsh("start", name, "--paused")
+    shell.run(*words)
+    shell.virsh("destroy", name)
+    shell.virsh("start", name, "--paused")  # from now on QEMU has the mark in its memory alone
+    pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: shell.virsh("domstate", name) == "shut off", what="its end", timeout_s=30)
+    assert "is broken, and removed" in shell.run("disk", "resize", f"{name}:vda", "+1M").stderr
+    assert "is backed up whole" in shell.run(*words).stderr

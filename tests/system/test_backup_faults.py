@@ -184,7 +184,7 @@ def test_qemu_killed_at_every_step_of_its_backup(shell: Shell, vm: str, store: P
         if len(steps) < at:
             break
         tried(fault)
-        assert code in {0, 1, 4, 6, 8, 10, 13}, (code, steps)
+        assert code in {0, 6}, (code, steps)
         ended(shell, vm)
         verified(vm, store)
         holds(shell, vm, want)
@@ -226,11 +226,11 @@ def test_libvirtd_killed_at_every_step_of_a_backup(shell: Shell, vm: str, store:
         survived(fault)
 
 
-@pytest.mark.parametrize("which", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("which", ["SIGKILL", "SIGINT", "LIBVIRTD"])
 def test_restores_over_the_old_vm_cut_off_after_every_step(
     shell: Shell, vm: str, store: Path, tmp_path: Path, which: str
 ) -> None:
-    fault = f"restore, vmctl {which}"
+    fault = f"restore, {'libvirtd' if which == 'LIBVIRTD' else 'vmctl'} {which}"
     then = write(shell, vm, "then", BLOCKS)
     shell.run("backup", "create", vm, "--freeze")
     now = write(shell, vm, "now", BLOCKS)
@@ -240,10 +240,11 @@ def test_restores_over_the_old_vm_cut_off_after_every_step(
     while True:
         at += 1
         code, steps = interrupted(tmp_path, which, at, "backup", "restore", vm, "--yes")
-        if code == 0 and len(steps) < at:
+        if not steps if which == "LIBVIRTD" else code == 0 and len(steps) < at:
             break
         tried(fault)
-        assert code in {-signal.SIGKILL, 130}, (code, steps)
+        assert which == "LIBVIRTD" or code in {-signal.SIGKILL, 130}, (code, steps)
+        libvirtd.awake()
         shell.run("doctor", "--fix", check=None)
         # All of it happened, or nothing.
         sources = {disk_of(shell, vm, serial).source for serial in ("data", "root")}
@@ -252,7 +253,9 @@ def test_restores_over_the_old_vm_cut_off_after_every_step(
         holds(shell, vm, then if restored == {True} else now)
         mine = {v for v in volumes(shell) if v.startswith(f"{vm}-") and v.endswith(".qcow2")}
         assert mine == {Path(one).name for one in sources}, (steps, mine)
-        if restored == {True}:
+        if restored == {True} and which == "LIBVIRTD":
+            old, now = sources, then
+        elif restored == {True}:
             break
         survived(fault)
     assert at >= 6
@@ -263,18 +266,22 @@ def test_restores_over_the_old_vm_cut_off_after_every_step(
     assert pattern.holds(shell, vm, device(), then)
 
 
-def test_restores_to_a_new_name_killed_after_every_step(shell: Shell, vm: str, store: Path, tmp_path: Path) -> None:
-    fault = "restore as another, vmctl SIGKILL"
+@pytest.mark.parametrize("which", ["SIGKILL", "LIBVIRTD"])
+def test_restores_to_a_new_name_killed_after_every_step(
+    shell: Shell, vm: str, store: Path, tmp_path: Path, which: str
+) -> None:
+    fault = f"restore as another, {'libvirtd' if which == 'LIBVIRTD' else 'vmctl'} {which}"
     data = write(shell, vm, "data", BLOCKS)
     shell.run("backup", "create", vm)
     copy, before = f"{vm}-new", volumes(shell)
     at = 0
     while True:
         at += 1
-        code, steps = interrupted(tmp_path, "SIGKILL", at, "backup", "restore", vm, "--as", copy, "--new-identity")
-        if code == 0:
+        code, steps = interrupted(tmp_path, which, at, "backup", "restore", vm, "--as", copy, "--new-identity")
+        if not steps if which == "LIBVIRTD" else code == 0:
             break
         tried(fault)
+        libvirtd.awake()
         if at % 2:
             shell.run("backup", "restore", vm, "--as", copy, "--new-identity", check=None)
             holds(shell, copy, data)
@@ -283,7 +290,8 @@ def test_restores_to_a_new_name_killed_after_every_step(shell: Shell, vm: str, s
         assert volumes(shell) == before, steps
         survived(fault)
     shell.run("delete", copy, "--yes")
-    assert at >= 5 and volumes(shell) == before
+    assert at >= 5
+    assert volumes(shell) == before
 
 
 def test_a_prune_killed_after_every_step_leaves_all_that_is_kept(

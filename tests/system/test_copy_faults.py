@@ -130,10 +130,11 @@ def after_every_step(tmp_path: Path, which: str, *words: str) -> Iterator[None]:
             yield
 
 
-@pytest.mark.parametrize("which", ["SIGKILL", "SIGINT"])
+@pytest.mark.parametrize("which", ["SIGKILL", "SIGINT", "LIBVIRTD"])
 def test_clone_stopped_after_every_step(shell: Shell, off: str, tmp_path: Path, which: str) -> None:
     new, before = f"{off}-new", copied(shell, off, tmp_path / "before")
     for _ in after_every_step(tmp_path, which, "clone", off, new):
+        libvirtd.awake()
         nothing_left(shell, new)
         assert same(shell, off, before)
         checked()

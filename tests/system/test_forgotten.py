@@ -29,6 +29,9 @@ from vmctl.wait import wait_until
 pytestmark = pytest.mark.system
 
 
+SECOND = "for d in /sys/block/vd*; do [ $(cat $d/size) = 16384 ] && d=/dev/${d##*/} && break; done"  # that of 8M
+
+
 def forget(shell: Shell, vm: str) -> int:
     """Restart libvirtd as it is after a kill in the moment of a switch-over; the process it does not know of then."""
     status = Path(f"/run/libvirt/qemu/{vm}.xml")
@@ -45,6 +48,18 @@ def told(shell: Shell, *words: str) -> list[dict[str, str]]:
     """What doctor says."""
     found: list[dict[str, str]] = json.loads(shell.run("doctor", *words, "-o", "json", check=None).stdout)
     return found
+
+
+def choices(shell: Shell, *words: str) -> list[dict[str, str]]:
+    """What doctor says of files of which the user has to choose one."""
+    return [one for one in told(shell, *words) if one["name"] == "choices"]
+
+
+def chosen(shell: Shell, keep: str, left: str) -> None:
+    """Let the VM have the one file: the other stays, and doctor, who is asked again, has nothing more to say of it."""
+    (found,) = choices(shell, "--fix", "--keep", keep)
+    assert found["result"] == "mended" and keep in found["detail"], found
+    assert not choices(shell, "--fix") and Path(keep).exists() and Path(left).exists()
 
 
 def processes(shell: Shell) -> list[dict[str, str]]:
@@ -93,7 +108,7 @@ def test_what_a_forgotten_vm_writes_to_is_not_deleted(
         with open_host() as host:
             ((_, entry),) = disk_journal.entries(host)
             disk_journal.note(host, entry, replace(entry, switched=True))
-    shell.run("exec", name, "--", "sh", "-c", "echo later | dd of=/dev/vdc conv=fsync")
+    shell.run("exec", name, "--", "sh", "-c", f"{SECOND}; echo later | dd of=$d conv=fsync,notrunc")
     qemu = forget(shell, name)
     shell.virsh("define", str(tmp_path / "old.xml"))
     for words in (("doctor", "--fix"), ("disk", "compact", f"{name}:vdc")):
@@ -102,11 +117,14 @@ def test_what_a_forgotten_vm_writes_to_is_not_deleted(
         assert Path(old).exists() and Path(new).exists()
     os.kill(qemu, signal.SIGKILL)
     wait_until(lambda: not Path(f"/proc/{qemu}").exists(), what="end of QEMU", timeout_s=30)
-    said = shell.run("doctor", "--fix", check=None).stderr
+    found = choices(shell, "--fix")
+    assert bool(found) != switched and Path(new).exists() and Path(old).exists() != switched, found
+    if not switched:
+        assert old in found[0]["detail"] and new in found[0]["detail"] and "takes" in found[0]["detail"]
+        chosen(shell, new, old)
     (now,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vdc"]
-    assert now == (new if switched else old) and Path(new).exists()
-    assert Path(old).exists() != switched and (f"{new} may be newer" in said) != switched
-    Path(new if not switched else old).unlink(missing_ok=True)
+    assert now == new
+    Path(old).unlink(missing_ok=True)
     shell.run("delete", name, "--yes")
 
 
@@ -144,14 +162,18 @@ def test_what_a_vm_went_on_in_for_a_fork_is_told_when_it_has_stopped(shell: Shel
     shell.virsh("destroy", name)  # vmctl stop would see to the definition first
     (found,) = [one for one in told(shell, "--fix") if one["name"] == "layers"]
     assert found["result"] == "warning" and f"{layer} may be newer than {base}" in found["detail"]
-    shell.run(*found["mend"].removeprefix("look at both: vmctl ").split())
-    assert Path(layer).exists()
+    shell.run(*found["mend"].partition(";")[0].removeprefix("look at both: vmctl ").split())
+    assert Path(layer).exists() and f"doctor --fix --keep {layer}" in found["mend"]
+    chosen(shell, layer, base)
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "agent")
+    assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
     shell.run("delete", name, "--yes")
     assert not Path(layer).exists()
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: Path, stopped: bool) -> None:
+@pytest.mark.parametrize("stopped", ["", "base", "overlay"])
+def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: Path, stopped: str) -> None:
     """libvirt dies as a snapshot is taken: QEMU writes to the new layer, and libvirt knows of the old one alone."""
     shell.run("create", name, "--image", "micro", "--wait", "agent")
     (base,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
@@ -165,7 +187,7 @@ def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: 
     if stopped:
         shell.virsh("destroy", name)
         refused = shell.run("start", name, check=5).stderr  # else what is in the layer would be true no more
-        assert f"its disk is {base}" in refused and f"may be in {overlay}" in refused, refused
+        assert f"vda is {base}" in refused and f"gone on in {overlay}" in refused, refused
         for words in (
             ("rename", name, f"{name}-new"),
             ("clone", name, f"{name}-new"),
@@ -176,12 +198,16 @@ def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: 
             ("backup", "create", name, "--folder", str(tmp_path / "backups")),
         ):
             refused = shell.run(*words, check=5).stderr  # after these nobody would know whose the layer is
-            assert f"may be in {overlay}" in refused and Path(overlay).exists(), (words, refused)
-        said = shell.run("doctor", "--fix", check=None).stderr
-        assert f"{overlay} may be newer than {base}" in said
-        assert Path(overlay).exists()
+            assert f"gone on in {overlay}" in refused and Path(overlay).exists(), (words, refused)
+        (found,) = choices(shell, "--fix")
+        assert base in found["detail"] and overlay in found["detail"]
+        chosen(shell, *((base, overlay) if stopped == "base" else (overlay, base)))
         shell.run("start", name)
-        Path(overlay).unlink()
+        shell.run("wait", name, "--for", "agent")
+        later = shell.run("exec", name, "--", "cat", "/root/later", check=None).stdout
+        assert later == ("" if stopped == "base" else "later\n")
+        shell.run("delete", name, "--yes")
+        Path(overlay).unlink(missing_ok=True)
         return
     for words in (
         ("fork", name, f"{name}-new"),
@@ -275,8 +301,14 @@ def test_a_merge_of_which_nobody_can_tell_whether_it_was_ended_is_not_made(
     shell.run("exec", name, "--", "sh", "-c", "echo later >/root/later; sync")
     shell.virsh("destroy", name)
     (top,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
-    assert f"from {top}, which was written to last" in shell.run("start", name, check=5).stderr
-    assert "may be newer: look at both" in shell.run("doctor", "--fix", check=None).stderr
+    assert "--keep FILE" in shell.run("start", name, check=5).stderr
+    with open_host() as host:
+        below = switch_over.below(host, top)
+        assert below is not None
+    os.utime(below[0])  # as any look at it by QEMU may: when it was changed says nothing
+    (found,) = choices(shell, "--fix")
+    assert top in found["detail"] and below[0] in found["detail"] and found["result"] == "failed"
+    chosen(shell, top, below[0])
     assert top in shell.virsh("dumpxml", name) and Path(top).exists()
     shell.run("start", name)
     shell.run("wait", name, "--for", "agent")
@@ -366,7 +398,8 @@ def test_a_switch_that_libvirt_lost_sight_of(shell: Shell, name: str, pool: Path
         else:
             ((_, entry),) = disk_journal.entries(host)
             new = entry.new
-    shell.run("exec", name, "--", "sh", "-c", f"echo later >{'/dev/vdc' if more else '/root/later'}; sync")
+    write, read = ("dd of=$d conv=notrunc", "head -c 6 $d") if more else ("cat >/root/later", "cat /root/later")
+    shell.run("exec", name, "--", "sh", "-c", f"{SECOND}; echo later | {write}; sync")
     for words in (("doctor", "--fix"), ("disk", "resize", f"{name}:{target}", "+16M"), ("doctor", "--fix")):
         assert shell.run(*words, check=None).returncode, words
         assert Path(old).exists() and Path(new).exists(), words
@@ -375,6 +408,13 @@ def test_a_switch_that_libvirt_lost_sight_of(shell: Shell, name: str, pool: Path
     assert f"{target} is {old}" in refused and f"gone on in {new}" in refused, refused
     shell.run("doctor", "--fix", check=None)
     assert Path(old).exists() and Path(new).exists()
+    assert "in doubt" in shell.run("doctor", "--fix", "--keep", "/etc/passwd", check=4).stderr
+    assert "cannot keep both" in shell.run("doctor", "--fix", "--keep", old, "--keep", new, check=2).stderr
+    assert choices(shell)
+    chosen(shell, new, old)
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "agent")
+    assert shell.run("exec", name, "--", "sh", "-c", f"{SECOND}; {read}").stdout == "later\n"
     shell.run("delete", name, "--yes")
     for path in (old, new):
         Path(path).unlink(missing_ok=True)
@@ -398,12 +438,13 @@ def test_a_backup_takes_the_definition_with_what_the_vm_is_in(shell: Shell, name
     shell.run("delete", name, f"{name}-new", "--yes")
 
 
-@pytest.mark.parametrize("noted", [False, True])
+@pytest.mark.parametrize("keep", ["old", "new", "noted"])
 @pytest.mark.parametrize("change", ["delete", "move"])
 def test_a_vm_that_ended_before_its_definition_was_written(
-    shell: Shell, name: str, tmp_path: Path, pool: Path, change: str, noted: bool
+    shell: Shell, name: str, tmp_path: Path, pool: Path, change: str, keep: str
 ) -> None:
     """As above, and nobody sees to it before the VM ends. ``noted``: vmctl had heard that the switch was done."""
+    noted = keep == "noted"
     now = lagging(shell, name, tmp_path, pool, change)
     old, new = now("--inactive"), now()
     if noted:
@@ -422,12 +463,14 @@ def test_a_vm_that_ended_before_its_definition_was_written(
         ):
             refused = shell.run(*words, check=5).stderr  # else one of them would be true no more
             assert f"vda is {old}" in refused and f"gone on in {new}" in refused, refused
-        said = shell.run("doctor", "--fix", check=None).stderr
-        assert f"{new if change == 'move' else old} may be newer: look at both" in said, said
+            assert "--keep FILE" in refused
+        shell.run("doctor", "--fix", check=1)
+        assert "vda is " + old in shell.run("start", name, check=5).stderr  # nor has doctor chosen
+        chosen(shell, *((new, old) if keep == "new" else (old, new)))
     assert Path(old).exists() and Path(new).exists()
     shell.run("start", name)
     shell.run("wait", name, "--for", "agent")
-    if noted or change == "delete":
+    if keep != "old":
         assert now() == now("--inactive") == new
         assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
     else:
@@ -436,7 +479,33 @@ def test_a_vm_that_ended_before_its_definition_was_written(
         shell.run("doctor", "--fix", check=None)
         assert not Path(old).exists()
     shell.run("delete", name, "--yes")
-    Path(new if change == "move" else old).unlink(missing_ok=True)
+    for path in (old, new):
+        Path(path).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("change", ["create", "delete", "move"])
+def test_one_that_virsh_has_started_before_anybody_chose(
+    shell: Shell, name: str, tmp_path: Path, pool: Path, change: str
+) -> None:
+    """It runs in the file that its definition names: what it wrote before, in the other one, is nobody's to delete."""
+    now = lagging(shell, name, tmp_path, pool, change)
+    old, new = now("--inactive"), now()
+    shell.virsh("destroy", name)
+    shell.virsh("start", name)
+    assert now() == old
+    for words in (("doctor", "--fix"), ("disk", "resize", f"{name}:vda", "+1G"), ("snapshot", "create", f"{name}.two")):
+        assert shell.run(*words, check=None).returncode, words
+        assert Path(old).exists() and Path(new).exists(), words
+    (found,) = choices(shell)
+    assert f"vmctl stop {name}" in found["mend"] and old in found["detail"] and new in found["detail"]
+    assert f"vmctl stop {name}" in shell.run("doctor", "--fix", "--keep", new, check=6).stderr
+    shell.virsh("destroy", name)
+    chosen(shell, new, old)
+    shell.run("start", name)
+    assert now() == new
+    shell.run("delete", name, "--yes")
+    for path in (old, new):
+        Path(path).unlink(missing_ok=True)
 
 
 @pytest.fixture

@@ -392,8 +392,11 @@ def test_of_a_running_vm(guest: Guest, tmp_path: Path, op: str, fault: str) -> N
             stopped = shell.run("stop", guest.name, "--force", check=None)
             if stopped.returncode and libvirtd.revived():
                 shell.run("stop", guest.name, "--force")
+            libvirtd.choose(shell)
             shell.run("start", guest.name)
             steps = shell.run("doctor", "--fix", check=None).stdout.splitlines()
+        if libvirtd.choose(shell):
+            steps += shell.run("doctor", "--fix", check=None).stdout.splitlines()
         died = shell.virsh("domstate", guest.name) != "running"
         assert not died or lost or fault == "QEMU" or op.startswith("revert"), steps
         stopped = shell.virsh("domstate", guest.name) == "shut off"

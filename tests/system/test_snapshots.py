@@ -515,3 +515,20 @@ def test_a_snapshot_whose_files_cannot_be_merged_is_not_deleted(shell: Shell, of
     finally:
         aside.rename(base)
     shell.run("snapshot", "delete", f"{off}.two", f"{off}.one", "--yes")
+
+
+def test_what_snapshots_hold_is_no_disk_that_anybody_could_use(shell: Shell, name: str) -> None:
+    """`disk list` says whose it is, of a file that no VM has attached."""
+    shell.run("create", name, "--image", "micro", "--no-start")
+    shell.run("snapshot", "create", f"{name}.one")
+    (layer,) = (d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda")
+    shell.run("snapshot", "create", f"{name}.two")
+    shell.run("snapshot", "revert", f"{name}.one", "--yes")
+    shell.run("disk", "create", f"{name}-spare", "1M")
+    loose = {row["source"]: row["needed_by"] for row in shell.json("disk", "list") if not row["vm"]}
+    assert loose[layer] == [f"snapshots of {name}"]
+    (spare,) = (path for path in loose if path.endswith(f"{name}-spare.qcow2"))
+    assert loose[spare] == []
+    assert f"snapshots of {name}" in shell.run("disk", "list").stdout
+    gone = shell.json("disk", "delete", f"{name}-spare", "--yes")
+    assert gone == {"pool": "vmctl", "volume": f"{name}-spare.qcow2", "path": spare}

@@ -319,12 +319,14 @@ def delete(
     with opened(connect) as host:
         wanted = []
         lines: list[str] = []
+        doomed: list[deletion.Doomed] = []
         found = matching(host, names)
         if yes and not dry_run and not missing_ok:
             wanted, found = [*found], ()  # nobody is shown what goes: it is looked at once, when it does
         for name in found:
             try:
-                lines += deletion.doomed(host, name).lines
+                doomed.append(deletion.doomed(host, name, doomed))
+                lines += doomed[-1].lines
             except NotFound:
                 if not missing_ok and len(names) == 1:
                     raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -65,17 +65,25 @@ def _findings_text(findings: Sequence[Finding]) -> str:
 
 def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended from here.")] = False,
+    keep: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--keep", metavar="FILE", help="With --fix: of two, the one a VM is to go on in. Repeatable."),
+    ] = None,
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Look for what keeps VMs from running well, explain it, and with --fix mend it.
+
+    Where nobody can tell which of two files a VM wrote to last, both are named, and --keep chooses one; both stay.
 
     Exits 1 while something is broken.
     """
     from vmctl import doctor as check
     from vmctl.cli.options import GLOBALS
 
-    findings = check.examine(connect or GLOBALS.connect, fix=fix, report=reporter())
+    if keep and not fix:
+        raise typer.BadParameter("--keep changes what a VM starts from: it goes with --fix")
+    findings = check.examine(connect or GLOBALS.connect, fix=fix, report=reporter(), keep=keep or ())
     ui.emit(
         findings, output, lambda: _findings_text(findings), lambda: [f.name for f in findings if f.result == "failed"]
     )

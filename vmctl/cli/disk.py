@@ -43,7 +43,10 @@ def list_(
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """List the disks of VMs, and those that no VM has."""
+    """List the disks of VMs, and those that no VM has.
+
+    Of these, what snapshots hold or other disks are based on says so: it is no disk to attach, write to or delete.
+    """
     from vmctl import disks
 
     with opened(connect) as host:
@@ -52,7 +55,7 @@ def list_(
             found,
             output,
             lambda: ui.columns(
-                ("VM", "DISK", "SERIAL", "BUS", "FORMAT", "SIZE", "USED", "SOURCE"),
+                ("VM", "DISK", "SERIAL", "BUS", "FORMAT", "SIZE", "USED", "SOURCE", "NEEDED BY"),
                 [
                     (
                         d.vm,
@@ -63,6 +66,7 @@ def list_(
                         ui.size(d.capacity) if d.capacity else "",
                         ui.size(d.allocation) if d.capacity else "",
                         d.source,
+                        ", ".join(d.needed_by),
                     )
                     for d in found
                 ],
@@ -144,6 +148,7 @@ def delete(
     yes: YesOption = False,
     dry_run: DryRunOption = False,
     connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
 ) -> None:
     """Delete a disk that no VM has and no other disk is based on."""
     from vmctl import disks
@@ -151,12 +156,11 @@ def delete(
 
     with opened(connect) as host:
         found = disks.deletable(host, disk, reporter() if dry_run else silent)
-        if dry_run:
-            ui.say(f"would delete {found.path}")
-            return
-        refuse_unless_yes([f"disk {found.path}"], yes=yes)
-        disks.delete(host, disk, reporter())
-        ui.say(disk)
+        if not dry_run:
+            refuse_unless_yes([f"disk {found.path}"], yes=yes)
+            disks.delete(host, disk, reporter())
+        gone = {"pool": found.pool, "volume": found.volume, "path": found.path}
+        ui.emit(gone, output, lambda: f"would delete {found.path}" if dry_run else disk, lambda: [disk])
 
 
 IOPS = Annotated[Optional[int], typer.Option("--iops", metavar="N", help="Most operations a second.")]  # noqa: UP045
@@ -299,15 +303,13 @@ def limit(
     with opened(connect) as host:
         found = disk_unplug.limit(host, disk, limits, reporter(), dry=dry_run)
         changes = dry_run and bool(limits.given())
-        ui.emit(
-            found,
-            output,
-            lambda: (
-                "\n".join(f"{'would be ' if changes else ''}{name} {value}" for name, value in found.items())
-                or f"{'would have ' if changes else ''}no limits"
-            ),
-            lambda: found,
-        )
+
+        def told() -> str:
+            lines = [f"{'would be ' if changes else ''}{name} {value}" for name, value in found.items()]
+            lines = lines or [f"{'would have ' if changes else ''}no limits"]
+            return "\n".join([*([f"would change VM {disk.partition(':')[0]}"] if changes else []), *lines])
+
+        ui.emit(found, output, told, lambda: found)
 
 
 app.command(cls=Command)(disk_content.resize)

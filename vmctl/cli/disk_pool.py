@@ -109,7 +109,11 @@ def show(name: PoolName, connect: ConnectOption = None, output: OutputOption = O
 
 @app.command(cls=Command)
 def delete(
-    name: PoolName, yes: YesOption = False, dry_run: DryRunOption = False, connect: ConnectOption = None
+    name: PoolName,
+    yes: YesOption = False,
+    dry_run: DryRunOption = False,
+    connect: ConnectOption = None,
+    output: OutputOption = Output.TABLE,
 ) -> None:
     """Forget a pool in which no VM has a disk. What is in it stays."""
     from vmctl import pools
@@ -117,9 +121,8 @@ def delete(
     with opened(connect) as host:
         found = pools.deletable(host, name)
         lines = [f"pool {name}; its {len(found.volumes)} volumes stay in {found.pool.path or found.pool.source}"]
-        if dry_run:
-            ui.say(f"would delete {lines[0]}")
-            return
-        refuse_unless_yes(lines, yes=yes)
-        pools.delete(host, name, reporter())
-        ui.say(name)
+        if not dry_run:
+            refuse_unless_yes(lines, yes=yes)
+            pools.delete(host, name, reporter())
+        gone = {"pool": name, "stay": [volume.name for volume in found.volumes]}
+        ui.emit(gone, output, lambda: f"would delete {lines[0]}" if dry_run else name, lambda: [name])
