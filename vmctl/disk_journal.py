@@ -138,7 +138,7 @@ def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> No
         return
     if not entry.old:
         if vm is None or entry.new not in domain.xml(host.conn, entry.vm, inactive=True):
-            _removed(host, entry.new, report)
+            _remove_unneeded(host, entry.new, report)
         return
     if vm is None:
         return  # deleted meanwhile, with its disks; which of the files was whose nobody can tell any more
@@ -162,10 +162,13 @@ def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> No
     named |= {disk.source for disk in disks.disks(host.conn, vm.name, inactive=False)} if vm.active else set()
     if entry.new in named:
         if not entry.keep and entry.old not in named:
-            _own(host, entry, stays=not _removed(host, entry.old, report))
+            stays = _needed(host, entry.old, report)
+            _own(host, entry, stays=stays)  # before it goes: then libvirt does not know in which pool it was
+            if not stays:
+                remove_file(host, entry.old)
         report(Step(f"disk {entry.target} of {entry.vm} is {entry.new}"))
     else:
-        _removed(host, entry.new, report)
+        _remove_unneeded(host, entry.new, report)
 
 
 def _require_in_sight(host: Host, vm: Domain, entry: Entry) -> None:
@@ -248,10 +251,15 @@ def _unmake(host: Host, vm: Domain, entry: Entry) -> None:
     remove_file(host, entry.new)
 
 
-def _removed(host: Host, path: str, report: Reporter) -> bool:
-    """Remove a file, unless a VM names it, a disk is based on it, a QEMU has it open, or another host needs it."""
+def _remove_unneeded(host: Host, path: str, report: Reporter) -> None:
+    if not _needed(host, path, report):
+        remove_file(host, path)
+
+
+def _needed(host: Host, path: str, report: Reporter) -> bool:
+    """Whether a VM names a file, a disk is based on it, a QEMU has it open, or another host needs it; then says so."""
     if not Path(path).exists():
-        return True
+        return False
     real = os.path.realpath(path)
     seen = image_users.look(host.conn)
     users = set(seen.named.get(real, ())) | {Path(top).name for top, base in seen.bases.items() if base == real}
@@ -259,9 +267,7 @@ def _removed(host: Host, path: str, report: Reporter) -> bool:
     users |= set(identity.needed_elsewhere(host, [path], report).values())
     if users:
         report(Warned(f"{path} stays: {', '.join(sorted(users))} needs it"))
-        return False
-    remove_file(host, path)
-    return True
+    return bool(users)
 
 
 def _name_new(host: Host, entry: Entry) -> None:

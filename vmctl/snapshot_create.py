@@ -192,8 +192,8 @@ def _take(host: Host, plan: _Plan, order: Order, report: Reporter) -> None:
         keep=plan.nvram or "-",
         process=forgotten.mark(host, vm.name),
     )
-    path = snapshot_journal.begin(host, entry)
     try:
+        path = snapshot_journal.begin(host, entry)  # here: a Ctrl-C right after it leaves no entry behind
         _frozen(host, vm.name, lambda: _call(host, plan, name, order, report), freeze=order.wanted.freeze)
         (made,) = [one for one in snapshots.snapshots(host.conn, vm.name) if one.name == name]
         snapshot_settle.keep(host, vm.name, made, Kept(plan.nvram, expires))

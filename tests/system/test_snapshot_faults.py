@@ -476,6 +476,34 @@ def test_a_guest_that_was_left_frozen(guest: Guest, tmp_path: Path, healed: str)
     assert seen == ["agent.freeze", "snapshots.take"]
 
 
+@pytest.mark.parametrize("fault", ["SIGINT", "LIBVIRTD", "QEMU"])
+def test_a_frozen_guest_is_thawed_whatever_dies(guest: Guest, tmp_path: Path, fault: str) -> None:
+    shell, at, over = guest.shell, 0, False
+    while not over:
+        at += 1
+        shell.run("snapshot", "revert", f"{guest.name}.held", "--yes")
+        shell.run("wait", guest.name, "--for", "agent", "--timeout", "60", timeout=120)
+        words = ["snapshot", "create", f"{guest.name}.new", "--no-memory", "--freeze"]
+        _code, steps = interrupted(tmp_path, fault, at, *words)
+        over = finished(fault, steps, at)
+        count = counted("create, frozen", fault)
+        count[0] += not over
+        libvirtd.awake()
+        if fault != "SIGINT":
+            shell.run("doctor", "--fix", check=None)
+            libvirtd.choose(shell)
+        assert shell.virsh("domstate", guest.name) == ("shut off" if fault == "QEMU" and not over else "running"), steps
+        guest.up()
+        assert guest.fs() == "thawed", steps
+        guest.put("middle", PATTERN)
+        assert guest.reads() == ["held", "middle", ""]
+        shell.virsh("destroy", guest.name)
+        extra = sorted(set(guest.in_order()) - {"held"})
+        shell.run("snapshot", "delete", *(f"{guest.name}.{one}" for one in extra), "--yes", check=0 if extra else None)
+        count[1] += not over
+    assert at > 3
+
+
 def test_no_room_in_the_pool(tmp_path: Path) -> None:
     """Full when one is taken, and full in the middle of a merge: nothing is lost, and with room it goes on."""
     shell, name, small = Shell(), f"fault-{os.getpid()}-small", Path("/var/lib/libvirt/snapshots-small")
