@@ -684,6 +684,13 @@ def test_limits_that_change_on_the_way(pair: Pair) -> None:
         (adjusted,) = pair.json(*adjust, "2M")  # while libvirt is asked it must not come to its end
         assert adjusted == {"vm": name, "bandwidth": 2 << 20, "downtime_ms": 700}
         assert pair.machine("h1").virsh("migrate-getmaxdowntime", name) == "700"
+        # A QEMU that hears nobody, as one that sends the last of the memory over a link that is cut, holds up nobody.
+        signal_qemu = ("sh", "-c", f"kill -$0 $(cat /run/libvirt/qemu/{name}.pid)")
+        pair.machine("h1").run(*signal_qemu, "STOP")
+        try:
+            assert f"job of VM {name}: not after 2.0 s" in pair.vmctl(*adjust, "2M", check=7, timeout=60).stderr
+        finally:
+            pair.machine("h1").run(*signal_qemu, "CONT")
         assert pair.machine("h1").virsh("migrate-getspeed", name) == "2"
         pair.vmctl(*adjust, "900M")
         _, said = process.communicate(timeout=40)  # at 1 MiB/s it would take more than a minute

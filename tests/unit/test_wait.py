@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
 from vmctl.at_once import beside
+from vmctl.errors import WaitTimeout
+from vmctl.hypervisor.waiting import Patient
 from vmctl.wait import Worker
 
 
@@ -57,6 +59,28 @@ def test_a_worker_goes_on_when_who_waits_is_interrupted() -> None:
         end.set()
     worker.join()
     assert not worker.is_alive()
+
+
+def test_a_call_that_does_not_come_back_is_not_made_again_meanwhile() -> None:
+    back, calls = threading.Event(), []
+
+    def call() -> int:
+        calls.append(1)
+        back.wait(60)
+        return len(calls)
+
+    patient = Patient(0.01)
+    for _ in range(3):
+        with pytest.raises(WaitTimeout, match="the answer: not after"):
+            patient.answer("key", call, "the answer")
+    assert len(calls) == 1
+    back.set()
+    found = None
+    while found is None:
+        with suppress(WaitTimeout):
+            found = patient.answer("key", call, "the answer")
+    assert found == 1 and len(calls) == 1, "the one that was late"
+    assert Patient(60).answer("key", lambda: None, "") is None
 
 
 def test_what_is_done_beside_a_block_has_ended_after_it_also_when_its_wait_is_interrupted() -> None:

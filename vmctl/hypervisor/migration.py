@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import libvirt
 
-from vmctl.errors import NotFound
+from vmctl.errors import NotFound, WaitTimeout
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.domain import Domain, handle
 from vmctl.hypervisor.errors import calling
+from vmctl.hypervisor.waiting import Patient
 from vmctl.migrate_policy import Sample
 from vmctl.wait import pause
 
@@ -22,6 +23,11 @@ _MIB = 1 << 20
 _THROTTLE_STEP = 20  # per cent; by 10, as QEMU would, a guest over a slow link takes two minutes to be slow enough
 _LET_GO_S, _AGAIN_S = 60.0, 0.5
 _SOON_OVER = frozenset({libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_SYSTEM_ERROR, libvirt.VIR_ERR_RPC})
+
+
+# QEMU 7.2 sends the last of the memory with its main lock held: over a link that is cut it hears nobody until TCP gives
+# up, a quarter of an hour later, and libvirt waits for it.
+_PATIENT = Patient(2.0)
 
 
 class Way(StrEnum):
@@ -139,10 +145,17 @@ def resume_postcopy(source: Connection, target: Connection, name: str, orders: O
             pause(_AGAIN_S)
 
 
+def _job_stats(conn: Connection, name: str) -> dict[str, Any]:
+    def call() -> dict[str, Any]:
+        with calling(f"ask for the migration of VM {name}"):
+            return dict(handle(conn, name).jobStats())
+
+    return _PATIENT.answer(("stats", conn, name), call, f"migration of VM {name}")
+
+
 def sample(source: Connection, name: str, at_s: float) -> Sample | None:
     """How far it is; None where no migration is under way, or it has not begun to send."""
-    with calling(f"ask for the migration of VM {name}"):
-        stats = handle(source, name).jobStats()
+    stats = _job_stats(source, name)
     if stats.get("type") not in {libvirt.VIR_DOMAIN_JOB_BOUNDED, libvirt.VIR_DOMAIN_JOB_UNBOUNDED}:
         return None
     if stats.get("operation") not in {None, libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT}:
@@ -196,9 +209,17 @@ def totals(target: Connection, name: str) -> Totals | None:
 
 
 def abort(source: Connection, name: str) -> None:
-    """Cancel it: the VM runs on where it was. None under way is no error, nor is a VM that has moved just now."""
-    with suppress(libvirt.libvirtError, NotFound):
-        handle(source, name).abortJob()
+    """Cancel it: the VM runs on where it was. None under way is no error, nor is a VM that has moved just now.
+
+    Nor one whose QEMU does not hear it.
+    """
+
+    def call() -> None:
+        with suppress(libvirt.libvirtError, NotFound):
+            handle(source, name).abortJob()
+
+    with suppress(WaitTimeout):
+        _PATIENT.answer(("abort", source, name), call, f"cancel the migration of VM {name}")
 
 
 def start_postcopy(source: Connection, name: str) -> None:
@@ -239,14 +260,17 @@ def was_ended(vm: Domain) -> bool:
 
 def busy(conn: Connection, name: str) -> bool:
     """Whether some job of the domain is under way."""
-    with calling(f"ask for the job of VM {name}"):
-        return bool(handle(conn, name).jobInfo()[0])
+
+    def call() -> bool:
+        with calling(f"ask for the job of VM {name}"):
+            return bool(handle(conn, name).jobInfo()[0])
+
+    return _PATIENT.answer(("job", conn, name), call, f"job of VM {name}")
 
 
 def leaving(conn: Connection, name: str) -> bool:
     """Whether a migration of a domain that is there is under way from there to another host."""
-    with calling(f"ask for the migration of VM {name}"):
-        stats = handle(conn, name).jobStats()
+    stats = _job_stats(conn, name)
     under_way = stats.get("type") != libvirt.VIR_DOMAIN_JOB_NONE
     return bool(under_way and stats.get("operation") == libvirt.VIR_DOMAIN_JOB_OPERATION_MIGRATION_OUT)
 

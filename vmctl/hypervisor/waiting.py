@@ -5,11 +5,39 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, TypeVar, cast
+
+from vmctl.errors import WaitTimeout
 
 T = TypeVar("T")
 _STEP_S = 0.2  # an interrupt that another thread is given is heard between two
+
+
+class Patient:
+    """Calls that may not come back: each waited for within a time, and not made again while the last one is on its way.
+
+    Else whoever looks again and again would keep one of libvirtd's threads busy with each look, until it has none left.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        self._patience_s = patience_s
+        self._asked: dict[Hashable, Waiting[list[Any]]] = {}
+
+    def answer(self, key: Hashable, call: Callable[[], T], what: str) -> T:
+        """What the call of that key comes to. Raises its error, and WaitTimeout when it is not back in time."""
+        asked = self._asked.get(key) or Waiting(lambda: [call()])
+        self._asked[key] = asked
+        found = None
+        try:
+            found = asked.answer(self._patience_s)
+        except Exception:
+            del self._asked[key]
+            raise
+        if found is None:
+            raise WaitTimeout(what, after_s=self._patience_s)
+        del self._asked[key]
+        return cast("T", found[0])
 
 
 class Waiting(Generic[T]):
