@@ -111,6 +111,8 @@ def test_all_hosts_and_one_that_does_not_answer(known: Shell, bed: Testbed, name
     try:
         rows = known.json("list", "--all-hosts")
         assert [(row["name"], row["host"], row["problem"]) for row in rows] == [(name, "h2", "")]
+        absent = known.run("-c", "h1", "show", name, check=4).stderr
+        assert absent == f"cannot find VM {name}: h1 has none of that name\nhint: see `vmctl list --all-hosts`\n"
         for stopped in (True, False):
             if stopped:
                 third.kill("libvirtd", signal.SIGSTOP)

@@ -164,6 +164,7 @@ def test_a_config_file_that_cannot_be_written_says_what_to_write(folders: Folder
         ("is it another vmctl? `vmctl creates` none", "is it another vmctl? `vmctl creates` none"),
         ("vmctl host add NAME URI", "vmctl host add NAME URI"),
         ("run vmctl there", "run vmctl there"),
+        ("see `vmctl list --all-hosts`", "see `vmctl list --all-hosts`"),
     ],
 )
 def test_what_a_hint_names_is_for_the_host_that_was_given(hint: str, told: str) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from vmctl import ui
 from vmctl.cli.many import each
-from vmctl.errors import Interrupted, PartialFailure, SpecError, VmctlError
+from vmctl.errors import Interrupted, NotFound, PartialFailure, SpecError, VmctlError
 from vmctl.ui import Output, Verbosity
 
 if TYPE_CHECKING:
@@ -168,22 +168,34 @@ def opened(connect: str | None, *, events: bool = False) -> Iterator[Host]:
         try:
             yield host
         except (VmctlError, Interrupted) as error:
+            for one in _all(error):
+                if host.others and one.hint == _LIST:
+                    one.hint = "see `vmctl list --all-hosts`"
+                if isinstance(one, NotFound) and host.entry and host.entry.name:  # as people call it
+                    one.message = one.message.replace(f": {host.conn.uri} has none", f": {host.name} has none")
             if given:
                 tell_where(error, given)
             raise
 
 
+_LIST = "see `vmctl list`"
+
 # What a hint may name that works on the host of the command it is the hint of.
 _ON_HOST = re.compile(
-    r"(?<![\w/-])vmctl (?=(?:agent|autostart|console|create|delete|disk|doctor|exec|image|list|logs|pause|rename|reset|"
-    r"resume|save|show|snapshot|start|stop|thaw|trim|unshare|view|wait)\b)"
+    r"(?<![\w/-])vmctl (?=(?:agent|autostart|console|create|delete|disk|doctor|exec|image|list(?! --all-hosts)|logs|pause|"
+    r"rename|reset|resume|save|show|snapshot|start|stop|thaw|trim|unshare|view|wait)\b)"
 )
 
 
 def tell_where(error: VmctlError | Interrupted, given: str) -> None:
     """Let hints of an error name the host that was given with the command: without it they are of another one."""
-    for one in (error, *(error.failures.values() if isinstance(error, PartialFailure) else ())):
+    for one in _all(error):
         one.hint = on_host(one.hint, given)
+
+
+def _all(error: VmctlError | Interrupted) -> tuple[VmctlError | Interrupted, ...]:
+    """An error, and those it is made of."""
+    return (error, *(error.failures.values() if isinstance(error, PartialFailure) else ()))
 
 
 def on_host(hint: str, given: str) -> str:
