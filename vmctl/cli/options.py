@@ -182,8 +182,8 @@ _LIST = "see `vmctl list`"
 
 # What a hint may name that works on the host of the command it is the hint of.
 _ON_HOST = re.compile(
-    r"(?<![\w/-])vmctl (?=(?:agent|autostart|console|create|delete|disk|doctor|exec|image|list(?! --all-hosts)|logs|pause|"
-    r"rename|reset|resume|save|show|snapshot|start|stop|thaw|trim|unshare|view|wait)\b)"
+    r"(?<![\w/-])vmctl (?=(?:agent|autostart|console|create|delete|disk|doctor|exec|image|list(?! --all-hosts)|logs|"
+    r"pause|rename|reset|resume|save|show|snapshot|start|stop|thaw|trim|unshare|view|wait)\b)"
 )
 
 
