@@ -33,7 +33,7 @@ class Sample:
 class Policy:
     """What a migration may cost. The downtime begins at the first and grows to the last while it does not converge.
 
-    ``stall_s``: without a byte sent it is given up. ``give_up_s``: at most that long, None for as long as it takes;
+    ``stall_s``: without a byte sent it is given up, or rests. ``give_up_s``: at most that long, None: for ever;
     with ``postcopy`` it goes over to post-copy then, and when it does not converge at the last downtime.
     """
 
@@ -63,7 +63,13 @@ class Abort(NamedTuple):
     why: str
 
 
-Action: TypeAlias = Raise | GoPostcopy | Abort
+class Pause(NamedTuple):
+    """Let the second half of a post-copy, which nobody can take back, rest until it is gone on with."""
+
+    why: str
+
+
+Action: TypeAlias = Raise | GoPostcopy | Abort | Pause
 
 
 class Done(NamedTuple):
@@ -75,12 +81,16 @@ class Done(NamedTuple):
 
 def decide(history: Sequence[Sample], done: Sequence[Done], policy: Policy) -> Action | None:
     """What to do now; None: go on. ``history`` is in order of time, ``done`` what was decided before."""
-    if not history or any(isinstance(one.action, GoPostcopy) for one in done):
-        return None  # once the target runs it, to abort would lose what it did there
+    if not history:
+        return None
     now = history[-1]
     quiet_s = now.at_s - _last_moved(history)
-    if quiet_s >= policy.stall_s:
-        return Abort(f"nothing was sent for {quiet_s:.0f} s")
+    stalled = f"nothing was sent for {quiet_s:.0f} s" if quiet_s >= policy.stall_s else ""
+    if any(isinstance(one.action, GoPostcopy) for one in done):
+        # Once the target runs it, to abort would lose what it did there.
+        return Pause(stalled) if stalled and not any(isinstance(one.action, Pause) for one in done) else None
+    if stalled:
+        return Abort(stalled)
     late = policy.give_up_s is not None and now.at_s >= policy.give_up_s
     if late and not policy.postcopy:
         return Abort(f"it did not come to its end in {now.at_s:.0f} s")

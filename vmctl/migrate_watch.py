@@ -13,7 +13,7 @@ from vmctl.events import Reporter, Status, Step, Warned
 from vmctl.hypervisor import connection, migration
 from vmctl.hypervisor.migration import Orders, Way
 from vmctl.migrate_ends import Ends
-from vmctl.migrate_policy import Abort, Done, GoPostcopy, Policy, Raise, Sample, converges, decide, eta_s, rates
+from vmctl.migrate_policy import Abort, Done, GoPostcopy, Pause, Policy, Raise, Sample, converges, decide, eta_s, rates
 from vmctl.wait import Worker
 
 _LOOK_S = 0.2
@@ -146,6 +146,11 @@ def _steer(
         elif isinstance(action, Abort):
             outcome.failure = action.why
             migration.abort(source.conn, name)
+            aborted = now
+        elif isinstance(action, Pause):
+            # QEMU itself would wait for TCP to give up, and a guest that nobody tells of its pages with it.
+            outcome.failure = action.why
+            migration.pause_postcopy(source.conn, name)
             aborted = now
 
 

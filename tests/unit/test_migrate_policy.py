@@ -10,7 +10,7 @@ from vmctl.hypervisor import migration
 from vmctl.hypervisor.migration import Orders, Way
 from vmctl.hypervisor.states import State
 from vmctl.migrate_outcome import Seen, Where, judge
-from vmctl.migrate_policy import Abort, Done, GoPostcopy, Policy, Raise, Sample, converges, decide, eta_s
+from vmctl.migrate_policy import Abort, Done, GoPostcopy, Pause, Policy, Raise, Sample, converges, decide, eta_s
 
 MB = 1_000_000
 QUIET = Policy()
@@ -64,7 +64,8 @@ def test_post_copy_only_when_asked_for_and_then_nothing_more() -> None:
     wanted = Policy(300, 400, postcopy=True)
     done = played(BUSY, wanted)
     assert [type(one.action) for one in done] == [Raise, Raise, GoPostcopy]
-    assert decide(CUT, done, wanted) is None, "to abort it now would lose the VM"
+    cut = Pause("nothing was sent for 59 s")  # to abort it now would lose the VM
+    assert decide(CUT, done, wanted) == cut and decide(CUT, [*done, Done(1, cut)], wanted) is None
     assert not any(isinstance(one.action, GoPostcopy) for one in played(BUSY, QUIET))
 
 

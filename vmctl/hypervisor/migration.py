@@ -222,6 +222,17 @@ def abort(source: Connection, name: str) -> None:
         _PATIENT.answer(("abort", source, name), call, f"cancel the migration of VM {name}")
 
 
+def pause_postcopy(source: Connection, name: str) -> None:
+    """Give up the connection of a post-copy, so that another one can be made. None under way is no error."""
+
+    def call() -> None:
+        with suppress(libvirt.libvirtError, NotFound):
+            handle(source, name).abortJobFlags(libvirt.VIR_DOMAIN_ABORT_JOB_POSTCOPY)
+
+    with suppress(WaitTimeout):
+        _PATIENT.answer(("pause", source, name), call, f"pause the post-copy of VM {name}")
+
+
 def start_postcopy(source: Connection, name: str) -> None:
     """Let the target run the VM now, and fetch from the source what is missing."""
     with calling(f"begin post-copy of VM {name}"):
