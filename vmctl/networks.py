@@ -29,9 +29,12 @@ _FOR_PEOPLE = 10  # the first addresses stay free for the gateway and for what i
 
 
 def candidate_subnets() -> Iterator[Subnet]:
-    """Subnets to try, in order: /23 of 10/8, from second octets that other tools' defaults leave alone."""
+    """Subnets to try, in order: /22 of 10/8, from second octets that other tools' defaults leave alone.
+
+    Half of each is for VMs that are made here, half, by DHCP alone, for those that have come from another host.
+    """
     for second in range(77, 255):
-        yield ipaddress.IPv4Network(f"10.{second}.0.0/23")
+        yield ipaddress.IPv4Network(f"10.{second}.0.0/22")
 
 
 def pick_subnet(used: Collection[Subnet]) -> Subnet:

@@ -277,7 +277,7 @@ def test_a_bridge_left_by_a_crash_is_avoided_and_removed(shell: Shell, name: str
     conf = Path("/var/lib/libvirt/dnsmasq/vmctl.conf").read_text()
     shell.virsh("net-destroy", "vmctl")
     subprocess.run(["ip", "link", "add", bridge, "type", "bridge"], check=True)
-    subprocess.run(["ip", "addr", "add", "10.77.0.1/23", "dev", bridge], check=True)
+    subprocess.run(["ip", "addr", "add", "10.77.0.1/22", "dev", bridge], check=True)
     subprocess.run(["ip", "link", "set", bridge, "up"], check=True)
     stale = Path("/var/lib/libvirt/dnsmasq/vmctl.conf")
     stale.write_text(conf)
