@@ -450,6 +450,16 @@ def test_a_commit_that_a_killed_vmctl_left_ready(guest: Guest) -> None:
     count[1] += 1
 
 
+def thawed(guest: Guest, steps: list[str]) -> None:
+    """It is frozen no more, writes and reads. Off then, with the snapshots it had before."""
+    assert guest.fs() == "thawed", steps
+    guest.put("middle", PATTERN)
+    assert guest.reads() == ["held", "middle", ""]
+    guest.shell.virsh("destroy", guest.name)
+    if extra := sorted(set(guest.in_order()) - {"held"}):
+        guest.shell.run("snapshot", "delete", *(f"{guest.name}.{one}" for one in extra), "--yes")
+
+
 @pytest.mark.parametrize("healed", ["doctor", "next"])
 def test_a_guest_that_was_left_frozen(guest: Guest, tmp_path: Path, healed: str) -> None:
     """vmctl is killed when it has frozen the guest, and when it has taken the disks: the next thaws it, and doctor."""
@@ -466,12 +476,7 @@ def test_a_guest_that_was_left_frozen(guest: Guest, tmp_path: Path, healed: str)
             shell.run("doctor", "--fix", check=None)
         else:
             shell.run("snapshot", "create", f"{guest.name}.next", "--no-memory", "--freeze")
-        assert guest.fs() == "thawed", steps
-        guest.put("middle", PATTERN)
-        assert guest.reads() == ["held", "middle", ""]
-        shell.virsh("destroy", guest.name)
-        extra = sorted(set(guest.in_order()) - {"held"})
-        shell.run("snapshot", "delete", *(f"{guest.name}.{one}" for one in extra), "--yes", check=0 if extra else None)
+        thawed(guest, steps)
         count[1] += 1
     assert seen == ["agent.freeze", "snapshots.take"]
 
@@ -494,12 +499,7 @@ def test_a_frozen_guest_is_thawed_whatever_dies(guest: Guest, tmp_path: Path, fa
             libvirtd.choose(shell)
         assert shell.virsh("domstate", guest.name) == ("shut off" if fault == "QEMU" and not over else "running"), steps
         guest.up()
-        assert guest.fs() == "thawed", steps
-        guest.put("middle", PATTERN)
-        assert guest.reads() == ["held", "middle", ""]
-        shell.virsh("destroy", guest.name)
-        extra = sorted(set(guest.in_order()) - {"held"})
-        shell.run("snapshot", "delete", *(f"{guest.name}.{one}" for one in extra), "--yes", check=0 if extra else None)
+        thawed(guest, steps)
         count[1] += not over
     assert at > 3
 
