@@ -141,3 +141,21 @@ def free_uuid(host: Host, name: str, taken: Iterable[str] = ()) -> str:
         if not is_moved(host, prefix) and not needed_of(host, volumes_of(host, prefix)):
             return found
         held.add(found)
+
+
+def left_of_creation(host: Host, name: str) -> tuple[str, ...]:
+    """Volumes that a killed creation of ``name`` left: of the UUID that free_uuid() gave it, with no VM of that there.
+
+    Not those that clones of a deleted VM of that name are based on, nor those of one that went to another host.
+    """
+    held = {uuid for _, uuid in domain.identities(host.conn)} | _have_moved(host)
+    while True:
+        found = resolve.identity(host.conn.host, name, held)
+        prefix = resolve.volume_prefix(name, found)
+        there = volumes_of(host, prefix)
+        needed = there if is_moved(host, prefix) else needed_of(host, there)
+        if free := tuple(one for one in there if one not in needed):
+            return free
+        if not there:
+            return ()
+        held.add(found)
