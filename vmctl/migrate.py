@@ -286,6 +286,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
             ordered = orders(ends, vm, wish, looked.look.disks)
             made = undo.pop_all()  # from here on it goes only once it is known that the VM does not need it there
             run = migrate_watch.run(ends, vm.name, ordered, wish.policy, report)
+            run.keep = wish.keep
             where, seen = migrate_settle.settled(ends, vm, run, report)
             if probe is not None and answering and where is Where.MOVED:
                 migrate_settle.linger(run)
@@ -302,7 +303,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
         end_on_target(ends, looked, wish, report)
     except (KeyboardInterrupt, Interrupted) as early:
         text = f"{f'{early}' or 'interrupted'}; it runs on {there}, and {here} may still have files of it"
-        again = recovery(vm.name, here, there)
+        again = recovery(vm.name, here, there, keep=wish.keep)
         raise Interrupted(f"cannot migrate VM {vm.name}: {text}", hint=again) from early
     for late in migrate_facts.notes_of(ends.asking().answer(wish.way), looked.facts):
         report(Warned(late.what, late.mend))
@@ -373,7 +374,7 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
         raise
     except VmctlError as error:
         text = f"{ends.names[0]} still has a definition of {vm.name}: {error.message}"
-        report(Warned(text, recovery(vm.name, *ends.names)))
+        report(Warned(text, recovery(vm.name, *ends.names, keep=wish.keep)))
     else:
         _clear_source(ends, looked, wish, report)
         _note_gone(ends, vm, wish)

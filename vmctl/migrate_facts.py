@@ -109,8 +109,8 @@ def _found(source: Host, target: Host, name: str) -> Domain:
     except NotFound as error:
         if domain.find_or_none(target.conn, name) is None:
             raise
-        at = called(source.entry) if source.entry else source.name
-        again = recovery(name, at, target.name)
+        here, there = (called(one.entry) if one.entry else one.name for one in (source, target))
+        again = recovery(name, here, there)
         raise NotFound(error.message, hint=f"{target.name} has it; {again} clears up what a move left here") from error
 
 
