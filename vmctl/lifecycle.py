@@ -331,7 +331,7 @@ def _require_here_alone(host: Host, vm: Domain) -> None:
     """Raise Conflict when a VM that a migration has paused is on another host too, or may be."""
     from vmctl import elsewhere  # late: most know one host
 
-    seen = elsewhere.look_for(host, vm)
+    seen = elsewhere.look_for(host, vm.uuid)
     for other in (*seen.in_use, *seen.unasked):
         has = "has it too" if other in seen.in_use else "cannot be asked whether it has it"
         raise Conflict(

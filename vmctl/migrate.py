@@ -9,6 +9,7 @@ from enum import StrEnum
 from functools import partial
 
 from vmctl import (
+    elsewhere,
     homes,
     host_ssh,
     identity,
@@ -188,7 +189,7 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: flo
             whole.close()
         raise
     _clear_source(ends, looked, wish, report)
-    _note_gone(ends, vm, wish)
+    _note_move(ends, vm, wish, report)
     migrate_storage.unmark(ends.target, looked.look.makes)
     here, there = ends.names
     return Moved(vm.name, vm.uuid, here, there, Mode.STOPPED, time.monotonic() - began, copied=_paths(looked))
@@ -201,10 +202,17 @@ def _note_both(ends: Ends, vm: Domain, wish: Wish, undo: ExitStack) -> None:
         undo.callback(quietly, lambda: homes.write(ends.source, vm, before))
 
 
-def _note_gone(ends: Ends, vm: Domain, wish: Wish) -> None:
-    """The source has nothing of it any more, which a definition that was kept before may say."""
-    if not wish.keep:
-        quietly(lambda: homes.forget(ends.target, domain.find(ends.target.conn, vm.uuid), [ends.source.facts.uuid]))
+def _note_move(ends: Ends, vm: Domain, wish: Wish, report: Reporter) -> None:
+    """Where it is by now, for its own note, and those of definitions that were kept on third hosts before."""
+
+    def write() -> None:
+        gone = [] if wish.keep else [ends.source.facts.uuid]
+        known = homes.learn(ends.target, domain.find(ends.target.conn, vm.uuid), gone)
+        third = [one for one in known if one.uuid not in {ends.source.facts.uuid, ends.target.facts.uuid}]
+        if third:
+            elsewhere.tell(ends.target, vm, third, known, gone, report)
+
+    quietly(write)
 
 
 def _let_lie(ends: Ends, name: str, report: Reporter) -> None:
@@ -377,5 +385,5 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
         report(Warned(text, recovery(vm.name, *ends.names, keep=wish.keep)))
     else:
         _clear_source(ends, looked, wish, report)
-        _note_gone(ends, vm, wish)
+        _note_move(ends, vm, wish, report)
     migrate_storage.unmark(ends.target, looked.look.makes)
