@@ -5,17 +5,19 @@ And whether a VM that is off here may be started: one that went to another host 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from vmctl import homes, image_users, render, resolve
+from vmctl import homes, image_users, locks, render, resolve
 from vmctl.errors import Conflict
 from vmctl.events import Reporter, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.states import MOVED
+
+_TURN_S = 120.0
 
 
 def volumes_of(host: Host, prefix: str) -> tuple[str, ...]:
@@ -79,10 +81,24 @@ def require_off_elsewhere(host: Host, vm: Domain, doing: str, report: Reporter, 
     Whatever lets one run that may have been here while it ran elsewhere asks this first. ``take_over``: what cannot be
     asked is taken for gone for good.
     """
-    if homes.others(host, vm) or (host.others and went(host, vm)):
-        from vmctl import elsewhere  # late: most know one host
+    with alone(host, vm, doing, report, take_over=take_over):
+        pass
 
-        elsewhere.require_off(host, vm, doing, report, take_over=take_over)
+
+@contextmanager
+def alone(host: Host, vm: Domain, doing: str, report: Reporter, *, take_over: bool = False) -> Iterator[None]:
+    """A block that starts it: of those in several vmctls, each for another host, the next one asks when one is over.
+
+    Raises Conflict as require_off_elsewhere() does.
+    """
+    with ExitStack() as turn:
+        if homes.others(host, vm) or (host.others and went(host, vm)):
+            from vmctl import elsewhere  # late: most know one host
+
+            what = f"VM {vm.uuid} on all its hosts"  # on which it may have several names
+            turn.enter_context(locks.held(host.folders.runtime, what, timeout_s=_TURN_S))
+            elsewhere.require_off(host, vm, doing, report, take_over=take_over)
+        yield
 
 
 def needed_of(host: Host, volumes: Collection[str]) -> frozenset[str]:

@@ -80,7 +80,13 @@ def start(host: Host, name: str, report: Reporter, *, take_over: bool = False) -
         )
     if vm.active:
         return Started.ALREADY
-    identity.require_off_elsewhere(host, vm, "start", report, take_over=take_over)
+    with identity.alone(host, vm, "start", report, take_over=take_over):
+        return _started(host, vm, report)
+
+
+def _started(host: Host, vm: Domain, report: Reporter) -> Started:
+    """Start one that is off, or saved."""
+    name = vm.name
     forgotten.require_none(host, vm.name, vm.uuid, f"start VM {name}")
     layer_check.require_none_newer(host, vm, f"start VM {name}")
     for nic in vm.facts.nics:

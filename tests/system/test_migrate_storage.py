@@ -249,6 +249,24 @@ def test_what_stayed_hears_where_it_went_from_there(pair: Pair, vm: str) -> None
         pair.vmctl("host", "remove", "third", check=None)
 
 
+def test_of_two_starts_at_once_one_starts_it(pair: Pair, vm: str) -> None:
+    """Each asked before the other had started it, and there were two."""
+    name = f"{vm}-twice"
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    try:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+        for _ in range(4):
+            both = [pair.begin("-c", host, "start", name) for host in ("h1", "h2")]
+            said = [one.communicate(timeout=120)[1] for one in both]
+            assert sorted(one.returncode for one in both) == [0, 5], said
+            assert sorted(pair.where(name).values()) == ["running", "shut off"]
+            for host in ("h1", "h2"):
+                pair.vmctl("-c", host, "stop", name, "--force")
+    finally:
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
 def test_one_made_anew_where_it_was_is_another_one(pair: Pair, vm: str) -> None:
     """With the UUID of the one that moved, which names and MACs come from, both were on one Ethernet with one MAC."""
     name = f"{vm}-anew"
