@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vmctl import homes, image_users, locks, render, resolve
 from vmctl.errors import Conflict
-from vmctl.events import Reporter, silent
+from vmctl.events import Reporter, Warned, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 from vmctl.hypervisor.domain import Domain
@@ -157,6 +157,25 @@ def free_uuid(host: Host, name: str, taken: Iterable[str] = ()) -> str:
         if not is_moved(host, prefix) and not needed_of(host, volumes_of(host, prefix)):
             return found
         held.add(found)
+
+
+def is_elsewhere(host: Host, name: str, uuid: str, came_from: str, report: Reporter) -> bool:
+    """Whether another host has a VM that is to come back here from a backup: two of one UUID have one MAC as well.
+
+    Hosts are asked about one that this user moved away, or that was backed up elsewhere; warns of those that cannot be.
+    """
+    if not host.others or (came_from == host.conn.host and uuid not in _have_moved(host)):
+        return False
+    from vmctl import elsewhere  # late: most know one host
+
+    seen = elsewhere.look_for(host, uuid)
+    if seen.unasked:
+        text = f"not asked whether {name} is there: {', '.join(seen.unasked)} ({next(iter(seen.unasked.values()))})"
+        report(Warned(text, "make sure that it does not run there"))
+    if seen.found:
+        text = f"{name} is on {', '.join(seen.found)}: it is restored as another VM, with a UUID and MACs of its own"
+        report(Warned(text, "--new-identity gives its guest a host name, host key and machine-id of its own, too"))
+    return bool(seen.found)
 
 
 def left_of_creation(host: Host, name: str) -> tuple[str, ...]:

@@ -267,6 +267,28 @@ def test_of_two_starts_at_once_one_starts_it(pair: Pair, vm: str) -> None:
             pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
 
 
+def test_one_restored_where_it_was_is_another_one(pair: Pair, vm: str, tmp_path: Path, network: None) -> None:
+    """As one made anew is: with its UUID and MAC there were two on one Ethernet."""
+    name, place = f"{vm}-back", ("--folder", str(tmp_path))
+    pair.vmctl("-c", "qemu:///system", "create", name, "--image", "micro", "--memory", "128M", "--no-start")
+    try:
+        pair.vmctl("-c", "qemu:///system", "backup", "create", name, *place)
+        moving = ("-c", "qemu:///system", "migrate", name, "--to", "h2", "--copy-storage", "overlay")
+        uuid = pair.json("-c", "qemu:///system", "show", name)["uuid"]
+        pair.vmctl(*moving)
+        told = pair.vmctl("-c", "qemu:///system", "backup", "restore", name, *place).stderr
+        assert f"{name} is on h2: it is restored as another VM, with a UUID and MACs of its own" in told
+        new, moved = (pair.json("-c", host, "show", name) for host in ("qemu:///system", "h2"))
+        assert new["uuid"] != moved["uuid"] == uuid and new["nics"][0]["mac"] != moved["nics"][0]["mac"]
+        for host in ("qemu:///system", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes")
+        pair.vmctl("-c", "qemu:///system", "backup", "restore", name, *place)
+        assert pair.json("-c", "qemu:///system", "show", name)["uuid"] == uuid, "nobody else has it any more"
+    finally:
+        for host in ("qemu:///system", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
 def test_one_made_anew_where_it_was_is_another_one(pair: Pair, vm: str) -> None:
     """With the UUID of the one that moved, which names and MACs come from, both were on one Ethernet with one MAC."""
     name = f"{vm}-anew"
