@@ -194,6 +194,19 @@ def require_off(
         report(Warned(text, "make sure that it does not: two that run on one disk destroy it"))
 
 
+def require_no_twin(host: Host, vm: Domain, paths: Collection[str], doing: str, *, reading: bool) -> None:
+    """Raise Conflict as identity.require_no_twin() does; of a host that cannot be asked nothing is known."""
+    twins = look_for(host, vm.uuid)
+    found = look(host, paths) if (twins.in_use if reading else twins.found) else Elsewhere({}, {})
+    for path, users in found.users.items():
+        for name, there in (twins.in_use if reading else twins.found).items():
+            if (name, there.name) in users:
+                raise Conflict(
+                    f"cannot {doing}: {path} is the disk of {there.name} on {name} too, which is {there.state}",
+                    hint="do it where the VM shall stay, once it is off on the other host, and deleted there",
+                )
+
+
 @dataclass(frozen=True, slots=True)
 class Sought:
     """A VM on the other hosts, by its UUID: as it is on each that has it, and who cannot be asked, and why.

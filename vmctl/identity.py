@@ -101,6 +101,18 @@ def alone(host: Host, vm: Domain, doing: str, report: Reporter, *, take_over: bo
         yield
 
 
+def require_no_twin(host: Host, vm: Domain, paths: Collection[str], doing: str, *, reading: bool = False) -> None:
+    """Raise Conflict where a host that has a definition of the VM too has these disks, on storage that both see.
+
+    What gets a layer here is written to there, at its next start. ``reading``: only where it is in use there.
+    """
+    if not homes.others(host, vm):
+        return
+    from vmctl import elsewhere  # late: most know one host
+
+    elsewhere.require_no_twin(host, vm, paths, doing, reading=reading)
+
+
 def needed_of(host: Host, volumes: Collection[str]) -> frozenset[str]:
     """Those of the volumes that a VM, or a disk that is none of them, needs. Clones keep the disk of a deleted VM."""
     if not volumes:
