@@ -23,6 +23,7 @@ from vmctl import (
     disk_journal,
     domain_files,
     domain_job,
+    identity,
     layer_check,
     qemu_img,
     zstd,
@@ -167,8 +168,10 @@ def _next_id(shelf: Shelf) -> str:
 
 
 def _disks_now(host: Host, vm: Domain) -> tuple[DiskNow, ...]:
-    found = disks.disks(host.conn, vm.name, inactive=not vm.active)
-    return tuple(_now(host, vm, disk) for disk in found if _taken(disk))
+    found = [disk for disk in disks.disks(host.conn, vm.name, inactive=not vm.active) if _taken(disk)]
+    if not vm.active:
+        identity.require_no_twin(host, vm, [disk.source for disk in found], f"back up VM {vm.name}", reading=True)
+    return tuple(_now(host, vm, disk) for disk in found)
 
 
 def _taken(disk: DiskDevice) -> bool:

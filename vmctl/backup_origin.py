@@ -12,6 +12,7 @@ from vmctl import (
     backup_store,
     disk_find,
     domain_xml,
+    identity,
     image_users,
     images,
     resolve,
@@ -113,9 +114,9 @@ def plan(host: Host, folder: Path, wish: Wish, report: Reporter) -> Plan:
     old = _old(host, manifest, name, wish, report)
     taken = {uuid for other, uuid in domain.identities(host.conn) if other != name}
     fresh = bool(wish.name and wish.name != manifest.vm) or wish.new_identity or manifest.uuid in taken
-    uuid = (
-        old.uuid if old else resolve.identity(host.conn.host, name, taken | {manifest.uuid}) if fresh else manifest.uuid
-    )
+    if old is None and not fresh:
+        fresh = identity.is_elsewhere(host, name, manifest.uuid, manifest.host, report)
+    uuid = old.uuid if old else identity.free_uuid(host, name, [manifest.uuid]) if fresh else manifest.uuid
     pool = wish.pool or host.settings.pool
     where = images.pool_path(host, pool) if pool == host.settings.pool else _folder(host, pool)
     if not where:

@@ -7,7 +7,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmctl import copies, disk_find, disk_guard, disk_replace, disk_xml, forgotten, layer_check, qemu_img, render
+from vmctl import (
+    copies,
+    disk_find,
+    disk_guard,
+    disk_replace,
+    disk_xml,
+    forgotten,
+    identity,
+    layer_check,
+    qemu_img,
+    render,
+)
 from vmctl.at_once import at_once
 from vmctl.copies import Layer, Newcomer
 from vmctl.disk_find import Located
@@ -67,6 +78,7 @@ def plan(host: Host, name: str, names: Sequence[str], *, full: bool) -> Plan:
     if full:
         found = copies.writable(disks.disks(host.conn, vm.name, inactive=True))
         copied = tuple(disk_find.locate(host, f"{vm.name}:{disk.target}") for disk in found)
+        identity.require_no_twin(host, vm, [disk.path for disk in copied], f"clone VM {name}", reading=True)
         for disk in copied:
             disk_find.chain(host, disk, "clone")
     else:

@@ -112,6 +112,7 @@ def layers(host: Host, vm: Domain, doing: str) -> tuple[Layer, ...]:
     storage.refresh(host.conn, host.settings.pool)
     known = set(storage.volume_names(host.conn, host.settings.pool))
     found = writable(disks.disks(host.conn, vm.name, inactive=not vm.active))
+    identity.require_no_twin(host, vm, [disk.source for disk in found], f"{doing} VM {vm.name}")
     return tuple(_layer(host, vm, disk, doing, known) for disk in found)
 
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import disk_journal, forgotten, identity, image_users, resolve, snapshot_layers, snapshot_settle, spec
+from vmctl import disk_journal, forgotten, identity, image_users, snapshot_layers, snapshot_settle, spec
 from vmctl.events import Reporter, Warned, silent
 from vmctl.guest import known_hosts
 from vmctl.hosts import Host, holding
@@ -61,20 +61,12 @@ def doomed(host: Host, name: str, before: Sequence[Doomed] = ()) -> Doomed:
 
 
 def _leftovers(host: Host, name: str) -> tuple[Owned, ...]:
-    """Volumes that a killed creation of ``name`` left: named by its identity, with no VM of that identity there.
-
-    Not those that clones of a deleted VM of that name are based on, nor those of one that went to another host.
-    """
+    """Volumes that a killed creation of ``name`` left."""
     pool = host.settings.pool
     if not storage.pool_exists(host.conn, pool) or spec.name_problems(name):
         return ()
     storage.refresh(host.conn, pool)  # a killed restore wrote its disk's file itself
-    present = {uuid for _, uuid in domain.identities(host.conn)}
-    vm_uuid = resolve.identity(host.conn.host, name, present)
-    prefix = resolve.volume_prefix(name, vm_uuid)
-    volumes = () if identity.is_moved(host, prefix) else identity.volumes_of(host, prefix)
-    needed = identity.needed_of(host, volumes)
-    return tuple(Owned(pool, one) for one in volumes if one not in needed)
+    return tuple(Owned(pool, one) for one in identity.left_of_creation(host, name))
 
 
 def _of_snapshots(host: Host, vm: Domain) -> tuple[str, ...]:

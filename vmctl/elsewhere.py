@@ -8,6 +8,7 @@ Nobody is asked where the config file has no other host, nor about a folder that
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.states import State
+from vmctl.record import Home
 
 T = TypeVar("T")
 _ANEW_S = 60.0
@@ -155,11 +157,11 @@ def require_off(
     host: Host, vm: Domain, doing: str, report: Reporter, timeout_s: float = DEADLINE_S, *, take_over: bool = False
 ) -> None:
     """Raise Conflict when another host has that very VM, by its UUID, in use, or one that it is noted to be on cannot
-    be asked; warn of others that cannot. What it is noted to be on, and is not, is forgotten.
+    be asked; warn of others that cannot. What it is noted to be on, and is not, is forgotten, and who has it is noted.
 
     ``take_over``: those that cannot be asked are taken for gone, and forgotten too.
     """
-    seen = look_for(host, vm, timeout_s=timeout_s)
+    seen = look_for(host, vm.uuid, timeout_s=timeout_s)
     for name, there in seen.in_use.items():
         how, what = "is saved", f"vmctl -c {name} start {there.name} goes on with it there"
         if there.active:
@@ -172,34 +174,51 @@ def require_off(
     for one in () if take_over else noted:
         if {one.uuid, one.uri} & seen.asked:
             continue
-        known = next((called(entry) for entry in host.others if entry.uri == one.uri or entry.name == one.name), "")
-        why, mend = seen.unasked.get(known, "no answer"), f"again, once {one.name} answers"
-        if not known:
-            why = "the config file has no such host"
-            mend = f"vmctl host add {one.name} {one.uri or 'URI'} makes it known"
+        entry, uri = _entry(host, one), shlex.quote(one.uri) if one.uri else "URI"
+        if entry is None:
+            why, mend = "the config file has no such host", f"vmctl host add {one.name} {uri} makes it known"
+        elif called(entry) in seen.unasked:
+            why, mend = seen.unasked[called(entry)], f"again, once {called(entry)} answers"
+        else:  # it has answered, as another one
+            why = f"{called(entry)} in the config file is another host"
+            mend = f"vmctl host add {one.name}-before {uri} makes it known"
         raise Conflict(
             f"cannot {doing} VM {vm.name}: {one.name} has it too, and cannot be asked whether it runs there: {why}",
             hint=f"{mend}; if it is gone for good: vmctl start {vm.name} --take-over",
         )
     gone = [one.uuid for one in noted if not {one.uuid, one.uri} & seen.having]
-    homes.forget(host, vm, gone)
+    homes.learn(host, vm, gone, [one for one in seen.homes if not any(_is(one, other) for other in noted)])
     if unasked := seen.unasked:
         why = next(iter(unasked.values()))
         text = f"not asked whether {vm.name}, which went to another host once, runs there: {', '.join(unasked)} ({why})"
         report(Warned(text, "make sure that it does not: two that run on one disk destroy it"))
 
 
+def require_no_twin(host: Host, vm: Domain, paths: Collection[str], doing: str, *, reading: bool) -> None:
+    """Raise Conflict as identity.require_no_twin() does; of a host that cannot be asked nothing is known."""
+    twins = look_for(host, vm.uuid)
+    found = look(host, paths) if (twins.in_use if reading else twins.found) else Elsewhere({}, {})
+    for path, users in found.users.items():
+        for name, there in (twins.in_use if reading else twins.found).items():
+            if (name, there.name) in users:
+                raise Conflict(
+                    f"cannot {doing}: {path} is the disk of {there.name} on {name} too, which is {there.state}",
+                    hint="do it where the VM shall stay, once it is off on the other host, and deleted there",
+                )
+
+
 @dataclass(frozen=True, slots=True)
 class Sought:
     """A VM on the other hosts, by its UUID: as it is on each that has it, and who cannot be asked, and why.
 
-    ``asked``: UUIDs and URIs of those that answered, and ``having`` of those of them that have it.
+    ``asked``: UUIDs and URIs of those that answered, and ``having`` of those of them that have it, the ``homes``.
     """
 
     found: Mapping[str, Domain]
     unasked: Mapping[str, str]
     asked: frozenset[str]
     having: frozenset[str]
+    homes: tuple[Home, ...]
 
     @property
     def in_use(self) -> dict[str, Domain]:
@@ -207,28 +226,65 @@ class Sought:
         return {name: one for name, one in self.found.items() if one.active or one.state is State.SAVED}
 
 
-def look_for(host: Host, vm: Domain, but: Host | None = None, *, timeout_s: float = DEADLINE_S) -> Sought:
-    """Ask all other hosts, ``but`` one, for that very VM."""
+def look_for(host: Host, uuid: str, but: Host | None = None, *, timeout_s: float = DEADLINE_S) -> Sought:
+    """Ask all other hosts, ``but`` one, for the VM of that UUID."""
     found, unasked = {}, {}
     asked: set[str] = set()
-    having: set[str] = set()
-    for name, answer in _answers(host, partial(_has, host, vm.uuid), timeout_s, but=but):
+    having: list[Home] = []
+    for name, answer in _answers(host, partial(_has, host, uuid), timeout_s, but=but):
         if isinstance(answer, VmctlError):
             unasked[name] = answer.message
-            continue
-        names, there = answer
-        asked |= names
-        if there is not None:
-            found[name] = there
-            having |= names
-    return Sought(found, unasked, frozenset(asked), frozenset(having))
+        elif answer is not None:
+            home, there = answer
+            asked |= _ids(home)
+            if there is not None:
+                found[name] = there
+                having.append(home)
+    ids = frozenset(one for home in having for one in _ids(home))
+    return Sought(found, unasked, frozenset(asked), ids, tuple(having))
 
 
-def _has(host: Host, uuid: str, other: Host) -> tuple[set[str], Domain | None]:
-    if _is_same(host, other):
-        return set(), None
-    names = {other.facts.uuid} | ({other.conn.uri} if not other.conn.local else set())
-    return names, domain.find_or_none(other.conn, uuid)
+def _has(host: Host, uuid: str, other: Host) -> tuple[Home, Domain | None] | None:
+    return None if _is_same(host, other) else (homes.of(other), domain.find_or_none(other.conn, uuid))
+
+
+def _ids(home: Home) -> set[str]:
+    """What a host is known by: its UUID, and the URI that it is reached by from everywhere."""
+    return {home.uuid, home.uri} - {""}
+
+
+def _is(one: Home, other: Home) -> bool:
+    return bool(_ids(one) & _ids(other))
+
+
+def _entry(host: Host, home: Home) -> HostEntry | None:
+    """The host of the config file that a noted one is, as far as its URI or its name tell."""
+    by_uri = [entry for entry in host.others if entry.uri == home.uri]
+    return next(iter([*by_uri, *(entry for entry in host.others if entry.name == home.name)]), None)
+
+
+def tell(
+    host: Host, vm: Domain, third: Collection[Home], known: Collection[Home], gone: Collection[str], report: Reporter
+) -> None:
+    """Let ``third`` hosts that have a definition of a VM note who else is ``known`` to, since it went to ``host``, and
+    who of UUIDs ``gone`` has not any more. Warns of those not told.
+    """
+    entries = {one.uuid: entry for one in third if (entry := _entry(host, one))}
+    untold = {one.name: "the config file has no such host" for one in third if one.uuid not in entries}
+    fleet = Fleet(host.settings, host.folders)
+
+    def work(entry: HostEntry) -> None:
+        with fleet.open(entry) as other:
+            there = domain.find_or_none(other.conn, vm.uuid)
+            if there is not None:
+                homes.learn(other, there, gone, known)
+
+    for name, answer in each(tuple(dict.fromkeys(entries.values())), work, DEADLINE_S):
+        if isinstance(answer, VmctlError):
+            untold[name] = answer.message
+    for name, why in untold.items():
+        text = f"{name}, which has a definition of {vm.name} too, was not told that it is on {host.name} now: {why}"
+        report(Warned(text, "make sure that it is not started there: two that run on one disk destroy it"))
 
 
 def _is_same(host: Host, other: Host) -> bool:

@@ -30,19 +30,28 @@ def noted(host: Host, vm: Domain) -> tuple[Home, ...]:
 def note(host: Host, vm: Domain, there: Host) -> tuple[Home, ...]:
     """Note that it stays defined on its host while it goes to another: the note goes along. Returns what it said."""
     before = noted(host, vm)
-    known = {one.uuid: one for one in before}
-    for one in (host, there):
-        known[one.facts.uuid] = Home(one.facts.uuid, one.name, "" if one.conn.local else one.conn.uri)
+    known = {one.uuid: one for one in before} | {one.facts.uuid: of(one) for one in (host, there)}
     write(host, vm, tuple(known.values()))
     return before
 
 
-def forget(host: Host, vm: Domain, gone: Collection[str]) -> None:
-    """Hosts of those UUIDs have it no more."""
+def of(host: Host) -> Home:
+    """A host as it is noted."""
+    return Home(host.facts.uuid, host.name, "" if host.conn.local else host.conn.uri)
+
+
+def learn(host: Host, vm: Domain, gone: Collection[str], found: Collection[Home] = ()) -> tuple[Home, ...]:
+    """Hosts of those UUIDs have it no more, and those that were ``found`` do. Returns what the note says then."""
     before = noted(host, vm)
-    left = [one for one in before if one.uuid not in gone]
-    if len(left) != len(before):
-        write(host, vm, () if [one.uuid for one in left] == [host.facts.uuid] else left)
+    if not before and not found:
+        return ()
+    known = {one.uuid: one for one in (*found, *before)}  # what one was called first stays
+    here = known.pop(host.facts.uuid, None) or of(host)
+    left = [one for one in known.values() if one.uuid not in gone]
+    now = (here, *left) if left else ()
+    if {one.uuid for one in now} != {one.uuid for one in before}:
+        write(host, vm, now)
+    return now
 
 
 def write(host: Host, vm: Domain, found: Sequence[Home]) -> None:

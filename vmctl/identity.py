@@ -5,17 +5,19 @@ And whether a VM that is off here may be started: one that went to another host 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from vmctl import homes, image_users, render, resolve
+from vmctl import homes, image_users, locks, render, resolve
 from vmctl.errors import Conflict
-from vmctl.events import Reporter, silent
+from vmctl.events import Reporter, Warned, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.states import MOVED
+
+_TURN_S = 120.0
 
 
 def volumes_of(host: Host, prefix: str) -> tuple[str, ...]:
@@ -79,10 +81,36 @@ def require_off_elsewhere(host: Host, vm: Domain, doing: str, report: Reporter, 
     Whatever lets one run that may have been here while it ran elsewhere asks this first. ``take_over``: what cannot be
     asked is taken for gone for good.
     """
-    if homes.others(host, vm) or (host.others and went(host, vm)):
-        from vmctl import elsewhere  # late: most know one host
+    with alone(host, vm, doing, report, take_over=take_over):
+        pass
 
-        elsewhere.require_off(host, vm, doing, report, take_over=take_over)
+
+@contextmanager
+def alone(host: Host, vm: Domain, doing: str, report: Reporter, *, take_over: bool = False) -> Iterator[None]:
+    """A block that starts it: of those in several vmctls, each for another host, the next one asks when one is over.
+
+    Raises Conflict as require_off_elsewhere() does.
+    """
+    with ExitStack() as turn:
+        if homes.others(host, vm) or (host.others and went(host, vm)):
+            from vmctl import elsewhere  # late: most know one host
+
+            what = f"VM {vm.uuid} on all its hosts"  # on which it may have several names
+            turn.enter_context(locks.held(host.folders.runtime, what, timeout_s=_TURN_S))
+            elsewhere.require_off(host, vm, doing, report, take_over=take_over)
+        yield
+
+
+def require_no_twin(host: Host, vm: Domain, paths: Collection[str], doing: str, *, reading: bool = False) -> None:
+    """Raise Conflict where a host that has a definition of the VM too has these disks, on storage that both see.
+
+    What gets a layer here is written to there, at its next start. ``reading``: only where it is in use there.
+    """
+    if not homes.others(host, vm):
+        return
+    from vmctl import elsewhere  # late: most know one host
+
+    elsewhere.require_no_twin(host, vm, paths, doing, reading=reading)
 
 
 def needed_of(host: Host, volumes: Collection[str]) -> frozenset[str]:
@@ -140,4 +168,41 @@ def free_uuid(host: Host, name: str, taken: Iterable[str] = ()) -> str:
         prefix = resolve.volume_prefix(name, found)
         if not is_moved(host, prefix) and not needed_of(host, volumes_of(host, prefix)):
             return found
+        held.add(found)
+
+
+def is_elsewhere(host: Host, name: str, uuid: str, came_from: str, report: Reporter) -> bool:
+    """Whether another host has a VM that is to come back here from a backup: two of one UUID have one MAC as well.
+
+    Hosts are asked about one that this user moved away, or that was backed up elsewhere; warns of those that cannot be.
+    """
+    if not host.others or (came_from == host.conn.host and uuid not in _have_moved(host)):
+        return False
+    from vmctl import elsewhere  # late: most know one host
+
+    seen = elsewhere.look_for(host, uuid)
+    if seen.unasked:
+        text = f"not asked whether {name} is there: {', '.join(seen.unasked)} ({next(iter(seen.unasked.values()))})"
+        report(Warned(text, "make sure that it does not run there"))
+    if seen.found:
+        text = f"{name} is on {', '.join(seen.found)}: it is restored as another VM, with a UUID and MACs of its own"
+        report(Warned(text, "--new-identity gives its guest a host name, host key and machine-id of its own, too"))
+    return bool(seen.found)
+
+
+def left_of_creation(host: Host, name: str) -> tuple[str, ...]:
+    """Volumes that a killed creation of ``name`` left: of the UUID that free_uuid() gave it, with no VM of that there.
+
+    Not those that clones of a deleted VM of that name are based on, nor those of one that went to another host.
+    """
+    held = {uuid for _, uuid in domain.identities(host.conn)} | _have_moved(host)
+    while True:
+        found = resolve.identity(host.conn.host, name, held)
+        prefix = resolve.volume_prefix(name, found)
+        there = volumes_of(host, prefix)
+        needed = there if is_moved(host, prefix) else needed_of(host, there)
+        if free := tuple(one for one in there if one not in needed):
+            return free
+        if not there:
+            return ()
         held.add(found)

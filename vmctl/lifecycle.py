@@ -80,7 +80,13 @@ def start(host: Host, name: str, report: Reporter, *, take_over: bool = False) -
         )
     if vm.active:
         return Started.ALREADY
-    identity.require_off_elsewhere(host, vm, "start", report, take_over=take_over)
+    with identity.alone(host, vm, "start", report, take_over=take_over):
+        return _started(host, vm, report)
+
+
+def _started(host: Host, vm: Domain, report: Reporter) -> Started:
+    """Start one that is off, or saved."""
+    name = vm.name
     forgotten.require_none(host, vm.name, vm.uuid, f"start VM {name}")
     layer_check.require_none_newer(host, vm, f"start VM {name}")
     for nic in vm.facts.nics:
@@ -331,7 +337,7 @@ def _require_here_alone(host: Host, vm: Domain) -> None:
     """Raise Conflict when a VM that a migration has paused is on another host too, or may be."""
     from vmctl import elsewhere  # late: most know one host
 
-    seen = elsewhere.look_for(host, vm)
+    seen = elsewhere.look_for(host, vm.uuid)
     for other in (*seen.in_use, *seen.unasked):
         has = "has it too" if other in seen.in_use else "cannot be asked whether it has it"
         raise Conflict(

@@ -9,6 +9,7 @@ from enum import StrEnum
 from functools import partial
 
 from vmctl import (
+    elsewhere,
     homes,
     host_ssh,
     identity,
@@ -188,7 +189,7 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: flo
             whole.close()
         raise
     _clear_source(ends, looked, wish, report)
-    _note_gone(ends, vm, wish)
+    _note_move(ends, vm, wish, report)
     migrate_storage.unmark(ends.target, looked.look.makes)
     here, there = ends.names
     return Moved(vm.name, vm.uuid, here, there, Mode.STOPPED, time.monotonic() - began, copied=_paths(looked))
@@ -201,10 +202,17 @@ def _note_both(ends: Ends, vm: Domain, wish: Wish, undo: ExitStack) -> None:
         undo.callback(quietly, lambda: homes.write(ends.source, vm, before))
 
 
-def _note_gone(ends: Ends, vm: Domain, wish: Wish) -> None:
-    """The source has nothing of it any more, which a definition that was kept before may say."""
-    if not wish.keep:
-        quietly(lambda: homes.forget(ends.target, domain.find(ends.target.conn, vm.uuid), [ends.source.facts.uuid]))
+def _note_move(ends: Ends, vm: Domain, wish: Wish, report: Reporter) -> None:
+    """Where it is by now, for its own note, and those of definitions that were kept on third hosts before."""
+
+    def write() -> None:
+        gone = [] if wish.keep else [ends.source.facts.uuid]
+        known = homes.learn(ends.target, domain.find(ends.target.conn, vm.uuid), gone)
+        third = [one for one in known if one.uuid not in {ends.source.facts.uuid, ends.target.facts.uuid}]
+        if third:
+            elsewhere.tell(ends.target, vm, third, known, gone, report)
+
+    quietly(write)
 
 
 def _let_lie(ends: Ends, name: str, report: Reporter) -> None:
@@ -286,6 +294,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
             ordered = orders(ends, vm, wish, looked.look.disks)
             made = undo.pop_all()  # from here on it goes only once it is known that the VM does not need it there
             run = migrate_watch.run(ends, vm.name, ordered, wish.policy, report)
+            run.keep = wish.keep
             where, seen = migrate_settle.settled(ends, vm, run, report)
             if probe is not None and answering and where is Where.MOVED:
                 migrate_settle.linger(run)
@@ -302,7 +311,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
         end_on_target(ends, looked, wish, report)
     except (KeyboardInterrupt, Interrupted) as early:
         text = f"{f'{early}' or 'interrupted'}; it runs on {there}, and {here} may still have files of it"
-        again = recovery(vm.name, here, there)
+        again = recovery(vm.name, here, there, keep=wish.keep)
         raise Interrupted(f"cannot migrate VM {vm.name}: {text}", hint=again) from early
     for late in migrate_facts.notes_of(ends.asking().answer(wish.way), looked.facts):
         report(Warned(late.what, late.mend))
@@ -373,8 +382,8 @@ def end_on_target(ends: Ends, looked: Found, wish: Wish, report: Reporter) -> No
         raise
     except VmctlError as error:
         text = f"{ends.names[0]} still has a definition of {vm.name}: {error.message}"
-        report(Warned(text, recovery(vm.name, *ends.names)))
+        report(Warned(text, recovery(vm.name, *ends.names, keep=wish.keep)))
     else:
         _clear_source(ends, looked, wish, report)
-        _note_gone(ends, vm, wish)
+        _note_move(ends, vm, wish, report)
     migrate_storage.unmark(ends.target, looked.look.makes)

@@ -66,7 +66,7 @@ def gather(
     free = migration.free_huge_pages(target.conn, facts.huge_pages_kib) if facts.huge_pages_kib else 0
     theirs = replace(theirs, huge_pages_free=free, space=dict(look.space))
     cpu = _cpu(target, vm, standing.cpu)
-    beyond = elsewhere.look_for(source, vm, target) if not live and identity.went(source, vm) else None
+    beyond = elsewhere.look_for(source, vm.uuid, target) if not live and identity.went(source, vm) else None
     if live and facts.bridges:
         asking.back()  # whether it has them
     ways = asking.answer(way) if live else Ways()
@@ -109,8 +109,8 @@ def _found(source: Host, target: Host, name: str) -> Domain:
     except NotFound as error:
         if domain.find_or_none(target.conn, name) is None:
             raise
-        at = called(source.entry) if source.entry else source.name
-        again = recovery(name, at, target.name)
+        here, there = (called(one.entry) if one.entry else one.name for one in (source, target))
+        again = recovery(name, here, there)
         raise NotFound(error.message, hint=f"{target.name} has it; {again} clears up what a move left here") from error
 
 

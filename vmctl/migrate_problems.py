@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -114,7 +115,7 @@ class HostSide:
     @property
     def command(self) -> str:
         """vmctl on it."""
-        return f"vmctl -c {self.called}"
+        return f"vmctl -c {shlex.quote(self.called)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +166,7 @@ def version(text: str) -> tuple[int, ...]:
 def _state(facts: Facts) -> Iterator[Problem]:
     vm = facts.vm
     here = facts.source.command
-    recover = recovery(vm.name, facts.source.called, facts.target.name)
+    recover = recovery(vm.name, facts.source.called, facts.target.called)
     if vm.state is State.SAVED:
         yield Problem(f"{vm.name} is saved, and its memory lies on {facts.source.name}", f"{here} start {vm.name}")
     elif vm.state is State.CRASHED and not facts.live:
@@ -205,14 +206,14 @@ def _identity(facts: Facts) -> Iterator[Problem]:
         yield Problem(f"{there.name} has another VM called {vm.name}", f"{there.command} rename {vm.name} NEW")
     for name, how in facts.elsewhere.items():
         what = f"{vm.name} {how} on {name}, where it went once: what {facts.source.name} has is only what stayed of it"
-        yield Problem(what, f"vmctl -c {name} migrate {vm.name} --to {there.name}")
+        yield Problem(what, f"vmctl -c {name} migrate {vm.name} --to {shlex.quote(there.called)}")
     if facts.not_asked:
         what = f"not asked whether {vm.name}, which went to another host once, runs there: {', '.join(facts.not_asked)}"
         yield Problem(what, "make sure that it does not", note=True)
     for name, uuid in there.vms.items():
         if uuid == vm.uuid:
             what = f"{there.name} has a VM of the same UUID already: {name}"
-            again = recovery(vm.name, facts.source.called, there.name)
+            again = recovery(vm.name, facts.source.called, there.called)
             yield Problem(what, f"{again} looks at both and ends what was cut off")
 
 
@@ -305,7 +306,7 @@ def _pools(facts: Facts) -> Iterator[Problem]:
     for pool in facts.pools:
         what = f"{vm.name} has disks of its own in storage pool {pool.name} ({pool.path})"
         if not pool.there:
-            mend = f"vmctl -c {there.name} disk pool create {pool.name} --path {pool.path}"
+            mend = f"{there.command} disk pool create {pool.name} --path {shlex.quote(pool.path)}"
             yield Problem(f"{what}, and {there.name} has no such pool", mend)
         elif pool.there != pool.path:
             mend = f"vmctl disk move, on {here.name}, into a pool that is in the same folder on both"

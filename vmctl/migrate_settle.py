@@ -31,7 +31,7 @@ def settled(ends: Ends, vm: Domain, run: Run, report: Reporter) -> tuple[Where, 
                 raise Interrupted(
                     f"cannot migrate VM {vm.name}: {why} before {here} and {there} had said where it is; no file of it "
                     "was deleted",
-                    hint=recovery(vm.name, here, there),
+                    hint=recovery(vm.name, here, there, keep=run.keep),
                 ) from early
             run.interrupted = why
             report(Warned(f"{vm.name}: {why}; {here} and {there} are still asked where it is"))
@@ -80,7 +80,7 @@ def failed(ends: Ends, name: str, run: Run, where: Where, seen: tuple[Seen, Seen
     """The error for a VM that did not move, which says where it is."""
     here, there = ends.names
     states = f"on {here} it is {seen[0].told}, on {there} {seen[1].told}"
-    anew = recovery(name, here, there)
+    anew = recovery(name, here, there, keep=run.keep)
     why = run.failure or "libvirt gave no reason"
     if where in {Where.STAYED, Where.HALF}:
         text = (

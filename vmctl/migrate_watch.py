@@ -23,11 +23,15 @@ _SILENT_S = 50.0  # without a word of libvirt's: longer than the connection betw
 
 @dataclass(slots=True)
 class Run:
-    """How it went: ``failure`` "" when libvirt says that it is done; ``hung`` when its call never came back."""
+    """How it went: ``failure`` "" when libvirt says that it is done; ``hung`` when its call never came back.
+
+    ``keep``: the source was to keep a definition.
+    """
 
     failure: str = ""
     interrupted: str = ""
     hung: bool = False
+    keep: bool = False
     history: list[Sample] = field(default_factory=list)
     done: list[Done] = field(default_factory=list)
 

@@ -13,6 +13,7 @@ from vmctl import (
     disk_chain,
     domain_job,
     forgotten,
+    identity,
     render,
     resolve,
     snapshot_delete,
@@ -128,7 +129,11 @@ def _plan(host: Host, vm: Domain, name: str, order: Order) -> _Plan:
         hypervisor_agent.require(host.conn, vm.name, "freeze the file systems of")
     devices = disks.disks(host.conn, vm.name, inactive=not vm.active)
     overlays, memory, nvram = {}, "", ""
-    if mode.kind is Kind.EXTERNAL:
+    external = mode.kind is Kind.EXTERNAL
+    if external or not vm.active:
+        sources = [disk.source for disk in devices if disk.target in mode.disks]
+        identity.require_no_twin(host, vm, sources, doing, reading=not external)
+    if external:
         prefix = resolve.volume_prefix(vm.name, vm.uuid)
         taken = [disk for disk in devices if disk.target in mode.disks]
         sources = [disk.source for disk in taken]

@@ -187,11 +187,11 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
     ``safety``: take a snapshot of the present state before, so that nothing is lost.
     """
     ref, _one = snapshots.named(host, text)
-    with snapshot_layers.working_on(host, ref.vm, report) as vm:
+    with snapshot_layers.working_on(host, ref.vm, report) as vm, ExitStack() as turn:
         found = _plan(host, vm, ref)
         if not vm.active and _runs_then(found, start):
-            identity.require_off_elsewhere(host, vm, f"revert to snapshot {ref} and start", report)
-        homes_before = homes.noted(host, vm)
+            turn.enter_context(identity.alone(host, vm, f"revert to snapshot {ref} and start", report))
+        homes_before = homes.noted(host, domain.find(host.conn, vm.uuid))
         if found.one.kind == "internal":  # in the files themselves; else what they are stays
             for disk in disks.disks(host.conn, vm.name, inactive=not vm.active):
                 if disk.source in found.one.files:

@@ -54,7 +54,7 @@ def test_a_note_of_its_hosts_is_a_vms_own_and_goes_with_the_last_other_one(host:
         return domain.find(host.conn, "web1")
 
     here, there = Home(host.facts.uuid, "here", ""), Home("another", "a&b", "qemu+ssh://b/system")
-    homes.forget(host, found(), [there.uuid])
+    homes.learn(host, found(), [there.uuid])
     homes.write(host, found(), (here, there))
     assert homes.noted(host, found()) == (here, there) and homes.others(host, found()) == (there,)
     assert found().facts.record == replace(RECORD, labels={}), "beside what vmctl remembers"

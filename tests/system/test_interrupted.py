@@ -10,13 +10,16 @@ import pytest
 
 from tests import warm
 from tests.system.conftest import REPO, VMCTL, Shell, environment, reservations, volumes
+from vmctl import identity
+from vmctl.hosts import open_host
+from vmctl.hypervisor import domain
 
 pytestmark = pytest.mark.system
 
 CREATE = ("create", "NAME", "--image", "micro", "--disk", "16M", "--autostart")
 
 
-def interrupted(tmp_path: Path, which: str, at: int, *words: str) -> tuple[int, list[str]]:
+def interrupted(tmp_path: Path, which: str, at: int | str, *words: str) -> tuple[int, list[str]]:
     """Run a command line that signals itself after change ``at``; its exit code and the changes it made."""
     log = tmp_path / f"changes-{which.replace('/', '_')}-{at}-{words[0]}"
     done = warm.run(
@@ -57,6 +60,30 @@ def test_create_killed_after_every_change(shell: Shell, name: str, tmp_path: Pat
         shell.run("delete", name, "--yes", check=None)
         assert state_of_host(shell) == before, f"left after {changes}"
     assert seen >= 8 and {"storage.create_volume", "domain.define", "domain.start"} <= set(changes)
+
+
+@pytest.mark.parametrize("why", ["moved", "cloned"])
+def test_a_killed_create_of_another_vm_than_the_first_of_its_name(
+    shell: Shell, name: str, tmp_path: Path, why: str
+) -> None:
+    """Of the first one, which moved away or whose disk a clone needs, it has not the UUID, nor its volumes' names."""
+    shell.run(*words(name), "--no-start")
+    with open_host() as host:
+        uuid = domain.find(host.conn, name).uuid
+        if why == "cloned":
+            shell.run("clone", name, f"{name}-new")
+        shell.run("delete", name, "--yes")
+        try:
+            if why == "moved":
+                identity.note_moving(host, uuid)
+            before = state_of_host(shell)
+            code, changes = interrupted(tmp_path, "SIGKILL", "storage.create_volume", *words(name))
+            assert code == -signal.SIGKILL and state_of_host(shell) != before, changes
+            shell.run("delete", name, "--yes")
+            assert state_of_host(shell) == before
+        finally:
+            identity.forget_moving(host, uuid)
+            shell.run("delete", f"{name}-new", "--yes", "--missing-ok")
 
 
 def test_create_interrupted_after_every_change_undoes_itself(shell: Shell, name: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +241,42 @@ def test_no_road_takes_a_disk_from_a_vm_elsewhere(pair: Pair, vm: str, both: Pat
         pair.vmctl("-c", "h2", "delete", theirs, "--yes", "--missing-ok")
         pair.vmctl(*here, "disk", "delete", "both/data.qcow2", "--yes", check=None)
     assert not path.exists(), "nobody needs it any more"
+
+
+def test_no_layer_is_put_on_a_disk_that_what_stayed_would_write_to(pair: Pair, vm: str, both: Path) -> None:
+    """Nor is a disk copied from under the VM that writes to it on the other host: both were done without a word."""
+    here, name, path = ("-c", "qemu:///system"), f"{vm}-twin", both / "data.qcow2"
+    backup = (*here, "backup", "create", name, "--folder", str(both / "backups"))
+    pair.vmctl("host", "add", "third", "qemu:///system")
+    try:
+        pair.vmctl(*here, "create", name, "--image", "micro", "--memory", "128M", "--no-start")
+        Shell().virsh("detach-interface", name, "network", "--config")  # which the other host has not
+        pair.vmctl(*here, "disk", "create", "both/data.qcow2", "8M")
+        pair.vmctl(*here, "disk", "attach", name, "both/data.qcow2")
+        pair.vmctl(*here, "migrate", name, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+        before = set(both.iterdir())
+        layers = ("snapshot", "create", f"{name}.s", "--external"), ("clone", name, f"{name}-new")
+        reads = ("snapshot", "create", f"{name}.s", "--internal"), ("clone", name, f"{name}-new", "--full")
+        for state in "stopped", "saved":
+            for words in (*layers, *(reads if state == "saved" else ())):
+                told = pair.vmctl(*here, *words, check=5).stderr
+                assert f"{path} is the disk of {name} on h2 too, which is {state}" in told
+            if state == "stopped":
+                pair.vmctl(*backup)
+                pair.vmctl("-c", "h2", "start", name)
+                pair.vmctl("-c", "h2", "save", name)
+        told = pair.vmctl(*backup, check=5).stderr
+        assert f"cannot back up VM {name}: {path} is the disk of {name} on h2 too, which is saved" in told
+        assert set(both.iterdir()) - before == {both / "backups"}
+        pair.vmctl("-c", "h2", "delete", name, "--yes")
+        for words in (*layers[:1], *reads[1:]):
+            pair.vmctl(*here, *words)
+    finally:
+        pair.vmctl("-c", "h2", "delete", name, "--yes", "--missing-ok", check=None)
+        pair.vmctl(*here, "delete", name, f"{name}-new", "--yes", "--missing-ok", check=None)
+        pair.vmctl(*here, "disk", "delete", "both/data.qcow2", "--yes", check=None)
+        pair.vmctl("host", "remove", "third")
+        shutil.rmtree(both / "backups", ignore_errors=True)
 
 
 def test_an_image_of_a_vm_elsewhere_stays_in_the_store(pair: Pair, vm: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -159,7 +160,7 @@ def test_what_stayed_is_known_for_that_when_libvirt_has_forgotten_it(pair: Pair,
     assert f"if it is gone for good: vmctl -c h1 start {vm} --take-over" in told
     pair.vmctl("host", "remove", "h2")
     told = pair.vmctl("-c", "h1", "start", vm, check=5).stderr
-    assert "the config file has no such host" in told and f"vmctl host add h2 {second.ssh_uri}" in told
+    assert "the config file has no such host" in told and f"vmctl host add h2 {shlex.quote(second.ssh_uri)}" in told
     second.start("libvirtd")
     pair.vmctl("host", "add", "h2", second.ssh_uri, "--host-key", second.host_key)
 
@@ -209,6 +210,82 @@ def test_what_stayed_of_one_that_was_off(pair: Pair, vm: str) -> None:
         assert "vmctl-homes" not in pair.machine("h1").virsh("dumpxml", name), "it is there alone again"
     finally:
         for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
+def test_what_stayed_hears_where_it_went_from_there(pair: Pair, vm: str) -> None:
+    """It asked the host that it had gone to, which had none of it any more, and was started beside it on a third."""
+    first, name, third = pair.machine("h1"), f"{vm}-on", ("-c", "third")
+    pair.vmctl("host", "add", "third", "qemu:///system")
+    start = ("-c", "h1", "start", name)
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    first.virsh("detach-interface", name, "network", "--config")  # which the third one has not
+    try:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+        pair.vmctl("-c", "h2", "migrate", name, "--to", "third", "--copy-storage", "overlay")
+        pair.vmctl(*third, "start", name)
+        pair.vmctl("host", "remove", "third")
+        told = pair.vmctl(*start, check=5).stderr
+        assert f"cannot start VM {name}: third has it too, and cannot be asked whether it runs there" in told
+        assert "vmctl host add third URI makes it known" in told
+        pair.vmctl("host", "add", "third", "qemu:///system")
+        pair.vmctl(*third, "stop", name, "--force")
+
+        first.kill("libvirtd")
+        try:
+            told = pair.vmctl(*third, "migrate", name, "--to", "h2", "--copy-storage", "overlay").stderr
+        finally:
+            first.start("libvirtd")
+        assert f"h1, which has a definition of {name} too, was not told that it is on h2 now" in told
+        pair.vmctl(*start)  # it is off there, which h1 hears now
+        pair.vmctl("-c", "h1", "stop", name, "--force")
+        pair.vmctl("-c", "h2", "start", name)
+        told = pair.vmctl(*start, check=5).stderr
+        assert f"cannot start VM {name}: it runs on h2" in told
+        pair.vmctl("-c", "h2", "stop", name, "--force")
+    finally:
+        for host in ("third", "h2", "h1"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+        pair.vmctl("host", "remove", "third", check=None)
+
+
+def test_of_two_starts_at_once_one_starts_it(pair: Pair, vm: str) -> None:
+    """Each asked before the other had started it, and there were two."""
+    name = f"{vm}-twice"
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    try:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+        for _ in range(4):
+            both = [pair.begin("-c", host, "start", name) for host in ("h1", "h2")]
+            said = [one.communicate(timeout=120)[1] for one in both]
+            assert sorted(one.returncode for one in both) == [0, 5], said
+            assert sorted(pair.where(name).values()) == ["running", "shut off"]
+            for host in ("h1", "h2"):
+                pair.vmctl("-c", host, "stop", name, "--force")
+    finally:
+        for host in ("h1", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
+def test_one_restored_where_it_was_is_another_one(pair: Pair, vm: str, tmp_path: Path, network: None) -> None:
+    """As one made anew is: with its UUID and MAC there were two on one Ethernet."""
+    name, place = f"{vm}-back", ("--folder", str(tmp_path))
+    pair.vmctl("-c", "qemu:///system", "create", name, "--image", "micro", "--memory", "128M", "--no-start")
+    try:
+        pair.vmctl("-c", "qemu:///system", "backup", "create", name, *place)
+        moving = ("-c", "qemu:///system", "migrate", name, "--to", "h2", "--copy-storage", "overlay")
+        uuid = pair.json("-c", "qemu:///system", "show", name)["uuid"]
+        pair.vmctl(*moving)
+        told = pair.vmctl("-c", "qemu:///system", "backup", "restore", name, *place).stderr
+        assert f"{name} is on h2: it is restored as another VM, with a UUID and MACs of its own" in told
+        new, moved = (pair.json("-c", host, "show", name) for host in ("qemu:///system", "h2"))
+        assert new["uuid"] != moved["uuid"] == uuid and new["nics"][0]["mac"] != moved["nics"][0]["mac"]
+        for host in ("qemu:///system", "h2"):
+            pair.vmctl("-c", host, "delete", name, "--yes")
+        pair.vmctl("-c", "qemu:///system", "backup", "restore", name, *place)
+        assert pair.json("-c", "qemu:///system", "show", name)["uuid"] == uuid, "nobody else has it any more"
+    finally:
+        for host in ("qemu:///system", "h2"):
             pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
 
 

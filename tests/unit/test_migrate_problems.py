@@ -95,6 +95,18 @@ def test_the_mend_for_snapshots_is_a_command() -> None:
     assert found.mend.startswith("vmctl -c h1 snapshot delete web.a web.b, ")
 
 
+def test_a_host_that_has_no_name_is_named_by_its_uri_in_what_is_to_be_typed() -> None:
+    """It was by the name in its URI, which no command takes."""
+    uri = "qemu+ssh://h2/system?a=1&b=2"
+    there = replace(THERE, name="h2", at=uri, vms={"web": "u1"})
+    paused = replace(VM, state=State.PAUSED, why="migration")
+    again = f"vmctl -c h1 migrate web --to '{uri}' --recover"
+    for vm, told in (VM, f"{again} looks at both and ends what was cut off"), (paused, again):
+        assert told in [one.mend for one in problems(replace(FINE, vm=vm, target=there))]
+    (gone, *_) = problems(replace(FINE, target=there, live=False, elsewhere={"h3": "runs"}))
+    assert gone.mend == f"vmctl -c h3 migrate web --to '{uri}'"
+
+
 def test_one_host_is_told_once() -> None:
     facts = replace(FINE, target=replace(THERE, uuid="a"), needs=(DiskNeed("d", "/p/x", True, users=("web",)),))
     assert len(problems(facts)) == 1

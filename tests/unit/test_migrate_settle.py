@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -10,6 +11,7 @@ from vmctl import migrate_settle
 from vmctl.hypervisor.states import State
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_outcome import Seen, Where
+from vmctl.migrate_watch import Run
 
 
 class OnSource:
@@ -18,6 +20,16 @@ class OnSource:
     def seen(self, uuid: str) -> tuple[Seen, Seen]:
         assert uuid == "u"
         return Seen(known=True, state=State.RUNNING), Seen(known=True)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_recovery_that_is_to_be_typed_keeps_what_was_to_be_kept(keep: bool) -> None:
+    """Without the option it deletes definition and disks on the source, as a move does."""
+    ends = cast(Ends, SimpleNamespace(names=("h1", "h2")))
+    seen = Seen(known=True, state=State.RUNNING), Seen(known=False)
+    error = migrate_settle.failed(ends, "web", Run(failure="cut", keep=keep), Where.STAYED, seen)
+    again = "vmctl -c h1 migrate web --to h2 --recover" + (" --keep-source" if keep else "")
+    assert error.hint == f"{again} clears up there, later"
 
 
 @pytest.mark.parametrize(("busy", "where"), [(False, Where.STAYED), (True, Where.UNKNOWN)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 
 import libvirt
@@ -94,6 +95,10 @@ def remedy(name: str, state: State, why: str) -> str:
     return f"vmctl resume {name}" if state is State.PAUSED else f"vmctl start {name}"
 
 
-def recovery(name: str, here: str, there: str) -> str:
-    """The command that ends a migration which was cut off; the hosts as vmctl calls them."""
-    return f"vmctl -c {here} migrate {name} --to {there} --recover"
+def recovery(name: str, here: str, there: str, *, keep: bool = False) -> str:
+    """The command that ends a migration which was cut off; the hosts as vmctl calls them.
+
+    ``keep``: it was to leave a definition, and disks, where the VM was.
+    """
+    command = f"vmctl -c {shlex.quote(here)} migrate {name} --to {shlex.quote(there)} --recover"
+    return command + (" --keep-source" if keep else "")
