@@ -142,7 +142,7 @@ def _clear_old(host: Host, planned: Plan, old: Domain) -> None:
     needed = image_users.needed(host.conn) if files else image_users.Needed({})
     gone: list[Owned] = []
     while free := [
-        one for one, path in files.items() if one not in gone and set(needed.by(path)) <= {one.volume for one in gone}
+        one for one, path in files.items() if one not in gone and not needed.by(path, but=[files[it] for it in gone])
     ]:
         for one in free:
             storage.delete_volume(host.conn, one.pool, one.volume)
