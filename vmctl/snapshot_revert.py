@@ -34,7 +34,7 @@ from vmctl import (
 )
 from vmctl.disk_find import Located, require_not_elsewhere
 from vmctl.disk_replace import PREFIX
-from vmctl.errors import Interrupted, NotFound, Unsupported, VmctlError, quietly
+from vmctl.errors import Conflict, Interrupted, NotFound, Unsupported, VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain
@@ -256,6 +256,8 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
             _stop(host, vm, for_good=not (saved or start))
         elif vm.state is State.SAVED:
             domain.drop_saved(host.conn, vm.name)
+        elif domain.find(host.conn, vm.name).active:  # not by vmctl, which holds its name
+            raise Conflict(f"cannot revert to snapshot {vm.name}.{one.name}: the VM has just been started")
         current = [other for other in known.snapshots(host.conn, vm.name) if other.current]
         undo.callback(quietly, lambda: _back(host, found, current))
         domain.define(host.conn, found.moved(found.definition), name=vm.name)
