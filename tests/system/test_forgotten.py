@@ -29,6 +29,7 @@ from vmctl.wait import wait_until
 pytestmark = pytest.mark.system
 
 
+JOURNAL = Path.home() / ".local/share/vmctl/snapshot-journal"
 SECOND = "for d in /sys/block/vd*; do [ $(cat $d/size) = 16384 ] && d=/dev/${d##*/} && break; done"  # that of 8M
 
 
@@ -283,6 +284,30 @@ def test_a_definition_that_libvirt_did_not_come_to_write(
     shell.run("start", name)
     shell.run("wait", name, "--for", "agent")
     assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
+    shell.run("delete", name, "--yes")
+
+
+@pytest.mark.parametrize(("step", "change"), [("snapshots.take", "create"), ("snapshot_journal.begin", "revert")])
+def test_what_a_vm_wrote_to_stays_when_virsh_undefines_it(
+    shell: Shell, name: str, tmp_path: Path, step: str, change: str
+) -> None:
+    """As virsh leaves disks: a change of a snapshot that was cut off names them, and nobody else does any more."""
+    shell.run("create", name, "--image", "micro", "--no-start")
+    yes = ("--yes",) if change == "revert" else ()
+    if change == "revert":
+        shell.run("snapshot", "create", f"{name}.one")
+    _, steps = interrupted(tmp_path, "SIGKILL", 2 - len(yes), "snapshot", change, f"{name}.one", *yes)
+    assert steps[-1] == step, steps
+    (disk,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 64k", disk], check=True, timeout=60)
+    xml = tmp_path / "defined.xml"
+    xml.write_text(shell.virsh("dumpxml", name))
+    shell.virsh("undefine", name, "--snapshots-metadata")
+    told = shell.run("doctor", "--fix", check=None).stderr
+    assert f"{disk} stays: VM {name}, which is not there any more, wrote to it" in told, told
+    assert Path(disk).exists() and not list(JOURNAL.glob("*.json"))
+    shell.virsh("define", str(xml))
+    shell.run("start", name)
     shell.run("delete", name, "--yes")
 
 
