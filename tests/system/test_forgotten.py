@@ -177,6 +177,8 @@ def test_what_a_vm_went_on_in_for_a_fork_is_told_when_it_has_stopped(shell: Shel
 def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: Path, stopped: str) -> None:
     """libvirt dies as a snapshot is taken: QEMU writes to the new layer, and libvirt knows of the old one alone."""
     shell.run("create", name, "--image", "micro", "--wait", "agent")
+    if stopped:
+        shell.run("snapshot", "create", f"{name}.zero", "--no-memory")
     (base,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
     _, steps = interrupted(tmp_path, "SIGKILL", 1, "snapshot", "create", f"{name}.one", "--no-memory")
     assert steps == ["snapshot_journal.begin"]
@@ -196,6 +198,8 @@ def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: 
             ("disk", "detach", f"{name}:vda"),
             ("disk", "convert", f"{name}:vda", "--format", "raw"),
             ("snapshot", "create", f"{name}.two"),
+            ("snapshot", "revert", f"{name}.zero", "--yes"),
+            ("snapshot", "revert", f"{name}.zero", "--dry-run"),
             ("backup", "create", name, "--folder", str(tmp_path / "backups")),
         ):
             refused = shell.run(*words, check=5).stderr  # after these nobody would know whose the layer is
