@@ -234,9 +234,20 @@ def _dirty(host: Host, vm: Domain, now: Collection[DiskNow], last: Manifest) -> 
         return None  # what changed lies in several bitmaps, which only a running QEMU puts together
     good = {}
     for disk in now:
-        if qemu_img.bitmaps(Path(disk.source), disk.format).get(mine.bitmaps.get(disk.target, "")):
+        mark = mine.bitmaps.get(disk.target, "")
+        if qemu_img.bitmaps(Path(disk.source), disk.format).get(mark) and not _marked_below(host, vm, disk, mark):
             good[disk.target] = 0
     return good
+
+
+def _marked_below(host: Host, vm: Domain, disk: DiskNow, mark: str) -> bool:
+    """Whether a file that a stopped VM's disk is based on has that bitmap too.
+
+    A snapshot of the running VM was taken since: what changed before it, that file tells alone, and only a running QEMU
+    puts the two together.
+    """
+    layers = disk_find.chain(host, disk_find.locate(host, f"{vm.name}:{disk.target}"), "back up").layers
+    return any(mark in qemu_img.bitmaps(Path(one.path), one.format) for one in layers[1:])
 
 
 def _make(

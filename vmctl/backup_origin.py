@@ -152,11 +152,9 @@ def _gone(host: Host, old: Domain, manifest: Manifest, text: str) -> tuple[str, 
     anew = {file.source for file in manifest.files if file.role != "boot"}  # restored beside it, under another name
     needed = image_users.needed(host.conn)
     mine = old_files(host, old)
-    ours = {old.name, *(one.volume for one in mine), *(Path(path).name for path in found)}
-    for path in mine.values():
-        others = set(needed.by(path)) - ours
-        if (path in anew or path not in text) and not others:
-            found.append(path)
+    ours = {old.name, *mine.values(), *found}
+    free = [path for path in mine.values() if path in anew or path not in text]
+    found += [path for path in free if not needed.by(path, but=ours)]
     nvram = old.facts.nvram
     return (*found, *([nvram] if nvram and (nvram in anew or nvram not in text) and host.conn.local else ()))
 

@@ -94,7 +94,7 @@ def _obstacle(disk: DiskNow, last: Manifest, dirty: Mapping[str, int] | None, uu
     if not last.checkpoint or dirty is None:
         return f"the checkpoint of backup {last.id} is lost"
     if disk.target not in dirty:
-        return f"its bitmap of what changed since backup {last.id} is lost or broken"
+        return f"its bitmap of what changed since backup {last.id} is lost or broken, or not all in one file"
     return ""
 
 

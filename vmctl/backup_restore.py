@@ -33,7 +33,7 @@ from vmctl.backup_origin import Plan, Restored, Volume, Wish
 from vmctl.backup_read import Layer
 from vmctl.backup_store import Shelf
 from vmctl.disk_journal import Entry
-from vmctl.errors import quietly
+from vmctl.errors import Conflict, quietly
 from vmctl.events import Reporter, Step
 from vmctl.guest import known_hosts, private_key
 from vmctl.hosts import Host, holding
@@ -142,7 +142,7 @@ def _clear_old(host: Host, planned: Plan, old: Domain) -> None:
     needed = image_users.needed(host.conn) if files else image_users.Needed({})
     gone: list[Owned] = []
     while free := [
-        one for one, path in files.items() if one not in gone and set(needed.by(path)) <= {one.volume for one in gone}
+        one for one, path in files.items() if one not in gone and not needed.by(path, but=[files[it] for it in gone])
     ]:
         for one in free:
             storage.delete_volume(host.conn, one.pool, one.volume)
@@ -210,6 +210,11 @@ def _define(
         changes = replace(changes, macs=macs, record=render.record_element(record) if record else "")
         text = backup_definition.changed(planned.text, changes)
         before = homes.noted(host, planned.old) if planned.old is not None else ()
+        if planned.old is not None and domain.find(host.conn, planned.name).active:  # not by vmctl
+            raise Conflict(
+                f"cannot restore VM {planned.name}: it has been started meanwhile",
+                hint=f"it is as it was; vmctl stop {planned.name}, or --as NEWNAME",
+            )
         if planned.old is None:
             undo.callback(quietly, lambda: _undefine(host, planned))
         domain.define(host.conn, text, name=planned.name)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from vmctl import disk_journal, forgotten, identity, image_users, snapshot_layers, snapshot_settle, spec
 from vmctl.events import Reporter, Warned, silent
@@ -97,21 +96,26 @@ def _deletable(
         ]
     gone = {vm.name, *(one.name for one in before)}
     others = [other for other in domain.all_facts(host.conn) if other.name not in gone]
-    gone |= {Path(path).name for one in before for path in one.files} | {Path(path).name for path in files}
-    gone |= {one.volume for other in before for one in other.volumes} | {one.volume for one in owned}
+    going = {*owned, *(one for other in before for one in other.volumes)}
+    places = {pool: storage.pool_path(host.conn, pool) for pool in _there(host, {one.pool for one in going})}
+    paths = {one: f"{places[one.pool]}/{one.volume}" for one in going if one.pool in places}
+    gone |= {*files, *(path for one in before for path in one.files), *paths.values()}
     used = {path for other in others for path in (other.serial_log, *(disk.source for disk in other.disks))}
     needed = image_users.needed(host.conn)  # through overlays too, in a pool or outside of any
     free: dict[Owned, str] = {}
     for one in owned:
-        if not storage.pool_exists(host.conn, one.pool):
-            continue  # it keeps nobody from deleting the VM; remove() tells of it
-        path = f"{storage.pool_path(host.conn, one.pool)}/{one.volume}"
-        users = set(needed.by(path)) - gone
-        if path not in used and f"{one.pool}/{one.volume}" not in used and not users:
+        path = paths.get(one, "")
+        if not path:
+            continue  # no such pool: it keeps nobody from deleting the VM; remove() tells of it
+        if path not in used and f"{one.pool}/{one.volume}" not in used and not needed.by(path, but=gone):
             free[one] = path
     theirs = identity.needed_elsewhere(host, list(free.values()), report)
     kept = {one: theirs[path] for one, path in free.items() if path in theirs}
     return tuple(one for one in free if one not in kept), kept
+
+
+def _there(host: Host, names: set[str]) -> Iterator[str]:
+    return (pool for pool in names if storage.pool_exists(host.conn, pool))
 
 
 def delete(host: Host, name: str, report: Reporter) -> None:

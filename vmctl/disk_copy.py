@@ -210,7 +210,10 @@ def compact(host: Host, text: str, report: Reporter, *, compress: bool, dry: boo
             what = f"compact {disk.ref}"
             moved = share_reporter(report, what, layers.top.virtual_size)
             disk_replace.in_place(
-                disk, lambda path: _copied(disk, path, disk.format, base, what, moved, compress=compress), doing=what
+                host,
+                disk,
+                lambda path: _copied(disk, path, disk.format, base, what, moved, compress=compress),
+                doing=what,
             )
         return _told(disk, disk.path, disk.format, before, (f"rewrite {disk.path}",), "stopped", dry=dry)
 
@@ -232,7 +235,7 @@ def flatten(host: Host, text: str, report: Reporter, *, dry: bool) -> Rewritten:
             else:
                 moved = share_reporter(report, what, layers.top.virtual_size)
                 disk_replace.in_place(
-                    disk, lambda path: _copied(disk, path, disk.format, None, what, moved), doing=what
+                    host, disk, lambda path: _copied(disk, path, disk.format, None, what, moved), doing=what
                 )
         return _told(disk, disk.path, disk.format, before, touches, how, dry=dry)
 
@@ -283,7 +286,7 @@ def _rebase(host: Host, disk: Located, layers: Chain, base: Chain, report: Repor
         _copied(disk, path, disk.format, old, what, share_reporter(report, what, size))
         qemu_img.rebase(path, disk.format, Path(base.top.path), base.top.format, what=what)
 
-    disk_replace.in_place(disk, make, doing=what)
+    disk_replace.in_place(host, disk, make, doing=what)
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +314,7 @@ def check(host: Host, text: str, report: Reporter, *, repair: bool, dry: bool) -
             require_no_overlays(host, disk, "repair")
             require_not_elsewhere(host, disk, "repair", report)
             if not dry:
-                _repair(disk, report)
+                _repair(host, disk, report)
         found = []
         for layer in layers.layers:
             if layer.format == DiskFormat.RAW:
@@ -323,7 +326,7 @@ def check(host: Host, text: str, report: Reporter, *, repair: bool, dry: bool) -
         return tuple(found)
 
 
-def _repair(disk: Located, report: Reporter) -> None:
+def _repair(host: Host, disk: Located, report: Reporter) -> None:
     before = qemu_img.check(Path(disk.path), disk.format)
     if before.clean:
         return
@@ -337,5 +340,5 @@ def _repair(disk: Located, report: Reporter) -> None:
         if not qemu_img.check(path, disk.format).clean:
             raise ImageError(f"cannot {what}: qemu-img cannot mend all of it", hint="the disk is as it was")
 
-    disk_replace.in_place(disk, make, doing=what, equal=not before.corruptions)
+    disk_replace.in_place(host, disk, make, doing=what, equal=not before.corruptions)
     report(Step(f"{disk.ref} is mended: {before.corruptions} corruptions, {before.leaks} lost clusters"))

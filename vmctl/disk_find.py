@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -221,7 +220,5 @@ def require_no_overlays(host: Host, disk: Located, doing: str) -> None:
     """Raise Conflict when other disks are based on the file: changed, all they hold would be wrong."""
     from vmctl import image_users  # late: it reads every pool
 
-    users = image_users.needed(host.conn).by(os.path.realpath(disk.path))
-    others = [one for one in users if one not in {disk.owner, disk.volume}]
-    if others:
+    if others := image_users.needed(host.conn).by(disk.path, but=(disk.owner, disk.path)):
         raise Conflict(f"cannot {doing} {disk.ref}: {', '.join(others)} needs it as it is")

@@ -77,6 +77,27 @@ def running_uses(host: Host) -> list[Use]:
     return found
 
 
+class Watch:
+    """Sees whether a file was in use since: what was made of its content may lack what a guest wrote."""
+
+    def __init__(self, host: Host, path: str) -> None:
+        self._host, self._path, self._was = host, path, _stamp(path)
+
+    def require_idle(self, doing: str) -> None:
+        """Raise Conflict if it is written to, or was. vmctl starts no VM meanwhile; virsh and autostart do."""
+        mine = [Use("", key(self._path, local=True), self._path, writes=True)]
+        found = conflicts(mine, running_uses(self._host))
+        if not found and _stamp(self._path) != self._was:
+            found = [f"{self._path} was written to meanwhile"]
+        if found:
+            raise Conflict(f"cannot {doing}: {'; '.join(found)}", hint="the disk is as it was; once it is idle, again")
+
+
+def _stamp(path: str) -> tuple[int, int, int]:
+    info = Path(path).stat()
+    return info.st_ino, info.st_size, info.st_mtime_ns
+
+
 @contextmanager
 def claimed(host: Host, vm: str, devices: Iterable[DiskDevice], doing: str) -> Iterator[None]:
     """Within the block no other vmctl makes a VM use these disks, and none does. Raises Conflict with all there are.

@@ -161,10 +161,10 @@ def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> No
     named = {disk.source for disk in disks.disks(host.conn, vm.name, inactive=True)}
     named |= {disk.source for disk in disks.disks(host.conn, vm.name, inactive=False)} if vm.active else set()
     if entry.new in named:
-        if not entry.keep and entry.old not in named:
-            stays = _needed(host, entry.old, report)
+        if entry.old not in named:
+            stays = not entry.keep and _needed(host, entry.old, report)
             _own(host, entry, stays=stays)  # before it goes: then libvirt does not know in which pool it was
-            if not stays:
+            if not (entry.keep or stays):
                 remove_file(host, entry.old)
         report(Step(f"disk {entry.target} of {entry.vm} is {entry.new}"))
     else:

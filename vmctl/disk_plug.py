@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -243,8 +242,7 @@ def _existing(host: Host, vm: Domain, what: str, wanted: Attachment) -> tuple[re
 def _refuse_a_base(host: Host, vm: Domain, found: Located, what: str) -> None:
     from vmctl import image_users  # late: it reads every pool
 
-    users = image_users.needed(host.conn).by(os.path.realpath(found.path))
-    others = [one for one in users if one not in {vm.name, found.volume}]
+    others = [*image_users.needed(host.conn).by(found.path, but=(vm.name, found.path))]
     for one in snapshots.snapshots(host.conn, vm.name):
         others += [f"snapshot {vm.name}.{one.name}"] if found.path in one.files else []
     if others:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from vmctl import disk_journal, disk_xml, forgotten, qemu_img, render
 from vmctl.disk_find import Located
+from vmctl.disk_guard import Watch
 from vmctl.disk_journal import Entry, sync_folder
 from vmctl.errors import Conflict, ImageError, Interrupted, reason
 from vmctl.events import Progress, Reporter
@@ -37,18 +38,20 @@ def _telling_os_errors(doing: str) -> Iterator[None]:
         raise ImageError(f"cannot {doing}: {reason(error)}", hint=hint) from error
 
 
-def in_place(disk: Located, make: Callable[[Path], None], *, doing: str, equal: bool = True) -> None:
+def in_place(host: Host, disk: Located, make: Callable[[Path], None], *, doing: str, equal: bool = True) -> None:
     """Put what ``make`` makes at a path in the place of the disk's file, of the same format.
 
     ``equal``: it must read the same, which is looked at before. The disk must be idle.
     """
     old = Path(disk.path)
     with _telling_os_errors(doing), workspace(old.parent, PREFIX) as folder:
+        watch = Watch(host, disk.path)
         new = folder / "disk"
         make(new)
         if equal:
             qemu_img.require_equal(old, disk.format, new, disk.format, what=doing)
         _alike(old, new)
+        watch.require_idle(doing)
         new.replace(old)
         sync_folder(old.parent)
 
@@ -113,11 +116,13 @@ def to_new_file(
 ) -> None:
     """Make a disk's content a file of another place or format, for its VM if it has one. The disk must be idle."""
     with _telling_os_errors(doing), workspace(new.parent, PREFIX) as folder:
+        watch = Watch(host, disk.path)
         made = folder / "disk"
         make(made)
         _alike(Path(disk.path), made)
         try:
             entry = _begun(host, disk, new, form, keep=keep)
+            watch.require_idle(doing)
             os.link(made, new)  # as a rename, but for a file that came there meanwhile
             sync_folder(new.parent)
             if entry is not None:

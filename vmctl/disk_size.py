@@ -55,7 +55,7 @@ def resize(host: Host, text: str, size: str, report: Reporter, *, grow_fs: bool,
             fits = ", once a copy has shown that what is on it fits"
             touches: tuple[str, ...] = (f"rewrite {disk.path}{alone}{fits}",)
             if not dry:
-                _shrink(disk, after, layers.top.virtual_size, report)
+                _shrink(host, disk, after, layers.top.virtual_size, report)
                 if disk.pool:
                     storage.refresh(host.conn, disk.pool)
         elif after > before:
@@ -133,7 +133,7 @@ def _require_shrinkable(host: Host, disk: Located) -> Chain:
     return layers
 
 
-def _shrink(disk: Located, size: int, before: int, report: Reporter) -> None:
+def _shrink(host: Host, disk: Located, size: int, before: int, report: Reporter) -> None:
     """By a whole copy: looked at, cut, looked at again, and only then put in the disk's place, based on no other."""
     old, what = Path(disk.path), f"shrink {disk.ref}"
     moved = share_reporter(report, what, before)
@@ -148,4 +148,4 @@ def _shrink(disk: Located, size: int, before: int, report: Reporter) -> None:
             qemu_img.copy_known(raw, "raw", path, disk.format, what=what)
             qemu_img.require_equal(raw, "raw", path, disk.format, what=what)
 
-    disk_replace.in_place(disk, make, doing=what, equal=False)
+    disk_replace.in_place(host, disk, make, doing=what, equal=False)

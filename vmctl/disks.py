@@ -93,7 +93,7 @@ def list_disks(host: Host, names: Collection[str], *, pool: str = "") -> tuple[L
 def _users(seen: Seen, path: str) -> tuple[str, ...]:
     """Who needs a file that no VM has attached: what names it then is snapshots or saved states."""
     named = [f"snapshots of {vm}" for vm in sorted(seen.named.get(path, ()))]
-    return (*named, *sorted(seen.volumes.get(path, ())))
+    return (*named, *sorted(image_users.leaf(one) for one in seen.volumes.get(path, ())))
 
 
 def _sizes(host: Host, vm: str, disk: DiskDevice) -> tuple[int, int]:

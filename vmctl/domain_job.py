@@ -12,7 +12,6 @@ from vmctl.errors import (
     NotFound,
     Unsupported,
     VmctlError,
-    WaitTimeout,
     WrongState,
     quietly,
 )
@@ -80,7 +79,7 @@ def telling_end(host: Host, vm: Domain, doing: str, hint: str) -> Iterator[None]
 
 
 def _ended(host: Host, vm: Domain, within_s: float) -> bool:
-    """Whether a VM is not the one that ran before, or will not be in a moment."""
+    """Whether a VM is not the one that ran before, or will not be in a moment; not where libvirt cannot say."""
 
     def gone() -> bool:
         now = domain.find_or_none(host.conn, vm.name)
@@ -88,7 +87,7 @@ def _ended(host: Host, vm: Domain, within_s: float) -> bool:
 
     try:
         wait_until(gone, what="", timeout_s=within_s, interval_s=0.05)
-    except WaitTimeout:
+    except VmctlError:  # it stays; or libvirt is gone itself, and what failed tells more than that
         return False
     return True
 

@@ -107,8 +107,10 @@ def _asked(host: Host, other: Host, spelled: Mapping[str, tuple[str, ...]]) -> d
         elif volumes := based.get(name):
             unattached[name] = {*volumes}
     if unattached:  # those that this host sees, too, its own rules are for
-        known = {one.name for one in storage.all_volumes(host.conn)}
-        found |= {name: rest for name, volumes in unattached.items() if (rest := volumes - known)}
+        known = {one.path for one in storage.all_volumes(host.conn)}
+        known |= {os.path.realpath(path) for path in known if host.conn.local}
+        beside = {name: {image_users.leaf(one) for one in volumes - known} for name, volumes in unattached.items()}
+        found |= {name: rest for name, rest in beside.items() if rest}
     if not found or _is_same(host, other):
         return {}
     both = folder_pools.shared_folders(host, other, {_folder(name) for name in found if name.startswith("/")})

@@ -119,7 +119,8 @@ def needed_of(host: Host, volumes: Collection[str]) -> frozenset[str]:
         return frozenset()
     needed = image_users.needed(host.conn)
     folder = storage.pool_path(host.conn, host.settings.pool)
-    here = frozenset(one for one in volumes if set(needed.by(f"{folder}/{one}")) - set(volumes))
+    paths = {one: f"{folder}/{one}" for one in volumes}
+    here = frozenset(one for one, path in paths.items() if needed.by(path, but=paths.values()))
     theirs = needed_elsewhere(host, [f"{folder}/{one}" for one in volumes], silent)
     return here | {one for one in volumes if f"{folder}/{one}" in theirs}
 

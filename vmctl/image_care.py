@@ -129,9 +129,9 @@ def find_unused(host: Host, name: str, report: Reporter) -> Image:
     """
     image = images.find(host, name)
     needed = image_users.needed(host.conn)
-    if users := set(needed.by(*images.needed_files(image))) - {f"{image.manifest.stem}.warm"}:
+    if users := needed.by(*images.needed_files(image), but=(_warmed(image),)):
         raise Conflict(
-            f"cannot delete image {image.manifest.stem}: {', '.join(sorted(users))} need it",
+            f"cannot delete image {image.manifest.stem}: {', '.join(users)} need it",
             hint="delete those VMs first",
         )
     if host.others:
@@ -141,6 +141,11 @@ def find_unused(host: Host, name: str, report: Reporter) -> Image:
         storage.refresh(host.conn, host.settings.image_pool)
         elsewhere.require_unused(host, f"image {image.manifest.stem}", images.needed_files(image), "delete", report)
     return image
+
+
+def _warmed(image: Image) -> str:
+    """The disk of the state that is kept beside an image, which is its own."""
+    return str(Path(image.disk).with_name(f"{image.manifest.stem}.warm"))
 
 
 def delete(host: Host, name: str, report: Reporter) -> Manifest:
@@ -241,9 +246,8 @@ def _unneeded(host: Host, old: Sequence[Manifest], needed: Needed, report: Repor
     free = []
     for manifest in old:
         image = images.with_paths(host, manifest)
-        own = {f"{manifest.stem}.warm"}
-        if users := set(needed.by(*images.needed_files(image))) - own:
-            report(Step(f"image {manifest.stem} stays: {', '.join(sorted(users))} need it"))
+        if users := needed.by(*images.needed_files(image), but=(_warmed(image),)):
+            report(Step(f"image {manifest.stem} stays: {', '.join(users)} need it"))
         else:
             free.append(manifest)
     return _unneeded_elsewhere(host, free, report) if free and host.others else free

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +17,28 @@ from vmctl.hypervisor.connection import Connection
 
 @dataclass(frozen=True, slots=True)
 class Needed:
-    """Which files are needed: ``users`` of each by path, and ``unknown``, disks whose chain could not be followed."""
+    """Which files are needed: ``users`` of each by path, and ``unknown``, disks whose chain could not be followed.
+
+    Users are VMs, by name, and volumes, by path: one in another folder may have the name of what it is based on.
+    ``local``: the paths are of this machine, and followed through links, by which a pool may name them.
+    """
 
     users: Mapping[str, frozenset[str]]
     unknown: tuple[str, ...] = ()
+    local: bool = True
 
-    def by(self, *paths: str) -> tuple[str, ...]:
-        """Names of the VMs and volumes that need any of the files."""
-        return tuple(sorted({user for path in paths if path for user in self.users.get(path, ())}))
+    def by(self, *paths: str, but: Collection[str] = ()) -> tuple[str, ...]:
+        """Names of who needs any of the files, ``but`` these VMs, by name, and volumes, by path."""
+        users = {user for path in paths if path for user in self.users.get(self._real(path), ())}
+        return tuple(sorted({leaf(user) for user in users - {self._real(one) for one in but}}))
+
+    def _real(self, path: str) -> str:
+        return os.path.realpath(path) if self.local and path.startswith("/") else path
+
+
+def leaf(user: str) -> str:
+    """What people call a VM or a volume. No name of a VM has a slash."""
+    return user.rpartition("/")[2]
 
 
 def chains(named: Mapping[str, Iterable[str]], bases: Mapping[str, str]) -> dict[str, frozenset[str]]:
@@ -43,7 +57,7 @@ def chains(named: Mapping[str, Iterable[str]], bases: Mapping[str, str]) -> dict
 class Seen:
     """Files of a host as they hang together: what each is based on, which VMs name it, and the ends left unknown.
 
-    ``volumes``: what is based on a file by the name of the volume, for those in pools.
+    ``volumes``: the paths of what is based on a file, for those in pools.
     """
 
     bases: Mapping[str, str]
@@ -61,7 +75,7 @@ def look(conn: Connection) -> Seen:
     based: dict[str, set[str]] = {}
     for volume in volumes:
         if volume.backing:
-            based.setdefault(_real(conn, volume.backing), set()).add(volume.name)
+            based.setdefault(_real(conn, volume.backing), set()).add(_real(conn, volume.path))
     named: dict[str, set[str]] = {}
     unknown, raw = set(), set[str]()
     for name, text in domain.all_texts(conn):
@@ -73,8 +87,8 @@ def look(conn: Connection) -> Seen:
         found = _files(folder) if conn.local else None
         if found is None:
             unknown.add(folder)
-        for path in found or ():
-            based.setdefault(path, set()).add(Path(path).name)
+        for path in map(os.path.realpath, found or ()):
+            based.setdefault(path, set()).add(path)
             open_ends.append(path)
     _follow(conn, open_ends, bases, unknown)
     return Seen(bases, _frozen(named), _frozen(based), tuple(sorted(unknown)))
@@ -91,7 +105,7 @@ def needed(conn: Connection) -> Needed:
         path: seen.named.get(path, frozenset()) | seen.volumes.get(path, frozenset())
         for path in {*seen.named, *seen.volumes}
     }
-    return Needed(chains(both, seen.bases), seen.unknown)
+    return Needed(chains(both, seen.bases), seen.unknown, conn.local)
 
 
 def _real(conn: Connection, path: str) -> str:

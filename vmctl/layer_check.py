@@ -203,6 +203,18 @@ def newer(host: Host, vm: str, paths: Collection[str]) -> dict[str, str]:
     return found
 
 
+def written_to(host: Host, paths: Collection[str]) -> dict[str, str]:
+    """Those of the files that are layers in which there is something, and what each is based on, whoever names them."""
+    found = {}
+    for path in paths if host.conn.local else ():
+        if path.endswith(".qcow2") and Path(path).exists():
+            with suppress(VmctlError):  # cut off before it was whole
+                base = switch_over.below(host, path)
+                if base is not None and _has_own(Path(path)):
+                    found[path] = base[0]
+    return found
+
+
 def newer_than_stopped(host: Host) -> dict[str, tuple[str, str]]:
     """The same of the layers that forks made, of all stopped VMs; by path the VM and what it is based on."""
     found: dict[str, tuple[str, str]] = {}

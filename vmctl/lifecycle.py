@@ -36,6 +36,7 @@ from vmctl.wait import wait_until
 _STATE_POLL_S = 0.05
 _POWER_OFF_TIMEOUT_S = 30.0
 _PRESS_AGAIN_S = 5.0
+_FILES_S = 60.0
 _ANSWER_S = 2.0  # a sound QEMU needs milliseconds; also where no time is given at all
 
 
@@ -80,8 +81,13 @@ def start(host: Host, name: str, report: Reporter, *, take_over: bool = False) -
         )
     if vm.active:
         return Started.ALREADY
-    with identity.alone(host, vm, "start", report, take_over=take_over):
-        return _started(host, vm, report)
+    # Who works on a stopped VM's files holds its name: they are nobody else's until the VM has them open.
+    with holding(host, vm.name, timeout_s=_FILES_S):
+        vm = domain.find(host.conn, vm.name)
+        if vm.active:  # by another one meanwhile
+            return Started.ALREADY
+        with identity.alone(host, vm, "start", report, take_over=take_over):
+            return _started(host, vm, report)
 
 
 def _started(host: Host, vm: Domain, report: Reporter) -> Started:

@@ -50,7 +50,7 @@ def made(ends: Ends, makes: Sequence[Make], report: Reporter, *, bandwidth: int 
 def _others(target: Host, makes: Sequence[Make]) -> set[str]:
     """Who else on the target needs what VMs share of these files: of an image, its kernel too."""
     shared = [one.file.path for one in makes if _public(one.file)]
-    return set(image_users.needed(target.conn).by(*shared)) - {one.file.leaf for one in makes}
+    return set(image_users.needed(target.conn).by(*shared, but=[one.file.path for one in makes]))
 
 
 def _mark(file: File) -> File:
@@ -243,11 +243,11 @@ def clear_source(ends: Ends, vm: Domain, found: Sequence[File], left: Sequence[s
             if one.role in _COPIED and one.leaf not in there[one.folder]:
                 report(Warned(f"kept {one.path} on {source.name}: {ends.names[1]} has no such file"))
                 continue
-            if users := set(needed.by(one.path)) - gone - {one.leaf}:
-                report(Warned(f"kept {one.path} on {source.name}: {', '.join(sorted(users))} needs it"))
+            if users := needed.by(one.path, but=(*gone, one.path)):
+                report(Warned(f"kept {one.path} on {source.name}: {', '.join(users)} needs it"))
                 continue
             remove(source, one)
-            gone.add(one.leaf)
+            gone.add(one.path)
             if one.role is Role.LOG:
                 _remove_older(source, one)
         layers = [one for one in reversed(local) if one.role is Role.BASE and one.leaf in own]
@@ -267,9 +267,9 @@ def _clear_layers(
     """Delete those files below the VM's disks that no image is made of and nobody needs any more; top ones first."""
     free: list[File] = []
     for one in layers:
-        if not set(needed.by(one.path)) - gone - {one.leaf}:
+        if not needed.by(one.path, but=(*gone, one.path)):
             free.append(one)
-            gone.add(one.leaf)
+            gone.add(one.path)
     lacking = image_users.needed(ends.target.conn).users if free else {}
     for one in free:
         if one.path in lacking and one.leaf not in _names(ends.target, one.folder):

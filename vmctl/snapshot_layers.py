@@ -130,6 +130,8 @@ def merge(host: Host, seen: View, step: Merge, report: Reporter) -> None:
         qemu_img.commit(
             Path(step.top), "qcow2", Path(base), what=what, moved=share_reporter(report, what, chain.top.virtual_size)
         )
+        if domain.find(host.conn, seen.vm.name).active:  # not by vmctl: the upper file may be written to by now
+            raise Conflict(f"cannot {what}: VM {seen.vm.name} has just been started")
     _repoint(host, seen, step, base, form, live)
     remove_file(host, step.top)
     path.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from vmctl import (
     hosts,
     identity,
     image_users,
+    layer_check,
     memory_pipe,
     qcow2_overlay,
     resolve,
@@ -34,7 +35,7 @@ from vmctl import (
 )
 from vmctl.disk_find import Located, require_not_elsewhere
 from vmctl.disk_replace import PREFIX
-from vmctl.errors import Interrupted, NotFound, Unsupported, VmctlError, quietly
+from vmctl.errors import Conflict, Interrupted, NotFound, Unsupported, VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain
@@ -152,7 +153,11 @@ def plan(
     """What a revert would give up and touch; touches nothing."""
     ref, _one = snapshots.named(host, text)
     vm = domain.find(host.conn, ref.vm)
+    for doubt in layer_check.doubts(host, vm) if host.conn.local else ():
+        raise doubt.refusal(f"work on snapshots of VM {vm.name}")
     found = _plan(host, vm, ref)
+    if found.one.kind != "internal" and _has_memory(found.one, start):
+        _saved(host, found)  # raises where the run would
     kept = _safety(host, vm, report, dry=True) if safety else None
     if kept is not None:
         # What it has now is the safety snapshot's then; what goes is the layer made on it a moment before.
@@ -170,9 +175,14 @@ def _touches(found: _Plan, start: bool | None) -> tuple[str, ...]:
         told += [f"put {path} back to it" for path in sorted(found.one.files)]
     if found.one.kept and found.one.kept.nvram and found.nvram:
         told.append(f"write {found.nvram}")
-    told += [f"read {found.one.memory_file}"] if found.one.memory == "external" and start is not False else []
+    told += [f"read {found.one.memory_file}"] if _has_memory(found.one, start) else []
     told += [f"start VM {found.vm.name}"] if _runs_then(found, start) else []
     return (*told, *(f"delete {path}" for path in found.old))
+
+
+def _has_memory(one: Snapshot, start: bool | None) -> bool:
+    """Whether it goes on from memory that is in a file of its own."""
+    return one.memory == "external" and start is not False
 
 
 def _runs_then(found: _Plan, start: bool | None) -> bool:
@@ -241,8 +251,7 @@ def _libvirts(host: Host, found: _Plan, report: Reporter, start: bool | None) ->
 
 def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None) -> None:
     vm, one = found.vm, found.one
-    memory = one.memory == "external" and start is not False
-    saved = _saved(host, found) if memory else ""
+    saved = _saved(host, found) if _has_memory(one, start) else ""
     fresh = tuple(new for new, _file, _form in found.fresh.values())
     nvram = (one.kept.nvram, found.nvram) if one.kept and one.kept.nvram and found.nvram else ()
     entry = Entry(host.conn.uri, vm.name, "revert", one.name, (*fresh, *found.old), nvram=nvram)
@@ -256,6 +265,8 @@ def _external(host: Host, found: _Plan, report: Reporter, *, start: bool | None)
             _stop(host, vm, for_good=not (saved or start))
         elif vm.state is State.SAVED:
             domain.drop_saved(host.conn, vm.name)
+        elif domain.find(host.conn, vm.name).active:  # not by vmctl, which holds its name
+            raise Conflict(f"cannot revert to snapshot {vm.name}.{one.name}: the VM has just been started")
         current = [other for other in known.snapshots(host.conn, vm.name) if other.current]
         undo.callback(quietly, lambda: _back(host, found, current))
         domain.define(host.conn, found.moved(found.definition), name=vm.name)

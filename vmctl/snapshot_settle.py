@@ -50,6 +50,10 @@ def settle(host: Host, name: str, report: Reporter, *, deciding: bool = False) -
         written = layer_check.left_behind(host, vm, entry) if vm is not None else {}
         for newer, base in written.items():
             report(Warned(f"a disk of {name} is {base}; {newer} may be newer, and stays"))
+        if vm is None:  # undefined, by virsh, which leaves its disks
+            written = layer_check.written_to(host, entry.files)
+            for layer in written:
+                report(Warned(f"{layer} stays: VM {name}, which is not there any more, wrote to it"))
         drop_unneeded(host, [one for one in entry.files if one not in written])
         if entry.layers:
             # Its files are in order: if one of them is detached later, it must not be taken for a left-over.

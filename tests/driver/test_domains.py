@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vmctl import homes, lifecycle, listing, networks, render, resolve
+from vmctl import domain_job, homes, lifecycle, listing, networks, render, resolve
 from vmctl.domain_xml import with_shared_memory
-from vmctl.errors import Conflict, HostUnreachable, NotFound, SpecError, VmctlError, WrongState
+from vmctl.errors import Conflict, HostUnreachable, HypervisorError, NotFound, SpecError, VmctlError, WrongState
 from vmctl.events import silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import devices, domain, network
@@ -154,6 +154,19 @@ def test_found_by_uuid_too(conn: Connection) -> None:
     define(conn, "web1")
     ident = domain.find(conn, "web1").uuid
     assert domain.find(conn, ident).name == "web1"
+
+
+def test_what_failed_is_told_where_libvirt_is_gone_too(host: Host) -> None:
+    """Nobody can tell then whether the VM has ended."""
+    define(host.conn, "web1")
+    domain.start(host.conn, "web1")
+    vm = domain.find(host.conn, "web1")
+    with (
+        pytest.raises(HypervisorError, match="cannot take it: the connection broke"),
+        domain_job.telling_end(host, vm, "take it", ""),
+    ):
+        host.conn.close()
+        raise HypervisorError("cannot take it: the connection broke", code=1, domain=1)
 
 
 def test_states(host: Host) -> None:

@@ -459,6 +459,31 @@ def test_what_clones_are_based_on_stays_whoever_is_restored(shell: Shell, off: s
             shell.run("delete", name, "--yes", "--missing-ok", check=None)
 
 
+def test_what_changed_before_a_snapshot_of_a_running_vm_is_in_the_backup_of_the_stopped_one(
+    shell: Shell, vm: str, store: Path
+) -> None:
+    """libvirt lets the new layer mark what changes from then on; what changed before, the one below it tells alone."""
+    backup(shell, vm, store)
+    data = write(shell, vm, "before")
+    shell.run("snapshot", "create", f"{vm}.one", "--no-memory")
+    data += write(shell, vm, "after", at=COUNT)
+    shell.run("stop", vm)
+    told = shell.run("backup", "create", vm, "--folder", str(store)).stderr
+    assert "is backed up whole" in told, told
+    with gone_afterwards(f"{vm}-back"):
+        shell.run("backup", "restore", vm, "--as", f"{vm}-back", "--folder", str(store))
+        assert pattern_of(shell, f"{vm}-back", store, len(data)) == data
+    shell.run("snapshot", "delete", f"{vm}.one", "--yes")
+
+
+def pattern_of(shell: Shell, vm: str, folder: Path, size: int) -> bytes:
+    """The beginning of what is on a stopped VM's disk."""
+    raw = folder.with_name("content.raw")
+    words = ["qemu-img", "convert", "-f", "qcow2", "-O", "raw", disk_of(shell, vm).source, str(raw)]
+    subprocess.run(words, check=True, timeout=60)
+    return raw.read_bytes()[:size]
+
+
 def test_a_vm_with_snapshots_is_backed_up_without_what_its_disks_are_based_on(
     shell: Shell, guest: str, store: Path
 ) -> None:

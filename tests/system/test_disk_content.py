@@ -173,6 +173,19 @@ def test_a_disk_moves_under_a_guest_that_writes_to_it(shell: Shell, vm: str, dis
     assert intact(shell, vm) and leftovers() == []
 
 
+def test_what_a_move_keeps_is_not_the_vms_any_more(shell: Shell, vm: str, name: str) -> None:
+    """Deleted, the VM takes the disk with it that it had, and not the one that was kept."""
+    shell.run("create", name, "--image", "micro", "--no-start")
+    shell.run("disk", "attach", name, "4M", "--serial", "data")
+    old = file_of(shell, name)
+    shell.run("disk", "move", f"{name}:data", "--pool", "second", "--keep")
+    new = file_of(shell, name)
+    assert new.parent != old.parent and old.exists()
+    shell.run("delete", name, "--yes")
+    assert old.exists() and not new.exists()
+    shell.run("disk", "delete", f"vmctl/{old.name}", "--yes")
+
+
 def test_a_disk_is_converted_running_and_stopped(shell: Shell, vm: str, disk: str) -> None:
     before = volumes(shell)
     done = shell.json("disk", "convert", f"{vm}:data", "--format", "raw")

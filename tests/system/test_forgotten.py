@@ -29,6 +29,7 @@ from vmctl.wait import wait_until
 pytestmark = pytest.mark.system
 
 
+JOURNAL = Path.home() / ".local/share/vmctl/snapshot-journal"
 SECOND = "for d in /sys/block/vd*; do [ $(cat $d/size) = 16384 ] && d=/dev/${d##*/} && break; done"  # that of 8M
 
 
@@ -176,6 +177,8 @@ def test_what_a_vm_went_on_in_for_a_fork_is_told_when_it_has_stopped(shell: Shel
 def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: Path, stopped: str) -> None:
     """libvirt dies as a snapshot is taken: QEMU writes to the new layer, and libvirt knows of the old one alone."""
     shell.run("create", name, "--image", "micro", "--wait", "agent")
+    if stopped:
+        shell.run("snapshot", "create", f"{name}.zero", "--no-memory")
     (base,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
     _, steps = interrupted(tmp_path, "SIGKILL", 1, "snapshot", "create", f"{name}.one", "--no-memory")
     assert steps == ["snapshot_journal.begin"]
@@ -195,6 +198,8 @@ def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: 
             ("disk", "detach", f"{name}:vda"),
             ("disk", "convert", f"{name}:vda", "--format", "raw"),
             ("snapshot", "create", f"{name}.two"),
+            ("snapshot", "revert", f"{name}.zero", "--yes"),
+            ("snapshot", "revert", f"{name}.zero", "--dry-run"),
             ("backup", "create", name, "--folder", str(tmp_path / "backups")),
         ):
             refused = shell.run(*words, check=5).stderr  # after these nobody would know whose the layer is
@@ -283,6 +288,30 @@ def test_a_definition_that_libvirt_did_not_come_to_write(
     shell.run("start", name)
     shell.run("wait", name, "--for", "agent")
     assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
+    shell.run("delete", name, "--yes")
+
+
+@pytest.mark.parametrize(("step", "change"), [("snapshots.take", "create"), ("snapshot_journal.begin", "revert")])
+def test_what_a_vm_wrote_to_stays_when_virsh_undefines_it(
+    shell: Shell, name: str, tmp_path: Path, step: str, change: str
+) -> None:
+    """As virsh leaves disks: a change of a snapshot that was cut off names them, and nobody else does any more."""
+    shell.run("create", name, "--image", "micro", "--no-start")
+    yes = ("--yes",) if change == "revert" else ()
+    if change == "revert":
+        shell.run("snapshot", "create", f"{name}.one")
+    _, steps = interrupted(tmp_path, "SIGKILL", 2 - len(yes), "snapshot", change, f"{name}.one", *yes)
+    assert steps[-1] == step, steps
+    (disk,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 64k", disk], check=True, timeout=60)
+    xml = tmp_path / "defined.xml"
+    xml.write_text(shell.virsh("dumpxml", name))
+    shell.virsh("undefine", name, "--snapshots-metadata")
+    told = shell.run("doctor", "--fix", check=None).stderr
+    assert f"{disk} stays: VM {name}, which is not there any more, wrote to it" in told, told
+    assert Path(disk).exists() and not list(JOURNAL.glob("*.json"))
+    shell.virsh("define", str(xml))
+    shell.run("start", name)
     shell.run("delete", name, "--yes")
 
 

@@ -395,6 +395,7 @@ def test_a_renamed_vm_gets_its_disks_back_and_under_its_old_name_its_memory(shel
         before = sources(shell, f"{vm}-b", "--inactive")
         refused = shell.run("snapshot", "revert", f"{vm}-b.one", "--yes", check=8)
         assert f"vmctl rename {vm}-b {vm}" in refused.stderr and sources(shell, f"{vm}-b", "--inactive") == before
+        assert shell.run("snapshot", "revert", f"{vm}-b.one", "--dry-run", check=8).stderr == refused.stderr
         shell.run("start", f"{vm}-b")
         shell.run("snapshot", "revert", f"{vm}-b.one", "--yes", "--no-start")
         assert shell.json("show", f"{vm}-b")["state"] == "stopped"

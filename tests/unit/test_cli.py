@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from vmctl import seed
+from vmctl import doctor, seed
 from vmctl.cli import many, run, words
 from vmctl.cli.app import COMMANDS, command
 from vmctl.errors import Conflict, Interrupted, PartialFailure, SpecError
@@ -373,6 +373,15 @@ def test_a_closed_pipe_ends_what_watches_quietly(line: list[str]) -> None:
     assert running.wait(60) == 141
     assert running.stderr.read() == b""
     running.stderr.close()
+
+
+def test_what_doctor_says_is_to_be_typed_names_the_host_that_was_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = (doctor.Finding("creations", "failed", "the creation of web was cut off", "vmctl delete web"),)
+    monkeypatch.setattr(doctor, "examine", lambda *_words, **_more: found)
+    assert run(["-c", "a b", "doctor"]) == 1
+    assert "mend: vmctl -c 'a b' delete web\n" in capsys.readouterr().out
 
 
 def test_events_of_a_vm_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -79,11 +80,14 @@ def doctor(
     Exits 1 while something is broken.
     """
     from vmctl import doctor as check
-    from vmctl.cli.options import GLOBALS
+    from vmctl.cli.options import GLOBALS, on_host
 
     if keep and not fix:
         raise typer.BadParameter("--keep changes what a VM starts from: it goes with --fix")
-    findings = check.examine(connect or GLOBALS.connect, fix=fix, report=reporter(), keep=keep or ())
+    given = connect or GLOBALS.connect
+    findings = check.examine(given, fix=fix, report=reporter(), keep=keep or ())
+    if given:  # typed without it a mend would be of another host
+        findings = tuple(replace(one, mend=on_host(one.mend, given)) for one in findings)
     ui.emit(
         findings, output, lambda: _findings_text(findings), lambda: [f.name for f in findings if f.result == "failed"]
     )
