@@ -130,7 +130,8 @@ def merge(host: Host, seen: View, step: Merge, report: Reporter) -> None:
         qemu_img.commit(
             Path(step.top), "qcow2", Path(base), what=what, moved=share_reporter(report, what, chain.top.virtual_size)
         )
-        if domain.find(host.conn, seen.vm.name).active:  # not by vmctl: the upper file may be written to by now
+        # Not by vmctl: the upper file may be written to by now. Of a VM that ran before it is one that it has not open.
+        if not seen.vm.active and domain.find(host.conn, seen.vm.name).active:
             raise Conflict(f"cannot {what}: VM {seen.vm.name} has just been started")
     _repoint(host, seen, step, base, form, live)
     remove_file(host, step.top)
