@@ -26,17 +26,11 @@ class Patient:
 
     def answer(self, key: Hashable, call: Callable[[], T], what: str) -> T:
         """What the call of that key comes to. Raises its error, and WaitTimeout when it is not back in time."""
-        asked = self._asked.get(key) or Waiting(lambda: [call()])
-        self._asked[key] = asked
-        found = None
-        try:
-            found = asked.answer(self._patience_s)
-        except Exception:
-            del self._asked[key]
-            raise
+        asked = self._asked.pop(key, None) or Waiting(lambda: [call()])
+        found = asked.answer(self._patience_s)
         if found is None:
+            self._asked[key] = asked
             raise WaitTimeout(what, after_s=self._patience_s)
-        del self._asked[key]
         return cast("T", found[0])
 
 
