@@ -16,10 +16,8 @@ from typing import Any
 import pytest
 
 from tests.hosts import Machine, Testbed
-from tests.system.conftest import REPO, VMCTL, Shell
+from tests.system.conftest import REPO, STORE, VMCTL, Shell
 from vmctl.wait import wait_until
-
-STORE = Path("/var/lib/libvirt/vmctl/vmctl-images")
 
 
 @dataclass(frozen=True)

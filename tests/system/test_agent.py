@@ -21,7 +21,7 @@ pytestmark = pytest.mark.system
 def vm() -> Iterator[str]:
     shell = Shell()
     chosen = f"agent-{os.getpid()}"
-    shell.run("create", chosen, "--image", "micro", "--wait", "ssh")
+    shell.guest(chosen)
     shell.run("wait", chosen, "--for", "agent")
     yield chosen
     shell.run("delete", chosen, "--yes")
@@ -246,7 +246,7 @@ def test_an_agent_that_stops_while_a_command_of_its_runs(shell: Shell, vm: str, 
 
 def test_an_agent_that_hangs_inside_a_freeze_holds_up_nobody(shell: Shell, name: str) -> None:
     """Another client waits for its end without a limit, and has the agent's one turn; its hook never ends."""
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     hook = (
         "cd /root; printf '#!/bin/sh\\n[ $1 = thaw ] || sleep 1000\\n' >hook; mv /usr/sbin/qemu-ga ga;"
         " printf '#!/bin/sh\\nexec /root/ga -F/root/hook \"$@\"\\n' >/usr/sbin/qemu-ga;"

@@ -34,7 +34,7 @@ def store(tmp_path: Path) -> Path:
 
 def created(shell: Shell, vm: str) -> str:
     """A running VM with a disk of 64 MiB that its guest has as vdb or vdc."""
-    shell.run("create", vm, "--image", "micro", "--wait", "agent")
+    shell.guest(vm)
     shell.run("wait", vm, "--for", "agent")
     shell.run("disk", "attach", vm, "64M", "--serial", "data")
     return vm

@@ -49,7 +49,7 @@ def guest() -> Iterator[str]:
     """One VM with a disk ``data`` for all faults: most of them must leave it running, and each must leave it good."""
     shell, name = Shell(), f"t-{secrets.token_hex(4)}"
     before = volumes(shell)
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     shell.run("disk", "attach", name, "16M", "--serial", "data")
     yield name
     shell.run("delete", name, "--yes", "--missing-ok", check=None)

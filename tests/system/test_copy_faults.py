@@ -45,7 +45,7 @@ def guest() -> Iterator[str]:
     """One VM that holds a pattern, for all faults; all that comes of it is gone afterwards, and nothing left behind."""
     shell, name = Shell(), f"t-{secrets.token_hex(4)}"
     before = volumes(shell)
-    shell.run("create", name, "--image", "micro", "--wait", "agent", timeout=240)
+    shell.guest(name)
     pattern.write(name, "/root/data", DATA)
     yield name
     shell.run("doctor", "--fix", check=None)

@@ -32,7 +32,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def vm(pool: str) -> Iterator[str]:
     """A guest, running when a test begins."""
     shell, chosen = Shell(), f"content-{os.getpid()}"
-    shell.run("create", chosen, "--image", "micro", "--wait", "agent")
+    shell.guest(chosen)
     yield chosen
     shell.run("delete", chosen, "--yes")
 

@@ -26,7 +26,7 @@ IQN = "iqn.2024-01.test.vmctl:disks"
 def vm() -> Iterator[str]:
     """A running guest."""
     shell, chosen = Shell(), f"remote-{os.getpid()}"
-    shell.run("create", chosen, "--image", "micro", "--wait", "agent")
+    shell.guest(chosen)
     yield chosen
     shell.run("delete", chosen, "--yes")
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.system
 def vm() -> Iterator[str]:
     """A running guest that tests plug disks into."""
     shell, chosen = Shell(), f"plug-{os.getpid()}"
-    shell.run("create", chosen, "--image", "micro", "--wait", "agent")
+    shell.guest(chosen)
     yield chosen
     shell.run("delete", chosen, "--yes")
 

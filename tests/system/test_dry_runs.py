@@ -127,6 +127,7 @@ def names(path: str) -> set[str]:
 
 @pytest.fixture
 def machine(shell: Shell, name: str) -> Iterator[str]:
+    shell.cold()  # what is warmed below is not replaced, but new
     shell.run("disk", "pool", "create", "dry-second", "--path", str(SECOND))
     for one, words in (("bottom", ()), ("lower", ())):
         shell.run("disk", "create", f"{name}-{one}", "8M", *words)

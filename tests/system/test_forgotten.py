@@ -150,7 +150,7 @@ def went_on(shell: Shell, vm: str, base: str, overlay: str) -> None:
 
 
 def test_what_a_vm_went_on_in_for_a_fork_is_told_when_it_has_stopped(shell: Shell, name: str) -> None:
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     (base,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
     layer = base.replace(".qcow2", "-layer1.qcow2")
     with open_host() as host:
@@ -176,7 +176,7 @@ def test_what_a_vm_went_on_in_for_a_fork_is_told_when_it_has_stopped(shell: Shel
 @pytest.mark.parametrize("stopped", ["", "base", "overlay"])
 def test_what_a_vm_went_on_in_is_not_deleted(shell: Shell, name: str, tmp_path: Path, stopped: str) -> None:
     """libvirt dies as a snapshot is taken: QEMU writes to the new layer, and libvirt knows of the old one alone."""
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     if stopped:
         shell.run("snapshot", "create", f"{name}.zero", "--no-memory")
     (base,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
@@ -246,7 +246,7 @@ def behind(shell: Shell, tmp_path: Path, vm: str, at: int, *words: str) -> list[
 
 def lagging(shell: Shell, name: str, tmp_path: Path, pool: Path, change: str) -> Callable[..., str]:
     """A VM that went on in another file than its definition says, for libvirt died; what tells its disk's file."""
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     if change == "create":
         steps = behind(shell, tmp_path, name, 2, "snapshot", "create", f"{name}.one", "--no-memory")
         assert steps[-1] == "snapshots.take", steps
@@ -319,7 +319,7 @@ def test_a_merge_of_which_nobody_can_tell_whether_it_was_ended_is_not_made(
     shell: Shell, name: str, tmp_path: Path
 ) -> None:
     """libvirt was asked to end it, and the VM did not go on below: what it wrote last is in the upper file alone."""
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     shell.run("snapshot", "create", f"{name}.one", "--no-memory")
     _, steps = interrupted(tmp_path, "SIGKILL", 4, "snapshot", "delete", f"{name}.one", "--yes")
     assert steps[-1] == "snapshot_journal.begin", steps
@@ -348,7 +348,7 @@ def test_a_merge_of_which_nobody_can_tell_whether_it_was_ended_is_not_made(
 
 def test_a_merge_that_was_cut_off_holds_nobody_up(shell: Shell, name: str) -> None:
     """vmctl dies before it asks for the switch: the job, which libvirt goes on with, is given up, and begun anew."""
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     shell.run("snapshot", "create", f"{name}.one", "--no-memory")
     shell.run("exec", name, "--", "sh", "-c", "echo sooner >/root/later; sync")
     cut_off = (
@@ -451,7 +451,7 @@ def test_a_switch_that_libvirt_lost_sight_of(shell: Shell, name: str, pool: Path
 
 def test_a_backup_takes_the_definition_with_what_the_vm_is_in(shell: Shell, name: str, tmp_path: Path) -> None:
     """And not the file that the definition still names as one more that the VM needs."""
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     behind(shell, tmp_path, name, 2, "snapshot", "create", f"{name}.one", "--no-memory")
     (live,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
     made = json.loads(shell.run("backup", "create", name, "--folder", str(tmp_path / "to"), "-o", "json").stdout)

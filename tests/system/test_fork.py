@@ -116,7 +116,7 @@ def test_a_fork_of_a_fork_with_a_second_disk(shell: Shell, name: str, several: s
 
 
 def test_what_cannot_be_forked_is_refused_before_anything_changes(shell: Shell, name: str, several: str) -> None:
-    shell.run("create", name, "--image", "micro", "--wait", "agent", timeout=240)
+    shell.guest(name)
     before, xml = volumes(shell), shell.virsh("dumpxml", name)
     said = shell.run("fork", name, several, "--count", "2", "--dry-run").stdout
     assert f"new running VM {several}-2" in said and "is written to no more" in said

@@ -26,7 +26,7 @@ def vm() -> Iterator[str]:
     """A guest that on its loopback echoes (7), digests what it gets once that has ended (9), and sends (11)."""
     shell = Shell()
     chosen = f"forward-{os.getpid()}"
-    shell.run("create", chosen, "--image", "micro", "--wait", "ssh")
+    shell.guest(chosen)
     serve = "setsid nc -ll -p {} -e {} </dev/null >/dev/null 2>&1 &"
     shell.run("exec", chosen, "--", "sh", "-c", f"head -c {BIG} /dev/urandom >/root/big")
     for port, command in ((7, "cat"), (9, "sha256sum"), (11, "cat /root/big"), (13, "hostname")):
@@ -131,7 +131,7 @@ def test_a_taken_port_is_one_clear_error(shell: Shell, vm: str) -> None:
 
 
 def test_a_guest_that_goes_away_ends_the_forward_with_its_reason(shell: Shell, name: str) -> None:
-    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    shell.guest(name)
     with forwarded(name, "0:22") as (_, running):
         shell.run("stop", name)
         assert running.wait(40) == 3

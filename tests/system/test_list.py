@@ -85,7 +85,7 @@ def test_show_asks_each_thing_once(shell: Shell, names: Callable[[], str]) -> No
     """Each call is a way there and back to a host that may be far away, and a connection some ten of them."""
     far = ("-c", "qemu+unix:///system")  # as a host of another machine: no files of its libvirt's are read
     first, second = names(), names()
-    shell.run("create", first, "--image", "micro", "--wait", "agent")
+    shell.guest(first)
     shell.run("create", second, "--image", "micro", "--no-start")
     shell.run(*far, "host", "info")  # what its KVM is worth is found out once a day
     one, which = calls(*far, "show", first)
@@ -124,14 +124,14 @@ def test_a_silent_agent_hides_nothing_of_other_vms(shell: Shell, names: Callable
     """Its question is given up, and goes on in libvirt: the next agent is asked by another connection."""
     first, second = names(), names()
     for one in (first, second):
-        shell.run("create", one, "--image", "micro", "--wait", "agent")
+        shell.guest(one)
     shell.run("exec", "--via", "agent", first, "--", "sh", "-c", "kill -STOP $(pidof qemu-ga)", check=None)
     assert [vm["agent_state"] for vm in shell.json("show", first, second)] == ["silent", "answers"]
 
 
 def test_other_commands_ask_nothing_twice_in_a_row(shell: Shell, name: str) -> None:
     far = ("-c", "qemu+unix:///system")
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     for verb in ("pause", "resume"):
         number, which = calls(*far, verb, name)
         assert number <= 9, f"{verb}: {which}"
@@ -142,7 +142,7 @@ def test_other_commands_ask_nothing_twice_in_a_row(shell: Shell, name: str) -> N
 
 
 def test_a_hung_guest_hangs_nothing(shell: Shell, name: str) -> None:
-    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    shell.guest(name)
     pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -161,7 +161,7 @@ def test_a_hung_guest_hangs_nothing(shell: Shell, name: str) -> None:
         )
         try:
             rows = {row["name"]: row for row in _json_within(shell, 10)}
-            assert rows[name]["state"] == "running" and rows[name]["vcpus"] == 1 and rows[name]["memory_mib"] == 512
+            assert rows[name]["state"] == "running" and rows[name]["vcpus"] == 1 and rows[name]["memory_mib"] == 128
         finally:
             os.kill(pid, signal.SIGCONT)
             stuck.wait(30)

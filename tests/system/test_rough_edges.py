@@ -26,7 +26,7 @@ def begin(*words: str, **options: object) -> subprocess.Popen[str]:
 
 
 def test_exec_ends_when_the_vm_does(shell: Shell, name: str) -> None:
-    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    shell.guest(name)
     running = begin("exec", name, "--", "sh", "-c", "echo up; sleep 1000")
     assert running.stdout is not None and running.stdout.readline() == "up\n"
     shell.virsh("destroy", name)
@@ -191,7 +191,7 @@ def test_delete_leaves_the_console_log_of_another(shell: Shell, name: str, names
 
 
 def test_a_guest_deaf_to_the_button_is_stopped_by_its_agent(shell: Shell, name: str) -> None:
-    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    shell.guest(name)
     shell.run("wait", name, "--for", "agent")
     shell.run("exec", name, "--", "rmmod", "button")
     done = shell.run("stop", name, "--timeout", "12")

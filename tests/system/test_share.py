@@ -125,7 +125,7 @@ def test_a_guest_whose_memory_is_its_own_gets_the_folder_at_its_next_start(
     shell: Shell, name: str, tmp_path: Path
 ) -> None:
     (tmp_path / "a").write_text("cold\n")
-    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    shell.guest(name)
     assert "from its next stop and start on" in shell.run("share", name, f"{tmp_path}:/mnt/cold").stdout
     assert [vm["image"] for vm in shell.json("list") if vm["name"] == name] == ["micro"], "its record is gone"
     shell.run("exec", name, "--", "sh", "-c", "! test -e /mnt/cold/a && sync")

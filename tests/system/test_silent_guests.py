@@ -56,7 +56,7 @@ class Waiting:
 def old() -> Iterator[Waiting]:
     """A VM that is up for minutes, with a command that says nothing for longer than a sign of life is waited for."""
     shell, name = Shell(), f"old-{os.getpid()}"
-    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    shell.guest(name)
     yield Waiting(name, [begin("exec", name, "--", "sh", "-c", "sleep 40; echo done")])
     shell.run("delete", name, "--yes")
 
@@ -65,7 +65,7 @@ def old() -> Iterator[Waiting]:
 def untold() -> Iterator[Waiting]:
     """A VM whose kernel panics with no driver to tell of it, amid two commands."""
     shell, name = Shell(), f"untold-{os.getpid()}"
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     shell.run("exec", name, "--", "rmmod", "pvpanic_mmio")
     stay = "echo up; sleep 1000"
     waiting = [up("exec", name, "--", "sh", "-c", stay), up("ssh", name, stay)]
@@ -93,7 +93,7 @@ def panicked(shell: Shell, name: str) -> Iterator[str]:
 
 
 def test_a_panic_ends_all_that_waits_at_once_and_says_so(shell: Shell, name: str, tmp_path: Path) -> None:
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     with (tmp_path / "endless").open("wb") as file:
         file.truncate(8 << 30)
     events = begin("events", name, "-o", "json")
@@ -127,7 +127,7 @@ def test_a_panic_ends_all_that_waits_at_once_and_says_so(shell: Shell, name: str
 
 def test_it_stops_while_show_looks_at_it(shell: Shell, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between its state and its agent's: what it is now is shown, and no error."""
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     asked = agent.Line.ask
 
     def plug_pulled(*words: Any, **options: Any) -> Any:
@@ -174,7 +174,7 @@ def test_what_can_be_done_with_a_panicked_guest(shell: Shell, panicked: str, tmp
 
 
 def test_a_panic_while_it_is_being_stopped(shell: Shell, name: str) -> None:
-    shell.run("create", name, "--image", "micro", "--wait", "agent")
+    shell.guest(name)
     # Without its power button, so that the stop waits.
     deaf = "cd /sys/bus/acpi/drivers/button && for one in *:*; do echo $one >unbind; done"
     shell.run("exec", name, "--", "sh", "-c", f"{deaf}; {PANIC.replace('sleep 1', 'sleep 8')}")
@@ -291,7 +291,7 @@ def test_one_that_is_long_up_and_does_not_answer_until_it_is_reset(shell: Shell,
 
 
 def test_a_qemu_that_hangs_can_be_ended(shell: Shell, name: str) -> None:
-    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    shell.guest(name)
     pid = int(Path(f"/run/libvirt/qemu/{name}.pid").read_text())
     os.kill(pid, signal.SIGSTOP)
     try:

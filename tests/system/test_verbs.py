@@ -289,7 +289,7 @@ def test_a_private_key_is_nowhere_to_be_seen(shell: Shell, vm: str) -> None:
 
 
 def test_stop_start_save_restore_reboot(shell: Shell, name: str) -> None:
-    shell.run("create", name, "--image", "micro", "--wait", "ssh")
+    shell.guest(name)
     shell.run("exec", name, "--", "sh", "-c", "echo kept >/root/kept; echo in-memory >/tmp/memory; sync")
     address = shell.json("show", name)["address"]
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import Shell, volumes
+from tests.system.conftest import STORE, Shell, volumes
 from tests.system.test_clone import who
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
-STORE = Path("/var/lib/libvirt/vmctl/vmctl-images")
-
 
 def test_a_warmed_image_from_making_to_removal(shell: Shell, names: Callable[[], str]) -> None:
+    shell.cold()
     store, before = volumes(shell, "vmctl-images"), volumes(shell)
     one, two = names(), names()
     assert "is not warm" in shell.run("create", one, "--image", "micro", "--warm", check=4).stderr
