@@ -101,19 +101,20 @@ def require_none_newer(host: Host, vm: Domain, doing: str) -> None:
     if not host.conn.local:
         return
     follow_stopped(host, vm)
-    for found in doubts(host, vm):
+    for found in doubts(host, vm, noting=True):
         raise found.refusal(doing)
 
 
-def doubts(host: Host, vm: Domain) -> Iterator[Doubt]:
+def doubts(host: Host, vm: Domain, *, noting: bool) -> Iterator[Doubt]:
     """The disks of which nobody can tell in which of two files the VM was last, as far as the journals tell.
 
-    In a layer that a snapshot, which was cut off, made for it, or where it was being switched over to.
+    In a layer that a snapshot, which was cut off, made for it, or where it was being switched over to. Who holds the
+    VM's name has it noted where both read the same (``noting``); nobody else changes a journal.
     """
     for _, copy in disk_journal.entries(host):
-        if copy.vm == vm.name and (found := disk_journal.doubt(host, vm, copy)):
+        if copy.vm == vm.name and (found := disk_journal.doubt(host, vm, copy, noting=noting)):
             yield found
-    for _, merged in half_merged(host, vm):
+    for _, merged in half_merged(host, vm, noting=noting):
         yield merged
     for _, entry in snapshot_journal.entries(host):
         if entry.vm == vm.name:
@@ -137,7 +138,7 @@ def left_behind(host: Host, vm: Domain, entry: snapshot_journal.Entry) -> dict[s
 
 
 def follow_stopped(host: Host, vm: Domain) -> None:
-    """Let the definition of a stopped VM name the files that it is known to have gone on in."""
+    """Let the definition of a stopped VM, whose name is held, name the files that it is known to have gone on in."""
     if vm.active:
         return
     for _, copy in disk_journal.entries(host):
@@ -149,10 +150,10 @@ def follow_stopped(host: Host, vm: Domain) -> None:
                 switch_over.name_other(host, one)
 
 
-def half_merged(host: Host, vm: Domain) -> Iterator[tuple[Path, Doubt]]:
+def half_merged(host: Host, vm: Domain, *, noting: bool) -> Iterator[tuple[Path, Doubt]]:
     """The disks of which nobody can tell whether the VM, before it stopped, went on below a layer that was merged.
 
-    With each where that is noted. Where both read the same nobody is in doubt, from now on neither.
+    With each where that is noted. Where both read the same nobody is in doubt; ``noting``: from now on neither.
     """
     for path, entry in snapshot_journal.entries(host):
         if entry.vm != vm.name or not entry.unsure:
@@ -160,7 +161,7 @@ def half_merged(host: Host, vm: Domain) -> Iterator[tuple[Path, Doubt]]:
         if not forgotten.started_since(host, vm.name, entry.process) if vm.active else entry.switched:
             continue
         found = [one for one in _merging(host, vm, entry) if vm.active or not switch_over.same(host, one)]
-        if not (found or vm.active):
+        if noting and not (found or vm.active):
             disk_journal.write(path, asdict(replace(entry, unsure=False)))
         yield from ((path, one) for one in found)
 
