@@ -28,6 +28,7 @@ from vmctl.errors import Conflict, VmctlError
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, inventory, storage
 from vmctl.hypervisor.domain import Domain
+from vmctl.record import Owned, Record
 from vmctl.switch_over import Doubt
 
 _OURS = ("-layer", ".snap-")  # in the names of layers that vmctl makes: other files may be open for a job
@@ -220,12 +221,27 @@ def newer_than_stopped(host: Host) -> dict[str, tuple[str, str]]:
     """The same of the layers that forks made, of all stopped VMs; by path the VM and what it is based on."""
     found: dict[str, tuple[str, str]] = {}
     for facts in domain.all_facts(host.conn) if host.conn.local else ():
-        owned = [one for one in facts.record.owned if "-layer" in one.volume] if facts.record else []
-        if owned and not domain.find(host.conn, facts.name).active:
-            there = [one for one in owned if storage.pool_exists(host.conn, one.pool)]
-            paths = [f"{storage.pool_path(host.conn, one.pool)}/{one.volume}" for one in there]
+        paths = _layers_of_forks(host, facts.record)
+        if paths and not domain.find(host.conn, facts.name).active:
             found |= {path: (facts.name, base) for path, base in newer(host, facts.name, paths).items()}
     return found
+
+
+def _layers_of_forks(host: Host, known: Record | None) -> dict[str, Owned]:
+    """The volumes of a VM that forks made for it, by their files."""
+    owned = [one for one in known.owned if "-layer" in one.volume] if known else []
+    there = [one for one in owned if storage.pool_exists(host.conn, one.pool)]
+    return {f"{storage.pool_path(host.conn, one.pool)}/{one.volume}": one for one in there}
+
+
+def give_up(host: Host, vm: Domain, path: str) -> None:
+    """Let a layer that a fork made for a VM, whose name is held, be its own no more: it is not looked for again."""
+    from vmctl import render
+
+    volume = _layers_of_forks(host, vm.facts.record).get(path)
+    if vm.facts.record is not None and volume is not None:
+        left = tuple(one for one in vm.facts.record.owned if one != volume)
+        domain.set_record(host.conn, vm.name, render.metadata(replace(vm.facts.record, owned=left)))
 
 
 def _has_own(layer: Path) -> bool:

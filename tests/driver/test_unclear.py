@@ -5,17 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.driver.test_domains import xml_of
-from vmctl import snapshot_journal, unclear
+from tests.driver.test_domains import RECORD, xml_of
+from vmctl import layer_check, render, snapshot_journal, unclear
 from vmctl.disk_xml import read
 from vmctl.errors import Conflict
 from vmctl.events import silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain
+from vmctl.record import Owned
 from vmctl.spec import VM
 
 
@@ -119,3 +121,18 @@ def test_nothing_is_chosen_for_a_vm_that_another_vmctl_works_on(
         process.communicate(timeout=60)
     unclear.keep(host, [files[0]], silent)
     assert source(host) == files[0] and unclear.find(host) == () and Path(files[1]).exists()
+
+
+@pytest.mark.parametrize("kept", ["base", "layer"])
+def test_a_layer_of_a_fork_is_asked_about_once(host: Host, files: tuple[str, str], kept: str) -> None:
+    base, layer = files
+    owned = tuple(Owned("disks", Path(one).name) for one in files)
+    domain.define(host.conn, xml_of(VM("web1", "micro"), root=base), name="web1")
+    domain.set_record(host.conn, "web1", render.metadata(replace(RECORD, owned=owned)))
+    written(layer)
+    assert layer_check.newer_than_stopped(host) == {layer: ("web1", base)}
+    chosen = base if kept == "base" else layer
+    unclear.keep(host, [chosen], silent)
+    assert source(host) == chosen and layer_check.newer_than_stopped(host) == {} and Path(layer).exists()
+    facts = domain.find(host.conn, "web1").facts
+    assert facts.record is not None and facts.record.owned == (owned if kept == "layer" else owned[:1])
