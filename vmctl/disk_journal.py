@@ -146,7 +146,7 @@ def _settle(host: Host, entry: Entry, report: Reporter, *, deciding: bool) -> No
     if not vm.active:
         forgotten.require_none(host, vm.name, vm.uuid, doing)
         follow_stopped(host, entry)
-    if found := doubt(host, vm, entry):
+    if found := doubt(host, vm, entry, noting=True):
         if not deciding:
             raise found.refusal(doing)
         report(Warned(f"disk {entry.target} of {entry.vm} is {entry.old}; {entry.new} may be newer, and stays"))
@@ -195,10 +195,11 @@ def follow_stopped(host: Host, entry: Entry) -> None:
         _name_new(host, entry)
 
 
-def doubt(host: Host, vm: Domain, entry: Entry) -> Doubt | None:
+def doubt(host: Host, vm: Domain, entry: Entry, *, noting: bool) -> Doubt | None:
     """What nobody can tell of the disk of a VM that has stopped since: whether it went on in the new file.
 
-    One that differs. Where both read the same nobody is in doubt, from now on neither.
+    One that differs. Where both read the same nobody is in doubt; ``noting``, which is for who holds the VM's name:
+    from now on neither.
     """
     if not entry.unsure or not host.conn.local or not Path(entry.new).exists():
         return None
@@ -209,7 +210,8 @@ def doubt(host: Host, vm: Domain, entry: Entry) -> Doubt | None:
             found = Doubt(entry.vm, entry.target, entry.old, entry.new, (disk.format, entry.format), vm.active)
             if vm.active or not switch_over.same(host, found):
                 return found
-            note(host, entry, replace(entry, unsure=False))
+            if noting:
+                note(host, entry, replace(entry, unsure=False))
     return None
 
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from vmctl import (
     warming,
 )
 from vmctl.accel import Check
-from vmctl.errors import HostUnreachable, VmctlError, reason
+from vmctl.errors import Conflict, HostUnreachable, VmctlError, reason
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, open_host
 from vmctl.hypervisor import domain, network, storage
@@ -217,14 +218,14 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     return findings or [Finding("creations", "ok", "no creation was cut off, no volume is orphaned")]
 
 
-def _unclear(host: Host) -> list[Finding]:
+def _unclear(host: Host, *, fix: bool) -> list[Finding]:
     """Disks of which nobody can tell which of two files is the VM's: the user has to choose."""
-    return [Finding("choices", "failed", unclear.told(one), one.mend) for one in unclear.find(host)]
+    return [Finding("choices", "failed", unclear.told(one), one.mend) for one in unclear.find(host, fix=fix)]
 
 
 def _disk_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     """Changes of disks that were killed in their middle, but of VMs for which there is a choice to be made."""
-    but = {one.vm for one in unclear.find(host)}
+    but = {one.vm for one in unclear.find(host, fix=fix)}
     begun = disk_journal.unsettled(host, but=but)
     leftover = disk_replace.leftovers(host, disk_replace.PREFIX, clear=fix)
     if not begun and not leftover:
@@ -253,7 +254,7 @@ def _measurements(host: Host, *, fix: bool) -> list[Finding]:
 
 def _snapshot_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     """Changes of snapshots that were cut off, and their files that nobody needs, but of VMs as above."""
-    but = {one.vm for one in unclear.find(host)}
+    but = {one.vm for one in unclear.find(host, fix=fix)}
     begun = snapshot_journal.unsettled(host, but=but)
     if not begun:
         return [Finding("snapshots", "ok", "no change of a snapshot was cut off")]
@@ -270,17 +271,28 @@ def _astray(host: Host, *, fix: bool) -> list[Finding]:
     """Running VMs that write to other files than libvirt names, which the next start would not take."""
     found = []
     for one in layer_check.find(host):
-        if fix:
-            layer_check.mend(host, one)
+        mended = fix and _named(host, one)
         detail = f"{one.vm} writes its disk {one.target} to {one.real}, and libvirt names {one.told}"
-        mend = f"then: vmctl stop {one.vm}, and start it" if fix else "vmctl doctor --fix, before it stops"
-        found.append(Finding("layers", "mended" if fix else "failed", detail, mend))
+        busy = "when no other vmctl works on it: " if fix else ""
+        mend = f"then: vmctl stop {one.vm}, and start it" if mended else f"{busy}vmctl doctor --fix, before it stops"
+        found.append(Finding("layers", "mended" if mended else "failed", detail, mend))
     for path, (vm, base) in layer_check.newer_than_stopped(host).items():
         detail = f"a disk of {vm}, which is stopped, is {base}; {path} may be newer than {base}"
         look = f"look at both: vmctl disk map {shlex.quote(path)}"
         choose = f"vmctl doctor --fix --keep {shlex.quote(path)} lets it start from that"
         found.append(Finding("layers", "warning", detail, f"{look}; {choose}"))
     return found or [Finding("layers", "ok", "running VMs write to the files that libvirt names")]
+
+
+def _named(host: Host, one: layer_check.Astray) -> bool:
+    """Let the definition name what is written to, but of a VM that another vmctl works on; whether it does."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hosts.holding(host, one.vm))
+        except Conflict:
+            return False
+        layer_check.mend(host, one)
+        return True
 
 
 def _forgotten(host: Host) -> list[Finding]:
@@ -353,7 +365,7 @@ def examine(connect: str | None, *, fix: bool, report: Reporter, keep: Collectio
             ("capability-cache", lambda: _capability_cache(host, fix=fix, report=report)),
             ("networks", lambda: _networks(host, fix=fix, report=report) if not host.conn.session else []),
             ("creations", lambda: _cut_off(host, fix=fix, report=report)),
-            ("choices", lambda: _unclear(host)),
+            ("choices", lambda: _unclear(host, fix=fix)),
             ("disks", lambda: _disk_changes(host, fix=fix, report=report)),
             ("measurements", lambda: _measurements(host, fix=fix)),
             ("snapshots", lambda: _snapshot_changes(host, fix=fix, report=report)),

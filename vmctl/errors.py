@@ -39,9 +39,18 @@ class HostUnreachable(VmctlError):
 
 
 class NotFound(VmctlError):
-    """The named object does not exist (never: could not be asked for)."""
+    """The named object does not exist (never: could not be asked for).
+
+    ``missing`` is what there is none of, where somebody may know of another place to look for it: "VM". ``meant`` is
+    the name of one that is there, and probably was meant; the hint says so.
+    """
 
     exit_code = 4
+
+    def __init__(self, message: str, *, hint: str = "", missing: str = "", meant: str = "") -> None:
+        super().__init__(message, hint=f"did you mean {meant}?" if meant else hint)
+        self.missing = missing
+        self.meant = meant
 
 
 class Conflict(VmctlError):

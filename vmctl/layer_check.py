@@ -28,6 +28,7 @@ from vmctl.errors import Conflict, VmctlError
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, inventory, storage
 from vmctl.hypervisor.domain import Domain
+from vmctl.record import Owned, Record
 from vmctl.switch_over import Doubt
 
 _OURS = ("-layer", ".snap-")  # in the names of layers that vmctl makes: other files may be open for a job
@@ -101,19 +102,20 @@ def require_none_newer(host: Host, vm: Domain, doing: str) -> None:
     if not host.conn.local:
         return
     follow_stopped(host, vm)
-    for found in doubts(host, vm):
+    for found in doubts(host, vm, noting=True):
         raise found.refusal(doing)
 
 
-def doubts(host: Host, vm: Domain) -> Iterator[Doubt]:
+def doubts(host: Host, vm: Domain, *, noting: bool) -> Iterator[Doubt]:
     """The disks of which nobody can tell in which of two files the VM was last, as far as the journals tell.
 
-    In a layer that a snapshot, which was cut off, made for it, or where it was being switched over to.
+    In a layer that a snapshot, which was cut off, made for it, or where it was being switched over to. Who holds the
+    VM's name has it noted where both read the same (``noting``); nobody else changes a journal.
     """
     for _, copy in disk_journal.entries(host):
-        if copy.vm == vm.name and (found := disk_journal.doubt(host, vm, copy)):
+        if copy.vm == vm.name and (found := disk_journal.doubt(host, vm, copy, noting=noting)):
             yield found
-    for _, merged in half_merged(host, vm):
+    for _, merged in half_merged(host, vm, noting=noting):
         yield merged
     for _, entry in snapshot_journal.entries(host):
         if entry.vm == vm.name:
@@ -137,7 +139,7 @@ def left_behind(host: Host, vm: Domain, entry: snapshot_journal.Entry) -> dict[s
 
 
 def follow_stopped(host: Host, vm: Domain) -> None:
-    """Let the definition of a stopped VM name the files that it is known to have gone on in."""
+    """Let the definition of a stopped VM, whose name is held, name the files that it is known to have gone on in."""
     if vm.active:
         return
     for _, copy in disk_journal.entries(host):
@@ -149,10 +151,10 @@ def follow_stopped(host: Host, vm: Domain) -> None:
                 switch_over.name_other(host, one)
 
 
-def half_merged(host: Host, vm: Domain) -> Iterator[tuple[Path, Doubt]]:
+def half_merged(host: Host, vm: Domain, *, noting: bool) -> Iterator[tuple[Path, Doubt]]:
     """The disks of which nobody can tell whether the VM, before it stopped, went on below a layer that was merged.
 
-    With each where that is noted. Where both read the same nobody is in doubt, from now on neither.
+    With each where that is noted. Where both read the same nobody is in doubt; ``noting``: from now on neither.
     """
     for path, entry in snapshot_journal.entries(host):
         if entry.vm != vm.name or not entry.unsure:
@@ -160,7 +162,7 @@ def half_merged(host: Host, vm: Domain) -> Iterator[tuple[Path, Doubt]]:
         if not forgotten.started_since(host, vm.name, entry.process) if vm.active else entry.switched:
             continue
         found = [one for one in _merging(host, vm, entry) if vm.active or not switch_over.same(host, one)]
-        if not (found or vm.active):
+        if noting and not (found or vm.active):
             disk_journal.write(path, asdict(replace(entry, unsure=False)))
         yield from ((path, one) for one in found)
 
@@ -219,12 +221,27 @@ def newer_than_stopped(host: Host) -> dict[str, tuple[str, str]]:
     """The same of the layers that forks made, of all stopped VMs; by path the VM and what it is based on."""
     found: dict[str, tuple[str, str]] = {}
     for facts in domain.all_facts(host.conn) if host.conn.local else ():
-        owned = [one for one in facts.record.owned if "-layer" in one.volume] if facts.record else []
-        if owned and not domain.find(host.conn, facts.name).active:
-            there = [one for one in owned if storage.pool_exists(host.conn, one.pool)]
-            paths = [f"{storage.pool_path(host.conn, one.pool)}/{one.volume}" for one in there]
+        paths = _layers_of_forks(host, facts.record)
+        if paths and not domain.find(host.conn, facts.name).active:
             found |= {path: (facts.name, base) for path, base in newer(host, facts.name, paths).items()}
     return found
+
+
+def _layers_of_forks(host: Host, known: Record | None) -> dict[str, Owned]:
+    """The volumes of a VM that forks made for it, by their files."""
+    owned = [one for one in known.owned if "-layer" in one.volume] if known else []
+    there = [one for one in owned if storage.pool_exists(host.conn, one.pool)]
+    return {f"{storage.pool_path(host.conn, one.pool)}/{one.volume}": one for one in there}
+
+
+def give_up(host: Host, vm: Domain, path: str) -> None:
+    """Let a layer that a fork made for a VM, whose name is held, be its own no more: it is not looked for again."""
+    from vmctl import render
+
+    volume = _layers_of_forks(host, vm.facts.record).get(path)
+    if vm.facts.record is not None and volume is not None:
+        left = tuple(one for one in vm.facts.record.owned if one != volume)
+        domain.set_record(host.conn, vm.name, render.metadata(replace(vm.facts.record, owned=left)))
 
 
 def _has_own(layer: Path) -> bool:

@@ -163,6 +163,6 @@ def matching(host: Host, patterns: Sequence[str]) -> tuple[str, ...]:
         names = inventory.names(host.conn) if names is None else names
         matched = fnmatch.filter(names, pattern)
         if not matched:
-            raise NotFound(f"cannot find VMs: none matches {pattern!r}", hint="see `vmctl list`")
+            raise NotFound(f"cannot find VMs: none matches {pattern!r}", missing="VM", hint="see `vmctl list`")
         found |= dict.fromkeys(matched)
     return tuple(found)

@@ -361,6 +361,12 @@ def write_aside(path: str, data: bytes) -> None:
 
 def settle_all(host: Host, report: Reporter, *, but: Collection[str] = ()) -> None:
     """The same for all VMs that nobody works on, ``but`` these, to the end."""
+    failure = None
     for name in sorted(snapshot_journal.vms(host) - {*but}):
-        with holding(host, name):
-            settle(host, name, report, merging=True)
+        try:
+            with holding(host, name):
+                settle(host, name, report, merging=True)
+        except VmctlError as error:  # one that has to wait must not keep the others
+            failure = failure or error
+    if failure is not None:
+        raise failure

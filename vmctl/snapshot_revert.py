@@ -153,7 +153,7 @@ def plan(
     """What a revert would give up and touch; touches nothing."""
     ref, _one = snapshots.named(host, text)
     vm = domain.find(host.conn, ref.vm)
-    for doubt in layer_check.doubts(host, vm) if host.conn.local else ():
+    for doubt in layer_check.doubts(host, vm, noting=False) if host.conn.local else ():
         raise doubt.refusal(f"work on snapshots of VM {vm.name}")
     found = _plan(host, vm, ref)
     if found.one.kind != "internal" and _has_memory(found.one, start):

@@ -80,7 +80,7 @@ def _decide(host: Host, vm: Domain, report: Reporter, *, deciding: bool) -> None
         layer_check.require_none_newer(host, vm, doing)
         return
     layer_check.follow_stopped(host, vm)
-    for path, doubt in layer_check.half_merged(host, vm):
+    for path, doubt in layer_check.half_merged(host, vm, noting=True):
         report(Warned(f"disk {doubt.target} of {vm.name} is {doubt.told}; {doubt.other} may be newer"))
         keep_apart(host, vm.name, path)
 

@@ -8,31 +8,53 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
 from vmctl import disk_journal, layer_check, snapshot_journal, snapshot_settle, switch_over
-from vmctl.errors import NotFound, SpecError, WrongState
+from vmctl.errors import Conflict, NotFound, SpecError, WrongState
 from vmctl.events import Reporter, Step, bytes_in_words
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain
 from vmctl.switch_over import Doubt
 
 
-def find(host: Host) -> tuple[Doubt, ...]:
-    """All such disks of this host's VMs."""
+def find(host: Host, *, fix: bool = False) -> tuple[Doubt, ...]:
+    """All such disks of this host's VMs. Only looks, but with ``fix``.
+
+    Then definitions come to name what their VMs are known to have gone on in, and what is not in doubt any more is
+    noted. A VM that another vmctl works on is left alone then, and nothing told of it: it may be about to be settled.
+    """
     if not host.conn.local:
         return ()
     noted = snapshot_journal.vms(host) | {entry.vm for _, entry in disk_journal.entries(host)}
-    return tuple(one for name in sorted(noted) for one in _of(host, name))
+    look = _settled if fix else _seen
+    return tuple(one for name in sorted(noted) for one in look(host, name))
 
 
-def _of(host: Host, name: str) -> Iterator[Doubt]:
+def _seen(host: Host, name: str) -> tuple[Doubt, ...]:
     vm = domain.find_or_none(host.conn, name)
-    if vm is not None:
-        layer_check.follow_stopped(host, vm)
-        yield from layer_check.doubts(host, vm)
+    return () if vm is None else tuple(layer_check.doubts(host, vm, noting=False))
+
+
+def _settled(host: Host, name: str) -> tuple[Doubt, ...]:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(holding(host, name))
+        except Conflict:
+            return ()
+        return _followed(host, name)
+
+
+def _followed(host: Host, name: str) -> tuple[Doubt, ...]:
+    """Those of a VM whose name is held, after its definition names what it is known to have gone on in."""
+    vm = domain.find_or_none(host.conn, name)
+    if vm is None:
+        return ()
+    layer_check.follow_stopped(host, vm)
+    return tuple(layer_check.doubts(host, vm, noting=True))
 
 
 def told(one: Doubt) -> str:
@@ -53,7 +75,8 @@ def keep(host: Host, paths: Collection[str], report: Reporter) -> tuple[str, ...
     """Let VMs have these files, of which it is in doubt whether they are their disks; one line for each, for people.
 
     The other file of each stays where it is. Raises NotFound for a path that is none of those files, SpecError for
-    both files of a disk, WrongState where the VM runs in the other one; nothing is changed then.
+    both files of a disk, WrongState where the VM runs in the other one: nothing is changed then. Raises Conflict for a
+    VM that another vmctl works on, or whose disk is in doubt no more when its name is held.
     """
     wanted = {os.path.realpath(path): path for path in paths}
     chosen: list[tuple[Doubt, str]] = []
@@ -87,6 +110,8 @@ def _of_forks(host: Host) -> Iterator[Doubt]:
 
 def _chosen(host: Host, one: Doubt, path: str, report: Reporter) -> str:
     with holding(host, one.vm):
+        if one not in (*_followed(host, one.vm), *_of_forks(host)):
+            raise Conflict(f"cannot keep {path}: what is known of VM {one.vm} has just changed", hint="vmctl doctor")
         _choose(host, one, path)
     left = one.other if path == one.told else one.told
     report(Step(f"disk {one.target} of {one.vm} is {path}; {left} stays"))
@@ -98,12 +123,14 @@ def _chosen(host: Host, one: Doubt, path: str, report: Reporter) -> str:
 def _choose(host: Host, one: Doubt, path: str) -> None:
     vm = domain.find(host.conn, one.vm)
     for at, copy in disk_journal.entries(host):
-        if copy.vm == one.vm and disk_journal.doubt(host, vm, copy) == one:
+        if copy.vm == one.vm and disk_journal.doubt(host, vm, copy, noting=False) == one:
             disk_journal.keep(host, at, copy, new=path == one.other)
             return
-    merges = [at for at, merged in layer_check.half_merged(host, vm) if merged == one]
+    merges = [at for at, merged in layer_check.half_merged(host, vm, noting=False) if merged == one]
     if path == one.other:
         switch_over.name_other(host, one)
+    else:
+        layer_check.give_up(host, vm, one.other)
     for at in merges:
         snapshot_settle.keep_apart(host, one.vm, at)
     for at, entry in snapshot_journal.entries(host):

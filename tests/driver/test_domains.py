@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vmctl import domain_job, homes, lifecycle, listing, networks, render, resolve
+from vmctl import domain_job, homes, hosts, lifecycle, listing, networks, render, resolve, snapshot_plan
+from vmctl.cli import options
+from vmctl.config import HostEntry
 from vmctl.domain_xml import with_shared_memory
 from vmctl.errors import Conflict, HostUnreachable, HypervisorError, NotFound, SpecError, VmctlError, WrongState
 from vmctl.events import silent
@@ -283,3 +285,28 @@ def test_a_network_keeps_off_what_the_host_has(host: Host, monkeypatch: pytest.M
         monkeypatch.setattr(networks, "_host_links", lambda _host: {free.bridge})
     now = made("lab")
     assert (now.subnet != free.subnet, now.bridge != free.bridge) == (taken == "route", taken == "link")
+
+
+def test_who_asks_one_of_several_hosts_for_a_vm_that_it_has_not(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"one": HostEntry("one", host.conn.uri), "two": HostEntry("two", "qemu+ssh://two/system")}
+
+    def open_one(*_: object, **__: object) -> Host:
+        own = connect(host.conn.uri)
+        define(own, "web1")
+        return replace(host, conn=own, settings=host.settings._replace(hosts=known), entry=known["one"])
+
+    monkeypatch.setattr(hosts, "open_host", open_one)
+    for missed, hint in (
+        (lambda host: domain.find(host.conn, "nosuch"), "see `vmctl list --all-hosts`"),
+        (lambda host: listing.matching(host, ["nosuch*"]), "see `vmctl list --all-hosts`"),
+        (lambda host: domain.find(host.conn, "web2"), "did you mean web1?"),
+        (lambda host: snapshot_plan.address("nosuch.one", ()), "VM.SNAPSHOT names a snapshot; see `vmctl -c one list`"),
+        (lambda _: _raise(NotFound("cannot find the cause", hint="see `vmctl list`")), "see `vmctl -c one list`"),
+    ):
+        with pytest.raises(NotFound) as caught, options.opened("one") as host:
+            missed(host)
+        assert caught.value.hint == hint
+
+
+def _raise(error: Exception) -> None:
+    raise error

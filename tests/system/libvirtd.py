@@ -68,7 +68,7 @@ def choose(shell: Shell) -> list[Doubt]:
     As a user would who has looked at both, and found in it all that there has to be.
     """
     with open_host() as host:
-        found = unclear.find(host)
+        found = unclear.find(host, fix=True)
     for one in found:
         shell.run("doctor", "--fix", "--keep", one.told, check=None)
         assert Path(one.told).exists() and Path(one.other).exists(), one

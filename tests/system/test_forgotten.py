@@ -149,7 +149,8 @@ def went_on(shell: Shell, vm: str, base: str, overlay: str) -> None:
     qmp("blockdev-snapshot", node=node, overlay="later")
 
 
-def test_what_a_vm_went_on_in_for_a_fork_is_told_when_it_has_stopped(shell: Shell, name: str) -> None:
+@pytest.mark.parametrize("kept", ["layer", "base"])
+def test_what_a_vm_went_on_in_for_a_fork_is_told_when_it_has_stopped(shell: Shell, name: str, kept: str) -> None:
     shell.guest(name)
     (base,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
     layer = base.replace(".qcow2", "-layer1.qcow2")
@@ -165,12 +166,15 @@ def test_what_a_vm_went_on_in_for_a_fork_is_told_when_it_has_stopped(shell: Shel
     assert found["result"] == "warning" and f"{layer} may be newer than {base}" in found["detail"]
     shell.run(*found["mend"].partition(";")[0].removeprefix("look at both: vmctl ").split())
     assert Path(layer).exists() and f"doctor --fix --keep {layer}" in found["mend"]
-    chosen(shell, layer, base)
+    chosen(shell, *((layer, base) if kept == "layer" else (base, layer)))
+    assert [one["result"] for one in told(shell) if one["name"] == "layers"] == ["ok"]
     shell.run("start", name)
     shell.run("wait", name, "--for", "agent")
-    assert shell.run("exec", name, "--", "cat", "/root/later").stdout == "later\n"
+    later = shell.run("exec", name, "--", "cat", "/root/later", check=None).stdout
+    assert later == ("later\n" if kept == "layer" else "")
     shell.run("delete", name, "--yes")
-    assert not Path(layer).exists()
+    assert Path(layer).exists() == (kept == "base")
+    Path(layer).unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("stopped", ["", "base", "overlay"])

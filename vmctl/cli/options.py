@@ -169,7 +169,7 @@ def opened(connect: str | None, *, events: bool = False) -> Iterator[Host]:
             yield host
         except (VmctlError, Interrupted) as error:
             for one in _all(error):
-                if host.others and one.hint == _LIST:
+                if host.others and isinstance(one, NotFound) and one.missing == "VM" and not one.meant:
                     one.hint = "see `vmctl list --all-hosts`"
                 if isinstance(one, NotFound) and host.entry and host.entry.name:  # as people call it
                     one.message = one.message.replace(f": {host.conn.uri} has none", f": {host.name} has none")
@@ -177,8 +177,6 @@ def opened(connect: str | None, *, events: bool = False) -> Iterator[Host]:
                 tell_where(error, given)
             raise
 
-
-_LIST = "see `vmctl list`"
 
 # What a hint may name that works on the host of the command it is the hint of.
 _ON_HOST = re.compile(

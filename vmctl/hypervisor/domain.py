@@ -76,8 +76,8 @@ def absent(conn: Connection, name: str) -> NotFound:
     with calling("list VMs"):
         names = [dom.name() for dom in conn.handle.listAllDomains()]
     meant = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {meant[0]}?" if meant else "see `vmctl list`"
-    return NotFound(f"cannot find VM {name}: {conn.uri} has none of that name", hint=hint)
+    message = f"cannot find VM {name}: {conn.uri} has none of that name"
+    return NotFound(message, missing="VM", meant=meant[0] if meant else "", hint="see `vmctl list`")
 
 
 def _describe(dom: Any) -> Domain:
