@@ -19,6 +19,7 @@ from vmctl import (
     backup_volumes,
     disk_journal,
     forgotten,
+    identity,
     image_users,
     images,
     networks,
@@ -231,12 +232,16 @@ def _macs(host: Host, planned: Plan) -> dict[str, str]:
     """New MACs for the cards whose own another VM has, or that the network keeps no address for."""
     taken = {mac for mac, users in networks.macs_in_use(host).items() if users - {planned.uuid}}
     known = networks.macs(host.conn.host, host.settings.network)
+    away = identity.macs_away(host, known, planned.uuid)
     found: dict[str, str] = {}
     for position, nic in enumerate(planned.facts.nics):
         ours = nic.source == host.settings.network
         if planned.uuid == planned.manifest.uuid and nic.mac not in taken and (not ours or nic.mac in known):
             continue
-        mac = networks.pick_mac(known, planned.uuid, taken) if ours else resolve.mac_address(planned.uuid, position)
+        if ours:
+            mac = networks.pick_mac(known, planned.uuid, taken, away)
+        else:
+            mac = resolve.mac_address(planned.uuid, position)
         taken.add(mac)
         found[nic.mac] = mac
     return found
