@@ -19,7 +19,7 @@ from vmctl import (
     backup_volumes,
     disk_journal,
     forgotten,
-    homes,
+    identity,
     image_users,
     images,
     networks,
@@ -40,7 +40,7 @@ from vmctl.hosts import Host, holding
 from vmctl.hypervisor import backup, disks, domain, storage
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.locks import held
-from vmctl.record import Owned, Record
+from vmctl.record import Owned, Record, with_homes_of
 
 _MACS_TIMEOUT_S = 60.0
 
@@ -209,7 +209,6 @@ def _define(
             changes = replace(changes, seed=path) if not seeds else changes
         changes = replace(changes, macs=macs, record=render.record_element(record) if record else "")
         text = backup_definition.changed(planned.text, changes)
-        before = homes.noted(host, planned.old) if planned.old is not None else ()
         if planned.old is not None and domain.find(host.conn, planned.name).active:  # not by vmctl
             raise Conflict(
                 f"cannot restore VM {planned.name}: it has been started meanwhile",
@@ -217,9 +216,9 @@ def _define(
             )
         if planned.old is None:
             undo.callback(quietly, lambda: _undefine(host, planned))
+        else:  # which hosts have it now, not when it was backed up
+            text = with_homes_of(text, domain.xml(host.conn, planned.name, inactive=True))
         domain.define(host.conn, text, name=planned.name)
-        if planned.old is not None and planned.old.uuid == planned.uuid:
-            homes.keep(host, planned.uuid, before)
     known_hosts(host, planned.name).unlink(missing_ok=True)
 
 
@@ -233,12 +232,16 @@ def _macs(host: Host, planned: Plan) -> dict[str, str]:
     """New MACs for the cards whose own another VM has, or that the network keeps no address for."""
     taken = {mac for mac, users in networks.macs_in_use(host).items() if users - {planned.uuid}}
     known = networks.macs(host.conn.host, host.settings.network)
+    away = identity.macs_away(host, known, planned.uuid)
     found: dict[str, str] = {}
     for position, nic in enumerate(planned.facts.nics):
         ours = nic.source == host.settings.network
         if planned.uuid == planned.manifest.uuid and nic.mac not in taken and (not ours or nic.mac in known):
             continue
-        mac = networks.pick_mac(known, planned.uuid, taken) if ours else resolve.mac_address(planned.uuid, position)
+        if ours:
+            mac = networks.pick_mac(known, planned.uuid, taken, away)
+        else:
+            mac = resolve.mac_address(planned.uuid, position)
         taken.add(mac)
         found[nic.mac] = mac
     return found

@@ -248,9 +248,10 @@ def define(host: Host, vm: Domain, text: str, new: Sequence[Newcomer], report: R
 def _macs(host: Host, vm: Domain, text: str, one: Newcomer, taken: set[str]) -> dict[str, str]:
     macs = {}
     known = networks.macs(host.conn.host, host.settings.network)
+    away = identity.macs_away(host, known, one.uuid)
     for position, nic in enumerate(vm.facts.nics):
         if nic.source == host.settings.network:
-            mac = networks.pick_mac(known, one.uuid, taken)
+            mac = networks.pick_mac(known, one.uuid, taken, away)
         else:
             mac = resolve.mac_address(one.uuid, position)
         taken.add(mac)

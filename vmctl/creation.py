@@ -119,10 +119,12 @@ def addressed(host: Host, planned: Plan) -> tuple[Nic, ...]:
     """The cards of the VM, those on vmctl's network with a MAC that has an address there and that nobody uses."""
     net, nics = host.settings.network, []
     taken = {mac for mac, users in networks.macs_in_use(host).items() if users - {planned.uuid}}
+    known = networks.macs(host.conn.host, net)
+    away = identity.macs_away(host, known, planned.uuid)
     for nic in planned.vm.nics:
         mac = nic.mac
         if mac is None and (nic.network or net) == net and planned.placement.forward_port is None:
-            mac = networks.pick_mac(networks.macs(host.conn.host, net), planned.uuid, taken)
+            mac = networks.pick_mac(known, planned.uuid, taken, away)
             taken.add(mac)
         nics.append(replace(nic, mac=mac))
     return tuple(nics)

@@ -22,6 +22,7 @@ from vmctl.events import Reporter, Warned
 from vmctl.fleet import DEADLINE_S, Fleet, called, each
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
+from vmctl.hypervisor.connection import SYSTEM
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.states import State
 from vmctl.record import Home
@@ -67,9 +68,16 @@ def look(host: Host, paths: Collection[str], timeout_s: float = DEADLINE_S, *, b
 
 
 def _answers(
-    host: Host, ask: Callable[[Host], T], timeout_s: float, *, but: Host | None = None
+    host: Host,
+    ask: Callable[[Host], T],
+    timeout_s: float,
+    *,
+    but: Host | None = None,
+    beside: Collection[HostEntry] = (),
 ) -> Iterator[tuple[str, T | VmctlError]]:
-    """What each of the other hosts says, or why it says nothing; who was late is not waited for within a minute."""
+    """What each of the other hosts says, and those ``beside`` them, or why it says nothing; who was late is not waited
+    for within a minute.
+    """
     fleet, now = Fleet(host.settings, host.folders), time.monotonic()
     silent = {name: error for name, (since, error) in _late.items() if now - since < _ANEW_S}
 
@@ -79,7 +87,7 @@ def _answers(
         with fleet.open(entry) as other:
             return ask(other)
 
-    entries = [entry for entry in host.others if but is None or entry != but.entry]
+    entries = [entry for entry in (*host.others, *beside) if but is None or entry != but.entry]
     for name, answer in each(entries, one, timeout_s):
         if isinstance(answer, HostUnreachable) and name not in silent:
             _late[name] = time.monotonic(), answer
@@ -163,7 +171,8 @@ def require_off(
 
     ``take_over``: those that cannot be asked are taken for gone, and forgotten too.
     """
-    seen = look_for(host, vm.uuid, timeout_s=timeout_s)
+    noted = homes.others(host, vm)
+    seen = look_for(host, vm.uuid, noted=noted, timeout_s=timeout_s)
     for name, there in seen.in_use.items():
         how, what = "is saved", f"vmctl -c {name} start {there.name} goes on with it there"
         if there.active:
@@ -172,7 +181,6 @@ def require_off(
             f"cannot {doing} VM {vm.name}: it {how} on {name}, and must not be on two hosts at once",
             hint=f"{what}; vmctl delete {vm.name} gives up what stayed of it here",
         )
-    noted = homes.others(host, vm)
     for one in () if take_over else noted:
         if {one.uuid, one.uri} & seen.asked:
             continue
@@ -228,12 +236,15 @@ class Sought:
         return {name: one for name, one in self.found.items() if one.active or one.state is State.SAVED}
 
 
-def look_for(host: Host, uuid: str, but: Host | None = None, *, timeout_s: float = DEADLINE_S) -> Sought:
-    """Ask all other hosts, ``but`` one, for the VM of that UUID."""
+def look_for(
+    host: Host, uuid: str, but: Host | None = None, *, noted: Collection[Home] = (), timeout_s: float = DEADLINE_S
+) -> Sought:
+    """Ask all other hosts, ``but`` one, for the VM of that UUID; this machine too, where it may be one of ``noted``."""
     found, unasked = {}, {}
     asked: set[str] = set()
     having: list[Home] = []
-    for name, answer in _answers(host, partial(_has, host, uuid), timeout_s, but=but):
+    beside = dict.fromkeys(entry for one in noted if (entry := _unnamed(host, one)))
+    for name, answer in _answers(host, partial(_has, host, uuid), timeout_s, but=but, beside=beside):
         if isinstance(answer, VmctlError):
             unasked[name] = answer.message
         elif answer is not None:
@@ -265,25 +276,40 @@ def _entry(host: Host, home: Home) -> HostEntry | None:
     return next(iter([*by_uri, *(entry for entry in host.others if entry.name == home.name)]), None)
 
 
+def _unnamed(host: Host, home: Home) -> HostEntry | None:
+    """The libvirt of the machine that vmctl runs on, for a home that may be it: noted from there, it has no URI, and no
+    config file need name it. Whether it is, its UUID tells.
+    """
+    return HostEntry("", SYSTEM) if not home.uri and _entry(host, home) is None else None
+
+
 def tell(
     host: Host, vm: Domain, third: Collection[Home], known: Collection[Home], gone: Collection[str], report: Reporter
 ) -> None:
     """Let ``third`` hosts that have a definition of a VM note who else is ``known`` to, since it went to ``host``, and
     who of UUIDs ``gone`` has not any more. Warns of those not told.
     """
-    entries = {one.uuid: entry for one in third if (entry := _entry(host, one))}
-    untold = {one.name: "the config file has no such host" for one in third if one.uuid not in entries}
+    entries = dict.fromkeys(entry for one in third if (entry := _entry(host, one)))
+    unnamed = {one.uuid: one.name for one in third if _entry(host, one) is None}
+    beside = dict.fromkeys(entry for one in third if (entry := _unnamed(host, one)))
     fleet = Fleet(host.settings, host.folders)
 
-    def work(entry: HostEntry) -> None:
+    def work(entry: HostEntry) -> str:
         with fleet.open(entry) as other:
+            if entry in beside and other.facts.uuid not in unnamed:
+                return ""
             there = domain.find_or_none(other.conn, vm.uuid)
             if there is not None:
                 homes.learn(other, there, gone, known)
+            return other.facts.uuid
 
-    for name, answer in each(tuple(dict.fromkeys(entries.values())), work, DEADLINE_S):
-        if isinstance(answer, VmctlError):
+    untold: dict[str, str] = {}
+    for name, answer in each((*entries, *beside), work, DEADLINE_S):
+        if not isinstance(answer, VmctlError):
+            unnamed.pop(answer, None)
+        elif name in {called(entry) for entry in entries}:
             untold[name] = answer.message
+    untold |= dict.fromkeys(unnamed.values(), "the config file has no such host")
     for name, why in untold.items():
         text = f"{name}, which has a definition of {vm.name} too, was not told that it is on {host.name} now: {why}"
         report(Warned(text, "make sure that it is not started there: two that run on one disk destroy it"))

@@ -57,10 +57,3 @@ def learn(host: Host, vm: Domain, gone: Collection[str], found: Collection[Home]
 def write(host: Host, vm: Domain, found: Sequence[Home]) -> None:
     """Let the note of a definition be that; none at all for nobody."""
     domain.set_homes(host.conn, vm.uuid, render.homes(vm.uuid, found) if found else None)
-
-
-def keep(host: Host, uuid: str, before: Sequence[Home]) -> None:
-    """Let a definition that took another one's place say what that one did."""
-    now = domain.find(host.conn, uuid)
-    if noted(host, now) != tuple(before):
-        write(host, now, before)

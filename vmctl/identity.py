@@ -5,11 +5,11 @@ And whether a VM that is off here may be started: one that went to another host 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from vmctl import homes, image_users, locks, render, resolve
+from vmctl import homes, image_users, locks, networks, render, resolve
 from vmctl.errors import Conflict
 from vmctl.events import Reporter, Warned, silent
 from vmctl.hosts import Host
@@ -159,6 +159,19 @@ def _have_moved(host: Host) -> set[str]:
         return {one.name for one in _moving(host).iterdir()}
     except OSError:
         return set()
+
+
+def macs_away(host: Host, known: Sequence[str], but: str) -> set[str]:
+    """Those of the MACs of vmctl's network that VMs which went to other hosts were given here, ``but`` one VM.
+
+    They may come back, or be met elsewhere. Which MACs they have nobody here knows any more: those that they got if
+    these were free.
+    """
+    found = set()
+    for one in _have_moved(host) - {but}:
+        with suppress(ValueError):  # no VM's UUID, but some file's name
+            found.add(networks.pick_mac(known, one, ()))
+    return found
 
 
 def free_uuid(host: Host, name: str, taken: Iterable[str] = ()) -> str:

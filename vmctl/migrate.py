@@ -14,6 +14,7 @@ from vmctl import (
     host_ssh,
     identity,
     layer_check,
+    migrate_cards,
     migrate_facts,
     migrate_settle,
     migrate_storage,
@@ -308,6 +309,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
     if where is not Where.MOVED:
         raise migrate_settle.failed(ends, vm.name, run, where, seen)
     try:
+        migrate_cards.plug_anew(ends, vm.name, report)
         end_on_target(ends, looked, wish, report)
     except (KeyboardInterrupt, Interrupted) as early:
         text = f"{f'{early}' or 'interrupted'}; it runs on {there}, and {here} may still have files of it"

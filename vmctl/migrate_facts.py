@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import NamedTuple
 
-from vmctl import disk_xml, elsewhere, host_check, host_ssh, identity, layer_check, migrate_files
+from vmctl import disk_xml, elsewhere, homes, host_check, host_ssh, identity, layer_check, migrate_files
 from vmctl.at_once import beside
 from vmctl.config import HostEntry
 from vmctl.errors import NotFound, VmctlError
@@ -66,7 +66,9 @@ def gather(
     free = migration.free_huge_pages(target.conn, facts.huge_pages_kib) if facts.huge_pages_kib else 0
     theirs = replace(theirs, huge_pages_free=free, space=dict(look.space))
     cpu = _cpu(target, vm, standing.cpu)
-    beyond = elsewhere.look_for(source, vm.uuid, target) if not live and identity.went(source, vm) else None
+    beyond = None
+    if not live and identity.went(source, vm):
+        beyond = elsewhere.look_for(source, vm.uuid, target, noted=homes.others(source, vm))
     if live and facts.bridges:
         asking.back()  # whether it has them
     ways = asking.answer(way) if live else Ways()

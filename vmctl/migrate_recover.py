@@ -6,7 +6,16 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from vmctl import folder_pools, homes, migrate, migrate_facts, migrate_files, migrate_settle, migrate_storage
+from vmctl import (
+    folder_pools,
+    homes,
+    migrate,
+    migrate_cards,
+    migrate_facts,
+    migrate_files,
+    migrate_settle,
+    migrate_storage,
+)
 from vmctl.errors import MigrationFailed, VmctlError
 from vmctl.events import Reporter, Status, Step, Warned
 from vmctl.hosts import Host, holding
@@ -50,6 +59,7 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         if where is Where.MOVED or _off_there(seen):
             _require_left(ends.source, here, vm, seen[0], ends.target, went=True)
             looked = _looked(ends, vm, wish)
+            migrate_cards.plug_anew(ends, vm.name, report, again=True)
             migrate.end_on_target(ends, looked, wish, report)
             _clear_marks(ends, looked)
             return Moved(vm.name, vm.uuid, here, there, _mode(looked.vm), time.monotonic() - began)

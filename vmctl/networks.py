@@ -81,15 +81,16 @@ def reservations(subnet: Subnet, host: str, net: str) -> tuple[Reservation, ...]
     return tuple(Reservation(mac, str(ip)) for mac, ip in zip(macs(host, net), addresses, strict=False))
 
 
-def pick_mac(known: Sequence[str], vm_uuid: str, taken: Collection[str]) -> str:
+def pick_mac(known: Sequence[str], vm_uuid: str, taken: Collection[str], away: Collection[str] = ()) -> str:
     """One of the ``known`` MACs that is not in ``taken``: found from the VM's UUID, so mostly the same again.
 
-    Raises Conflict when all are taken.
+    One in ``away`` only where no other is left: nobody is sure to need it. Raises Conflict when all are taken.
     """
-    for step in range(len(known)):
-        mac = known[(uuid.UUID(vm_uuid).int + step) % len(known)]
-        if mac not in taken:
-            return mac
+    for held in ({*taken, *away}, taken):
+        for step in range(len(known)):
+            mac = known[(uuid.UUID(vm_uuid).int + step) % len(known)]
+            if mac not in held:
+                return mac
     raise Conflict(f"cannot give the VM an address: all {len(known)} of the network are taken")
 
 

@@ -7,6 +7,7 @@ Beside it, in a namespace of its own, for VMs that are none of vmctl's move too:
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ PREFIX = "vmctl"
 SCHEMA = 1
 HOMES = "https://vmctl.dev/xmlns/homes/1"
 HOMES_PREFIX = "vmctl-homes"
+_NOTE = re.compile(rf"<{HOMES_PREFIX}:homes\b(?:[^>]*/>|.*?</{HOMES_PREFIX}:homes>)", re.DOTALL)
 
 
 class Owned(NamedTuple):
@@ -78,6 +80,20 @@ def homes(text: str) -> tuple[Home, ...]:
     if element is None or element.get("vm") != root.findtext("uuid"):
         return ()
     return tuple(Home(one.get("host", ""), one.get("name", ""), one.get("uri", "")) for one in element)
+
+
+def with_homes_of(text: str, other: str) -> str:
+    """A domain's XML with the note of its hosts that ``other`` has, or none: to be defined in the place of that one.
+
+    As text, for ElementTree would move the namespace to the top, from where libvirt loses it. It comes before all else,
+    so that it is the one that counts, whatever a definition from elsewhere may hold.
+    """
+    note, text = _NOTE.search(other), _NOTE.sub("", text)
+    if note is None:
+        return text
+    if "<metadata>" in text:
+        return text.replace("<metadata>", f"<metadata>{note[0]}", 1)
+    return text.replace("</uuid>", f"</uuid><metadata>{note[0]}</metadata>", 1)
 
 
 def _tag(name: str) -> str:

@@ -17,13 +17,13 @@ from vmctl import (
     disk_guard,
     disk_xml,
     domain_files,
-    homes,
     hosts,
     identity,
     image_users,
     layer_check,
     memory_pipe,
     qcow2_overlay,
+    record,
     resolve,
     saved_memory,
     snapshot_journal,
@@ -79,10 +79,11 @@ class _Plan:
     nvram: str = ""
 
     def moved(self, text: str) -> str:
-        """A domain's XML of the snapshot's time with the VM's name of now, and on the fresh files."""
+        """A domain's XML of the snapshot's time with what vmctl knows of the VM now, and on the fresh files."""
         for target, (new, _file, _form) in self.fresh.items():
             text = disk_xml.with_source(text, target, new, "qcow2")
-        return snapshot_xml.with_record_of(snapshot_xml.with_name(text, self.vm.name), self.before)
+        text = snapshot_xml.with_record_of(snapshot_xml.with_name(text, self.vm.name), self.before)
+        return record.with_homes_of(text, self.before)
 
 
 def _plan(host: Host, vm: Domain, ref: Ref) -> _Plan:
@@ -201,7 +202,7 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
         found = _plan(host, vm, ref)
         if not vm.active and _runs_then(found, start):
             turn.enter_context(identity.alone(host, vm, f"revert to snapshot {ref} and start", report))
-        homes_before = homes.noted(host, domain.find(host.conn, vm.uuid))
+            found = replace(found, before=domain.xml(host.conn, vm.name, inactive=True))  # it has a new note
         if found.one.kind == "internal":  # in the files themselves; else what they are stays
             for disk in disks.disks(host.conn, vm.name, inactive=not vm.active):
                 if disk.source in found.one.files:
@@ -215,7 +216,6 @@ def revert(host: Host, text: str, report: Reporter, *, start: bool | None = None
             _libvirts(host, found, report, start)
         else:
             _external(host, found, report, start=start)
-        homes.keep(host, vm.uuid, homes_before)
         state, _why = domain.state(host.conn, vm.name)
         report(Step(f"VM {vm.name} is at snapshot {ref.snapshot}, {state}"))
         return Reverted(vm.name, ref.snapshot, str(state), kept, () if kept else found.lost, _touches(found, start))
@@ -241,6 +241,10 @@ def _libvirts(host: Host, found: _Plan, report: Reporter, start: bool | None) ->
     # QEMU puts no file back that carries dirty bitmaps, and libvirt would end the VM before it finds out.
     if backup_marks.give_up(host, found.vm):
         report(Step(f"the next backup of {found.vm.name} will be a full one"))
+    if record.homes(snapshot_xml.definition(found.one)) != record.homes(found.before):
+        # libvirt defines what it keeps with the snapshot: that is to say which hosts have the VM now, not then.
+        text = snapshot_xml.with_homes_of(found.one.xml, found.before)
+        snapshot_settle.redefine(host, found.vm.name, text, current=found.one.current)
     memory = found.one.memory != "no"
     running = False if memory and start is False else None if memory and start is None else start or None
     known.revert(host.conn, found.vm.name, found.one.name, running=running)

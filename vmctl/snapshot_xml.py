@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from vmctl import disk_xml
+from vmctl import disk_xml, record
 
 NAMESPACE = "https://vmctl.dev/xmlns/snapshot/1"
 _TAG = f"{{{NAMESPACE}}}snapshot"
@@ -205,5 +205,13 @@ def domain_with_files(text: str, moved: Mapping[str, tuple[str, str]]) -> str:
 
 def with_record_of(text: str, other: str) -> str:
     """A domain's XML with the record of vmctl's from ``other``: what it owns now, not what it owned then."""
-    record = _RECORD.search(other)
-    return text if record is None else _RECORD.sub(lambda _: record[0], text, count=1)
+    found = _RECORD.search(other)
+    return text if found is None else _RECORD.sub(lambda _: found[0], text, count=1)
+
+
+def with_homes_of(text: str, other: str) -> str:
+    """A snapshot's XML with the note of the domain's hosts from the domain's XML ``other``, as it is now."""
+    for part in _PARTS:
+        if span := _span(text, part):
+            text = text[: span[0]] + record.with_homes_of(text[span[0] : span[1]], other) + text[span[1] :]
+    return text

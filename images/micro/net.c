@@ -460,9 +460,10 @@ static struct {
     int index;
     pid_t pid;
     uint8_t mac[6];
+    bool pulled; /* its cable was, since its client began */
 } clients[64];
 
-enum { PATIENCE_MS = 400 };
+enum { PATIENCE_MS = 400, CARRIER = 1 << 16 /* IFF_LOWER_UP: linux/if.h, which has it, and net/if.h exclude each other */ };
 static int control = -1; /* a socket to ask the kernel by */
 static long look_again_ms; /* when cards are to be looked at once more; 0: nobody waits for that */
 
@@ -473,13 +474,27 @@ static bool changed(size_t slot, struct ifreq *query)
            memcmp(query->ifr_hwaddr.sa_data, clients[slot].mac, 6) != 0;
 }
 
+/* Whether the card's cable was pulled, and its address, which goes, is that of the network it was in then: who plugs it
+ * in may have moved the machine to another one, where the same address is another machine's. One without is asked for. */
+static bool came_back(size_t slot, struct ifreq *query)
+{
+    bool pulled = clients[slot].pulled;
+    clients[slot].pulled = false;
+    if (!pulled || ioctl(control, SIOCGIFADDR, query) != 0)
+        return false;
+    kill(clients[slot].pid, SIGKILL); /* first: it may be about to renew that address */
+    strcpy(name, query->ifr_name);
+    set_address(control, SIOCSIFADDR, 0);
+    return true;
+}
+
 /* A client for the card as it is now, in place of the one there is. One that has an address, told by who renewed the
  * machine, can wait for its lease: the first login comes first. */
 static bool to_be_replaced(size_t slot, int index)
 {
     struct ifreq query = {.ifr_ifindex = index};
     if (!changed(slot, &query))
-        return false;
+        return came_back(slot, &query);
     memcpy(mac, query.ifr_hwaddr.sa_data, 6);
     if ((look_again_ms == 0 || now_ms() < look_again_ms) && ioctl(control, SIOCGIFADDR, &query) == 0) {
         struct lease told = {.address = ((struct sockaddr_in *)&query.ifr_addr)->sin_addr.s_addr};
@@ -494,13 +509,17 @@ static bool to_be_replaced(size_t slot, int index)
     return true;
 }
 
-/* `plugged`: whether its cable is. */
-static void interface_seen(int index, bool plugged, int seed_ready, int network_up)
+/* `plugged`: whether its cable is, and the card runs. `pulled`: whether it is not; at a boot neither is so for a second. */
+static void interface_seen(int index, bool plugged, bool pulled, int seed_ready, int network_up)
 {
     size_t slot = 0;
     while (slot < 64 && clients[slot].index != index && clients[slot].index != 0)
         slot++;
-    if (slot == 64 || (clients[slot].index == index && (!plugged || !to_be_replaced(slot, index))))
+    if (slot == 64)
+        return;
+    if (clients[slot].index == index && pulled)
+        clients[slot].pulled = true;
+    if (clients[slot].index == index && (!plugged || !to_be_replaced(slot, index)))
         return;
     struct ifreq query = {.ifr_ifindex = index};
     bool usable = ioctl(control, SIOCGIFNAME, &query) == 0 && ioctl(control, SIOCGIFHWADDR, &query) == 0 &&
@@ -516,6 +535,7 @@ static void interface_seen(int index, bool plugged, int seed_ready, int network_
         bring_up(control);
         clients[slot].index = index;
         memcpy(clients[slot].mac, mac, sizeof mac);
+        clients[slot].pulled = false;
         clients[slot].pid = fork_same_root();
         if (clients[slot].pid == 0) {
             prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -546,7 +566,7 @@ static void look_at_all(int seed_ready, int network_up)
         struct ifreq query = {0};
         strncpy(query.ifr_name, one->if_name, IFNAMSIZ - 1);
         bool plugged = ioctl(control, SIOCGIFFLAGS, &query) == 0 && query.ifr_flags & IFF_RUNNING;
-        interface_seen((int)one->if_index, plugged, seed_ready, network_up);
+        interface_seen((int)one->if_index, plugged, false, seed_ready, network_up);
     }
     if_freenameindex(all);
 }
@@ -582,9 +602,11 @@ void net_main(const char *modules, int seed_ready, int network_up)
             continue; /* ENOBUFS: some were lost; the next change brings the state again */
         for (struct nlmsghdr *head = (struct nlmsghdr *)buffer; NLMSG_OK(head, (size_t)got); head = NLMSG_NEXT(head, got)) {
             struct ifinfomsg *info = NLMSG_DATA(head);
-            if (head->nlmsg_type == RTM_NEWLINK)
-                interface_seen(info->ifi_index, info->ifi_flags & IFF_RUNNING, seed_ready, network_up);
-            else if (head->nlmsg_type == RTM_DELLINK)
+            if (head->nlmsg_type == RTM_NEWLINK) {
+                bool pulled = info->ifi_flags & IFF_UP && !(info->ifi_flags & CARRIER);
+                interface_seen(info->ifi_index, info->ifi_flags & IFF_RUNNING, pulled, seed_ready, network_up);
+            }
+            if (head->nlmsg_type == RTM_DELLINK)
                 interface_gone(info->ifi_index);
         }
     }

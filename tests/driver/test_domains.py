@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import uuid
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from vmctl import domain_job, homes, hosts, lifecycle, listing, networks, render, resolve, snapshot_plan
+from vmctl import (
+    copies,
+    creation,
+    domain_job,
+    homes,
+    hosts,
+    identity,
+    lifecycle,
+    listing,
+    networks,
+    render,
+    resolve,
+    snapshot_plan,
+)
 from vmctl.cli import options
 from vmctl.config import HostEntry
 from vmctl.domain_xml import with_shared_memory
@@ -35,6 +50,7 @@ PLACEMENT = resolve.Placement(
     network="vmctl",
     forward_port=None,
 )
+NOTHING: Any = (None, None)  # an accelerator and an image, where neither is asked for
 RECORD = Record("micro", "0123456789ab", "feedc0de", "KVM works", labels={"role": "web"})
 
 
@@ -69,6 +85,24 @@ def test_a_note_of_its_hosts_is_a_vms_own_and_goes_with_the_last_other_one(host:
     lifecycle.autostart(host, "web1", silent, on=False)
     lifecycle.start(host, "web1", silent, take_over=True)
     assert homes.noted(host, found()) == () and "homes" not in found().xml
+
+
+def test_no_vm_is_given_the_mac_of_one_that_went_to_another_host(host: Host) -> None:
+    """It may come back, and other hosts know it by that."""
+    define(host.conn, "web1")
+    vm, text = domain.find(host.conn, "web1"), domain.xml(host.conn, "web1", inactive=True)
+    (new,) = copies.newcomers(host, vm, ["web2"], ["vda"], (), seeded=False)
+    known = networks.macs(host.conn.host, "vmctl")
+    first = uuid.UUID(new.uuid).int % len(known)
+    plan = creation.Plan(VM("web2", "micro"), new.uuid, *NOTHING, PLACEMENT, RECORD)
+    assert [nic.mac for nic in creation.addressed(host, plan)] == [known[first]]
+    identity.note_moving(host, str(uuid.UUID(int=first)))
+    assert [nic.mac for nic in creation.addressed(host, plan)] == [known[(first + 1) % len(known)]]
+    (made,) = copies.define(host, vm, text, [new], silent)
+    assert list((made.card_macs or {}).values()) == [known[(first + 1) % len(known)]]
+    identity.forget_moving(host, str(uuid.UUID(int=first)))
+    identity.note_moving(host, new.uuid)
+    assert [nic.mac for nic in creation.addressed(host, plan)] == [known[first]], "its own, when it is restored"
 
 
 CASES = {

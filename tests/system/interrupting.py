@@ -60,7 +60,7 @@ CHANGES: dict[Any, tuple[str, ...]] = {
     qcow2_overlay: ("make",),
     disk_replace: ("copy_bytes", "sync_folder"),
     disk_journal: ("begin", "remove_file"),
-    snapshots: ("_set_aside", "take", "redefine", "forget", "restore"),
+    snapshots: ("_set_aside", "take", "redefine", "forget", "revert", "restore"),
     snapshot_journal: ("begin",),
     snapshot_layers: ("write_aside", "remove_file"),
     snapshot_settle: ("put_nvram", "remove_file"),

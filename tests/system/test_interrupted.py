@@ -10,7 +10,7 @@ import pytest
 
 from tests import warm
 from tests.system.conftest import REPO, VMCTL, Shell, environment, reservations, volumes
-from vmctl import identity
+from vmctl import identity, record
 from vmctl.hosts import open_host
 from vmctl.hypervisor import domain
 
@@ -158,3 +158,38 @@ def test_many_creates_at_once(shell: Shell, name: str) -> None:
     assert len({row["address"] for row in rows}) == len(many)
     shell.run("delete", f"{name}-*", "--yes")
     assert state_of_host(shell) == before
+
+
+@pytest.mark.parametrize("what", ["snapshot", "internal snapshot", "backup"])
+def test_what_takes_a_definitions_place_says_which_hosts_have_it(
+    shell: Shell, name: str, tmp_path: Path, what: str
+) -> None:
+    """Killed right after it was defined, it had lost that note, and its start asked nobody."""
+    shell.run("create", name, "--image", "micro", "--no-start")
+    folder = ("--folder", str(tmp_path / "backups"))
+    step, undo = "domain.define", ["snapshot", "revert", f"{name}.then", "--yes"]
+    if what == "backup":
+        shell.run("backup", "create", name, *folder)
+        undo = ["backup", "restore", name, "--yes", *folder]
+    elif what == "snapshot":
+        shell.run("snapshot", "create", f"{name}.then")
+    else:
+        shell.run("snapshot", "create", f"{name}.then", "--internal")
+        step = "snapshots.revert"
+
+    def says() -> tuple[record.Home, ...]:
+        return record.homes(shell.virsh("dumpxml", name, "--inactive"))
+
+    there = record.Home("another", "big", "qemu+ssh://big/system")
+    uuid = shell.virsh("domuuid", name).strip()
+    note = f'<homes vm="{uuid}"><home host="{there.uuid}" name="{there.name}" uri="{there.uri}"/></homes>'
+    shell.virsh("metadata", name, record.HOMES, "--key", record.HOMES_PREFIX, "--set", note, "--config")
+    assert says() == (there,)
+    code, changes = interrupted(tmp_path, "SIGKILL", step, *undo)
+    assert code == -signal.SIGKILL and changes[-1] == step
+    assert says() == (there,), changes
+    shell.run(*undo)
+    assert says() == (there,)
+    shell.virsh("metadata", name, record.HOMES, "--remove", "--config")
+    shell.run(*undo)
+    assert says() == (), "nor does one come back"

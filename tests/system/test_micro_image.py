@@ -89,6 +89,30 @@ def test_two_guests_reach_each_other(make_vm: Callable[..., GuestVM]) -> None:
     two.run("ping", "-c", "1", "-W", "5", address)
 
 
+def test_a_card_whose_cable_was_pulled_asks_for_its_address_anew(make_vm: Callable[..., GuestVM]) -> None:
+    """It kept the one that it had, of another network maybe, until half its lease was over."""
+    guest, shell = make_vm(agent=True), Shell()
+    words = ("exec", "--via", "agent", guest.name, "--", "sh", "-c")
+
+    def network() -> list[str]:
+        found = shell.run(*words, "ip -4 -o addr show eth0; ip route").stdout.split("\n")
+        return [line.split()[3] if "inet" in line else line.strip() for line in found if line.strip()]
+
+    def link(state: str) -> None:
+        shell.virsh("domif-setlink", guest.name, card, state)
+
+    before = network()
+    card = shell.virsh("domiflist", guest.name).split()[0]
+    shell.run(*words, "ifconfig eth0 192.168.7.7 netmask 255.255.255.0 && route add default gw 192.168.7.1")
+    assert "192.168.7.7/24" in network()
+    link("down")
+    away = "grep -q 0 /sys/class/net/eth0/carrier"
+    wait_until(lambda: not shell.run(*words, away, check=None).returncode, what="its cable pulled", timeout_s=10)
+    assert "192.168.7.7/24" in network(), "until it is in another network"
+    link("up")
+    wait_until(lambda: network() == before, what="address and route of its network", timeout_s=10)
+
+
 # Ends the sshd that takes connections, and the one that comes for it: when, and when there was a third. Three times.
 ENDED_TWICE = """
 firsts() { for p in $(pidof dropbear); do grep -q "^PPid:.1$" /proc/$p/status && echo $p; done; }

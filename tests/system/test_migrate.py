@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
+import itertools
 import json
 import re
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,9 +20,10 @@ from pathlib import Path
 import pytest
 
 from tests.hosts.machine import sh
-from tests.system.conftest import REPO, Shell
+from tests.system.conftest import REPO, VMCTL, Shell
 from tests.system.migrating import Pair, busy, guest, pair_fixture, until
-from vmctl import disk_xml
+from vmctl import disk_xml, resolve
+from vmctl.networks import ADDRESSES
 
 pytestmark = pytest.mark.system
 
@@ -636,6 +641,72 @@ def test_interrupted_it_stays(pair: Pair, vm: str, way: list[str], number: signa
     assert f"{vm} runs on h1 as before" in said
     assert pair.where(vm) == {"h1": "running"}
     assert pair.vmctl("-c", "h1", "exec", "--via", "agent", vm, "--", "echo", "well").stdout == "well\n"
+
+
+def _alike(pair: Pair) -> tuple[str, str]:
+    """Names whose VMs, one made on h1, one on h2, are given the same address by either host."""
+    hosts, taken = [machine.address for machine in pair.bed.machines], dict[int, str]()
+    for number in itertools.count():
+        one, two = (f"m-{secrets.token_hex(4)}-{number}" for _ in range(2))
+        made = zip(hosts, (one, two), strict=True)
+        at = [uuid.UUID(resolve.identity(host, name, ())).int % ADDRESSES for host, name in made]
+        taken[at[0]] = one
+        if at[1] in taken:
+            return taken[at[1]], two
+    raise AssertionError
+
+
+def test_on_a_network_of_each_hosts_own_it_takes_nobodys_address(pair: Pair, vm: str) -> None:
+    """vmctl's own: it kept the one that it had, which another VM has there, until its DHCP client asked by itself."""
+    moved, there = _alike(pair)
+    second = pair.machine("h2")
+
+    def addresses(host: str, name: str) -> list[str]:
+        """By the guest itself, which needs no network for that."""
+        words = ("exec", "--via", "agent", name, "--", "ip", "-4", "-o", "addr", "show", "eth0")
+        return re.findall(r"inet ([0-9.]+)/", pair.vmctl("-c", host, *words).stdout)
+
+    def beside(*words: str) -> str:
+        """vmctl with h2's cables: there guests on its own networks are reached."""
+        enter = ["nsenter", "-t", str(second.init), "-n"]
+        done = subprocess.run(
+            [*enter, *VMCTL, "-c", "h2", *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=REPO,
+            env=pair.env,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    try:
+        for host, name in (("h1", moved), ("h2", there)):
+            pair.vmctl("-c", host, "create", name, "--image", "micro", "--memory", "128M", "--wait", "agent")
+        (clash,) = addresses("h2", there)
+        assert addresses("h1", moved) == [clash]
+        said = pair.vmctl("-c", "h1", "migrate", moved, "--to", "h2").stderr
+        assert f"{moved} is plugged in anew to vmctl on h2, which gives it an address" in said
+        until(lambda: addresses("h2", moved) not in ([], [clash]), "an address of h2's network", seconds=15)
+        (found,) = addresses("h2", moved)
+        assert addresses("h2", there) == [clash]
+        kept = re.findall(r"<host [^>]*ip='([0-9.]+)'", second.virsh("net-dumpxml", "vmctl"))
+        net = ipaddress.ip_network(f"{clash}/22", strict=False)
+        assert clash in kept and found not in kept, "of the half for those that come from other hosts"
+        assert ipaddress.ip_address(found) in net
+        for name in (moved, there):
+            assert beside("exec", name, "--", "hostname") == name
+            assert beside("ssh", name, "hostname") == name
+        routes = pair.vmctl("-c", "h2", "exec", "--via", "agent", moved, "--", "ip", "route").stdout
+        assert routes.count("default via") == 1
+        assert "link state='down'" not in second.virsh("dumpxml", moved)
+    finally:
+        for machine in pair.bed.machines:
+            for name in (moved, there):
+                pair.vmctl("-c", machine.name, "delete", name, "--yes", "--missing-ok", check=None)
+            machine.virsh("net-destroy", "vmctl", check=False)
+            machine.virsh("net-undefine", "vmctl", check=False)
 
 
 def test_interrupted_it_tells_of_those_that_have_moved(pair: Pair, vm: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from tests.faults.phases import Hold, Phase, install
 from tests.hosts import Machine
 from tests.hosts.machine import sh
+from tests.system.conftest import Shell
 from tests.system.migrating import Pair, guest, pair_fixture, until
 from tests.system.test_list import calls
 from vmctl.wait import pause
@@ -226,8 +227,7 @@ def test_what_stayed_hears_where_it_went_from_there(pair: Pair, vm: str) -> None
         pair.vmctl(*third, "start", name)
         pair.vmctl("host", "remove", "third")
         told = pair.vmctl(*start, check=5).stderr
-        assert f"cannot start VM {name}: third has it too, and cannot be asked whether it runs there" in told
-        assert "vmctl host add third URI makes it known" in told
+        assert f"cannot start VM {name}: it runs on qemu:///system, and must not be on two hosts at once" in told
         pair.vmctl("host", "add", "third", "qemu:///system")
         pair.vmctl(*third, "stop", name, "--force")
 
@@ -247,6 +247,41 @@ def test_what_stayed_hears_where_it_went_from_there(pair: Pair, vm: str) -> None
         for host in ("third", "h2", "h1"):
             pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
         pair.vmctl("host", "remove", "third", check=None)
+
+
+def test_what_stayed_on_this_machine_is_asked_for_though_no_config_file_names_it(pair: Pair, vm: str) -> None:
+    """The note of a host without a URI was taken for one of another machine's, which cannot be asked."""
+    here, name = ("-c", "qemu:///system"), f"{vm}-here"
+    migrate = ("migrate", name, "--copy-storage", "overlay", "--to")
+    pair.vmctl(*here, "create", name, "--image", "micro", "--memory", "128M", "--no-start")
+    Shell().virsh("detach-interface", name, "network", "--config")  # which the others have not
+    try:
+        pair.vmctl(*here, *migrate, "h2", "--keep-source")
+        pair.vmctl("-c", "h2", "start", name)  # it is off here
+        told = pair.vmctl(*here, "start", name, check=5).stderr
+        assert f"cannot start VM {name}: it runs on h2" in told
+        pair.vmctl("-c", "h2", "stop", name, "--force")
+        pair.vmctl(*here, "start", name)
+        told = pair.vmctl("-c", "h2", "start", name, check=5).stderr
+        assert f"cannot start VM {name}: it runs on qemu:///system" in told
+        assert f"vmctl -c qemu:///system stop {name}" in told
+        told = pair.vmctl("-c", "h2", *migrate, "h1", check=11).stderr
+        assert "qemu:///system" in told
+        pair.vmctl(*here, "stop", name, "--force")
+
+        told = pair.vmctl("-c", "h2", *migrate, "h1").stderr
+        assert "was not told" not in told
+        pair.vmctl("-c", "h1", "start", name)
+        told = pair.vmctl(*here, "start", name, check=5).stderr
+        assert f"cannot start VM {name}: it runs on h1" in told
+
+        pair.vmctl("-c", "h1", "stop", name, "--force")
+        pair.vmctl(*here, "delete", name, "--yes")
+        pair.vmctl("-c", "h1", "start", name)
+        assert "vmctl-homes" not in pair.machine("h1").virsh("dumpxml", "--inactive", name), "it is there alone"
+    finally:
+        for host in ("h1", "h2", "qemu:///system"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
 
 
 def test_of_two_starts_at_once_one_starts_it(pair: Pair, vm: str) -> None:

@@ -180,6 +180,14 @@ def test_a_full_network_is_a_conflict() -> None:
         networks.pick_mac(known, str(uuid.uuid4()), set(known))
 
 
+def test_what_vms_that_are_away_may_have_is_given_last() -> None:
+    known = networks.macs("host", "net")
+    ident = str(uuid.UUID(int=7))
+    assert networks.pick_mac(known, ident, (), {known[7]}) == known[8]
+    assert networks.pick_mac(known, ident, {known[8]}, {known[7]}) == known[9]
+    assert networks.pick_mac(known, ident, (), set(known)) == known[7]
+
+
 @pytest.mark.parametrize("name", ["vmctl", "a-very-long-network-name", "x_y.z", "---"])
 def test_bridge_names_fit_the_kernel(name: str) -> None:
     first = networks.pick_bridge(name, ())

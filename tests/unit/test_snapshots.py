@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmctl import disk_xml, domain_files, snapshot_diff, snapshot_plan, snapshot_xml
+from vmctl import disk_xml, domain_files, record, snapshot_diff, snapshot_plan, snapshot_xml
 from vmctl.errors import NotFound, SpecError, Unsupported, VmctlError, WrongState
 from vmctl.snapshot_plan import DiskState, Files, Kind, Merge, Ref, Situation, Wanted, address, choose, tidy, tree
 from vmctl.snapshot_xml import Kept, Snapshot
@@ -282,3 +283,26 @@ def test_a_definition_inside_a_snapshot_differs_not_by_where_it_stands() -> None
     record = "  <metadata>\n{0}    <vmctl:vm xmlns:vmctl='v'>\n{0}  <vmctl:ssh/>\n{0}</vmctl:vm>\n  </metadata>\n"
     written_anew, as_put = (now.replace("  <devices>", record.format(by) + "  <devices>") for by in ("    ", ""))
     assert snapshot_diff._lines(written_anew) == snapshot_diff._lines(as_put)
+
+
+def test_the_note_of_its_hosts_is_that_of_now_in_both_definitions() -> None:
+    def domain(*hosts: str, metadata: str = "") -> str:
+        homes = "".join(f'<vmctl-homes:home host="{one}" name="n" uri=""/>' for one in hosts)
+        note = f'<vmctl-homes:homes xmlns:vmctl-homes="{record.HOMES}" vm="u">\n{homes}</vmctl-homes:homes>'
+        return f"<domain><uuid>u</uuid><metadata>{metadata}{note if hosts else ''}</metadata></domain>"
+
+    def hosts(text: str) -> list[str]:
+        return [one.uuid for one in record.homes(text)]
+
+    for then in (domain(), domain("x"), domain("x", metadata="<other/>"), "<domain><uuid>u</uuid></domain>"):
+        for now in (domain(), domain("a", "b"), "<domain><uuid>u</uuid></domain>"):
+            text = record.with_homes_of(then, now)
+            assert hosts(text) == hosts(now) and ("<other/>" in text) == ("<other/>" in then)
+    saved = XML.replace("<name>web1</name>", "<name>web1</name><uuid>u</uuid>")
+    for now in (domain("a", "b"), domain("c"), domain()):
+        saved = snapshot_xml.with_homes_of(saved, now)
+        whole = ET.fromstring(saved)
+        for part in ("domain", "inactiveDomain"):
+            found = whole.find(part)
+            assert found is not None and hosts(ET.tostring(found, encoding="unicode")) == hosts(now)
+            assert found.find("metadata/{https://vmctl.dev/xmlns/vm/1}vm") is not None

@@ -26,7 +26,10 @@ class Lease(NamedTuple):
 
 
 class NetworkFacts(NamedTuple):
-    """One network. ``gateway`` and ``mask`` (dotted, or a prefix length) are "" when libvirt gives it no address."""
+    """One network. ``gateway`` and ``mask`` (dotted, or a prefix length) are "" when libvirt gives it no address.
+
+    ``dhcp``: libvirt's own server gives its guests addresses.
+    """
 
     name: str
     uuid: str
@@ -36,6 +39,7 @@ class NetworkFacts(NamedTuple):
     mask: str
     stp: bool
     reservations: tuple[Reservation, ...]
+    dhcp: bool = False
 
     @property
     def subnet(self) -> ipaddress.IPv4Network | None:
@@ -65,6 +69,7 @@ def _facts(network: Any, *, active: bool) -> NetworkFacts:
         reservations=tuple(
             Reservation(host.get("mac", "").lower(), host.get("ip", "")) for host in root.iterfind("ip/dhcp/host")
         ),
+        dhcp=root.find("ip/dhcp") is not None,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import libvirt
 
@@ -86,12 +86,14 @@ def restore_paused(conn: Connection, path: str, *, name: str) -> None:
         conn.handle.restoreFlags(path, None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
 
 
-def set_links(conn: Connection, name: str, *, up: bool) -> None:
-    """Plug the cables of all cards of a running domain in, or pull them."""
+def set_links(conn: Connection, name: str, *, up: bool, macs: Collection[str] | None = None) -> None:
+    """Plug the cables of cards of a running domain in, or pull them: of those with these MACs, or of all."""
     handle = domain.handle(conn, name)
     with calling(f"{'connect' if up else 'disconnect'} VM {name}"):
         for card in ET.fromstring(handle.XMLDesc()).iterfind("devices/interface"):
-            link = card.find("link")
+            link, mac = card.find("link"), card.find("mac")
+            if macs is not None and (mac is None or mac.get("address") not in macs):
+                continue
             if link is None:
                 link = ET.SubElement(card, "link")
             link.set("state", "up" if up else "down")
