@@ -465,3 +465,26 @@ def test_what_cannot_be_meant_of_a_migration_is_said_before_any_host_is_asked(
     capsys: pytest.CaptureFixture[str], line: str, said: str, target: str
 ) -> None:
     assert said in told(capsys, "migrate", "web1", "--to", target, *line.split())[0]
+
+
+@pytest.mark.parametrize(("number", "raised"), [("SIGINT", "KeyboardInterrupt"), ("SIGTERM", "Interrupted")])
+def test_an_interrupt_that_meets_a_destructor_is_not_dropped(number: str, raised: str) -> None:
+    """Python prints what a destructor raises, and goes on; one of libvirt's runs whenever a handle is let go."""
+    script = f"""
+import os, signal, time
+from vmctl import cli
+
+class Handle:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{number})
+        sum(range(9))
+
+cli.hear_signals()
+try:
+    Handle()
+    time.sleep(20)
+except BaseException as early:
+    print(type(early).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == (f"{raised}\n", "")

@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 from itertools import takewhile
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ from vmctl.cli.unheard import Watch
 from vmctl.errors import Interrupted, SpecError, VmctlError
 
 _READER_GONE = 141  # what a shell makes of SIGPIPE
+_AGAIN_S = 0.02
 
 
 class _Interrupt:
@@ -40,16 +42,31 @@ def _terminated(_signum: int, _frame: FrameType | None) -> None:
     raise Interrupted("stopped on request (SIGTERM)")
 
 
+def hear_signals() -> None:
+    """Let Ctrl-C and SIGTERM end what runs by an exception, wherever they come."""
+    # Undoing half-made work must not be cut short by a second signal from an impatient supervisor.
+    signal.signal(signal.SIGTERM, _terminated)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell told us to ignore it
+        signal.signal(signal.SIGINT, _interrupted)
+    sys.unraisablehook = _dropped
+    _Interrupt.watch = Watch({_interrupted, _terminated})
+
+
+def _dropped(found: sys.UnraisableHookArgs) -> None:
+    """Bring an interrupt back that came in a destructor, say of a handle of libvirt's: what those raise is dropped."""
+    lost = {KeyboardInterrupt: signal.SIGINT, Interrupted: signal.SIGTERM}.get(found.exc_type)
+    if lost is None:
+        sys.__unraisablehook__(found)
+    else:  # in a moment: now it would be dropped again
+        threading.Timer(_AGAIN_S, os.kill, (os.getpid(), lost)).start()
+
+
 def main() -> None:
     """Entry point: run the command line and exit with its code."""
     # Importing makes thousands of objects that stay: to look for garbage among them costs a tenth of a short command.
     gc.set_threshold(100_000)
     _open_closed_streams()
-    # Undoing half-made work must not be cut short by a second signal from an impatient supervisor.
-    signal.signal(signal.SIGTERM, _terminated)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell told us to ignore it
-        signal.signal(signal.SIGINT, _interrupted)
-    _Interrupt.watch = Watch({_interrupted, _terminated})
+    hear_signals()
     try:
         code = run(sys.argv[1:])
     except (KeyboardInterrupt, Interrupted) as early:  # while what tells of it was being imported
