@@ -19,6 +19,7 @@ SCHEMA = 1
 HOMES = "https://vmctl.dev/xmlns/homes/1"
 HOMES_PREFIX = "vmctl-homes"
 _NOTE = re.compile(rf"<{HOMES_PREFIX}:homes\b(?:[^>]*/>|.*?</{HOMES_PREFIX}:homes>)", re.DOTALL)
+_EMPTY = re.compile(r"<metadata\s*/>")  # what libvirt leaves when the last that is in it goes
 
 
 class Owned(NamedTuple):
@@ -91,6 +92,7 @@ def with_homes_of(text: str, other: str) -> str:
     note, text = _NOTE.search(other), _NOTE.sub("", text)
     if note is None:
         return text
+    text = _EMPTY.sub("<metadata></metadata>", text, count=1)
     if "<metadata>" in text:
         return text.replace("<metadata>", f"<metadata>{note[0]}", 1)
     return text.replace("</uuid>", f"</uuid><metadata>{note[0]}</metadata>", 1)
