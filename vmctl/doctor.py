@@ -7,7 +7,7 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from vmctl import (
     images,
     kvm_device,
     layer_check,
+    migrate_cards,
     snapshot_journal,
     snapshot_layers,
     unclear,
@@ -325,6 +326,23 @@ def _unstarted(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     return [Finding("starts", "mended", f"{detail}; they are stopped now")]
 
 
+def _cables(host: Host, *, fix: bool) -> list[Finding]:
+    """VMs without network, for who pulled their cables as they came here was killed; not those that just come."""
+    findings = []
+    for name, _ in domain.identities(host.conn):
+        if not migrate_cards.pulled(host, name):
+            continue
+        with suppress(Conflict), hosts.holding(host, name):
+            if not (macs := migrate_cards.pulled(host, name)):
+                continue  # it has just come
+            if fix:
+                migrate_cards.plug_in(host, name, macs)
+            detail = f"{name} has no network: its move to this host was cut off, with its cable pulled"
+            mend = "" if fix else "vmctl doctor --fix plugs it in"
+            findings.append(Finding("cables", "mended" if fix else "failed", detail, mend))
+    return findings
+
+
 def _backups(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     """What killed backups left in VMs and in the folder of backups."""
     root = config.backup_folder(None, host.settings, host.folders)
@@ -371,6 +389,7 @@ def examine(connect: str | None, *, fix: bool, report: Reporter, keep: Collectio
             ("snapshots", lambda: _snapshot_changes(host, fix=fix, report=report)),
             ("processes", lambda: _forgotten(host)),
             ("layers", lambda: _astray(host, fix=fix)),
+            ("cables", lambda: _cables(host, fix=fix)),
             ("backups", lambda: _backups(host, fix=fix, report=report)),
         ]
         for name, check in checks:

@@ -243,7 +243,8 @@ def look_for(
     found, unasked = {}, {}
     asked: set[str] = set()
     having: list[Home] = []
-    beside = dict.fromkeys(entry for one in noted if (entry := _unnamed(host, one)))
+    unnamed = {one.uuid: entry for one in noted if (entry := _unnamed(host, one))}
+    beside = dict.fromkeys(unnamed.values())
     for name, answer in _answers(host, partial(_has, host, uuid), timeout_s, but=but, beside=beside):
         if isinstance(answer, VmctlError):
             unasked[name] = answer.message
@@ -253,6 +254,9 @@ def look_for(
             if there is not None:
                 found[name] = there
                 having.append(home)
+    if unnamed.keys() <= asked:  # by other names: this machine, which may have no libvirt, is none of them
+        for entry in beside:
+            unasked.pop(called(entry), None)
     ids = frozenset(one for home in having for one in _ids(home))
     return Sought(found, unasked, frozenset(asked), ids, tuple(having))
 

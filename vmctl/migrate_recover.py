@@ -59,7 +59,7 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         if where is Where.MOVED or _off_there(seen):
             _require_left(ends.source, here, vm, seen[0], ends.target, went=True)
             looked = _looked(ends, vm, wish)
-            migrate_cards.plug_anew(ends, vm.name, report, again=True)
+            migrate_cards.plug_anew(ends, vm.name, report)
             migrate.end_on_target(ends, looked, wish, report)
             _clear_marks(ends, looked)
             return Moved(vm.name, vm.uuid, here, there, _mode(looked.vm), time.monotonic() - began)

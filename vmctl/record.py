@@ -2,7 +2,8 @@
 
 There is no state file beside it. virsh and virt-manager keep the element as it is.
 
-Beside it, in a namespace of its own, for VMs that are none of vmctl's move too: which hosts have a definition of it.
+Beside it, in namespaces of their own, for VMs that are none of vmctl's move too: which hosts have a definition of it,
+and in one that runs, which of its cables are pulled for a moment.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ PREFIX = "vmctl"
 SCHEMA = 1
 HOMES = "https://vmctl.dev/xmlns/homes/1"
 HOMES_PREFIX = "vmctl-homes"
+PULLED = "https://vmctl.dev/xmlns/pulled/1"
+PULLED_PREFIX = "vmctl-pulled"
 _NOTE = re.compile(rf"<{HOMES_PREFIX}:homes\b(?:[^>]*/>|.*?</{HOMES_PREFIX}:homes>)", re.DOTALL)
+_EMPTY = re.compile(r"<metadata\s*/>")  # what libvirt leaves when the last that is in it goes
 
 
 class Owned(NamedTuple):
@@ -91,9 +95,18 @@ def with_homes_of(text: str, other: str) -> str:
     note, text = _NOTE.search(other), _NOTE.sub("", text)
     if note is None:
         return text
+    text = _EMPTY.sub("<metadata></metadata>", text, count=1)
     if "<metadata>" in text:
         return text.replace("<metadata>", f"<metadata>{note[0]}", 1)
     return text.replace("</uuid>", f"</uuid><metadata>{note[0]}</metadata>", 1)
+
+
+def pulled(text: str) -> tuple[str, ...]:
+    """The MACs of the cards of a running domain, by its XML, whose cables are pulled by a move that is under way."""
+    if PULLED not in text:
+        return ()
+    element = ET.fromstring(text).find(f"metadata/{{{PULLED}}}pulled")
+    return () if element is None else tuple(element.get("macs", "").split())
 
 
 def _tag(name: str) -> str:

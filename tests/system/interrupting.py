@@ -41,7 +41,17 @@ CHANGES: dict[Any, tuple[str, ...]] = {
     Path: ("rename",),  # how a finished file gets its name in the store
     storage: ("ensure_pool", "create_volume", "upload", "delete_volume"),
     network: ("define", "start"),
-    domain: ("define", "start", "set_record", "set_autostart", "power_off", "resume", "undefine", "detach_disk"),
+    domain: (
+        "define",
+        "start",
+        "set_record",
+        "set_autostart",
+        "power_off",
+        "resume",
+        "undefine",
+        "detach_disk",
+        "note_pulled",
+    ),
     devices: ("attach", "detach"),
     migration: ("set_downtime",),
     saved: ("save_and_go_on", "restore_paused", "set_links"),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -707,6 +708,103 @@ def test_on_a_network_of_each_hosts_own_it_takes_nobodys_address(pair: Pair, vm:
                 pair.vmctl("-c", machine.name, "delete", name, "--yes", "--missing-ok", check=None)
             machine.virsh("net-destroy", "vmctl", check=False)
             machine.virsh("net-undefine", "vmctl", check=False)
+
+
+@pytest.fixture
+def wired(pair: Pair, vm: str) -> Iterator[str]:
+    """A VM on h1 with two cards on its host's own network; what runs in it does not matter."""
+    name = f"{vm}-wired"
+    try:
+        pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--no-start")
+        pair.machine("h1").virsh("attach-interface", name, "network", "vmctl", "--model", "virtio", "--config")
+        pair.vmctl("-c", "h1", "start", name)
+        yield name
+    finally:
+        for machine in pair.bed.machines:
+            if not machine.virsh("uri", check=False):
+                machine.start("libvirtd")
+            pair.vmctl("-c", machine.name, "delete", name, "--yes", "--missing-ok", check=None)
+            machine.virsh("net-destroy", "vmctl", check=False)
+            machine.virsh("net-undefine", "vmctl", check=False)
+
+
+def links(pair: Pair, host: str, vm: str, *words: str) -> dict[str, str]:
+    """Whether the cable of each of a VM's cards is plugged in, as libvirt has it."""
+    cards = ET.fromstring(pair.machine(host).virsh("dumpxml", vm, *words)).iterfind("devices/interface")
+    found = {}
+    for card in cards:
+        mac, link = card.find("mac"), card.find("link")
+        assert mac is not None
+        found[mac.get("address", "")] = "up" if link is None else link.get("state", "")
+    return found
+
+
+def pulling(pair: Pair, tmp_path: Path, which: str, *words: str) -> subprocess.Popen[str]:
+    """vmctl that gives itself a signal right after it has pulled the cables."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.system.interrupting", which, "saved.set_links", *words],
+        cwd=REPO,
+        env={**pair.env, "CHANGES": str(tmp_path / "changes")},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_with_its_cable_pulled_it_is_plugged_in_again(pair: Pair, wired: str, tmp_path: Path) -> None:
+    """And what its user pulled is not."""
+    one, other = links(pair, "h1", wired)
+    pair.machine("h1").virsh("domif-setlink", wired, other, "down")
+    process = pulling(pair, tmp_path, "SIGKILL", "-c", "h1", "migrate", wired, "--to", "h2")
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL and pair.where(wired) == {"h2": "running"}
+    assert links(pair, "h2", wired) == {one: "down", other: "down"}
+    told = pair.vmctl("-c", "h1", "migrate", wired, "--to", "h2", check=4).stderr
+    assert "--recover" in told
+    pair.vmctl("-c", "h1", "migrate", wired, "--to", "h2", "--recover")
+    assert links(pair, "h2", wired) == {one: "up", other: "down"}
+    assert links(pair, "h2", wired, "--inactive") == {one: "up", other: "up"}
+
+    process = pulling(pair, tmp_path, "SIGKILL", "-c", "h2", "migrate", wired, "--to", "h1")
+    process.communicate(timeout=120)
+    assert links(pair, "h1", wired) == {one: "down", other: "down"}
+    told = pair.vmctl("-c", "h1", "doctor", check=None).stdout
+    assert f"{wired} has no network" in told and links(pair, "h1", wired)[one] == "down"
+    told = pair.vmctl("-c", "h1", "doctor", "--fix", check=None).stdout
+    assert f"{wired} has no network" in told and links(pair, "h1", wired) == {one: "up", other: "down"}
+    assert wired not in pair.vmctl("-c", "h1", "doctor", check=None).stdout
+    assert "vmctl-pulled" not in pair.machine("h1").virsh("dumpxml", wired)
+
+    process = pulling(pair, tmp_path, "SIGKILL", "-c", "h1", "migrate", wired, "--to", "h2")
+    process.communicate(timeout=120)
+    pair.vmctl("-c", "h2", "migrate", wired, "--to", "h1")  # nobody has recovered it
+    assert links(pair, "h1", wired) == {one: "up", other: "down"}
+
+
+def test_interrupted_with_its_cable_pulled_it_plugs_it_in(pair: Pair, wired: str, tmp_path: Path) -> None:
+    process = pulling(pair, tmp_path, "SIGINT", "-c", "h1", "migrate", wired, "--to", "h2")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "it runs on h2, and h1 may still have files of it" in said, said
+    assert {*links(pair, "h2", wired).values()} == {"up"}
+
+
+def test_libvirtd_killed_with_a_cable_pulled_is_waited_for(pair: Pair, wired: str, tmp_path: Path) -> None:
+    process = pulling(pair, tmp_path, "SIGSTOP", "-c", "h1", "migrate", wired, "--to", "h2")
+    try:
+        state = Path(f"/proc/{process.pid}/stat")
+        until(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", "it has pulled them")
+        assert {*links(pair, "h2", wired).values()} == {"down"}
+        pair.machine("h2").kill("libvirtd")
+        process.send_signal(signal.SIGCONT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=4)
+        pair.machine("h2").start("libvirtd")
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and f"{wired} is plugged in anew to vmctl on h2" in said, said
+    assert {*links(pair, "h2", wired).values()} == {"up"}
 
 
 def test_interrupted_it_tells_of_those_that_have_moved(pair: Pair, vm: str) -> None:

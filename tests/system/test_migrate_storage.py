@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,9 +16,10 @@ import pytest
 from tests.faults.phases import Hold, Phase, install
 from tests.hosts import Machine
 from tests.hosts.machine import sh
-from tests.system.conftest import Shell
+from tests.system.conftest import REPO, VMCTL, Shell
 from tests.system.migrating import Pair, guest, pair_fixture, until
 from tests.system.test_list import calls
+from vmctl import record
 from vmctl.wait import pause
 
 pytestmark = pytest.mark.system
@@ -281,6 +283,33 @@ def test_what_stayed_on_this_machine_is_asked_for_though_no_config_file_names_it
         assert "vmctl-homes" not in pair.machine("h1").virsh("dumpxml", "--inactive", name), "it is there alone"
     finally:
         for host in ("h1", "h2", "qemu:///system"):
+            pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
+def test_a_machine_without_libvirt_is_not_missed_when_all_noted_hosts_were_asked(pair: Pair, vm: str) -> None:
+    """A host noted by itself is in the config file by another name: before it answers it may be this machine."""
+    name = f"{vm}-laptop"
+    pair.vmctl("-c", "h1", "create", name, "--image", "micro", "--memory", "128M", "--network", "lan", "--no-start")
+    try:
+        pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--copy-storage", "overlay", "--keep-source")
+        second = pair.machine("h2")
+        (first,) = (one for one in record.homes(second.virsh("dumpxml", name)) if one.name == "h1")
+        uuid = second.virsh("domuuid", name).strip()
+        note = f'<homes vm="{uuid}"><home host="{first.uuid}" name="of-old" uri=""/></homes>'
+        second.virsh("metadata", name, record.HOMES, "--key", record.HOMES_PREFIX, "--set", note, "--config")
+        hidden = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /run/libvirt && exec "$@"', "sh")
+        done = subprocess.run(
+            [*hidden, *VMCTL, "-c", "h2", "start", name],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=REPO,
+            env=pair.env,
+        )
+        assert done.returncode == 0 and "not asked" not in done.stderr, done.stderr
+    finally:
+        for host in ("h1", "h2"):
             pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
 
 

@@ -17,3 +17,7 @@ XML = """<domain><devices>
 def test_those_that_are_plugged_in_to_a_network_with_addresses() -> None:
     assert cards(XML, {"vmctl", "routed"}) == {"02:1": "vmctl", "02:2": "vmctl", "02:6": "routed"}
     assert cards(XML, set()) == {}
+
+
+def test_those_whose_cables_were_left_pulled_whatever_network_they_are_on() -> None:
+    assert cards(XML, {"routed"}, ["02:3", "02:4", "02:9"]) == {"02:3": "vmctl", "02:4": "lan", "02:6": "routed"}

@@ -294,10 +294,12 @@ def test_the_note_of_its_hosts_is_that_of_now_in_both_definitions() -> None:
     def hosts(text: str) -> list[str]:
         return [one.uuid for one in record.homes(text)]
 
-    for then in (domain(), domain("x"), domain("x", metadata="<other/>"), "<domain><uuid>u</uuid></domain>"):
+    bare, emptied = "<domain><uuid>u</uuid></domain>", "<domain><uuid>u</uuid><metadata/></domain>"
+    for then in (domain(), domain("x"), domain("x", metadata="<other/>"), bare, emptied):
         for now in (domain(), domain("a", "b"), "<domain><uuid>u</uuid></domain>"):
             text = record.with_homes_of(then, now)
             assert hosts(text) == hosts(now) and ("<other/>" in text) == ("<other/>" in then)
+            assert len(ET.fromstring(text).findall("metadata")) <= 1, "libvirt's schema has one"
     saved = XML.replace("<name>web1</name>", "<name>web1</name><uuid>u</uuid>")
     for now in (domain("a", "b"), domain("c"), domain()):
         saved = snapshot_xml.with_homes_of(saved, now)

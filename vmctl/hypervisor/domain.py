@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import xml.etree.ElementTree as ET
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -331,6 +332,18 @@ def set_homes(conn: Connection, name: str, element: str | None) -> None:
         dom, flags = handle(conn, name), libvirt.VIR_DOMAIN_AFFECT_CONFIG
         try:
             dom.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, element, record.HOMES_PREFIX, record.HOMES, flags)
+        except libvirt.libvirtError as error:
+            if element is not None or error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_METADATA:
+                raise
+
+
+def note_pulled(conn: Connection, name: str, macs: Collection[str]) -> None:
+    """Note in a running domain that the cables of the cards with these MACs are pulled for a moment; none: no more."""
+    element = ET.tostring(ET.Element("pulled", {"macs": " ".join(macs)}), encoding="unicode") if macs else None
+    with calling(f"note which cables of VM {name} are pulled"):
+        dom, flags = handle(conn, name), libvirt.VIR_DOMAIN_AFFECT_LIVE
+        try:
+            dom.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, element, record.PULLED_PREFIX, record.PULLED, flags)
         except libvirt.libvirtError as error:
             if element is not None or error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_METADATA:
                 raise
