@@ -467,6 +467,13 @@ enum { PATIENCE_MS = 400, CARRIER = 1 << 16 /* IFF_LOWER_UP: linux/if.h, which h
 static int control = -1; /* a socket to ask the kernel by */
 static long look_again_ms; /* when cards are to be looked at once more; 0: nobody waits for that */
 
+/* There is none where it could not be forked, and -1 would be everybody. */
+static void end_client(size_t slot)
+{
+    if (clients[slot].pid > 0)
+        kill(clients[slot].pid, SIGKILL);
+}
+
 /* Whether the card has another MAC than its client knows of: it is another machine's now. */
 static bool changed(size_t slot, struct ifreq *query)
 {
@@ -482,7 +489,7 @@ static bool came_back(size_t slot, struct ifreq *query)
     clients[slot].pulled = false;
     if (!pulled || ioctl(control, SIOCGIFADDR, query) != 0)
         return false;
-    kill(clients[slot].pid, SIGKILL); /* first: it may be about to renew that address */
+    end_client(slot); /* first: it may be about to renew that address */
     strcpy(name, query->ifr_name);
     set_address(control, SIOCSIFADDR, 0);
     return true;
@@ -505,7 +512,7 @@ static bool to_be_replaced(size_t slot, int index)
         }
         return false;
     }
-    kill(clients[slot].pid, SIGKILL);
+    end_client(slot);
     return true;
 }
 
@@ -548,7 +555,7 @@ static void interface_gone(int index)
 {
     for (size_t slot = 0; slot < 64; slot++)
         if (clients[slot].index == index) {
-            kill(clients[slot].pid, SIGKILL);
+            end_client(slot);
             clients[slot].index = -1; /* not 0, which would end the search for others */
         }
 }
