@@ -8,7 +8,20 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
-from vmctl import disk_chain, disk_find, domain_copy, identity, images, networks, qemu_img, render, resolve, seed, spec
+from vmctl import (
+    disk_chain,
+    disk_find,
+    domain_copy,
+    identity,
+    images,
+    layer_check,
+    networks,
+    qemu_img,
+    render,
+    resolve,
+    seed,
+    spec,
+)
 from vmctl.at_once import at_once
 from vmctl.disk_xml import DiskDevice
 from vmctl.domain_copy import File, Identity
@@ -158,7 +171,7 @@ def _layer(host: Host, vm: Domain, disk: DiskDevice, doing: str, known: set[str]
 
 
 def _is_layer(one: Owned, own: Collection[Owned]) -> bool:
-    return one in own and "-layer" in one.volume
+    return one in own and layer_check.of_fork(one.volume)
 
 
 def little_on_top(layers: Sequence[disk_chain.Layer], of_forks: Collection[str]) -> Sequence[disk_chain.Layer]:

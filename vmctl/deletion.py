@@ -124,18 +124,32 @@ def delete(host: Host, name: str, report: Reporter) -> None:
     Works on what a killed create or delete left, too. Raises Conflict while another vmctl works on that name.
     """
     with holding(host, name):
-        # Once the VM is gone nobody can tell whose the files were.
-        disk_journal.settle(host, name, report, deciding=True)
-        snapshot_settle.settle(host, name, report, deciding=True)
-        what = doomed(host, name)
-        if what.vm is not None:
-            if not what.vm.active:
-                forgotten.require_none(host, name, what.vm.uuid, f"delete VM {name}")
-            remove(host, what.vm, report)
-            snapshot_layers.settle(host, name, report)  # what was left to be merged is gone with it
-            return
-        for owned in what.volumes:
-            storage.delete_volume(host.conn, owned.pool, owned.volume)
+        _delete(host, name, report)
+
+
+def clear(host: Host, name: str, report: Reporter) -> bool:
+    """Delete a VM whose creation was cut off. False: its creator was at it, and has made it whole. Raises as delete."""
+    with holding(host, name):
+        vm = domain.find_or_none(host.conn, name)
+        if vm is None or vm.facts.record is None or not vm.facts.record.creating:
+            return False
+        _delete(host, name, report)
+        return True
+
+
+def _delete(host: Host, name: str, report: Reporter) -> None:
+    # Once the VM is gone nobody can tell whose the files were.
+    disk_journal.settle(host, name, report, deciding=True)
+    snapshot_settle.settle(host, name, report, deciding=True)
+    what = doomed(host, name)
+    if what.vm is not None:
+        if not what.vm.active:
+            forgotten.require_none(host, name, what.vm.uuid, f"delete VM {name}")
+        remove(host, what.vm, report)
+        snapshot_layers.settle(host, name, report)  # what was left to be merged is gone with it
+        return
+    for owned in what.volumes:
+        storage.delete_volume(host.conn, owned.pool, owned.volume)
 
 
 def remove(host: Host, vm: Domain, report: Reporter) -> None:

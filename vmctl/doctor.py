@@ -170,22 +170,22 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     facts = domain.all_facts(host.conn)
     halves = [f.name for f in facts if f.record is not None and f.record.creating]
     findings = []
-    for name in halves:
-        if fix:
-            deletion.delete(host, name, report)
-        findings.append(
-            Finding(
-                "creations",
-                "mended" if fix else "failed",
-                f"the creation of {name} was cut off" + ("; cleared" if fix else ""),
-                f"vmctl delete {name}",
-            )
-        )
-    for name in warming.abandoned(host):
-        if fix:
-            deletion.delete(host, name, report)
-        detail = f"{name} was booted to warm an image, and its maker is dead" + ("; deleted" if fix else "")
-        findings.append(Finding("creations", "mended" if fix else "failed", detail, f"vmctl delete {name}"))
+    half_made = {name: f"the creation of {name} was cut off" for name in halves}
+    half_made |= {
+        name: f"{name} was booted to warm an image, and its maker is dead" for name in warming.abandoned(host)
+    }
+    for name, detail in half_made.items():
+        if not fix:
+            findings.append(Finding("creations", "failed", detail, f"vmctl delete {name}"))
+            continue
+        try:
+            if name not in halves:
+                deletion.delete(host, name, report)
+            elif not deletion.clear(host, name, report):
+                continue
+            findings.append(Finding("creations", "mended", f"{detail}; deleted"))
+        except Conflict as error:  # another vmctl is at it, or its process runs on: that must not keep the others
+            findings.append(Finding("creations", "failed", error.message, error.hint))
     if not storage.pool_exists(host.conn, host.settings.pool):
         return findings or [Finding("creations", "ok", "no creation was cut off")]
     known = {o.volume for f in facts if f.record for o in f.record.owned}

@@ -110,6 +110,8 @@ def plan(host: Host, name: str, names: Sequence[str]) -> Plan:
     layer_check.require_known(host, vm, f"fork VM {name}")
     hypervisor_agent.require(host.conn, vm.name, "fork")  # by it a fork is told who it is
     layers = copies.layers(host, vm, "fork")
+    if backup.checkpoints(host.conn, vm.name):  # what is below holds bitmaps, by which the next backup counts
+        layers = tuple(replace(layer, onto="", brought=()) for layer in layers)
     shared = {layer.target for layer in layers}
     live = disks.disks(host.conn, vm.name, inactive=False)
     left = tuple(d.target for d in live if d.target not in shared)
@@ -168,6 +170,9 @@ def _shorten(host: Host, planned: Plan) -> None:
         gone = [
             one for layer in planned.layers if layer.onto and _taken_in(own, planned.vm, layer) for one in layer.brought
         ]
+        if gone:
+            # QEMU names the lower base at once, and until a flush where it has what it took in is in its memory alone.
+            quietly(lambda: agent.feed(own, planned.vm.name, ["sync"], lambda: b"", "sync the file systems of"))
         record = domain.find(own.conn, planned.vm.name).facts.record
         if record is not None and gone:
             kept = tuple(one for one in record.owned if one not in gone)
@@ -176,8 +181,6 @@ def _shorten(host: Host, planned: Plan) -> None:
 
 def _taken_in(host: Host, vm: Domain, layer: Layer) -> bool:
     """Whether the disk's new layer has come to hold what is between it and ``layer.onto``. If not, all is as it was."""
-    if backup.checkpoints(host.conn, vm.name):
-        return False  # those layers hold bitmaps, by which the next backup knows what changed
     pull = partial(disks.pull, host.conn, vm.name, layer.target, layer.onto, lambda _: None, timeout_s=_SHORTEN_S)
     quietly(pull)
     now = disks.find(host.conn, vm.name, layer.target, inactive=False)

@@ -129,7 +129,7 @@ def _choose(host: Host, one: Doubt, path: str) -> None:
     merges = [at for at, merged in layer_check.half_merged(host, vm, noting=False) if merged == one]
     if path == one.other:
         switch_over.name_other(host, one)
-    else:
+    elif one in _of_forks(host):  # else it may be what the VM's own disk is based on
         layer_check.give_up(host, vm, one.other)
     for at in merges:
         snapshot_settle.keep_apart(host, one.vm, at)

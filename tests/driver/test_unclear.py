@@ -22,23 +22,47 @@ from vmctl.spec import VM
 
 
 @pytest.fixture
-def files(host: Host, tmp_path: Path) -> tuple[str, str]:
-    """A disk and an empty layer on it, in a pool."""
+def folder(host: Host, tmp_path: Path) -> Path:
+    """That of a pool."""
     folder = tmp_path / "disks"
     folder.mkdir()
     host.conn.handle.storagePoolCreateXML(
         f"<pool type='dir'><name>disks</name><target><path>{folder}</path></target></pool>"
     )
-    base, top = str(folder / "web1.qcow2"), str(folder / "web1-layer1.qcow2")
-    make = ["qemu-img", "create", "-q", "-f", "qcow2"]
-    subprocess.run([*make, base, "1M"], check=True, timeout=60)
-    subprocess.run([*make, "-b", base, "-F", "qcow2", top], check=True, timeout=60)
-    return base, top
+    return folder
 
 
-def written(path: str) -> None:
+def made(path: Path, on: str = "") -> str:
+    """An empty disk, or an empty layer on one."""
+    words = ["-b", on, "-F", "qcow2", str(path)] if on else [str(path), "1M"]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *words], check=True, timeout=60)
+    return str(path)
+
+
+@pytest.fixture
+def files(folder: Path) -> tuple[str, str]:
+    """A disk and an empty layer on it, in a pool."""
+    base = made(folder / "web1.qcow2")
+    return base, made(folder / "web1-layer1.qcow2", base)
+
+
+def written(path: str, where: str = "0 64k") -> None:
     """Write something into a disk."""
-    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write -q -P 7 0 64k", path], check=True, timeout=60)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", f"write -q -P 7 {where}", path], check=True, timeout=60)
+
+
+def defined(host: Host, root: str, *own: str) -> tuple[Owned, ...]:
+    """A stopped VM with that disk and these volumes for its own."""
+    owned = tuple(Owned("disks", Path(one).name) for one in own)
+    domain.define(host.conn, xml_of(VM("web1", "micro"), root=root), name="web1")
+    domain.set_record(host.conn, "web1", render.metadata(replace(RECORD, owned=owned)))
+    return owned
+
+
+def owned_by_it(host: Host) -> tuple[Owned, ...]:
+    record = domain.find(host.conn, "web1").facts.record
+    assert record is not None
+    return record.owned
 
 
 def source(host: Host) -> str:
@@ -126,13 +150,42 @@ def test_nothing_is_chosen_for_a_vm_that_another_vmctl_works_on(
 @pytest.mark.parametrize("kept", ["base", "layer"])
 def test_a_layer_of_a_fork_is_asked_about_once(host: Host, files: tuple[str, str], kept: str) -> None:
     base, layer = files
-    owned = tuple(Owned("disks", Path(one).name) for one in files)
-    domain.define(host.conn, xml_of(VM("web1", "micro"), root=base), name="web1")
-    domain.set_record(host.conn, "web1", render.metadata(replace(RECORD, owned=owned)))
+    owned = defined(host, base, *files)
     written(layer)
     assert layer_check.newer_than_stopped(host) == {layer: ("web1", base)}
     chosen = base if kept == "base" else layer
     unclear.keep(host, [chosen], silent)
     assert source(host) == chosen and layer_check.newer_than_stopped(host) == {} and Path(layer).exists()
-    facts = domain.find(host.conn, "web1").facts
-    assert facts.record is not None and facts.record.owned == (owned if kept == "layer" else owned[:1])
+    assert owned_by_it(host) == (owned if kept == "layer" else owned[:1])
+
+
+def test_what_the_chosen_file_is_based_on_stays_the_vms_own(host: Host, folder: Path) -> None:
+    """A layer that a fork made, into which the one above it was being merged: it was given up, and left for ever."""
+    layer = made(folder / "web1-layer1.qcow2")
+    top = made(folder / "web1.snap-one.qcow2", layer)
+    written(top)
+    owned = defined(host, top, layer)
+    entry = snapshot_journal.Entry(host.conn.uri, "web1", "merge", "one", (top,), (top,), unsure=True)
+    snapshot_journal.begin(host, entry)
+    (doubt,) = unclear.find(host)
+    assert (doubt.told, doubt.other) == (top, layer)
+    unclear.keep(host, [top], silent)
+    assert source(host) == top and owned_by_it(host) == owned
+
+
+def test_no_doubt_is_raised_by_a_layer_that_was_taken_in(host: Host, files: tuple[str, str]) -> None:
+    """By the next one, before a fork was cut off that had not yet said that the former is the VM's no more."""
+    base, layer = files
+    written(layer)
+    written(layer, "256k 64k")
+    now = made(Path(base).with_name("web1-layer2.qcow2"), base)
+    written(now, "0 128k")
+    defined(host, now, base, layer, now)
+    assert layer_check.newer_than_stopped(host) == {layer: ("web1", base)}, "it is not all in there"
+    written(now, "256k 128k")
+    assert layer_check.newer_than_stopped(host) == {}
+
+
+def test_layers_of_forks_are_told_by_the_end_of_their_name() -> None:
+    assert layer_check.of_fork("web-0a1b-layer12.qcow2") and layer_check.of_fork("web-layer-0a1b-layer1.qcow2")
+    assert not any(map(layer_check.of_fork, ("web-layer-0a1b.qcow2", "web-layer2-seed.iso", "-layer1.qcow2")))

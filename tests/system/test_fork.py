@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -171,6 +173,21 @@ def test_no_fork_has_more_files_below_it_than_the_second(shell: Shell, name: str
     assert volumes(shell) == before
 
 
+def test_what_was_taken_in_outlives_its_qemu(shell: Shell, name: str, several: str) -> None:
+    """It was on the disk in the layer below; where the new one has it QEMU knew alone, and the base was changed."""
+    warmed(shell, name)
+    shell.run("fork", name, f"{several}-1")
+    pattern.write(name, "/root/data", pattern.blocks("between", 8), at=8)
+    depth = len(files(shell, name))
+    shell.run("fork", name, f"{several}-2")
+    assert len(files(shell, name)) == depth
+    os.kill(int(Path(f"/run/libvirt/qemu/{name}.pid").read_text()), signal.SIGKILL)
+    wait_until(lambda: shell.virsh("domstate", name) == "shut off", what="its end", timeout_s=60, interval_s=0.1)
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "agent", "--timeout", "200", timeout=240)
+    assert pattern.holds(shell, name, "/root/data", pattern.blocks("between", 8), at=8)
+
+
 def test_layers_by_whose_bitmaps_backups_count_stay(shell: Shell, name: str, several: str, tmp_path: Path) -> None:
     warmed(shell, name)
     shell.run("fork", name, f"{several}-1")
@@ -178,6 +195,7 @@ def test_layers_by_whose_bitmaps_backups_count_stay(shell: Shell, name: str, sev
     assert shell.json(*made)["kind"] == "full"
     pattern.write(name, "/root/data", pattern.blocks("later", 8), at=8)
     below = files(shell, name)
+    assert "takes in" not in shell.run("fork", name, f"{several}-2", "--dry-run").stdout
     shell.run("fork", name, f"{several}-2")
     assert files(shell, name)[1:] == below
     assert shell.json(*made)["kind"] == "incremental"
@@ -198,6 +216,12 @@ def test_what_cannot_be_forked_is_refused_before_anything_changes(shell: Shell, 
     stopped = shell.run("fork", name, several, check=6).stderr
     assert "is stopped" in stopped and "vmctl clone" in stopped
     assert volumes(shell) == before
+
+
+def test_the_disk_of_a_vm_called_layer_is_none(shell: Shell, several: str) -> None:
+    """It was taken in, and no more the VM's own from its first fork on."""
+    shell.guest(vm := f"{several}-layer")
+    assert "takes in" not in shell.run("fork", vm, several, "--dry-run").stdout
 
 
 def test_two_forks_of_one_vm_at_once(shell: Shell, name: str, several: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 CHECKOUT = Path(__file__).parents[2]
 TEST_COMMAND = "sh vmctl/bootstrap.sh tests/run"
-SCRIPTS = ["vmctl/bootstrap.sh", "tests/run", "tests/prepare", "tests/testhost/up.sh",
+SCRIPTS = ["vmctl/bootstrap.sh", "tests/run", "tests/prepare", "tests/testhost/up.sh", "tests/testhost/after.sh",
            "tests/bootstrap/prove-in-chroot", ".ci/run", "vmctl/virtiofsd-readonly"]  # fmt: skip
 
 # What a minimal Debian has in /usr/bin, and the script may use.
