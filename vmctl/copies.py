@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 
-from vmctl import (
-    disk_chain,
-    disk_find,
-    domain_copy,
-    identity,
-    images,
-    layer_check,
-    networks,
-    qemu_img,
-    render,
-    resolve,
-    seed,
-    spec,
-)
+from vmctl import disk_chain, disk_find, domain_copy, identity, images, networks, qemu_img, render, resolve, seed, spec
 from vmctl.at_once import at_once
 from vmctl.disk_xml import DiskDevice
 from vmctl.domain_copy import File, Identity
@@ -37,7 +23,6 @@ from vmctl.render import VolumeView
 from vmctl.seed import KeyPair
 
 _LOCK_TIMEOUT_S = 60.0
-_LITTLE = 16 << 20  # bytes; read and written in some hundredths of a second
 MOST = 200
 
 
@@ -46,9 +31,7 @@ class Layer:
     """A disk that is going to be shared: ``base`` is written to no more, its VM goes on in the volume ``above``.
 
     ``above`` None: it does so already, and has written nothing there. ``below`` are the volumes that ``base`` is made
-    of, itself the first, as far as they were made for the VM. ``size`` in bytes as the guest sees it. ``onto`` is the
-    file, further below, that ``above`` can be based on when it holds what there is between: ``brought`` are those
-    volumes. "": there is none.
+    of, itself the first, as far as they were made for the VM. ``size`` in bytes as the guest sees it.
     """
 
     target: str
@@ -57,8 +40,6 @@ class Layer:
     size: int
     above: Owned | None
     below: tuple[Owned, ...]
-    onto: str = ""
-    brought: tuple[Owned, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,32 +137,7 @@ def _layer(host: Host, vm: Domain, disk: DiskDevice, doing: str, known: set[str]
     if above:
         known.add(above.volume)
     base = File(under[0].path, under[0].format)
-    of_forks = {layer.path for layer, one in zip(under, volumes, strict=True) if one and _is_layer(Owned(*one), own)}
-    brought = little_on_top(under, of_forks)
-    return Layer(
-        disk.target,
-        disk.serial,
-        base,
-        chain.top.virtual_size,
-        above,
-        below,
-        under[len(brought)].path if brought else "",
-        tuple(Owned(*one) for one in volumes[: len(brought)] if one),
-    )
-
-
-def _is_layer(one: Owned, own: Collection[Owned]) -> bool:
-    return one in own and layer_check.of_fork(one.volume)
-
-
-def little_on_top(layers: Sequence[disk_chain.Layer], of_forks: Collection[str]) -> Sequence[disk_chain.Layer]:
-    """The first of a chain's files that forks made, and that hold so little together that it may be had twice. Pure.
-
-    Never the last of them: something stays below.
-    """
-    held = list(accumulate(layer.size for layer in layers))
-    number = next((n for n, one in enumerate(layers) if one.path not in of_forks or held[n] > _LITTLE), len(layers))
-    return layers[: min(number, len(layers) - 1)]
+    return Layer(disk.target, disk.serial, base, chain.top.virtual_size, above, below)
 
 
 def _new_layer(prefix: str, known: set[str]) -> str:

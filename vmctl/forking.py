@@ -6,13 +6,11 @@ lies on the disk once, and only until all have read it. They begin to read while
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from vmctl import (
@@ -22,12 +20,10 @@ from vmctl import (
     domain_job,
     forgotten,
     hosts,
-    identity,
     images,
     layer_check,
     memory_pipe,
     readiness,
-    render,
     renewal,
     renewing,
     saved_memory,
@@ -40,15 +36,13 @@ from vmctl.errors import Unsupported, VmctlError, WaitTimeout, quietly
 from vmctl.events import Reporter, Step, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import agent as hypervisor_agent
-from vmctl.hypervisor import backup, disks, domain, network, saved, storage
+from vmctl.hypervisor import disks, domain, network, saved, storage
 from vmctl.hypervisor.domain import Domain, State
 from vmctl.memory_pipe import SavedMemory
 from vmctl.seed_disk import WENT_ON, first_boot_is_over
 from vmctl.spec import Accel
 from vmctl.wait import wait_until
 from vmctl.workspace import workspace
-
-_SHORTEN_S = 5.0  # what is brought in in a moment, or left where it is: a fork is not to wait for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +62,6 @@ class Plan:
             assert layer.above is not None
             found.append(f"disk {layer.target} of {self.vm.name}: {layer.base.path} is written to no more")
             found.append(f"disk {layer.target} of {self.vm.name}: goes on in new volume {layer.above.volume}")
-            if layer.onto:
-                what = ", ".join(one.volume for one in layer.brought)
-                found.append(f"disk {layer.target} of {self.vm.name}: that takes in what {what} holds")
         for one in self.new:
             found.append(f"new running VM {one.name} ({one.uuid})")
             bases = {layer.target: layer.base.path for layer in self.layers}
@@ -110,8 +101,6 @@ def plan(host: Host, name: str, names: Sequence[str]) -> Plan:
     layer_check.require_known(host, vm, f"fork VM {name}")
     hypervisor_agent.require(host.conn, vm.name, "fork")  # by it a fork is told who it is
     layers = copies.layers(host, vm, "fork")
-    if backup.checkpoints(host.conn, vm.name):  # what is below holds bitmaps, by which the next backup counts
-        layers = tuple(replace(layer, onto="", brought=()) for layer in layers)
     shared = {layer.target for layer in layers}
     live = disks.disks(host.conn, vm.name, inactive=False)
     left = tuple(d.target for d in live if d.target not in shared)
@@ -132,7 +121,6 @@ def fork(host: Host, name: str, names: Sequence[str], report: Reporter) -> tuple
         planned = plan(host, name, names)
         vm = planned.vm
         text = domain.xml(host.conn, vm.name, inactive=True)
-        undo.callback(quietly, lambda: _drop_brought(host, planned))  # when none of the new ones is there any more
         for one in planned.new:
             undo.callback(quietly, lambda one=one: copies.discard(host, one))  # type: ignore[misc]
         with _memory_folder(host) as folder:
@@ -145,10 +133,7 @@ def fork(host: Host, name: str, names: Sequence[str], report: Reporter) -> tuple
                     good = True
                 finally:
                     memory.end(good=good)
-                with (
-                    beside(lambda: quietly(lambda: _correct_clock(host, vm.name))),
-                    beside(lambda: quietly(lambda: _shorten(host, planned))),
-                ):
+                with beside(lambda: quietly(lambda: _correct_clock(host, vm.name))):
                     made = _wake(host, vm, brought(), report)
         undo.pop_all()
     return made
@@ -157,43 +142,6 @@ def fork(host: Host, name: str, names: Sequence[str], report: Reporter) -> tuple
 def _correct_clock(host: Host, name: str) -> None:
     with hosts.another(host) as own:
         renewing.correct_clock(own, name)
-
-
-def _shorten(host: Host, planned: Plan) -> None:
-    """Bring what the last forks' layers hold into the VM's new ones, if it is little, and base those on what is below.
-
-    To libvirt each file of a chain costs a process, to QEMU the opening of it, whenever one starts or goes on in a new
-    layer: else the tenth fork would take longer than the first. The layers stay, for the forks that are based on them,
-    and are theirs alone.
-    """
-    with hosts.another(host) as own:
-        gone = [
-            one for layer in planned.layers if layer.onto and _taken_in(own, planned.vm, layer) for one in layer.brought
-        ]
-        if gone:
-            # QEMU names the lower base at once, and until a flush where it has what it took in is in its memory alone.
-            quietly(lambda: agent.feed(own, planned.vm.name, ["sync"], lambda: b"", "sync the file systems of"))
-        record = domain.find(own.conn, planned.vm.name).facts.record
-        if record is not None and gone:
-            kept = tuple(one for one in record.owned if one not in gone)
-            domain.set_record(own.conn, planned.vm.name, render.metadata(replace(record, owned=kept)))
-
-
-def _taken_in(host: Host, vm: Domain, layer: Layer) -> bool:
-    """Whether the disk's new layer has come to hold what is between it and ``layer.onto``. If not, all is as it was."""
-    pull = partial(disks.pull, host.conn, vm.name, layer.target, layer.onto, lambda _: None, timeout_s=_SHORTEN_S)
-    quietly(pull)
-    now = disks.find(host.conn, vm.name, layer.target, inactive=False)
-    return bool(now.backing) and os.path.realpath(now.backing[0]) == os.path.realpath(layer.onto)
-
-
-def _drop_brought(host: Host, planned: Plan) -> None:
-    """Delete the layers that nobody needs, since the VM holds itself what is in them, and no fork came to be."""
-    brought = {one.volume: one for layer in planned.layers for one in layer.brought if one.pool == host.settings.pool}
-    needed, used = identity.needed_of(host, brought), forgotten.opened(host) if brought else frozenset()
-    for name, volume in brought.items():
-        if name not in needed and copies.path_of(host, volume) not in used:
-            storage.delete_volume(host.conn, volume.pool, name)
 
 
 def _settled(host: Host, name: str, report: Reporter) -> None:
@@ -248,6 +196,8 @@ def _seed_of(vm: Domain) -> tuple[str, str]:
 
 def _take_back(host: Host, planned: Plan) -> None:
     """Delete the layers that the VM does not go on in after all."""
+    from vmctl import render
+
     used = {disk.source for disk in disks.disks(host.conn, planned.vm.name, inactive=False)} | forgotten.opened(host)
     unused = [one.above for one in planned.layers if one.above and copies.path_of(host, one.above) not in used]
     for volume in unused:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 from vmctl import (
@@ -30,7 +29,6 @@ from vmctl.errors import Conflict, VmctlError
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, inventory, storage
 from vmctl.hypervisor.domain import Domain
-from vmctl.qemu_img import Extent
 from vmctl.record import Owned, Record
 from vmctl.switch_over import Doubt
 
@@ -221,44 +219,13 @@ def written_to(host: Host, paths: Collection[str]) -> dict[str, str]:
 
 
 def newer_than_stopped(host: Host) -> dict[str, tuple[str, str]]:
-    """The same of the layers that forks made, of all stopped VMs; by path the VM and what it is based on.
-
-    Not one that the VM's disk has taken in: a fork that was cut off may have left it the VM's, or a rebase.
-    """
+    """The same of the layers that forks made, of all stopped VMs; by path the VM and what it is based on."""
     found: dict[str, tuple[str, str]] = {}
     for facts in domain.all_facts(host.conn) if host.conn.local else ():
         paths = _layers_of_forks(host, facts.record)
         if paths and not domain.find(host.conn, facts.name).active:
-            there = newer(host, facts.name, paths)
-            found |= {path: (facts.name, base) for path, base in there.items() if not _taken_in(host, facts.name, path)}
+            found |= {path: (facts.name, base) for path, base in newer(host, facts.name, paths).items()}
     return found
-
-
-def _taken_in(host: Host, vm: str, layer: str) -> bool:
-    """Whether a file of the VM's disks, based on what the layer is based on, has something at all places where it has.
-
-    Of one in which the VM was last, and which libvirt lost sight of, that is hardly so: what is beside it was begun
-    from below it anew.
-    """
-    base = os.path.realpath(next(iter(below(layer)), layer))
-    for disk in disks.disks(host.conn, vm, inactive=True):
-        for upper, lower in pairwise((disk.source, *below(disk.source)) if disk.source else ()):
-            if os.path.realpath(lower) == base:
-                with suppress(VmctlError):  # it cannot be read: nor can what it has
-                    return within(qemu_img.extents(Path(layer), "qcow2"), qemu_img.extents(Path(upper), "qcow2"))
-    return False
-
-
-def within(inner: Sequence[Extent], outer: Sequence[Extent]) -> bool:
-    """Whether a file has something of its own, be it zeros, wherever the other has data of its own. Pure."""
-    own = sorted((one.start, one.start + one.length) for one in outer if one.depth == 0 and one.present)
-    for one in inner:
-        at = one.start
-        for start, end in own:
-            at = end if start <= at < end else at
-        if one.depth == 0 and one.data and at < one.start + one.length:
-            return False
-    return True
 
 
 def of_fork(volume: str) -> bool:

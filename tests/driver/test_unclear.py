@@ -173,19 +173,6 @@ def test_what_the_chosen_file_is_based_on_stays_the_vms_own(host: Host, folder: 
     assert source(host) == top and owned_by_it(host) == owned
 
 
-def test_no_doubt_is_raised_by_a_layer_that_was_taken_in(host: Host, files: tuple[str, str]) -> None:
-    """By the next one, before a fork was cut off that had not yet said that the former is the VM's no more."""
-    base, layer = files
-    written(layer)
-    written(layer, "256k 64k")
-    now = made(Path(base).with_name("web1-layer2.qcow2"), base)
-    written(now, "0 128k")
-    defined(host, now, base, layer, now)
-    assert layer_check.newer_than_stopped(host) == {layer: ("web1", base)}, "it is not all in there"
-    written(now, "256k 128k")
-    assert layer_check.newer_than_stopped(host) == {}
-
-
 def test_layers_of_forks_are_told_by_the_end_of_their_name() -> None:
     assert layer_check.of_fork("web-0a1b-layer12.qcow2") and layer_check.of_fork("web-layer-0a1b-layer1.qcow2")
     assert not any(map(layer_check.of_fork, ("web-layer-0a1b.qcow2", "web-layer2-seed.iso", "-layer1.qcow2")))

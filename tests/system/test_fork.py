@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -18,7 +15,6 @@ import pytest
 from tests.system import pattern
 from tests.system.conftest import REPO, VMCTL, Shell, held_mib, volumes
 from tests.system.test_clone import checked, who
-from vmctl import disk_xml
 from vmctl.wait import wait_until
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
@@ -117,89 +113,6 @@ def test_a_fork_of_a_fork_with_a_second_disk(shell: Shell, name: str, several: s
     assert who(shell, f"{several}-2")[0] == f"{several}-2"
     shell.run("delete", name, f"{several}-1", f"{several}-2", "--yes")
     assert volumes(shell) == before
-
-
-def files(shell: Shell, vm: str) -> tuple[str, ...]:
-    """The files that a running VM's first disk is made of."""
-    disk = disk_xml.read(shell.virsh("dumpxml", vm))[0]
-    return (disk.source, *disk.backing)
-
-
-def layers_told(shell: Shell) -> list[str]:
-    """What doctor has found of layers."""
-    told = json.loads(shell.run("doctor", "-o", "json", check=None).stdout)
-    return [one["result"] for one in told if one["name"] == "layers"]
-
-
-def test_no_fork_has_more_files_below_it_than_the_second(shell: Shell, name: str, several: str) -> None:
-    """What little the layers hold that forks made is in the next one too: each file more would cost each fork time."""
-    before = volumes(shell)
-    warmed(shell, name)
-    forks, depths = [f"{several}-{n}" for n in range(1, 5)], []
-    for number, one in enumerate(forks):
-        pattern.write(name, "/root/data", pattern.blocks(one, 8), at=8 * number)
-        shell.run("fork", name, one)
-        depths.append((len(files(shell, name)), len(files(shell, one))))
-    assert depths == [depths[0], *[depths[1]] * 3] and depths[1][0] == depths[0][0], depths
-    assert layers_told(shell) == ["ok"]
-
-    def held() -> None:
-        for number, one in enumerate(forks):
-            at = 8 * number
-            for vm in (name, *forks[number:]):
-                assert pattern.holds(shell, vm, "/root/data", pattern.blocks(one, 8), at=at), (vm, one)
-            for vm in forks[:number]:
-                assert not pattern.holds(shell, vm, "/root/data", pattern.blocks(one, 8), at=at), (vm, one)
-
-    held()
-    for one in (name, *forks):
-        shell.run("stop", one)
-    checked()
-    assert layers_told(shell) == ["ok"]
-    for one in (name, *forks):
-        shell.run("start", one)
-    for one in (name, *forks):
-        shell.run("wait", one, "--for", "agent", "--timeout", "200", timeout=240)
-    held()
-    gone = files(shell, forks[1])[1]
-    shell.run("delete", forks.pop(1), "--yes")  # a layer goes with the last fork that is based on it
-    assert not Path(gone).exists()
-    shell.run("delete", name, "--yes")
-    for one in forks:
-        shell.run("reboot", one)
-        shell.run("wait", one, "--for", "agent", "--timeout", "200", timeout=240)
-        assert pattern.holds(shell, one, "/root/data", pattern.blocks(forks[0], 8))
-    shell.run("delete", *forks, "--yes")
-    assert volumes(shell) == before
-
-
-def test_what_was_taken_in_outlives_its_qemu(shell: Shell, name: str, several: str) -> None:
-    """It was on the disk in the layer below; where the new one has it QEMU knew alone, and the base was changed."""
-    warmed(shell, name)
-    shell.run("fork", name, f"{several}-1")
-    pattern.write(name, "/root/data", pattern.blocks("between", 8), at=8)
-    depth = len(files(shell, name))
-    shell.run("fork", name, f"{several}-2")
-    assert len(files(shell, name)) == depth
-    os.kill(int(Path(f"/run/libvirt/qemu/{name}.pid").read_text()), signal.SIGKILL)
-    wait_until(lambda: shell.virsh("domstate", name) == "shut off", what="its end", timeout_s=60, interval_s=0.1)
-    shell.run("start", name)
-    shell.run("wait", name, "--for", "agent", "--timeout", "200", timeout=240)
-    assert pattern.holds(shell, name, "/root/data", pattern.blocks("between", 8), at=8)
-
-
-def test_layers_by_whose_bitmaps_backups_count_stay(shell: Shell, name: str, several: str, tmp_path: Path) -> None:
-    warmed(shell, name)
-    shell.run("fork", name, f"{several}-1")
-    made = ("backup", "create", name, "--folder", str(tmp_path))
-    assert shell.json(*made)["kind"] == "full"
-    pattern.write(name, "/root/data", pattern.blocks("later", 8), at=8)
-    below = files(shell, name)
-    assert "takes in" not in shell.run("fork", name, f"{several}-2", "--dry-run").stdout
-    shell.run("fork", name, f"{several}-2")
-    assert files(shell, name)[1:] == below
-    assert shell.json(*made)["kind"] == "incremental"
-    shell.run("backup", "verify", name, "--folder", str(tmp_path))
 
 
 def test_what_cannot_be_forked_is_refused_before_anything_changes(shell: Shell, name: str, several: str) -> None:

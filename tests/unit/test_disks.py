@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vmctl import copies, disk_chain, disk_guard, disk_inside, disk_map, disk_spec, disk_xml, pools
+from vmctl import disk_chain, disk_guard, disk_inside, disk_map, disk_spec, disk_xml, pools
 from vmctl.choices import Aio, Bus, Cache, PoolType
 from vmctl.disk_chain import Chain, Layer
 from vmctl.disk_guard import Use
@@ -380,19 +380,3 @@ def test_ports_that_are_taken() -> None:
     assert not disk_xml.without_free_port(f"<domain><devices>{disk}</devices></domain>")
     assert disk_xml.without_free_port(f"<domain><devices>{port.format(1)}{disk}</devices></domain>")
     assert not disk_xml.without_free_port(f"<domain><devices>{port.format(1)}{port.format(2)}{disk}</devices></domain>")
-
-
-@pytest.mark.parametrize(
-    ("of_forks", "mib", "number"),
-    [
-        ("21", (4, 8), 2),
-        ("21", (4, 13), 1),  # together they hold too much
-        ("21", (17, 1), 0),
-        ("1", (4, 8), 0),  # the first is none
-        ("", (4, 8), 0),
-        ("21di", (1, 1), 3),  # something stays below
-    ],
-)
-def test_layers_that_hold_little_are_had_twice(of_forks: str, mib: tuple[int, int], number: int) -> None:
-    layers = [Layer(name, "qcow2", 1 << 30, size << 20) for name, size in zip("21di", (*mib, 1, 1), strict=True)]
-    assert copies.little_on_top(layers, set(of_forks)) == layers[:number]

@@ -231,18 +231,10 @@ def copy_and_switch(
         raise
 
 
-def pull(
-    conn: Connection,
-    name: str,
-    target: str,
-    base: str,
-    moved: Callable[[Job], None],
-    *,
-    timeout_s: float = _JOB_TIMEOUT_S,
-) -> None:
+def pull(conn: Connection, name: str, target: str, base: str, moved: Callable[[Job], None]) -> None:
     """Bring all data between a running domain's disk and ``base`` ("": all there is) into the disk's own file.
 
-    Ended in its middle, be it by the timeout, it leaves a disk of the same content on the same backing chain.
+    Ended in its middle it leaves a disk of the same content on the same backing chain.
     """
     doing = f"flatten disk {target} of VM {name}"
     dom = domain.handle(conn, name)
@@ -252,7 +244,7 @@ def pull(
         else:
             dom.blockPull(target, 0, 0)
     try:
-        _until(conn, name, target, doing, moved, ready=False, timeout_s=timeout_s)
+        _until(conn, name, target, doing, moved, ready=False)
     except BaseException:
         abort_job(conn, name, target)
         raise
@@ -313,16 +305,7 @@ def commit(
         )
 
 
-def _until(
-    conn: Connection,
-    name: str,
-    target: str,
-    doing: str,
-    moved: Callable[[Job], None],
-    *,
-    ready: bool,
-    timeout_s: float = _JOB_TIMEOUT_S,
-) -> None:
+def _until(conn: Connection, name: str, target: str, doing: str, moved: Callable[[Job], None], *, ready: bool) -> None:
     """Wait for a job to be ready to be switched over, or to end. Raises WrongState when the domain stops meanwhile."""
     dom = domain.handle(conn, name)
 
@@ -344,7 +327,7 @@ def _until(
         moved(Job(int(info["cur"]), int(info["end"])))
         return ready and info["cur"] == info["end"] and _ready(text, target)
 
-    wait_until(probe, what=f"cannot {doing}", timeout_s=timeout_s, interval_s=_JOB_POLL_S)
+    wait_until(probe, what=f"cannot {doing}", timeout_s=_JOB_TIMEOUT_S, interval_s=_JOB_POLL_S)
 
 
 def _ready(text: str, target: str) -> bool:
