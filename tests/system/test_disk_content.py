@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from tests.system import pattern
 from tests.system.conftest import REPO, VMCTL, Shell, volumes
 from vmctl import disk_xml
+from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
 
@@ -418,3 +420,19 @@ def test_a_dry_run_is_refused_for_what_the_run_is_refused_for(shell: Shell, vm: 
                 assert "has snapshots" in shell.run("disk", *words, *dry, check=5).stderr
     finally:
         shell.run("snapshot", "delete", f"{vm}.inside", "--yes")
+
+
+def test_what_was_flattened_outlives_its_qemu(shell: Shell, name: str) -> None:
+    """QEMU names no base any more when it alone knows where what it pulled is; a killed one took it all along."""
+    shell.guest(name)
+    pattern.write(name, "/root/data", pattern.blocks("below", 16))
+    shell.run("exec", name, "--", "sync")
+    shell.run("disk", "flatten", f"{name}:vda")
+    os.kill(int(Path(f"/run/libvirt/qemu/{name}.pid").read_text()), signal.SIGKILL)
+    wait_until(lambda: shell.virsh("domstate", name) == "shut off", what="its end", timeout_s=60)
+    (disk,) = [one.source for one in disk_xml.read(shell.virsh("dumpxml", name)) if one.target == "vda"]
+    # Clusters that nothing leads to are the worst that a killed QEMU leaves.
+    assert subprocess.run(["qemu-img", "check", "-q", disk], check=False, timeout=60).returncode in {0, 3}
+    shell.run("start", name)
+    shell.run("wait", name, "--for", "agent", "--timeout", "60", timeout=100)
+    assert pattern.holds(shell, name, "/root/data", pattern.blocks("below", 16))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -248,6 +249,30 @@ def pull(conn: Connection, name: str, target: str, base: str, moved: Callable[[J
     except BaseException:
         abort_job(conn, name, target)
         raise
+    _flush(conn, name, target, doing)
+
+
+def _flush(conn: Connection, name: str, target: str, doing: str) -> None:
+    """Have QEMU write down where a disk's data lie.
+
+    After a pull it has named the lower base in the file, or none, and may know in its memory alone where in the file is
+    what it pulled: killed before the guest next flushes, it would take with it what had been on the disk for years.
+    """
+    import libvirt_qemu
+
+    dom, source = domain.handle(conn, name), find(conn, name, target, inactive=False).source
+    with calling(doing):
+        blocks = json.loads(libvirt_qemu.qemuMonitorCommand(dom, '{"execute": "query-block"}', 0))["return"]
+    opened = [one["inserted"] for one in blocks if "inserted" in one]
+    nodes = [one["node-name"] for one in opened if one.get("file") == source]
+    said = [f"it has no {source} open"]
+    if nodes:
+        hmp = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
+        with calling(doing):
+            said = [libvirt_qemu.qemuMonitorCommand(dom, f"qemu-io {node} flush", hmp).strip() for node in nodes]
+    if any(said):
+        hint = "sync in the guest, before anything ends its QEMU"
+        raise VmctlError(f"cannot {doing}: QEMU did not flush it: {'; '.join(filter(None, said))}", hint=hint)
 
 
 _COMMITS = (libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COMMIT, libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT)
