@@ -329,24 +329,25 @@ def set_record(conn: Connection, name: str, element: str, *, only_live: bool = F
 def set_homes(conn: Connection, name: str, element: str | None) -> None:
     """Replace the note of its hosts in the domain's definition; None takes it away."""
     with calling(f"note where VM {name} is defined"):
-        dom, flags = handle(conn, name), libvirt.VIR_DOMAIN_AFFECT_CONFIG
-        try:
-            dom.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, element, record.HOMES_PREFIX, record.HOMES, flags)
-        except libvirt.libvirtError as error:
-            if element is not None or error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_METADATA:
-                raise
+        flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG
+        _note(handle(conn, name), element, record.HOMES_PREFIX, record.HOMES, flags)
 
 
 def note_pulled(conn: Connection, name: str, macs: Collection[str]) -> None:
     """Note in a running domain that the cables of the cards with these MACs are pulled for a moment; none: no more."""
     element = ET.tostring(ET.Element("pulled", {"macs": " ".join(macs)}), encoding="unicode") if macs else None
     with calling(f"note which cables of VM {name} are pulled"):
-        dom, flags = handle(conn, name), libvirt.VIR_DOMAIN_AFFECT_LIVE
-        try:
-            dom.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, element, record.PULLED_PREFIX, record.PULLED, flags)
-        except libvirt.libvirtError as error:
-            if element is not None or error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_METADATA:
-                raise
+        flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
+        _note(handle(conn, name), element, record.PULLED_PREFIX, record.PULLED, flags)
+
+
+def _note(dom: Any, element: str | None, prefix: str, namespace: str, flags: int) -> None:
+    """Replace an element of the domain's metadata; one that is to go may be gone."""
+    try:
+        dom.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, element, prefix, namespace, flags)
+    except libvirt.libvirtError as error:
+        if element is not None or error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_METADATA:
+            raise
 
 
 def require(domain: Domain, allowed: frozenset[State], doing: str, hint: str = "") -> None:
