@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,21 @@ class Pair:
         return subprocess.Popen(
             [*VMCTL, *words], stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=REPO, env=self.env
         )
+
+    def vmctl_within(self, enter: Sequence[str], *words: str) -> subprocess.CompletedProcess[str]:
+        """vmctl in other namespaces, which the words before it enter. Must end with 0."""
+        done = subprocess.run(
+            [*enter, *VMCTL, *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=REPO,
+            env=self.env,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done
 
     def json(self, *words: str) -> Any:
         import json

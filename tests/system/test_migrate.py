@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts.machine import sh
-from tests.system.conftest import REPO, VMCTL, Shell
+from tests.system.conftest import REPO, Shell
 from tests.system.migrating import Pair, busy, guest, pair_fixture, until
 from vmctl import disk_xml, resolve
 from vmctl.networks import ADDRESSES
@@ -670,17 +670,7 @@ def test_on_a_network_of_each_hosts_own_it_takes_nobodys_address(pair: Pair, vm:
     def beside(*words: str) -> str:
         """vmctl with h2's cables: there guests on its own networks are reached."""
         enter = ["nsenter", "-t", str(second.init), "-n"]
-        done = subprocess.run(
-            [*enter, *VMCTL, "-c", "h2", *words],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=REPO,
-            env=pair.env,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        return pair.vmctl_within(enter, "-c", "h2", *words).stdout.strip()
 
     try:
         for host, name in (("h1", moved), ("h2", there)):

@@ -6,7 +6,6 @@ import ast
 import re
 import shlex
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from tests.faults.phases import Hold, Phase, install
 from tests.hosts import Machine
 from tests.hosts.machine import sh
-from tests.system.conftest import REPO, VMCTL, Shell
+from tests.system.conftest import Shell
 from tests.system.migrating import Pair, guest, pair_fixture, until
 from tests.system.test_list import calls
 from vmctl import record
@@ -298,16 +297,7 @@ def test_a_machine_without_libvirt_is_not_missed_when_all_noted_hosts_were_asked
         note = f'<homes vm="{uuid}"><home host="{first.uuid}" name="of-old" uri=""/></homes>'
         second.virsh("metadata", name, record.HOMES, "--key", record.HOMES_PREFIX, "--set", note, "--config")
         hidden = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /run/libvirt && exec "$@"', "sh")
-        done = subprocess.run(
-            [*hidden, *VMCTL, "-c", "h2", "start", name],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            cwd=REPO,
-            env=pair.env,
-        )
-        assert done.returncode == 0 and "not asked" not in done.stderr, done.stderr
+        assert "not asked" not in pair.vmctl_within(hidden, "-c", "h2", "start", name).stderr
     finally:
         for host in ("h1", "h2"):
             pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)

@@ -482,7 +482,7 @@ class Handle:
 cli.hear_signals()
 try:
     Handle()
-    time.sleep(20)
+    time.sleep(20)  # what ends it is the interrupt
 except BaseException as early:
     print(type(early).__name__)
 """

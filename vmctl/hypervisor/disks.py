@@ -260,12 +260,12 @@ def _flush(conn: Connection, name: str, target: str, doing: str) -> None:
     """
     import libvirt_qemu
 
-    dom, source = domain.handle(conn, name), find(conn, name, target, inactive=False).source
+    dom, alias = domain.handle(conn, name), find(conn, name, target, inactive=False).alias
     with calling(doing):
         blocks = json.loads(libvirt_qemu.qemuMonitorCommand(dom, '{"execute": "query-block"}', 0))["return"]
-    opened = [one["inserted"] for one in blocks if "inserted" in one]
-    nodes = [one["node-name"] for one in opened if one.get("file") == source]
-    said = [f"it has no {source} open"]
+    # By the device, not by what it is of: that may be no file.
+    nodes = [one["inserted"]["node-name"] for one in blocks if alias and alias in one.get("qdev", "").split("/")]
+    said = [f"it has no {target} open"]
     if nodes:
         hmp = libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
         with calling(doing):
