@@ -184,9 +184,14 @@ def test_building_again_changes_nothing(shell: Shell, anew: dict[str, str], tmp_
     assert shell.json("image", "list") == before
     (built,) = (tmp_path / "cache/vmctl/built").iterdir()
     assert (Path.home() / ".cache/vmctl/built" / built.name).is_dir()
+    apts = Path.home() / ".cache/vmctl/apt/pkgcache.bin"
+    apts.unlink(missing_ok=True)
     told = shell.run("image", "build", "micro").stderr
     assert "already, unchanged" in told and "of the last build, which is taken" in told
     assert "unpacking packages" not in told and shell.json("image", "list") == before
+    read = apts.stat().st_ino
+    shell.run("image", "build", "micro")
+    assert apts.stat().st_ino == read, "apt read all of its lists again: a second a question, two a build"
 
 
 def test_an_image_of_an_older_recipe_is_told_of_until_it_is_built_again(shell: Shell, name: str) -> None:

@@ -67,7 +67,8 @@ class Apt:
         for part in (self._lists / "partial", folder / "archives/partial"):
             part.mkdir(parents=True, exist_ok=True)
         # What the host has installed must not sway which version is the candidate.
-        (folder / "status").touch()
+        if not (status := folder / "status").exists():  # its time is one of those by which apt knows its cache as good
+            status.touch()
         settings = {
             "APT::Architecture": architecture,
             "APT::Architectures": architecture,
@@ -77,10 +78,12 @@ class Apt:
             "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled": "false",
             "Acquire::Retries": "2",
             "Dir::Cache": str(folder),
+            "Dir::Cache::pkgcache": "pkgcache.bin",  # images of containers do without, and read all lists each time
+            "Dir::Cache::srcpkgcache": "",
             "Dir::Etc::PkgList": "/dev/null",
             "Dir::State": str(folder),
             "Dir::State::lists": str(self._lists),
-            "Dir::State::status": str(folder / "status"),
+            "Dir::State::status": str(status),
         }
         self._options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
 
