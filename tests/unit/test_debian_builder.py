@@ -84,6 +84,7 @@ def _archive(path: Path) -> None:
 
         add("./etc", type=tarfile.DIRTYPE, mode=0o755, mtime=5)
         add("./etc/machine-id", b"secret")
+        add("./etc/.resolv.conf.systemd-resolved.bak", b"nameserver 10.0.0.1")
         add("./etc/ssh/ssh_host_rsa_key", b"secret")
         add("./dev/null", type=tarfile.CHRTYPE)
         add("./var/log/apt/term.log", b"today")
@@ -98,6 +99,7 @@ def test_a_system_loses_what_belongs_to_one_machine(tmp_path: Path) -> None:
     tree = rootfs.read(tmp_path / "a.tar", tmp_path)
     assert set(tree.entries) >= {"etc", "usr/bin/a", "usr/bin/z", "var/log/wtmp"}
     assert not {"etc/machine-id", "etc/ssh/ssh_host_rsa_key", "dev/null", "var/log/apt/term.log"} & set(tree.entries)
+    assert not any("resolv.conf" in path for path in tree.entries), "the name servers of who built it"
     assert tree["var/log/wtmp"].source is None
     assert tree["usr/bin/z"].same_as == "usr/bin/a"
 

@@ -14,6 +14,7 @@ from vmctl.errors import ImageError
 _DROPPED = re.compile(
     r"(dev|proc|sys|run|tmp|var/tmp|var/lib/apt/lists|var/cache/(apt|ldconfig|debconf/.*-old))/.*"
     r"|var/log/(.*/)?[^/]+\.(log|xz)|etc/ssh/ssh_host_.*|var/lib/dbus/machine-id|etc/(hostname|resolv\.conf|machine-id)"
+    r"|etc/\.resolv\.conf\.systemd-resolved\.bak"  # that of the machine which builds: its name servers
     r"|etc/(passwd|group|shadow|gshadow|subuid|subgid)-|var/lib/dpkg/.*-old|etc/apt/sources\.list"
     r"|var/lib/systemd/random-seed|var/lib/dpkg/(lock.*|triggers/Lock)|etc/\.pwd\.lock|root/\.(?!bashrc|profile).*"
 )
