@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,12 @@ def test_its_secrets_are_nowhere_on_the_host(shell: Shell, name: str) -> None:
     assert "$6$" not in shell.virsh("dumpxml", "--security-info", name)
     for path in Path("/var/log/libvirt").rglob(f"*{name}*"):
         assert b"$6$" not in path.read_bytes() and b"a secret" not in path.read_bytes()
+
+
+def test_what_its_tpm_said_is_gone_with_the_test_host(name: str) -> None:
+    """libvirt keeps the logs of TPMs beside its own folder of logs."""
+    assert list(Path("/var/log/swtpm/libvirt/qemu").glob(f"{name}*.log"))
+    assert os.path.ismount("/var/log")
 
 
 def test_nvram_goes_with_its_vm(shell: Shell, name: str) -> None:

@@ -42,9 +42,10 @@ hide /var/tmp 1777
 hide /dev/shm 1777
 hide /home 0755
 hide "$roots_home" 0755 # traversable: the checkout and the cache may lie below
-for folder in /etc/libvirt /var/lib/libvirt /var/log/libvirt /var/cache/libvirt /var/lib/swtpm-localca; do
+for folder in /etc/libvirt /var/lib/libvirt /var/log /var/cache/libvirt /var/lib/swtpm-localca; do
     hide "$folder" 0755
 done
+mkdir -p /var/log/libvirt /var/log/apt
 
 # An ordinary user must reach the checkout by the very path its scripts name in their first line. A folder
 # above it that lets no one else through is hidden too.
