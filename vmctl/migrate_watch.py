@@ -18,6 +18,9 @@ from vmctl.wait import Worker
 
 _LOOK_S = 0.2
 _ABORT_S = 20.0
+_TRICKLE = 1 << 20  # bytes a second, the least that libvirt knows
+_SOCKET = 4 << 20  # bytes that Linux lets a TCP connection hold back (tcp_wmem)
+_DRAIN_S = 2.0
 _SILENT_S = 50.0  # without a word of libvirt's: longer than the connection between two libvirts takes to be given up
 
 
@@ -138,6 +141,7 @@ def _steer(
         report(Status(name, told(outcome.history)))
         action = None if aborted else decide(outcome.history, outcome.done, policy)
         if isinstance(action, GoPostcopy):
+            _empty_socket(worker, ends, name, sample)
             try:
                 migration.start_postcopy(source.conn, name)
             except VmctlError:
@@ -156,6 +160,16 @@ def _steer(
             outcome.failure = action.why
             migration.pause_postcopy(source.conn, name)
             aborted = now
+
+
+def _empty_socket(worker: Worker, ends: Ends, name: str, now: Sample) -> None:
+    """Before post-copy: the state of the devices follows what waits in the socket, megabytes on a slow link.
+
+    Until that is through the guest runs nowhere, and with the link it would be lost: QEMU does not take it back.
+    """
+    if now.throughput:
+        _try(partial(migration.set_bandwidth, ends.source.conn, name, _TRICKLE))
+        worker.join(min(_DRAIN_S, _SOCKET / now.throughput))
 
 
 def told(history: list[Sample]) -> str:

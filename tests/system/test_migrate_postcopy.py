@@ -45,6 +45,29 @@ def test_cut_off_in_its_second_half_it_is_said_and_recovered(pair: Pair, way: li
         assert pair.where(name) == {"h2": "running"}
 
 
+def test_nothing_waits_in_the_socket_when_it_goes_over(pair: Pair) -> None:
+    """The state of the devices would come after it. Until that is there it runs nowhere; cut off then, it is lost."""
+    pair.bed.limit("24mbit")
+    first = pair.machine("h1")
+    waiting: list[int] = []
+
+    def gone_over() -> bool:
+        told = first.run("ss", "-tnH", "dst", pair.machine("h2").address, "dport", ">=", ":49152").stdout
+        waiting.append(sum(int(line.split()[2]) for line in told.splitlines()))
+        return "post-copy" in first.virsh("domstate", name, "--reason", check=False)
+
+    with busy(pair) as name:
+        process = pair.begin(
+            "-c", "h1", "migrate", name, "--to", "h2", "--postcopy", "--no-auto-converge", "--timeout", "2"
+        )
+        until(gone_over, "post-copy has begun")
+        pair.bed.limit(None)
+        _, said = process.communicate(timeout=170)
+        assert process.returncode == 0, said
+    assert max(waiting) > 300_000, "which waited before"
+    assert min(waiting[-4:]) < 60_000, waiting
+
+
 def test_encrypted(pair: Pair) -> None:
     with busy(pair) as name:
         pair.vmctl("-c", "h1", "migrate", name, "--to", "h2", "--tls")
