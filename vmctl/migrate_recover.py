@@ -62,6 +62,8 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             migrate_cards.plug_anew(ends, vm.name, report)
             migrate.end_on_target(ends, looked, wish, report)
             _clear_marks(ends, looked)
+            if not (seen[1].there or seen[1].ended):  # the host has been without power, or it went as one that was off
+                report(_gone(name, f"is off on {there}", f"vmctl -c {there} start {name}"))
             return Moved(vm.name, vm.uuid, here, there, _mode(looked.vm), time.monotonic() - began)
         if where is Where.HALF:
             report(Step(f"{name}: {there} has nothing of it; it goes on on {here}"))
@@ -70,12 +72,15 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             states = f"on {here} it is {seen[0].told}, on {there} {seen[1].told}"
             raise MigrationFailed(f"cannot recover VM {name}: it is {where}: {states}", hint=_HINTS.get(where, _ASK))
         elif where is Where.LOST:
-            text = f"{name} runs on neither host: if it did before, its memory is gone, and its disks are not"
-            report(Warned(text, f"vmctl start {name}, once it is where it shall be"))
+            report(_gone(name, "runs on neither host", f"vmctl start {name}, once it is where it shall be"))
         _require_left(ends.target, there, vm, seen[1], ends.source, went=False)
         _clear_target(ends, vm, seen[1], report)
     report(Step(f"{name} is on {here}, and {there} is clean: migrating it"))
     return migrate.migrate(ends, name, wish, report)
+
+
+def _gone(name: str, how: str, hint: str) -> Warned:
+    return Warned(f"{name} {how}: if it ran before, its memory is gone, and its disks are not", hint)
 
 
 def _mode(vm: Domain) -> Mode:

@@ -17,6 +17,7 @@ _RECOVERY_S = 120.0
 _VERIFY_S = 20.0
 _BEFORE_IT_RUNS_THERE = {Phase.BEGIN, Phase.PREPARE, Phase.PERFORM, Phase.DISKS, Phase.DONE, Phase.FINISH}
 _RUNS_THERE = {Phase.FINISH, Phase.CONFIRM}
+_NEVER_BEGAN = "CMD_PACKAGED: Buffer receive fail"
 _LOSS = ("on neither host", "memory is gone", "is lost")
 
 
@@ -71,6 +72,22 @@ class Case:
                 found[one.name] = state
         return found
 
+    def may_be_lost(self) -> bool:
+        """Whether the fault took memory that was in no other place, or that QEMU gives to nobody any more."""
+        if may_be_lost(self.fault, self.phase):
+            return True
+        # With the link went the state of the devices, on its way behind what still lay in the socket. The target's
+        # QEMU, which has not run the guest, ends; the source's, which has all of its memory, runs no guest any more
+        # that it began to send by post-copy ("Migration is not finalized yet").
+        if self.fault is not Fault.CUT or self.phase is not Phase.POSTCOPY:
+            return False
+        return _NEVER_BEGAN in _last_run((self.target.folder / f"log/qemu/{self.vm}.log").read_text())
+
+
+def _last_run(log: str) -> str:
+    """What libvirt's log of a VM tells of its last QEMU."""
+    return log.rpartition(": starting up libvirt version")[2]
+
 
 def judge(case: Case, code: int | None, text: str, *, plain: bool) -> Verdict:
     """All is mended: what did vmctl say, is it so, and is the job finished by another run of it?"""
@@ -86,7 +103,7 @@ def judge(case: Case, code: int | None, text: str, *, plain: bool) -> Verdict:
     moved = _recovered(case, verdict, plain=plain)
     lost = lost or any(word in one for one in verdict.said for word in _LOSS)
     if not moved or "running" not in case.states().get(case.target.name, ""):
-        if may_be_lost(case.fault, case.phase) and lost:
+        if case.may_be_lost() and lost:
             verdict.outcome = "lost" if verdict.outcome == "kept" else verdict.outcome
             _begin_anew(case, verdict)
         else:
@@ -133,7 +150,7 @@ def _recovered(case: Case, verdict: Verdict, *, plain: bool) -> bool:
             verdict.bad("a traceback in recovery")
         if done.returncode == 0:
             return True
-        lost = may_be_lost(case.fault, case.phase) and any(word in done.stderr for word in _LOSS)
+        lost = case.may_be_lost() and any(word in done.stderr for word in _LOSS)
         if (lost and verdict.attempts > 1) or time.monotonic() - began > _RECOVERY_S:
             return False
         revive(case, verdict)

@@ -495,6 +495,20 @@ def test_a_definition_that_stayed_takes_no_disk_along(pair: Pair, vm: str) -> No
     pair.vmctl("host", "remove", "dead", check=None)
 
 
+def test_recovery_tells_of_memory_that_is_gone(pair: Pair, vm: str) -> None:
+    """The target lost power when the VM had moved there: it is off there, as one is that went as it was off."""
+    second = pair.machine("h2")
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2")
+    second.lose_power()
+    second.boot()
+    second.wait_until_up()
+    told = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover").stderr
+    assert f"{vm} is off on h2: if it ran before, its memory is gone" in told and f"vmctl -c h2 start {vm}" in told
+    pair.vmctl("-c", "h2", "start", vm)
+    told = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover").stderr
+    assert "memory" not in told
+
+
 def test_recovery_takes_no_disk_that_both_see(pair: Pair, vm: str) -> None:
     """It has a mark: a move from a third host, which sees none of this, was killed at its end."""
     (disk,) = [one for one in pair.files("h1") if one.startswith(f"{vm}-") and one.endswith(".qcow2")]
