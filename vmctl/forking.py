@@ -103,6 +103,7 @@ def plan(host: Host, name: str, names: Sequence[str]) -> Plan:
     layers = copies.layers(host, vm, "fork")
     shared = {layer.target for layer in layers}
     live = disks.disks(host.conn, vm.name, inactive=False)
+    disks.require_no_job(host.conn, vm.name, live, f"fork VM {name}")
     left = tuple(d.target for d in live if d.target not in shared)
     below = [volume for layer in layers for volume in layer.below]
     targets = [layer.target for layer in layers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 
 from tests.system import pattern
 from tests.system.conftest import Shell
+from tests.system.test_interrupted import interrupted
 from vmctl import disk_xml
 
 pytestmark = pytest.mark.system
@@ -533,3 +535,29 @@ def test_what_snapshots_hold_is_no_disk_that_anybody_could_use(shell: Shell, nam
     assert f"snapshots of {name}" in shell.run("disk", "list").stdout
     gone = shell.json("disk", "delete", f"{name}-spare", "--yes")
     assert gone == {"pool": "vmctl", "volume": f"{name}-spare.qcow2", "path": spare}
+
+
+def test_beside_a_job_none_is_taken_and_none_noted(shell: Shell, vm: str, tmp_path: Path) -> None:
+    """Nor does a file that virsh left, which could be merged but for that job, keep a note alive."""
+    shell.run("snapshot", "create", f"{vm}.virshs", "--no-memory")
+    shell.virsh("snapshot-delete", vm, "virshs", "--metadata")
+    before = set(POOL.iterdir())
+
+    def pulling() -> None:
+        shell.virsh("blockpull", vm, "vda", "1", "--bytes")
+
+    pulling()
+    for words in (["snapshot", "create", f"{vm}.no"], ["fork", vm, f"{vm}-no"]):
+        for dry in ([], ["--dry-run"]):
+            assert "a job works on disk vda" in shell.run(*words, *dry, check=6).stderr
+            assert journal() == [] and set(POOL.iterdir()) == before
+    shell.virsh("blockjob", vm, "vda", "--abort")
+    code, steps = interrupted(tmp_path, "SIGKILL", 1, "snapshot", "create", f"{vm}.no")  # noted, and not asked for
+    assert code == -signal.SIGKILL and len(journal()) == 1, steps
+    pulling()
+    assert "end it: virsh blockjob" in shell.run("snapshot", "create", f"{vm}.no", check=6).stderr
+    assert journal() == [] and set(POOL.iterdir()) == before
+    shell.virsh("blockjob", vm, "vda", "--abort")
+    shell.run("snapshot", "create", f"{vm}.yes")
+    shell.run("snapshot", "delete", f"{vm}.yes", "--yes")
+    assert journal() == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import inf
@@ -180,6 +180,16 @@ def job(conn: Connection, name: str, target: str) -> Job | None:
                 raise
             return None
     return Job(int(info["cur"]), int(info["end"])) if info else None
+
+
+def require_no_job(conn: Connection, name: str, found: Iterable[DiskDevice], doing: str) -> None:
+    """Raise WrongState where a job works on one of a running domain's disks, or libvirt has the mark of a lost one."""
+    for disk in found:
+        if disk.source and (disk.mirror or job(conn, name, disk.target) is not None):
+            raise WrongState(
+                f"cannot {doing}: a job works on disk {disk.target} of VM {name}",
+                hint=f"wait for its end, or end it: virsh blockjob {name} {disk.target} --abort",
+            )
 
 
 _MIRRORED = (libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_COPY, libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_ACTIVE_COMMIT)
