@@ -60,8 +60,11 @@ class Plan:
         return found
 
 
-def plan(host: Host, name: str, names: Sequence[str], *, full: bool) -> Plan:
-    """Work a cloning out. Raises WrongState for a VM that runs, Conflict, Unsupported."""
+def plan(host: Host, name: str, names: Sequence[str], *, full: bool, held: bool = False) -> Plan:
+    """Work a cloning out. Raises WrongState for a VM that runs, Conflict, Unsupported.
+
+    Only a look, unless the VM's name is ``held``: then its definition comes to name what it is known to be in.
+    """
     copies.require_local(host, name, "clone")
     vm = domain.find(host.conn, name)
     hint = f"vmctl fork {name} makes running VMs of a running one; to clone it: vmctl stop {name}"
@@ -69,7 +72,7 @@ def plan(host: Host, name: str, names: Sequence[str], *, full: bool) -> Plan:
         hint = f"vmctl start {name}, then stop it; or vmctl stop {name} --force, which drops its saved memory"
     domain.require(vm, _STOPPED, "clone", hint)
     forgotten.require_none(host, vm.name, vm.uuid, f"clone VM {name}")
-    layer_check.require_none_newer(host, vm, f"clone VM {name}")
+    layer_check.require_none_newer(host, vm, f"clone VM {name}", noting=held)
     if vm.facts.record is not None and vm.facts.record.creating:
         raise WrongState(f"cannot clone VM {name}: its creation was cut off", hint=f"vmctl delete {name}")
     copies.require_free(host, vm.name, names, "clone")
@@ -97,7 +100,7 @@ def clone(host: Host, name: str, names: Sequence[str], report: Reporter, *, full
     """
     copies.require_local(host, name, "clone")
     with copies.held_names(host, domain.find(host.conn, name).name, names, "clone"), ExitStack() as undo:
-        planned = plan(host, name, names, full=full)
+        planned = plan(host, name, names, full=full, held=True)
         vm = planned.vm
         if vm.facts.record is None or vm.facts.record.ssh is None:
             report(Warned(f"{vm.name} was not created by vmctl: inside, its clones are told nothing of who they are"))

@@ -80,8 +80,11 @@ class Forked:
     address: str
 
 
-def plan(host: Host, name: str, names: Sequence[str]) -> Plan:
-    """Work a fork out. Raises WrongState, Conflict, Unsupported with all that is in its way."""
+def plan(host: Host, name: str, names: Sequence[str], *, held: bool = False) -> Plan:
+    """Work a fork out. Raises WrongState, Conflict, Unsupported with all that is in its way.
+
+    ``held``: the VM's name is, so that what is in doubt no more may be noted.
+    """
     copies.require_local(host, name, "fork")
     vm = domain.find(host.conn, name)
     hint = f"vmctl clone {name} makes VMs of a stopped one" if not vm.active else f"vmctl resume {name}"
@@ -98,7 +101,7 @@ def plan(host: Host, name: str, names: Sequence[str]) -> Plan:
             f"cannot fork VM {name}: it has the static address {vm.facts.record.ssh.address}, and so would its forks",
             hint="forks need a network that gives addresses",
         )
-    layer_check.require_known(host, vm, f"fork VM {name}")
+    layer_check.require_known(host, vm, f"fork VM {name}", noting=held)
     hypervisor_agent.require(host.conn, vm.name, "fork")  # by it a fork is told who it is
     layers = copies.layers(host, vm, "fork")
     shared = {layer.target for layer in layers}
@@ -119,7 +122,7 @@ def fork(host: Host, name: str, names: Sequence[str], report: Reporter) -> tuple
     copies.require_local(host, name, "fork")
     with copies.held_names(host, domain.find(host.conn, name).name, names, "fork"), ExitStack() as undo:
         _settled(host, name, report)
-        planned = plan(host, name, names)
+        planned = plan(host, name, names, held=True)
         vm = planned.vm
         text = domain.xml(host.conn, vm.name, inactive=True)
         for one in planned.new:
