@@ -561,3 +561,21 @@ def test_beside_a_job_none_is_taken_and_none_noted(shell: Shell, vm: str, tmp_pa
     shell.run("snapshot", "create", f"{vm}.yes")
     shell.run("snapshot", "delete", f"{vm}.yes", "--yes")
     assert journal() == []
+
+
+def test_what_is_kept_of_a_snapshot_is_that_ones_alone(shell: Shell, off: str) -> None:
+    """libvirt puts it back into the VM, and one that virsh took then was to expire, and was deleted as vmctl's own."""
+    shell.run("snapshot", "create", f"{off}.one", "--internal", "--expiry", "7d")
+    shell.run("snapshot", "revert", f"{off}.one", "--yes")
+    assert "vmctlsnap" not in shell.virsh("dumpxml", off)
+    assert "the definition is the same" in shell.run("snapshot", "diff", f"{off}.one").stdout
+    shell.virsh("snapshot-create-as", off, "after")
+    shell.virsh("snapshot-revert", off, "one")
+    shell.virsh("snapshot-create-as", off, "virshs")
+    shell.run("snapshot", "create", f"{off}.one", "--reuse", "--expiry", "6d")
+    listed = {one["name"]: one for one in shell.json("snapshot", "list", off)}
+    assert {name: (one["ours"], bool(one["expires"])) for name, one in listed.items()} == {
+        "one": (True, True),
+        "after": (False, False),
+        "virshs": (False, False),
+    }
