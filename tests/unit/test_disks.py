@@ -304,6 +304,8 @@ def test_what_a_pool_lacks_or_has_too_much_is_told_at_once() -> None:
     words = ("name", "needs --export", "needs --host", "has no --device", "has no --iqn", "not absolute", "--secret")
     for word in words:
         assert word in told, word
+    assert "root of all folders" in "; ".join(pools.problems(NewPool("p", PoolType.DIR, path="//")))
+    assert pools.problems(NewPool("n", PoolType.NFS, path="/srv/n", host="h", export="/")) == []
 
 
 def dump(raw: Path) -> list[str]:
