@@ -89,7 +89,7 @@ def create(host: Host, name: str, wish: Wish, report: Reporter, *, dry: bool) ->
         vm = domain.find(host.conn, name)
         stack.enter_context(domain_job.telling_end(host, vm, f"back up VM {name}", _AS_THEY_WERE))
         _require_able(vm, wish)
-        layer_check.require_known(host, vm, f"back up VM {name}")
+        layer_check.require_known(host, vm, f"back up VM {name}", noting=not dry)
         if dry:
             shelf = backup_store.shelf(folder)
             return _planned(host, vm, wish, shelf, folder, _usable_last(shelf), dry=True)

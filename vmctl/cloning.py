@@ -60,8 +60,11 @@ class Plan:
         return found
 
 
-def plan(host: Host, name: str, names: Sequence[str], *, full: bool) -> Plan:
-    """Work a cloning out. Raises WrongState for a VM that runs, Conflict, Unsupported."""
+def plan(host: Host, name: str, names: Sequence[str], *, full: bool, held: bool = False) -> Plan:
+    """Work a cloning out. Raises WrongState for a VM that runs, Conflict, Unsupported.
+
+    Only a look, unless the VM's name is ``held``: then its definition comes to name what it is known to be in.
+    """
     copies.require_local(host, name, "clone")
     vm = domain.find(host.conn, name)
     hint = f"vmctl fork {name} makes running VMs of a running one; to clone it: vmctl stop {name}"
@@ -69,7 +72,7 @@ def plan(host: Host, name: str, names: Sequence[str], *, full: bool) -> Plan:
         hint = f"vmctl start {name}, then stop it; or vmctl stop {name} --force, which drops its saved memory"
     domain.require(vm, _STOPPED, "clone", hint)
     forgotten.require_none(host, vm.name, vm.uuid, f"clone VM {name}")
-    layer_check.require_none_newer(host, vm, f"clone VM {name}")
+    layer_check.require_none_newer(host, vm, f"clone VM {name}", noting=held)
     if vm.facts.record is not None and vm.facts.record.creating:
         raise WrongState(f"cannot clone VM {name}: its creation was cut off", hint=f"vmctl delete {name}")
     copies.require_free(host, vm.name, names, "clone")
@@ -97,7 +100,7 @@ def clone(host: Host, name: str, names: Sequence[str], report: Reporter, *, full
     """
     copies.require_local(host, name, "clone")
     with copies.held_names(host, domain.find(host.conn, name).name, names, "clone"), ExitStack() as undo:
-        planned = plan(host, name, names, full=full)
+        planned = plan(host, name, names, full=full, held=True)
         vm = planned.vm
         if vm.facts.record is None or vm.facts.record.ssh is None:
             report(Warned(f"{vm.name} was not created by vmctl: inside, its clones are told nothing of who they are"))
@@ -116,16 +119,33 @@ def freeze(host: Host, vm: Domain, layers: Sequence[Layer], report: Reporter) ->
     new = [layer for layer in layers if layer.above is not None]
     if not new:
         return
-    own(host, vm.name, [layer.above for layer in new if layer.above])
-    text = domain.xml(host.conn, vm.name, inactive=True)
-    for layer in new:
-        assert layer.above is not None
-        copies.make_overlay(host, layer.above, layer.base, layer.size)
-        text = disk_xml.with_source(text, layer.target, copies.path_of(host, layer.above), "qcow2")
-    if domain.state(host.conn, vm.name)[0] in domain.ACTIVE:
-        raise Conflict(f"cannot clone VM {vm.name}: it has just been started")
-    domain.define(host.conn, text, name=vm.name)
+    above = [layer.above for layer in new if layer.above]
+    with ExitStack() as undo:
+        undo.callback(quietly, lambda: take_back(host, vm.name, above))
+        own(host, vm.name, above)
+        text = domain.xml(host.conn, vm.name, inactive=True)
+        for layer in new:
+            assert layer.above is not None
+            copies.make_overlay(host, layer.above, layer.base, layer.size)
+            text = disk_xml.with_source(text, layer.target, copies.path_of(host, layer.above), "qcow2")
+        if domain.state(host.conn, vm.name)[0] in domain.ACTIVE:
+            raise Conflict(f"cannot clone VM {vm.name}: it has just been started")
+        domain.define(host.conn, text, name=vm.name)
+        undo.pop_all()
     report(Step(f"{vm.name} goes on in a layer of its own; what it has written so far is shared"))
+
+
+def take_back(host: Host, name: str, volumes: Sequence[Owned]) -> None:
+    """Delete the layers that a VM does not go on in after all."""
+    used = {disk.source for now in (True, False) for disk in disks.disks(host.conn, name, inactive=now)}
+    used |= forgotten.opened(host)
+    unused = [one for one in volumes if copies.path_of(host, one) not in used]
+    for volume in unused:
+        storage.delete_volume(host.conn, volume.pool, volume.volume)
+    record = domain.find(host.conn, name).facts.record
+    if record is not None and unused:
+        kept = tuple(one for one in record.owned if one not in unused)
+        domain.set_record(host.conn, name, render.metadata(replace(record, owned=kept)))
 
 
 def own(host: Host, name: str, volumes: Sequence[Owned]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from vmctl.locks import held
 from vmctl.record import Owned, Record, SshAccess
 from vmctl.render import VolumeView
 from vmctl.seed import KeyPair
+from vmctl.snapshot_plan import OURS
 
 _LOCK_TIMEOUT_S = 60.0
 MOST = 200
@@ -131,13 +132,23 @@ def _layer(host: Host, vm: Domain, disk: DiskDevice, doing: str, known: set[str]
     fresh = fresh and not any(e.depth == 0 and e.present for e in qemu_img.extents(Path(chain.top.path), "qcow2"))
     under = chain.layers[1:] if fresh else chain.layers
     own = vm.facts.record.owned if vm.facts.record else ()
-    volumes = [pools.pool_of_path(host.conn, layer.path) for layer in under]
-    below = tuple(Owned(*one) for one in volumes if one is not None and Owned(*one) in own)
+    volumes = [Owned(*(pools.pool_of_path(host.conn, layer.path) or ("", layer.path))) for layer in under]
+    below = _going_with(volumes, own, prefix)
     above = None if fresh else Owned(host.settings.pool, _new_layer(prefix, known))
     if above:
         known.add(above.volume)
     base = File(under[0].path, under[0].format)
     return Layer(disk.target, disk.serial, base, chain.top.virtual_size, above, below)
+
+
+def _going_with(chain: Sequence[Owned], own: Collection[Owned], prefix: str) -> tuple[Owned, ...]:
+    """Those of a VM's chain, from its top down, that go with the last VM that needs them. Pure.
+
+    Its own; and what a snapshot made for a disk of its own, or that was until it was flattened, which no record names.
+    """
+    made = [one.pool and OURS.search(one.volume) for one in chain]
+    ours = [one.volume.startswith(f"{prefix}-") or any(low in own for low in chain[n:]) for n, one in enumerate(chain)]
+    return tuple(one for n, one in enumerate(chain) if one in own or (made[n] and ours[n]))
 
 
 def _new_layer(prefix: str, known: set[str]) -> str:

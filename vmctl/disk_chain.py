@@ -110,9 +110,10 @@ def read(path: str, form: str, folders: Callable[[], Collection[str]], *, doing:
         below, form = backing_path(backing, path), header.backing_format
         known = folders() if known is None else known
         if not below or not inside(below, known):
+            remote = "://" in backing or backing.startswith("json:")
             raise ImageError(
                 f"cannot {doing}: its backing file {backing} is in no storage pool, and would be read with it",
-                hint="if it is yours, make its folder a pool: vmctl disk pool create",
+                hint="" if remote else "if it is yours, make its folder a pool: vmctl disk pool create",
             )
         path = below
     return Chain(tuple(layers))

@@ -17,7 +17,6 @@ from vmctl.events import Reporter
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import disks, domain, pools, storage
 from vmctl.hypervisor.domain import Domain, State
-from vmctl.locks import held
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +140,7 @@ def waits(host: Host, disk: Located) -> bool:
 def working_on(host: Host, text: str, report: Reporter, *, timeout_s: float = 30.0) -> Iterator[Located]:
     """The disk, and nobody else's to change within the block; what a killed change left of it is settled first."""
     first = locate(host, text)
-    lock = (
-        holding(host, first.owner, timeout_s=timeout_s)
-        if first.vm
-        else held(host.folders.runtime, f"disk file {first.path} on {host.lock_scope}", timeout_s=timeout_s)
-    )
+    lock = holding(host, first.owner, timeout_s=timeout_s) if first.vm else disk_guard.unclaimed(host, first.path)
     with lock:
         disk_journal.settle(host, first.owner, report)
         snapshot_settle.settle(host, first.owner, report)

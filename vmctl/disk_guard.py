@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +98,15 @@ def _stamp(path: str) -> tuple[int, int, int]:
     return info.st_ino, info.st_size, info.st_mtime_ns
 
 
+def _held(host: Host, disk: str) -> AbstractContextManager[None]:
+    return held(host.folders.runtime, f"disk {disk} on {host.lock_scope}", timeout_s=_CLAIM_TIMEOUT_S)
+
+
+def unclaimed(host: Host, path: str) -> AbstractContextManager[None]:
+    """A block in which no other vmctl gives a disk that no VM has to one, nor removes it."""
+    return _held(host, key(path, local=host.conn.local))
+
+
 @contextmanager
 def claimed(host: Host, vm: str, devices: Iterable[DiskDevice], doing: str) -> Iterator[None]:
     """Within the block no other vmctl makes a VM use these disks, and none does. Raises Conflict with all there are.
@@ -107,8 +116,7 @@ def claimed(host: Host, vm: str, devices: Iterable[DiskDevice], doing: str) -> I
     mine = uses(vm, devices, local=host.conn.local)
     with ExitStack() as locks:
         for one in sorted({use.key for use in mine if use.writes}):
-            what = f"disk {one} on {host.lock_scope}"
-            locks.enter_context(held(host.folders.runtime, what, timeout_s=_CLAIM_TIMEOUT_S))
+            locks.enter_context(_held(host, one))
         if mine and (found := conflicts(mine, running_uses(host))):
             raise Conflict(
                 f"cannot {doing}: {'; '.join(found)}", hint="stop that VM, or give this one a copy of the disk"

@@ -47,9 +47,10 @@ def _run(words: Sequence[str], what: str, text: str = "", *, fine: Collection[in
         raise ImageError(f"cannot {what}: {words[0]} did not end in {_TIMEOUT_S} s") from error
     if done.returncode not in fine:
         said = (done.stdout + done.stderr).strip().splitlines()[-3:]
+        first = "make room on it in its guest" if "smaller than minimum" in done.stderr else "mend it in its guest"
         raise ImageError(
             f"cannot {what}: {words[0]}: {'; '.join(said) or f'exit status {done.returncode}'}",
-            hint="mend it in its guest first; the disk is as it was",
+            hint=f"{first} first; the disk is as it was",
         )
     return done.stdout
 

@@ -191,8 +191,15 @@ def follow(host: Host, vm: Domain, entry: Entry) -> None:
 
 def follow_stopped(host: Host, entry: Entry) -> None:
     """Let the definition of a stopped VM name the new file, if it is known to have gone on in that."""
-    if entry.switched and Path(entry.new).exists():
+    if lags_stopped(host, entry):
         _name_new(host, entry)
+
+
+def lags_stopped(host: Host, entry: Entry) -> bool:
+    """Whether the definition of a stopped VM is known to name another file than it has gone on in."""
+    if not (entry.switched and Path(entry.new).exists()):
+        return False
+    return entry.old in {d.source for d in disks.disks(host.conn, entry.vm, inactive=True) if d.target == entry.target}
 
 
 def doubt(host: Host, vm: Domain, entry: Entry, *, noting: bool) -> Doubt | None:

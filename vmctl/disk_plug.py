@@ -86,6 +86,9 @@ def attach(
         made = f"{plan.making.pool}/{plan.making.volume}" if plan.making else ""
         done = replace(done, made=made, added=_added(host, plan))
         with disk_guard.claimed(host, plan.vm.name, [device], f"attach {what} to VM {name}"):
+            local = host.conn.local and host.conn.qemu and plan.making is None and device.source.startswith("/")
+            if local and not Path(device.source).exists():  # it was, when it was looked at
+                raise NotFound(f"cannot attach {what} to VM {name}: it has just been deleted")
             if not dry:
                 _journalled(host, plan, xml, report)
     if dry:

@@ -110,6 +110,10 @@ def parse_ref(text: str, default_pool: str) -> Ref:
     if text.startswith("/"):
         return Ref(path=text)
     vm, colon, disk = text.partition(":")
+    if disk.startswith("//"):
+        raise SpecError(
+            f"cannot use {text!r}: it is no disk of a pool, but on a network", hint="VM:TARGET names that of a VM"
+        )
     if colon:
         if not vm or not disk:
             raise SpecError(f"cannot read disk {text!r}: it is not VM:DISK", hint="as in web1:vdc, or web1:disk1")

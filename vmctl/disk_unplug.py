@@ -52,7 +52,7 @@ def detach(
             raise WrongState(f"cannot detach {text}: VM {name} is saved", hint=f"vmctl start {name} first")
         if not dry:
             disk_journal.settle(host, name, report)
-        layer_check.require_known(host, vm, f"detach {text}")
+        layer_check.require_known(host, vm, f"detach {text}", noting=not dry)
         found = locate(host, text)
         disk = found.disk
         assert disk is not None

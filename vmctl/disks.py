@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -175,11 +176,14 @@ def plan_create(host: Host, text: str, size: int | None, form: DiskFormat | None
     if not ref.volume:
         raise SpecError(f"cannot create disk {text}: it is not VOLUME or POOL/VOLUME")
     kind = pools.pool(host.conn, ref.pool).type
-    form = form or (DiskFormat.QCOW2 if kind in _OF_FILES else DiskFormat.RAW)
+    named = next((one for one in DiskFormat if ref.volume.endswith(f".{one}")), None) if kind in _OF_FILES else None
+    form = form or named or (DiskFormat.QCOW2 if kind in _OF_FILES else DiskFormat.RAW)
     if "." not in ref.volume and kind in _OF_FILES:
         ref = Ref(pool=ref.pool, volume=f"{ref.volume}.{form}")
     below = locate(host, backing) if backing else None
     found = [problem] if (problem := name_problem(ref.volume)) else []
+    if named not in {None, form}:
+        found.append(f"its name says that it is {named}, and not {form}")
     if form is not DiskFormat.RAW and kind not in _OF_FILES:
         found.append(f"what is in a pool of type {kind} is raw")
     if size is None and below is None:
@@ -206,7 +210,8 @@ def create(host: Host, text: str, size: int | None, form: DiskFormat | None, bac
     """Make an empty volume, or one based on another disk. libvirt takes back what it cannot finish."""
     if parse_ref(text, host.settings.pool).pool == host.settings.pool:
         ensure_pools(host)
-    with held(host.folders.runtime, f"new disk {text} on {host.lock_scope}", timeout_s=30.0):
+    staying = disk_guard.unclaimed(host, locate(host, backing).path) if backing else nullcontext()
+    with held(host.folders.runtime, f"new disk {text} on {host.lock_scope}", timeout_s=30.0), staying:
         made = plan_create(host, text, size, form, backing)
         below = locate(host, backing) if backing else None
         view = render.VolumeView(
@@ -255,8 +260,9 @@ def deletable(host: Host, text: str, report: Reporter) -> Located:
 
 def delete(host: Host, text: str, report: Reporter) -> None:
     """Delete a volume that no VM has attached and no disk is based on."""
-    found = deletable(host, text, report)
-    storage.delete_volume(host.conn, found.pool, found.volume)
+    with disk_guard.unclaimed(host, locate(host, text, anything=True).path):
+        found = deletable(host, text, report)
+        storage.delete_volume(host.conn, found.pool, found.volume)
     report(Step(f"disk {found.pool}/{found.volume} is deleted"))
 
 

@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from vmctl import (
@@ -18,7 +18,6 @@ from vmctl import (
     copies,
     domain_copy,
     domain_job,
-    forgotten,
     hosts,
     images,
     layer_check,
@@ -29,7 +28,7 @@ from vmctl import (
     saved_memory,
 )
 from vmctl.at_once import at_once, beside
-from vmctl.cloning import own
+from vmctl.cloning import own, take_back
 from vmctl.copies import Layer, Newcomer
 from vmctl.disk_replace import PREFIX
 from vmctl.errors import Unsupported, VmctlError, WaitTimeout, quietly
@@ -80,8 +79,11 @@ class Forked:
     address: str
 
 
-def plan(host: Host, name: str, names: Sequence[str]) -> Plan:
-    """Work a fork out. Raises WrongState, Conflict, Unsupported with all that is in its way."""
+def plan(host: Host, name: str, names: Sequence[str], *, held: bool = False) -> Plan:
+    """Work a fork out. Raises WrongState, Conflict, Unsupported with all that is in its way.
+
+    ``held``: the VM's name is, so that what is in doubt no more may be noted.
+    """
     copies.require_local(host, name, "fork")
     vm = domain.find(host.conn, name)
     hint = f"vmctl clone {name} makes VMs of a stopped one" if not vm.active else f"vmctl resume {name}"
@@ -98,11 +100,12 @@ def plan(host: Host, name: str, names: Sequence[str]) -> Plan:
             f"cannot fork VM {name}: it has the static address {vm.facts.record.ssh.address}, and so would its forks",
             hint="forks need a network that gives addresses",
         )
-    layer_check.require_known(host, vm, f"fork VM {name}")
+    layer_check.require_known(host, vm, f"fork VM {name}", noting=held)
     hypervisor_agent.require(host.conn, vm.name, "fork")  # by it a fork is told who it is
     layers = copies.layers(host, vm, "fork")
     shared = {layer.target for layer in layers}
     live = disks.disks(host.conn, vm.name, inactive=False)
+    disks.require_no_job(host.conn, vm.name, live, f"fork VM {name}")
     left = tuple(d.target for d in live if d.target not in shared)
     below = [volume for layer in layers for volume in layer.below]
     targets = [layer.target for layer in layers]
@@ -118,7 +121,7 @@ def fork(host: Host, name: str, names: Sequence[str], report: Reporter) -> tuple
     copies.require_local(host, name, "fork")
     with copies.held_names(host, domain.find(host.conn, name).name, names, "fork"), ExitStack() as undo:
         _settled(host, name, report)
-        planned = plan(host, name, names)
+        planned = plan(host, name, names, held=True)
         vm = planned.vm
         text = domain.xml(host.conn, vm.name, inactive=True)
         for one in planned.new:
@@ -164,7 +167,7 @@ def _settled(host: Host, name: str, report: Reporter) -> None:
 def _make_layers(host: Host, planned: Plan, undo: ExitStack) -> None:
     """The layers that the VM goes on in. Its record knows them before they are there."""
     above = [layer.above for layer in planned.layers if layer.above]
-    undo.callback(quietly, lambda: _take_back(host, planned))
+    undo.callback(quietly, lambda: take_back(host, planned.vm.name, above))
     own(host, planned.vm.name, above)
     for layer in planned.layers:
         assert layer.above is not None
@@ -192,20 +195,6 @@ def _seed_of(vm: Domain) -> tuple[str, str]:
     record = vm.facts.record
     assert record is not None
     return next((one.pool, one.volume) for one in record.owned if one.volume.endswith("-seed.iso"))
-
-
-def _take_back(host: Host, planned: Plan) -> None:
-    """Delete the layers that the VM does not go on in after all."""
-    from vmctl import render
-
-    used = {disk.source for disk in disks.disks(host.conn, planned.vm.name, inactive=False)} | forgotten.opened(host)
-    unused = [one.above for one in planned.layers if one.above and copies.path_of(host, one.above) not in used]
-    for volume in unused:
-        storage.delete_volume(host.conn, volume.pool, volume.volume)
-    record = domain.find(host.conn, planned.vm.name).facts.record
-    if record is not None and unused:
-        kept = tuple(one for one in record.owned if one not in unused)
-        domain.set_record(host.conn, planned.vm.name, render.metadata(replace(record, owned=kept)))
 
 
 @contextmanager

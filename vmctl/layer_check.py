@@ -65,9 +65,12 @@ def follow(host: Host, vm: Domain) -> tuple[Astray, ...]:
     return found
 
 
-def require_known(host: Host, vm: Domain, doing: str) -> None:
-    """Raise Conflict where libvirt would take another file for the VM's disk than the one it is in, or was in last."""
-    require_none_newer(host, vm, doing)
+def require_known(host: Host, vm: Domain, doing: str, *, noting: bool = True) -> None:
+    """Raise Conflict where libvirt would take another file for the VM's disk than the one it is in, or was in last.
+
+    ``noting``: as require_none_newer.
+    """
+    require_none_newer(host, vm, doing, noting=noting)
     if not vm.active:
         return
     devices = disks.disks(host.conn, vm.name, inactive=False)
@@ -95,15 +98,21 @@ def require_followed(host: Host, vm: Domain, doing: str) -> None:
             )
 
 
-def require_none_newer(host: Host, vm: Domain, doing: str) -> None:
+def require_none_newer(host: Host, vm: Domain, doing: str, *, noting: bool = True) -> None:
     """Raise Conflict where a VM, before it stopped, may have gone on in another file than its definition names.
 
-    Where it is known to have, and has not been started since, the definition names that file from now on.
+    Where it is known to have, and has not been started since, the definition names that file from now on. That is for
+    who holds the VM's name; else, not ``noting``, nothing is changed, and that is a Conflict, too.
     """
     if not host.conn.local:
         return
-    follow_stopped(host, vm)
-    for found in doubts(host, vm, noting=True):
+    if noting:
+        follow_stopped(host, vm)
+    elif _lags_stopped(host, vm):
+        raise Conflict(
+            f"cannot {doing}: its definition does not name yet what its disk has gone on in", hint="vmctl doctor --fix"
+        )
+    for found in doubts(host, vm, noting=noting):
         raise found.refusal(doing)
 
 
@@ -150,6 +159,17 @@ def follow_stopped(host: Host, vm: Domain) -> None:
         if entry.vm == vm.name and entry.switched:
             for one in _merging(host, vm, entry):
                 switch_over.name_other(host, one)
+
+
+def _lags_stopped(host: Host, vm: Domain) -> bool:
+    """Whether follow_stopped would change the definition."""
+    if vm.active:
+        return False
+    copies = [entry for _, entry in disk_journal.entries(host) if entry.vm == vm.name]
+    merges = [entry for _, entry in snapshot_journal.entries(host) if entry.vm == vm.name and entry.switched]
+    return any(disk_journal.lags_stopped(host, entry) for entry in copies) or any(
+        any(_merging(host, vm, entry)) for entry in merges
+    )
 
 
 def half_merged(host: Host, vm: Domain, *, noting: bool) -> Iterator[tuple[Path, Doubt]]:

@@ -81,7 +81,7 @@ def _problems(looked: Found, wish: Wish) -> tuple[Problem, ...]:
     return found if looked.vm.active else (*migrate_wish.of_stopped(looked.vm.name, wish), *found)
 
 
-def _look(ends: Ends, name: str, wish: Wish) -> Found:
+def _look(ends: Ends, name: str, wish: Wish, *, held: bool = False) -> Found:
     return migrate_facts.gather(
         ends.source,
         ends.target,
@@ -91,6 +91,7 @@ def _look(ends: Ends, name: str, wish: Wish) -> Found:
         copying=wish.copying,
         postcopy=wish.policy.postcopy,
         tls=wish.tls,
+        held=held,
     )
 
 
@@ -107,7 +108,7 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         vm = domain.find_or_none(source.conn, name)
         if vm is not None:
             layer_check.follow(source, vm)  # the definition goes along
-        looked = _look(ends, name, wish)
+        looked = _look(ends, name, wish, held=True)
         everything = _problems(looked, wish)
         if worst := fatal(everything):
             raise PreflightFailed(

@@ -44,8 +44,12 @@ def gather(
     copying: Copying,
     postcopy: bool,
     tls: bool = False,
+    held: bool = False,
 ) -> Found:
-    """Ask both, at once. Raises NotFound for a VM that is not there, HostUnreachable."""
+    """Ask both, at once. Raises NotFound for a VM that is not there, HostUnreachable.
+
+    Only a look, unless the VM's name is ``held``: then its definition comes to name what it is known to be in.
+    """
     if postcopy or tls:
         asking.back()  # whether it may, and can
 
@@ -53,7 +57,7 @@ def gather(
         return side(target), migrate_files.in_use(target), migrate_files.own_pools(target)
 
     with beside(there) as answered:
-        vm = _found(source, target, name)
+        vm = _found(source, target, name, held=held)
         live = vm.active
         files = migrate_files.files(source, vm)
         standing = migration.standing(vm)
@@ -102,10 +106,10 @@ def gather(
     )
 
 
-def _found(source: Host, target: Host, name: str) -> Domain:
+def _found(source: Host, target: Host, name: str, *, held: bool) -> Domain:
     try:
         vm = domain.find(source.conn, name)
-        layer_check.require_known(source, vm, f"migrate VM {name}")
+        layer_check.require_known(source, vm, f"migrate VM {name}", noting=held)
         layer_check.require_followed(source, vm, f"migrate VM {name}")
         return vm
     except NotFound as error:

@@ -75,6 +75,8 @@ def problems(wanted: NewPool) -> list[str]:
     for name, path in paths:
         if path and (not path.startswith("/") or ".." in path.split("/")):
             found.append(f"{option[name]} {path!r} is not absolute, or climbs with '..'")
+        elif name == "path" and path and not path.strip("/"):
+            found.append(f"{option[name]} {path!r} is the root of all folders")
     for name in given - {"device", "port"}:
         if re.search(_UNSAFE, getattr(wanted, name)):
             found.append(f"{option[name]} has control characters")

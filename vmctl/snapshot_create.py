@@ -128,6 +128,8 @@ def _plan(host: Host, vm: Domain, name: str, order: Order) -> _Plan:
     if order.wanted.freeze:
         hypervisor_agent.require(host.conn, vm.name, "freeze the file systems of")
     devices = disks.disks(host.conn, vm.name, inactive=not vm.active)
+    if vm.active:  # libvirt refuses it too, but late: its memory may have been written by then
+        disks.require_no_job(host.conn, vm.name, devices, doing)
     overlays, memory, nvram = {}, "", ""
     external = mode.kind is Kind.EXTERNAL
     if external or not vm.active:

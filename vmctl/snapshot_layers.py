@@ -268,13 +268,14 @@ def only_of(host: Host, vm: Domain) -> tuple[str, ...]:
     def of_its_disks(path: str) -> bool:
         return bool(owned & set(seen.chain(path))) or Path(path).name.startswith(prefix)
 
-    going = [path for path in files.own if path in files.made - owned and of_its_disks(path)]
+    # Its own volumes go by themselves; a clone's layer may lie on what a snapshot made.
+    going = [path for path in files.own if path in owned or (path in files.made and of_its_disks(path))]
     bases = dict(seen.seen.bases)
     mine: list[str] = []
     while True:  # from the top down: what somebody else's disk is based on stays, and all below it
         free = [path for path in going if path not in bases.values() and path not in files.others]
         if not free:
-            return (*mine, *aside)
+            return (*(path for path in mine if path not in owned), *aside)
         for path in free:
             going.remove(path)
             bases.pop(path, None)

@@ -45,6 +45,9 @@ def settle(host: Host, name: str, report: Reporter, *, deciding: bool = False) -
         vm = domain.find_or_none(host.conn, name)
         if vm is not None:
             _end(host, entry)
+            if _never_made(host, entry):
+                path.unlink(missing_ok=True)
+                continue
             _require_in_sight(host, vm, entry)
             _follow(host, vm, report)  # it may have gone on while that was waited for
         written = layer_check.left_behind(host, vm, entry) if vm is not None else {}
@@ -61,6 +64,13 @@ def settle(host: Host, name: str, report: Reporter, *, deciding: bool = False) -
             disk_journal.write(path, asdict(left))
         else:
             path.unlink(missing_ok=True)
+
+
+def _never_made(host: Host, entry: Entry) -> bool:
+    """Whether a snapshot that was to be taken was refused: what its layers are is no matter of this change then."""
+    made = any(Path(one).exists() for one in entry.files)
+    known = any(one.name == entry.snapshot for one in snapshots.snapshots(host.conn, entry.vm))
+    return host.conn.local and entry.doing == "create" and not (made or known)
 
 
 def _follow(host: Host, vm: Domain, report: Reporter) -> None:

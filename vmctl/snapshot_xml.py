@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from vmctl import disk_xml, record
 
 NAMESPACE = "https://vmctl.dev/xmlns/snapshot/1"
+PREFIX = "vmctlsnap"
 _TAG = f"{{{NAMESPACE}}}snapshot"
 _ELEMENT = re.compile(r"\s*<vmctlsnap:snapshot\b[^>]*/>")
 _RECORD = re.compile(r"<vmctl:vm\b.*?</vmctl:vm>", re.DOTALL)
@@ -92,7 +93,8 @@ def _escaped(text: str) -> str:
 
 def _kept(root: ET.Element) -> Kept | None:
     found = root.find(f"domain/metadata/{_TAG}")
-    if found is None:
+    # That of another one is in the VM it was put back to by virsh, and so in what virsh takes of it then.
+    if found is None or found.get("of", root.findtext("name")) != root.findtext("name"):
         return None
     expires = found.get("expires", "")
     return Kept(found.get("nvram", ""), datetime.fromisoformat(expires) if expires else None)
@@ -153,7 +155,8 @@ def with_kept(text: str, kept: Kept) -> str:
     text = _ELEMENT.sub("", text)
     expires = f' expires="{kept.expires.isoformat()}"' if kept.expires else ""
     nvram = f' nvram="{_escaped(kept.nvram)}"' if kept.nvram else ""
-    element = f'<vmctlsnap:snapshot xmlns:vmctlsnap="{NAMESPACE}"{expires}{nvram}/>'
+    of = f' of="{_escaped(ET.fromstring(text).findtext("name") or "")}"'
+    element = f'<{PREFIX}:snapshot xmlns:{PREFIX}="{NAMESPACE}"{of}{expires}{nvram}/>'
     span = _span(text, "domain")
     if span is None:
         raise ValueError("no <domain> in the snapshot")
@@ -172,7 +175,9 @@ def name(text: str) -> str:
 
 def with_name(text: str, name: str) -> str:
     """A snapshot's XML under another name."""
-    return re.sub(r"<name>.*?</name>", lambda _: f"<name>{_escaped(name)}</name>", text, count=1)
+    kept = read(text).kept
+    text = re.sub(r"<name>.*?</name>", lambda _: f"<name>{_escaped(name)}</name>", text, count=1)
+    return with_kept(text, kept) if kept else text
 
 
 def without_overlays(text: str) -> str:

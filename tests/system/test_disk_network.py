@@ -15,6 +15,8 @@ import pytest
 
 from tests.system import ceph, pattern
 from tests.system.conftest import Shell
+from vmctl.hosts import open_host
+from vmctl.hypervisor import disks
 from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
@@ -207,3 +209,45 @@ def test_a_disk_of_a_network_is_written_by_one_running_vm_only(
     told = shell.run("start", name, check=5)
     assert f"running VM {vm} writes it" in told.stderr
     shell.run("disk", "detach", f"{vm}:{address}")
+
+
+def test_what_is_on_a_network_is_not_rewritten_nor_what_is_based_on_it(
+    shell: Shell, vm: str, nbd: tuple[str, Path], tmp_path: Path
+) -> None:
+    """Refused with what is true of it, also while the guest runs, and nothing is left of it; others' jobs go on."""
+    address, data = nbd[0], pattern.blocks("below", 64)
+    target = shell.json("disk", "attach", vm, address)["target"]
+    for where in (f"{vm}:{target}", f"{vm}:{address}"):
+        for verb in (["flatten"], ["rebase", "--onto", f"{vm}:vda"], ["move", "--pool", "vmctl"], ["map"]):
+            assert "but on a network" in shell.run("disk", verb[0], where, *verb[1:], check=8).stderr
+    for words in (["flatten", address], ["create", "over", "--backing", address], ["delete", address, "--yes"]):
+        told = shell.run("disk", *words, check=2).stderr
+        assert "but on a network" in told and "VM:TARGET" in told
+    pattern.write(vm, f"/dev/{target}", data, at=16)
+    shell.run("disk", "detach", f"{vm}:{target}")
+    over = Path("/var/lib/libvirt/vmctl/vmctl/over-network.qcow2")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", address, "-F", "raw", str(over)], check=True)
+    (tmp_path / "disk.xml").write_text(
+        f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{over}'/>"
+        "<target dev='vdf' bus='virtio'/><serial>over</serial></disk>"
+    )
+    try:
+        shell.virsh("attach-device", vm, str(tmp_path / "disk.xml"))
+        device = wait_until(lambda: found(shell, vm, "over") or None, what="the disk in the guest", timeout_s=30)
+        for words in (["flatten"], ["flatten", "--dry-run"], ["move", "--pool", "vmctl"]):
+            told = shell.run("disk", words[0], f"{vm}:over", *words[1:], check=10).stderr
+            assert f"its backing file {address} is in no storage pool" in told and "hint" not in told
+        with open_host() as host:  # what the verb would do, were it one that vmctl made
+            disks.pull(host.conn, vm, "vdf", "", lambda _job: None)
+        assert pattern.holds(shell, vm, f"/dev/{device}", data, at=16)
+        shell.run("disk", "flatten", f"{vm}:over")  # is flat already
+        shell.run("disk", "detach", f"{vm}:over")
+        subprocess.run(["qemu-img", "check", "-q", str(over)], check=True)
+    finally:
+        over.unlink()
+
+
+def found(shell: Shell, vm: str, serial: str) -> str:
+    """The guest's name of a disk, "" while it has none."""
+    look = f'cd /sys/block; for d in vd*; do [ "$(cat $d/serial)" = {serial} ] && echo $d; done; true'
+    return shell.run("exec", vm, "--", "sh", "-c", look).stdout.strip()

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.system import pattern
-from tests.system.conftest import Shell, volumes
-from vmctl import disk_guest, disk_plug, disk_xml
+from tests.system.conftest import REPO, VMCTL, Shell, volumes
+from vmctl import disk_guard, disk_guest, disk_plug, disk_xml
 from vmctl.choices import Bus
 from vmctl.disk_spec import Attachment
 from vmctl.events import Event, Warned
 from vmctl.hosts import open_host
 from vmctl.hypervisor import disks
+from vmctl.wait import wait_until
 
 pytestmark = pytest.mark.system
 
@@ -363,3 +365,58 @@ def test_other_hosts_are_asked_only_where_they_can_see_the_disk(shell: Shell, tm
             said = shell.run("disk", "compact", f"{pool}/d.qcow2", env=env).stderr
             said += shell.run("disk", "delete", f"{pool}/d.qcow2", "--yes", env=env).stderr
             assert said.count("not asked whether a VM of theirs has it: gone (") == (2 if asked else 0), said
+
+
+@contextmanager
+def meanwhile(path: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that has looked at a disk and waits, while the block changes it, for who works on that now."""
+    with open_host() as host, disk_guard.unclaimed(host, str(path)):
+        what = f"disk {disk_guard.key(str(path), local=True)} on {host.lock_scope}"
+        lock = str(host.folders.runtime / (hashlib.sha256(what.encode()).hexdigest()[:24] + ".lock"))
+        running = subprocess.Popen([*VMCTL, *words], stderr=subprocess.PIPE, text=True, cwd=REPO)
+
+        def waits() -> bool:
+            if running.poll() is not None:
+                return True
+            with suppress(OSError):
+                return any(os.path.realpath(one) == lock for one in Path(f"/proc/{running.pid}/fd").iterdir())
+            return False
+
+        wait_until(waits, what="its wait", timeout_s=60)
+        yield running
+
+
+def test_no_disk_goes_from_under_who_has_just_got_it(shell: Shell, name: str) -> None:
+    """Each of two looks first: a VM was left with a disk that is not there, and one was based on nothing."""
+    shell.run("create", name, "--image", "micro", "--no-start")
+    shell.run("disk", "create", f"{name}-q", "1M")
+    path = Path(f"/var/lib/libvirt/vmctl/vmctl/{name}-q.qcow2")
+    try:
+        with meanwhile(path, "disk", "delete", f"{name}-q", "--yes") as deleting:
+            shell.virsh("attach-disk", name, str(path), "vdx", "--subdriver", "qcow2", "--config")
+        assert f"VM {name} has it as vdx" in deleting.communicate(timeout=60)[1]
+        assert deleting.returncode == 5 and path.exists()
+        shell.run("disk", "detach", f"{name}:vdx")
+        for words in (["attach", name, f"{name}-q"], ["create", f"{name}-top", "--backing", f"{name}-q"]):
+            content = path.read_bytes()
+            with meanwhile(path, "disk", *words) as other:
+                path.unlink()
+                shell.virsh("pool-refresh", "vmctl")
+            told = other.communicate(timeout=60)[1]
+            assert other.returncode == 4 and ("just been deleted" in told or "has no volume" in told), told
+            assert str(path) not in shell.virsh("dumpxml", name) and not path.with_name(f"{name}-top.qcow2").exists()
+            path.write_bytes(content)
+            shell.virsh("pool-refresh", "vmctl")
+    finally:
+        shell.run("delete", name, "--yes")
+        path.unlink(missing_ok=True)
+
+
+def test_the_name_of_a_disk_says_its_format(shell: Shell, name: str) -> None:
+    """A file NAME.raw was a qcow2, and whatever goes by its name gave a guest its headers."""
+    try:
+        assert shell.json("disk", "create", f"{name}.raw", "1M")["format"] == "raw"
+        for words in ([f"{name}-b.raw", "--format", "qcow2"], [f"{name}-b.qcow2", "--format", "raw"]):
+            assert "its name says that it is" in shell.run("disk", "create", words[0], "1M", *words[1:], check=2).stderr
+    finally:
+        shell.run("disk", "delete", f"{name}.raw", "--yes")

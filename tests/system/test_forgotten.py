@@ -487,6 +487,15 @@ def test_a_vm_that_ended_before_its_definition_was_written(
                     if entry.unsure:
                         disk_journal.write(path, asdict(replace(entry, switched=True)))
     shell.virsh("destroy", name)
+    if noted:
+        for words in (  # nobody holds its name
+            ("clone", name, f"{name}-new", "--dry-run"),
+            ("clone", name, f"{name}-new", "--full", "--dry-run"),
+            ("backup", "create", name, "--folder", str(tmp_path / "backups"), "--dry-run"),
+            ("migrate", name, "--to", "qemu:///system", "--check"),
+        ):
+            assert "vmctl doctor --fix" in shell.run(*words, check=5).stderr
+            assert now("--inactive") == old, words
     if not noted:
         for words in (
             ("start", name),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 
 from tests.system import pattern
 from tests.system.conftest import Shell
+from tests.system.test_interrupted import interrupted
 from vmctl import disk_xml
 
 pytestmark = pytest.mark.system
@@ -533,3 +535,70 @@ def test_what_snapshots_hold_is_no_disk_that_anybody_could_use(shell: Shell, nam
     assert f"snapshots of {name}" in shell.run("disk", "list").stdout
     gone = shell.json("disk", "delete", f"{name}-spare", "--yes")
     assert gone == {"pool": "vmctl", "volume": f"{name}-spare.qcow2", "path": spare}
+
+
+def test_beside_a_job_none_is_taken_and_none_noted(shell: Shell, vm: str, tmp_path: Path) -> None:
+    """Nor does a file that virsh left, which could be merged but for that job, keep a note alive."""
+    shell.run("snapshot", "create", f"{vm}.virshs", "--no-memory")
+    shell.virsh("snapshot-delete", vm, "virshs", "--metadata")
+    before = set(POOL.iterdir())
+
+    def pulling() -> None:
+        shell.virsh("blockpull", vm, "vda", "1", "--bytes")
+
+    pulling()
+    for words in (["snapshot", "create", f"{vm}.no"], ["fork", vm, f"{vm}-no"]):
+        for dry in ([], ["--dry-run"]):
+            assert "a job works on disk vda" in shell.run(*words, *dry, check=6).stderr
+            assert journal() == [] and set(POOL.iterdir()) == before
+    shell.virsh("blockjob", vm, "vda", "--abort")
+    code, steps = interrupted(tmp_path, "SIGKILL", 1, "snapshot", "create", f"{vm}.no")  # noted, and not asked for
+    assert code == -signal.SIGKILL and len(journal()) == 1, steps
+    pulling()
+    assert "end it: virsh blockjob" in shell.run("snapshot", "create", f"{vm}.no", check=6).stderr
+    assert journal() == [] and set(POOL.iterdir()) == before
+    shell.virsh("blockjob", vm, "vda", "--abort")
+    shell.run("snapshot", "create", f"{vm}.yes")
+    shell.run("snapshot", "delete", f"{vm}.yes", "--yes")
+    assert journal() == []
+
+
+def test_what_is_kept_of_a_snapshot_is_that_ones_alone(shell: Shell, off: str) -> None:
+    """libvirt puts it back into the VM, and one that virsh took then was to expire, and was deleted as vmctl's own."""
+    shell.run("snapshot", "create", f"{off}.one", "--internal", "--expiry", "7d")
+    shell.run("snapshot", "revert", f"{off}.one", "--yes")
+    assert "vmctlsnap" not in shell.virsh("dumpxml", off)
+    assert "the definition is the same" in shell.run("snapshot", "diff", f"{off}.one").stdout
+    shell.virsh("snapshot-create-as", off, "after")
+    shell.virsh("snapshot-revert", off, "one")
+    shell.virsh("snapshot-create-as", off, "virshs")
+    shell.run("snapshot", "create", f"{off}.one", "--reuse", "--expiry", "6d")
+    listed = {one["name"]: one for one in shell.json("snapshot", "list", off)}
+    assert {name: (one["ours"], bool(one["expires"])) for name, one in listed.items()} == {
+        "one": (True, True),
+        "after": (False, False),
+        "virshs": (False, False),
+    }
+
+
+@pytest.mark.parametrize("first", ["clone", "model"])
+def test_what_a_snapshot_made_below_a_clones_layer_goes_with_the_last(shell: Shell, name: str, first: str) -> None:
+    """It stayed for ever: a layer was on it that is the VM's own, and goes with it by itself."""
+    before = set(POOL.iterdir())
+    shell.run("create", name, "--image", "micro", "--no-start")
+    shell.run("snapshot", "create", f"{name}.one")
+    shell.run("disk", "flatten", f"{name}:vda")
+    shell.run("snapshot", "delete", f"{name}.one", "--yes")
+    shell.run("clone", name, f"{name}-new")
+    made = {path for path in POOL.iterdir() if ".snap-" in path.name} - before
+    assert len(made) == 1
+    if first == "clone":
+        told = shell.run("delete", name, "--dry-run").stdout
+        assert not any(path.name in told for path in made)  # the clone is on it
+    going = [f"{name}-new", name] if first == "clone" else [name, f"{name}-new"]
+    shell.run("delete", going[0], "--yes")
+    assert made <= set(POOL.iterdir())
+    told = shell.run("delete", going[1], "--dry-run").stdout
+    assert all(path.name in told for path in made)
+    shell.run("delete", going[1], "--yes")
+    assert set(POOL.iterdir()) == before

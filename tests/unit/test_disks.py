@@ -34,7 +34,7 @@ def test_a_disk_is_named_in_four_ways(text: str, ref: Ref) -> None:
     assert disk_spec.parse_ref(text, "vmctl") == ref
 
 
-@pytest.mark.parametrize("text", ["", "a/b/c", "x\n", ":vda", "web1:", "/", "a/", "a/..", "\u2028"])
+@pytest.mark.parametrize("text", ["", "nbd://h:1/x", "a/b/c", "x\n", ":vda", "web1:", "/", "a/", "a/..", "\u2028"])
 def test_what_names_no_disk_is_refused(text: str) -> None:
     if text == "/":
         assert disk_spec.parse_ref(text, "p") == Ref(path="/")  # a path, if an odd one: it is looked at later
@@ -304,6 +304,8 @@ def test_what_a_pool_lacks_or_has_too_much_is_told_at_once() -> None:
     words = ("name", "needs --export", "needs --host", "has no --device", "has no --iqn", "not absolute", "--secret")
     for word in words:
         assert word in told, word
+    assert "root of all folders" in "; ".join(pools.problems(NewPool("p", PoolType.DIR, path="//")))
+    assert pools.problems(NewPool("n", PoolType.NFS, path="/srv/n", host="h", export="/")) == []
 
 
 def dump(raw: Path) -> list[str]:

@@ -119,7 +119,7 @@ def create(
     ] = None,
     format: Annotated[
         Optional[DiskFormat],  # noqa: UP045
-        typer.Option("--format", help="Its format; by default qcow2 where the pool has files, else raw."),
+        typer.Option("--format", help="Its format; by default what its name says, else qcow2 in a pool of files."),
     ] = None,
     backing: Annotated[
         Optional[str],  # noqa: UP045

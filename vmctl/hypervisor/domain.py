@@ -330,7 +330,7 @@ def set_homes(conn: Connection, name: str, element: str | None) -> None:
     """Replace the note of its hosts in the domain's definition; None takes it away."""
     with calling(f"note where VM {name} is defined"):
         flags = libvirt.VIR_DOMAIN_AFFECT_CONFIG
-        _note(handle(conn, name), element, record.HOMES_PREFIX, record.HOMES, flags)
+        note(handle(conn, name), element, record.HOMES_PREFIX, record.HOMES, flags)
 
 
 def note_pulled(conn: Connection, name: str, macs: Collection[str]) -> None:
@@ -338,10 +338,10 @@ def note_pulled(conn: Connection, name: str, macs: Collection[str]) -> None:
     element = ET.tostring(ET.Element("pulled", {"macs": " ".join(macs)}), encoding="unicode") if macs else None
     with calling(f"note which cables of VM {name} are pulled"):
         flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
-        _note(handle(conn, name), element, record.PULLED_PREFIX, record.PULLED, flags)
+        note(handle(conn, name), element, record.PULLED_PREFIX, record.PULLED, flags)
 
 
-def _note(dom: Any, element: str | None, prefix: str, namespace: str, flags: int) -> None:
+def note(dom: Any, element: str | None, prefix: str, namespace: str, flags: int) -> None:
     """Replace an element of the domain's metadata; one that is to go may be gone."""
     try:
         dom.setMetadata(libvirt.VIR_DOMAIN_METADATA_ELEMENT, element, prefix, namespace, flags)

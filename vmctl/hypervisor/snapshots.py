@@ -157,6 +157,9 @@ def revert(conn: Connection, name: str, snapshot: str, *, running: bool | None) 
     with calling(f"revert to snapshot {name}.{snapshot}"):
         dom = domain.handle(conn, name)
         dom.revertToSnapshot(dom.snapshotLookupByName(snapshot), flags)
+        # libvirt puts back all that was kept with it: its own expiry is not the VM's.
+        for where in (libvirt.VIR_DOMAIN_AFFECT_CONFIG, libvirt.VIR_DOMAIN_AFFECT_LIVE)[: 1 + bool(dom.isActive())]:
+            domain.note(dom, None, snapshot_xml.PREFIX, snapshot_xml.NAMESPACE, where)
 
 
 def saved_xml(conn: Connection, path: str) -> str:
