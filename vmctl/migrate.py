@@ -41,11 +41,12 @@ from vmctl.outage import Probe
 
 
 class Mode(StrEnum):
-    """How a VM went: while it ran, held still while its memory was sent, or stopped as it was."""
+    """How a VM went: while it ran, held still while its memory was sent, or stopped as it was; or it was there."""
 
     LIVE = "live"
     HELD = "held"
     STOPPED = "stopped"
+    ALREADY = "already"
 
 
 @dataclass(frozen=True, slots=True)

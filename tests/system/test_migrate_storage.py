@@ -635,12 +635,38 @@ def test_a_stopped_one_cut_off_at_its_end(pair: Pair, vm: str, two: tuple[str, s
     first.virsh("undefine", name)
     for file in of(name, pair.files("h2")):
         second.run("touch", f"/var/lib/libvirt/vmctl/vmctl/{file}.migrating")
-    said = pair.vmctl(*words, check=4).stderr
-    assert f"vmctl -c h1 migrate {name} --to h2 --recover" in said, "what a plain second run names"
-    pair.vmctl(*words, "--recover")
+    assert f"a move of {name} to h2 was begun before: its end is seen to first" in pair.vmctl(*words, "--check").stdout
+    assert of(name, pair.files("h1")) == before, "it has only looked"
+    assert f"{name}: a move from h1 to h2 was begun before: seeing to its end" in pair.vmctl(*words).stderr
     assert of(name, pair.files("h1")) == set() and pair.where(name) == {"h2": "shut off"}
     assert before - of(name, pair.files("h2")) <= {file for file in before if file.endswith("console.log")}
     assert not [file for file in pair.files("h2") if "migrating" in file]
+    said = pair.vmctl(*words)
+    assert said.stdout == f"{name}: on h2 already\n"
+    assert f"{name} is on h2 already, stopped, and h1 has nothing of it" in said.stderr
+    assert [one["mode"] for one in pair.json(*words)] == ["already"]
+    assert f"{name} is on h2 already" in pair.vmctl(*words, "--check").stdout
+
+
+def test_the_same_again_keeps_what_was_asked_to_stay(pair: Pair, vm: str) -> None:
+    """Nor is a definition given up that no move left, or one that may have been sent elsewhere."""
+    words = ("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    pair.vmctl(*words, "--keep-source")
+    files = of(vm, pair.files("h1"))
+    said = pair.vmctl(*words, check=11).stderr
+    assert "h2 has a VM of the same UUID already" in said, "this time it was not asked to stay"
+    said = pair.vmctl(*words, "--keep-source")
+    assert said.stdout == f"{vm}: on h2 already\n"
+    assert f"{vm} is on h2 already, running, and what was to stay of it is on h1" in said.stderr
+    assert pair.where(vm) == {"h1": "shut off", "h2": "running"} and of(vm, pair.files("h1")) == files
+    first = pair.machine("h1")
+    first.virsh("undefine", vm)
+    said = pair.vmctl(*words, check=4).stderr
+    assert f"vmctl -c h1 migrate {vm} --to h2 --recover" in said, "no mark says that its files there are of that move"
+    assert of(vm, pair.files("h1")) == files
+    pair.vmctl(*words, "--recover")
+    assert not of(vm, pair.files("h1"))
+    assert pair.vmctl(*words).stdout == f"{vm}: on h2 already\n"
 
 
 def test_stopped_with_uefi_variables_and_a_tpm(pair: Pair) -> None:
