@@ -23,7 +23,7 @@ from vmctl.events import Reporter, Warned
 from vmctl.fleet import DEADLINE_S, Fleet, called, each
 from vmctl.hosts import Host
 from vmctl.hypervisor import connection, domain, storage
-from vmctl.hypervisor.connection import SYSTEM
+from vmctl.hypervisor.connection import SESSION, SYSTEM
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.states import State
 from vmctl.record import Home
@@ -105,7 +105,7 @@ def _answers(
 
 def _opened(fleet: Fleet, entry: HostEntry) -> Host:
     """A host; one that a note alone names is opened as such: nobody knows of it now, to be asked anything."""
-    if entry.name or entry.uri == SYSTEM:
+    if entry.name or entry.uri in {SESSION, SYSTEM}:
         return fleet.open(entry)
     conn = connection.connect(entry.uri, host_ssh.unattended(entry.uri))
     return Host(conn, fleet.settings, fleet.folders, entry)
@@ -301,15 +301,15 @@ def _entry(host: Host, home: Home) -> HostEntry | None:
 def _unnamed(host: Host, noted: Collection[Home]) -> dict[str, HostEntry]:
     """Those of the noted hosts that the config file does not name, by their UUIDs, as far as it is known how to ask.
 
-    One that was noted from itself has no URI: it may be the libvirt of the machine that vmctl runs on, which no config
-    file need name; whether it is, its UUID tells. Another one was given by its URI once.
+    One that was noted from itself has no URI: it may be the libvirt of the machine that vmctl runs on, or of its user's
+    session, which no config file need name; whether it is, its UUID tells. Another one was given by its URI once.
     """
     found = {}
     for one in noted:
         if _entry(host, one) is not None:
             continue
         if not one.uri:
-            found[one.uuid] = HostEntry("", SYSTEM)
+            found[one.uuid] = HostEntry("", SESSION if one.uuid == homes.own_session() else SYSTEM)
         elif host_ssh.unattended(one.uri):
             found[one.uuid] = HostEntry("", one.uri)
     return found
@@ -328,12 +328,12 @@ def tell(
 
     def work(entry: HostEntry) -> str:
         with _opened(fleet, entry) as other:
-            if entry in beside and other.facts.uuid not in unnamed:
+            if entry in beside and homes.known_by(other) not in unnamed:
                 return ""
             there = domain.find_or_none(other.conn, vm.uuid)
             if there is not None:
                 homes.learn(other, there, gone, known)
-            return other.facts.uuid
+            return homes.known_by(other)
 
     untold: dict[str, str] = {}
     for name, answer in each((*entries, *beside), work, DEADLINE_S):
@@ -349,7 +349,7 @@ def tell(
 
 def _is_same(host: Host, other: Host) -> bool:
     """Whether it is the same host, by another name."""
-    return (host.conn.host, host.facts.uuid) == (other.conn.host, other.facts.uuid)
+    return (host.conn.host, homes.known_by(host)) == (other.conn.host, homes.known_by(other))
 
 
 def _warn(found: Elsewhere, report: Reporter) -> None:

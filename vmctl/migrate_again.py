@@ -136,7 +136,7 @@ def _of_both(ends: Ends, vm: Domain, there: Domain | None, wish: Wish) -> _Seen:
     if vm.active and there.active:
         return begun if _leaves(ends, vm) else _Seen(Before.NOTHING)
     if noted := homes.others(ends.source, vm):  # it stays on purpose
-        kept = wish.keep and any(one.uuid == ends.target.facts.uuid for one in noted)
+        kept = wish.keep and any(one.uuid == homes.known_by(ends.target) for one in noted)
         if not kept or vm.active or vm.state is State.SAVED or not there.active:
             return _Seen(Before.NOTHING)
         return begun if marked else _Seen(Before.DONE, there, kept=True)

@@ -210,7 +210,7 @@ def _clear_target(ends: Ends, vm: Domain, there: Seen, report: Reporter) -> None
     """The VM is on the source: a definition of it on the target, and half made files there, go."""
     if there.state is not None and not there.there:
         domain.undefine(ends.target.conn, vm.uuid, keep_nvram=True)  # what was made there has a mark
-        homes.learn(ends.source, domain.find(ends.source.conn, vm.uuid), [ends.target.facts.uuid])
+        homes.learn(ends.source, domain.find(ends.source.conn, vm.uuid), [homes.known_by(ends.target)])
     for path in migrate_storage.clear_marked(ends.source, ends.target, migrate_files.files(ends.source, vm)):
         report(Step(f"deleted {path} on {ends.names[1]}, which was not whole"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from tests.hosts.machine import sh
 from tests.system.conftest import Shell
 from tests.system.migrating import Pair, guest, pair_fixture, until
 from tests.system.test_list import calls
+from tests.system.test_session import USER, Person
 from vmctl import record
 from vmctl.wait import pause
 
@@ -283,6 +285,58 @@ def test_what_stayed_on_this_machine_is_asked_for_though_no_config_file_names_it
     finally:
         for host in ("h1", "h2", "qemu:///system"):
             pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
+def test_what_stayed_in_a_session_is_told_from_what_the_system_has(pair: Pair) -> None:
+    """A user's libvirt draws another UUID of its host at each start, or has that of the system's, which knows no VM of
+    its: neither was the session taken for itself again, nor asked by others.
+    """
+    user, second, name, here = Person(), pair.machine("h2"), "m-session", ("-c", "qemu:///session")
+    home = Path(user.entry.pw_dir)
+    (key := home / "key").write_text(pair.bed.key.read_text())
+    key.chmod(0o600)
+    shutil.chown(key, USER)
+    user.run("mkdir", "-p", str(folder := home / ".config/libvirt"))
+    devices = "<os><type machine='q35'>hvm</type></os>"
+    (xml := home / "d.xml").write_text(
+        f"<domain type='qemu'><name>{name}</name><memory>16384</memory>{devices}</domain>"
+    )
+    shown = Shell().virsh("capabilities").partition("<uuid>")[2].partition("</uuid>")[0]
+    try:
+        user.vmctl("host", "add", "h2", f"{second.peer_uri}?keyfile={key}", "--host-key", second.host_key)
+        for same in (False, True):
+            if same:
+                (folder / "libvirtd.conf").write_text(f'host_uuid = "{shown}"\n')
+            _end_session(user)
+            user.run("virsh", "-q", *here, "define", str(xml))
+            user.vmctl(*here, "migrate", name, "--to", "h2", "--keep-source")
+            _end_session(user)
+            user.vmctl(*here, "start", name)
+            told = user.vmctl("-c", "h2", "start", name, check=5).stderr
+            assert f"cannot start VM {name}: it runs on qemu:///session" in told
+            user.run("virsh", "-q", *here, "destroy", name)
+            user.vmctl("-c", "h2", "start", name)
+            told = user.vmctl(*here, "start", name, check=5).stderr
+            assert f"cannot start VM {name}: it runs on h2" in told
+            user.vmctl("-c", "h2", "stop", name, "--force", "--timeout", "0")
+            for host in (("-c", "h2"), here):
+                user.vmctl(*host, "delete", name, "--yes")
+    finally:
+        second.virsh("destroy", name, check=False)
+        second.virsh("undefine", name, check=False)
+        user.run("virsh", "-q", *here, "destroy", name, check=None)
+        user.run("virsh", "-q", *here, "undefine", name, check=None)
+        (folder / "libvirtd.conf").unlink(missing_ok=True)
+        _end_session(user)
+        user.vmctl("host", "remove", "h2", check=None)
+
+
+def _end_session(user: Person) -> None:
+    """End the user's libvirtd; the next connection starts another one."""
+    file = Path(f"/run/user/{user.entry.pw_uid}/libvirt/libvirtd.pid")
+    if file.exists() and (own := Path(f"/proc/{(pid := file.read_text().strip())}")).exists():
+        user.run("kill", pid)
+        until(lambda: not own.exists(), "it ends")
 
 
 def test_a_machine_without_libvirt_is_not_missed_when_all_noted_hosts_were_asked(pair: Pair, vm: str) -> None:
