@@ -50,7 +50,7 @@ def place(uri: str) -> Place:
         port = parts.port or 0
     except ValueError as error:
         raise SpecError(f"cannot use {uri}: its port is no number") from error
-    if not parts.hostname:
+    if not parts.hostname or parts.hostname.startswith("-"):  # which OpenSSH's tools would take for an option
         raise SpecError(f"cannot use {uri}: it names no host", hint="qemu+ssh://USER@HOST/system")
     return Place(parts.hostname, parts.username or "", port, parse_qs(parts.query).get("keyfile", [""])[0])
 

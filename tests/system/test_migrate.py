@@ -641,6 +641,8 @@ def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_pat
         first.run("ip", "link", "del", "br9")
     assert "h1 is the host it is on" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "h1", check=11).stderr
     assert pair.vmctl("-c", "h1", "migrate", "nope", "--to", "h2", check=4).stderr.startswith("cannot find VM nope")
+    some = pair.vmctl("-c", "h1", "migrate", "nope", "gone", "--to", "h2", check=14).stderr
+    assert "gone: cannot find VM gone: h1 has none of that name" in some and "see `vmctl list --all-hosts`" in some
     every = pair.vmctl("-c", "h1", "migrate", "nope", vm, "gone", "--to", "h2", "--check", check=11)
     assert f"ok       {vm}" in every.stdout, "one that is not there does not keep the others from being looked at"
     assert "failed   nope: cannot find VM nope" in every.stdout and "gone: cannot find VM gone" in every.stderr

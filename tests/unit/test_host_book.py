@@ -237,6 +237,9 @@ def test_keys() -> None:
     assert host_ssh.known_as(host_ssh.place("qemu+ssh://root@h:2222/system")) == "[h]:2222"
     assert host_ssh.checked_key(f"one,10.0.0.1 {KEY} root@one") == KEY
     assert host_ssh.fingerprint(KEY).startswith("SHA256:") and "=" not in host_ssh.fingerprint(KEY)
+    for wrong in ("qemu+ssh:///system", "qemu+ssh://-F.config/system", "qemu+ssh://root@-v/system"):
+        with pytest.raises(SpecError, match="it names no host"):
+            host_ssh.place(wrong)
     for wrong in ("", "ssh-ed25519", "ssh-ed25519 !!", "hello world"):
         with pytest.raises(SpecError, match="cannot use SSH host key"):
             host_ssh.checked_key(wrong)

@@ -17,6 +17,7 @@ from vmctl.cli.options import (
     complete_host,
     fleet_of_config,
     reporter,
+    tell_of_hosts,
     tell_where,
 )
 from vmctl.errors import HostUnreachable, Interrupted, NotFound, PartialFailure, PreflightFailed, SpecError, VmctlError
@@ -198,11 +199,15 @@ def _ends(connect: str | None, to: str) -> Iterator[Ends]:
     start_loop()
     fleet = fleet_of_config()
     source = config.chosen_entry(connect or GLOBALS.connect, fleet.settings)
-    with Ends(fleet, source, config.entry(to, fleet.settings)) as ends:
+    target = config.entry(to, fleet.settings)
+    with Ends(fleet, source, target) as ends:
         try:
             yield ends
-        except NotFound as error:  # what other errors hint at names its host, for there are two
-            tell_where(error, called(source))
+        except (NotFound, PartialFailure) as error:
+            tell_of_hosts(error, (source, target), others=len(fleet.settings.hosts) > 1)
+            for one in error.failures.values() if isinstance(error, PartialFailure) else (error,):
+                if isinstance(one, NotFound):  # what other errors hint at names its host, for there are two
+                    tell_where(one, called(source))
             raise
 
 
