@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vmctl import (
+    elsewhere,
     folder_pools,
     homes,
     migrate,
@@ -63,6 +64,8 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             migrate.end_on_target(ends, looked, wish, report)
             _clear_marks(ends, looked)
             return Moved(vm.name, vm.uuid, here, there, _mode(looked.vm), time.monotonic() - began)
+        if where in {Where.HALF, Where.LOST}:
+            _require_nowhere_else(ends, vm, report)
         if where is Where.HALF:
             report(Step(f"{name}: {there} has nothing of it; it goes on on {here}"))
             domain.resume(ends.source.conn, vm.name)
@@ -76,6 +79,24 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         _clear_target(ends, vm, seen[1], report)
     report(Step(f"{name} is on {here}, and {there} is clean: migrating it"))
     return migrate.migrate(ends, name, wish, report)
+
+
+def _require_nowhere_else(ends: Ends, vm: Domain, report: Reporter) -> None:
+    """Raise MigrationFailed for one that is in use on a third host: the move that was cut off went there.
+
+    On the source it is paused, or off, and the target that was named has none of it; resumed, there would be two.
+    """
+    noted = homes.others(ends.source, vm) if domain.find_or_none(ends.source.conn, vm.uuid) else ()
+    seen = elsewhere.look_for(ends.source, vm.uuid, ends.target, noted=noted)
+    for name, found in seen.in_use.items():
+        raise MigrationFailed(
+            f"cannot recover VM {vm.name}: it is {found.state} on {name}, and not to come to {ends.names[1]}",
+            hint=recovery(vm.name, ends.names[0], name),
+        )
+    if seen.unasked:
+        why = next(iter(seen.unasked.values()))
+        text = f"not asked whether {vm.name} is there: {', '.join(seen.unasked)} ({why})"
+        report(Warned(text, "make sure that it does not run there: two that run on one disk destroy it"))
 
 
 def _mode(vm: Domain) -> Mode:

@@ -880,8 +880,18 @@ def test_one_that_a_migration_has_paused_is_not_resumed_beside(pair: Pair, vm: s
     until(lambda: pair.where(vm) == {"h1": "paused", "h2": "running"}, "it runs there, and is paused here")
     told = pair.vmctl("-c", "h1", "resume", vm, check=5).stderr
     assert f"cannot resume VM {vm}: a migration has paused it, and h2 has it too" in told and "--recover" in told
+    pair.vmctl("host", "add", "third", "qemu:///system")
+    try:
+        told = pair.vmctl("-c", "h1", "migrate", vm, "--to", "third", "--recover", check=12).stderr
+        assert f"cannot recover VM {vm}: it is running on h2, and not to come to third" in told
+        assert f"hint: vmctl -c h1 migrate {vm} --to h2 --recover" in told
+        told = pair.vmctl("-c", "h1", "migrate", vm, "--to", "third", check=11).stderr
+        assert f"{vm} is paused (migration)" in told and "where it was to go" in told
+    finally:
+        pair.vmctl("host", "remove", "third")
     assert pair.where(vm) == {"h1": "paused", "h2": "running"}
-    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+    said = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay").stderr  # the same again
+    assert f"{vm}: a move from h1 to h2 was begun before: seeing to its end" in said
     assert pair.where(vm) == {"h2": "running"} and not of(vm, pair.files("h1"))
 
 
