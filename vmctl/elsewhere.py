@@ -2,7 +2,8 @@
 
 And whether a VM of which a host has a definition is on another by now.
 
-Nobody is asked where the config file has no other host, nor about a folder that this machine alone can see.
+Nobody is asked where neither the config file has another host, nor a note in the VM names one; nor about a folder that
+this machine alone can see.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from vmctl import folder_pools, homes, image_users
+from vmctl import folder_pools, homes, host_ssh, image_users
 from vmctl.config import HostEntry
 from vmctl.errors import Conflict, HostUnreachable, VmctlError
 from vmctl.events import Reporter, Warned
 from vmctl.fleet import DEADLINE_S, Fleet, called, each
 from vmctl.hosts import Host
-from vmctl.hypervisor import domain, storage
-from vmctl.hypervisor.connection import SYSTEM
+from vmctl.hypervisor import connection, domain, storage
+from vmctl.hypervisor.connection import SESSION, SYSTEM
 from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.states import State
 from vmctl.record import Home
@@ -47,18 +48,26 @@ class Elsewhere:
         return ", ".join(f"{user} on {host}" for host, user in self.users[path])
 
 
-def look(host: Host, paths: Collection[str], timeout_s: float = DEADLINE_S, *, but: Host | None = None) -> Elsewhere:
-    """Ask all other hosts that vmctl knows, ``but`` one, at once, each until ``timeout_s`` are over.
+def look(
+    host: Host,
+    paths: Collection[str],
+    timeout_s: float = DEADLINE_S,
+    *,
+    but: Host | None = None,
+    noted: Collection[Home] = (),
+) -> Elsewhere:
+    """Ask all other hosts that vmctl knows, ``but`` one, and those ``noted``, at once, each until the time is over.
 
     A path that is in use there counts where both see one folder, which is proved by a file that is gone again.
     """
+    beside = dict.fromkeys(_unnamed(host, noted).values())
     spelled = {path: _spellings(host, path) for path in paths if path}
     spelled = {path: names for path, names in spelled.items() if names}
-    if not host.others or not spelled:
+    if not (host.others or beside) or not spelled:
         return Elsewhere({}, {})
     users: dict[str, list[tuple[str, str]]] = {}
     unasked = {}
-    for name, answer in _answers(host, lambda other: _asked(host, other, spelled), timeout_s, but=but):
+    for name, answer in _answers(host, lambda other: _asked(host, other, spelled), timeout_s, but=but, beside=beside):
         if isinstance(answer, VmctlError):
             unasked[name] = answer.message
             continue
@@ -84,7 +93,7 @@ def _answers(
     def one(entry: HostEntry) -> T:
         if called(entry) in silent:
             raise silent[called(entry)]
-        with fleet.open(entry) as other:
+        with _opened(fleet, entry) as other:
             return ask(other)
 
     entries = [entry for entry in (*host.others, *beside) if but is None or entry != but.entry]
@@ -92,6 +101,14 @@ def _answers(
         if isinstance(answer, HostUnreachable) and name not in silent:
             _late[name] = time.monotonic(), answer
         yield name, answer
+
+
+def _opened(fleet: Fleet, entry: HostEntry) -> Host:
+    """A host; one that a note alone names is opened as such: nobody knows of it now, to be asked anything."""
+    if entry.name or entry.uri in {SESSION, SYSTEM}:
+        return fleet.open(entry)
+    conn = connection.connect(entry.uri, host_ssh.unattended(entry.uri))
+    return Host(conn, fleet.settings, fleet.folders, entry)
 
 
 def _spellings(host: Host, path: str) -> tuple[str, ...]:
@@ -174,9 +191,9 @@ def require_off(
     noted = homes.others(host, vm)
     seen = look_for(host, vm.uuid, noted=noted, timeout_s=timeout_s)
     for name, there in seen.in_use.items():
-        how, what = "is saved", f"vmctl -c {name} start {there.name} goes on with it there"
+        how, what = "is saved", f"vmctl -c {shlex.quote(name)} start {there.name} goes on with it there"
         if there.active:
-            how, what = "runs", f"vmctl -c {name} stop {there.name} ends it there"
+            how, what = "runs", f"vmctl -c {shlex.quote(name)} stop {there.name} ends it there"
         raise Conflict(
             f"cannot {doing} VM {vm.name}: it {how} on {name}, and must not be on two hosts at once",
             hint=f"{what}; vmctl delete {vm.name} gives up what stayed of it here",
@@ -206,8 +223,9 @@ def require_off(
 
 def require_no_twin(host: Host, vm: Domain, paths: Collection[str], doing: str, *, reading: bool) -> None:
     """Raise Conflict as identity.require_no_twin() does; of a host that cannot be asked nothing is known."""
-    twins = look_for(host, vm.uuid)
-    found = look(host, paths) if (twins.in_use if reading else twins.found) else Elsewhere({}, {})
+    noted = homes.others(host, vm)
+    twins = look_for(host, vm.uuid, noted=noted)
+    found = look(host, paths, noted=noted) if (twins.in_use if reading else twins.found) else Elsewhere({}, {})
     for path, users in found.users.items():
         for name, there in (twins.in_use if reading else twins.found).items():
             if (name, there.name) in users:
@@ -239,11 +257,11 @@ class Sought:
 def look_for(
     host: Host, uuid: str, but: Host | None = None, *, noted: Collection[Home] = (), timeout_s: float = DEADLINE_S
 ) -> Sought:
-    """Ask all other hosts, ``but`` one, for the VM of that UUID; this machine too, where it may be one of ``noted``."""
+    """Ask all other hosts, ``but`` one, for the VM of that UUID; those ``noted`` too, as far as it is known how."""
     found, unasked = {}, {}
     asked: set[str] = set()
     having: list[Home] = []
-    unnamed = {one.uuid: entry for one in noted if (entry := _unnamed(host, one))}
+    unnamed = _unnamed(host, noted)
     beside = dict.fromkeys(unnamed.values())
     for name, answer in _answers(host, partial(_has, host, uuid), timeout_s, but=but, beside=beside):
         if isinstance(answer, VmctlError):
@@ -254,7 +272,7 @@ def look_for(
             if there is not None:
                 found[name] = there
                 having.append(home)
-    if unnamed.keys() <= asked:  # by other names: this machine, which may have no libvirt, is none of them
+    if unnamed.keys() <= asked:  # by other names: of this machine, which may have no libvirt, nobody is missed
         for entry in beside:
             unasked.pop(called(entry), None)
     ids = frozenset(one for home in having for one in _ids(home))
@@ -280,11 +298,21 @@ def _entry(host: Host, home: Home) -> HostEntry | None:
     return next(iter([*by_uri, *(entry for entry in host.others if entry.name == home.name)]), None)
 
 
-def _unnamed(host: Host, home: Home) -> HostEntry | None:
-    """The libvirt of the machine that vmctl runs on, for a home that may be it: noted from there, it has no URI, and no
-    config file need name it. Whether it is, its UUID tells.
+def _unnamed(host: Host, noted: Collection[Home]) -> dict[str, HostEntry]:
+    """Those of the noted hosts that the config file does not name, by their UUIDs, as far as it is known how to ask.
+
+    One that was noted from itself has no URI: it may be the libvirt of the machine that vmctl runs on, or of its user's
+    session, which no config file need name; whether it is, its UUID tells. Another one was given by its URI once.
     """
-    return HostEntry("", SYSTEM) if not home.uri and _entry(host, home) is None else None
+    found = {}
+    for one in noted:
+        if _entry(host, one) is not None:
+            continue
+        if not one.uri:
+            found[one.uuid] = HostEntry("", SESSION if one.uuid == homes.own_session() else SYSTEM)
+        elif host_ssh.unattended(one.uri):
+            found[one.uuid] = HostEntry("", one.uri)
+    return found
 
 
 def tell(
@@ -295,17 +323,17 @@ def tell(
     """
     entries = dict.fromkeys(entry for one in third if (entry := _entry(host, one)))
     unnamed = {one.uuid: one.name for one in third if _entry(host, one) is None}
-    beside = dict.fromkeys(entry for one in third if (entry := _unnamed(host, one)))
+    beside = dict.fromkeys(_unnamed(host, third).values())
     fleet = Fleet(host.settings, host.folders)
 
     def work(entry: HostEntry) -> str:
-        with fleet.open(entry) as other:
-            if entry in beside and other.facts.uuid not in unnamed:
+        with _opened(fleet, entry) as other:
+            if entry in beside and homes.known_by(other) not in unnamed:
                 return ""
             there = domain.find_or_none(other.conn, vm.uuid)
             if there is not None:
                 homes.learn(other, there, gone, known)
-            return other.facts.uuid
+            return homes.known_by(other)
 
     untold: dict[str, str] = {}
     for name, answer in each((*entries, *beside), work, DEADLINE_S):
@@ -321,7 +349,7 @@ def tell(
 
 def _is_same(host: Host, other: Host) -> bool:
     """Whether it is the same host, by another name."""
-    return (host.conn.host, host.facts.uuid) == (other.conn.host, other.facts.uuid)
+    return (host.conn.host, homes.known_by(host)) == (other.conn.host, homes.known_by(other))
 
 
 def _warn(found: Elsewhere, report: Reporter) -> None:

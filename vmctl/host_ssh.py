@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -49,7 +50,7 @@ def place(uri: str) -> Place:
         port = parts.port or 0
     except ValueError as error:
         raise SpecError(f"cannot use {uri}: its port is no number") from error
-    if not parts.hostname:
+    if not parts.hostname or parts.hostname.startswith("-"):  # which OpenSSH's tools would take for an option
         raise SpecError(f"cannot use {uri}: it names no host", hint="qemu+ssh://USER@HOST/system")
     return Place(parts.hostname, parts.username or "", port, parse_qs(parts.query).get("keyfile", [""])[0])
 
@@ -188,6 +189,27 @@ def through(entry: HostEntry, runtime: Path) -> str:
     if "command" in parse_qs(parts.query):
         return entry.uri
     return urlunsplit(parts._replace(query="&".join(filter(None, [parts.query, f"command={program}"]))))
+
+
+_PLAIN = re.compile(r"[A-Za-z0-9_.:%][A-Za-z0-9_.:%-]*")
+
+
+def unattended(uri: str) -> str:
+    """The URI to open a host by that nobody names now, but a note in a VM's definition; "" where that may not be.
+
+    A definition comes from anywhere, and a URI of libvirt's may hold a command to run here. So it is OpenSSH's client,
+    to a host that the user's own known_hosts has, and it asks nobody anything.
+    """
+    try:
+        parts = urlsplit(uri)
+        where = (parts.hostname or "", parts.username or "_", str(parts.port or 0))
+    except ValueError:
+        return ""
+    query = parse_qs(parts.query, keep_blank_values=True)
+    plain = all(_PLAIN.fullmatch(one) for one in where) and parts.password is None
+    if not (by_ssh(uri) and plain and parts.path in {"/system", "/session"} and query.keys() <= {"keyfile"}):
+        return ""
+    return urlunsplit(parts._replace(query="&".join(filter(None, [parts.query, "no_tty=1"])), fragment=""))
 
 
 def _put(path: Path, text: str, mode: int) -> None:

@@ -41,11 +41,12 @@ from vmctl.outage import Probe
 
 
 class Mode(StrEnum):
-    """How a VM went: while it ran, held still while its memory was sent, or stopped as it was."""
+    """How a VM went: while it ran, held still while its memory was sent, or stopped as it was; or it was there."""
 
     LIVE = "live"
     HELD = "held"
     STOPPED = "stopped"
+    ALREADY = "already"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +209,10 @@ def _note_move(ends: Ends, vm: Domain, wish: Wish, report: Reporter) -> None:
     """Where it is by now, for its own note, and those of definitions that were kept on third hosts before."""
 
     def write() -> None:
-        gone = [] if wish.keep else [ends.source.facts.uuid]
+        gone = [] if wish.keep else [homes.known_by(ends.source)]
         known = homes.learn(ends.target, domain.find(ends.target.conn, vm.uuid), gone)
-        third = [one for one in known if one.uuid not in {ends.source.facts.uuid, ends.target.facts.uuid}]
+        two = {homes.known_by(one) for one in (ends.source, ends.target)}
+        third = [one for one in known if one.uuid not in two]
         if third:
             elsewhere.tell(ends.target, vm, third, known, gone, report)
 

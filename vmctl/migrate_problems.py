@@ -176,10 +176,13 @@ def _state(facts: Facts) -> Iterator[Problem]:
             f"{vm.name} is {vm.state}{f' ({vm.why})' if vm.why else ''}", f"{here} reset {vm.name}, or delete"
         )
     elif vm.state is State.PAUSED and vm.why in {"I/O error", *MOVING}:
-        yield Problem(f"{vm.name} is paused ({vm.why})", recover if vm.why in MOVING else "mend that first")
+        ends = f"{recover}, if {facts.target.called} is where it was to go"
+        yield Problem(f"{vm.name} is paused ({vm.why})", ends if vm.why in MOVING else "mend that first")
     if facts.live and vm.busy:
         what = f"another job of {vm.name} is under way"
-        yield Problem(what, f"wait for it, or cancel it; of a migration, {recover} sees the end")
+        yield Problem(
+            what, f"wait for it, or cancel it; of a migration to {facts.target.called}, {recover} sees the end"
+        )
     for target in vm.disk_jobs:
         yield Problem(f"a job on disk {target} of {vm.name} is under way", "wait for it, or cancel it")
     if not facts.live and not vm.persistent:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vmctl import (
+    elsewhere,
     folder_pools,
     homes,
     migrate,
@@ -65,6 +66,8 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             if not (seen[1].there or seen[1].ended):  # the host has been without power, or it went as one that was off
                 report(_gone(name, f"is off on {there}", f"vmctl -c {there} start {name}"))
             return Moved(vm.name, vm.uuid, here, there, _mode(looked.vm), time.monotonic() - began)
+        if where in {Where.HALF, Where.LOST}:
+            _require_nowhere_else(ends, vm, report)
         if where is Where.HALF:
             report(Step(f"{name}: {there} has nothing of it; it goes on on {here}"))
             domain.resume(ends.source.conn, vm.name)
@@ -81,6 +84,24 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
 
 def _gone(name: str, how: str, hint: str) -> Warned:
     return Warned(f"{name} {how}: if it ran before, its memory is gone, and its disks are not", hint)
+
+
+def _require_nowhere_else(ends: Ends, vm: Domain, report: Reporter) -> None:
+    """Raise MigrationFailed for one that is in use on a third host: the move that was cut off went there.
+
+    On the source it is paused, or off, and the target that was named has none of it; resumed, there would be two.
+    """
+    noted = homes.others(ends.source, vm) if domain.find_or_none(ends.source.conn, vm.uuid) else ()
+    seen = elsewhere.look_for(ends.source, vm.uuid, ends.target, noted=noted)
+    for name, found in seen.in_use.items():
+        raise MigrationFailed(
+            f"cannot recover VM {vm.name}: it is {found.state} on {name}, and not to come to {ends.names[1]}",
+            hint=recovery(vm.name, ends.names[0], name),
+        )
+    if seen.unasked:
+        why = next(iter(seen.unasked.values()))
+        text = f"not asked whether {vm.name} is there: {', '.join(seen.unasked)} ({why})"
+        report(Warned(text, "make sure that it does not run there: two that run on one disk destroy it"))
 
 
 def _mode(vm: Domain) -> Mode:
@@ -215,7 +236,7 @@ def _clear_target(ends: Ends, vm: Domain, there: Seen, report: Reporter) -> None
     """The VM is on the source: a definition of it on the target, and half made files there, go."""
     if there.state is not None and not there.there:
         domain.undefine(ends.target.conn, vm.uuid, keep_nvram=True)  # what was made there has a mark
-        homes.learn(ends.source, domain.find(ends.source.conn, vm.uuid), [ends.target.facts.uuid])
+        homes.learn(ends.source, domain.find(ends.source.conn, vm.uuid), [homes.known_by(ends.target)])
     for path in migrate_storage.clear_marked(ends.source, ends.target, migrate_files.files(ends.source, vm)):
         report(Step(f"deleted {path} on {ends.names[1]}, which was not whole"))
 

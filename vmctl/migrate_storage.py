@@ -63,6 +63,13 @@ def unmark(target: Host, makes: Sequence[Make]) -> None:
         remove(target, _mark(one.file))
 
 
+def lying(host: Host, files: Sequence[File]) -> frozenset[str]:
+    """The paths of those of the files that a host has."""
+    local = [file for file in files if not file.network]
+    names = {folder: _names(host, folder) for folder in {file.folder for file in local}}
+    return frozenset(file.path for file in local if file.leaf in names[file.folder])
+
+
 def marked(host: Host, files: Sequence[File]) -> frozenset[str]:
     """The paths of those of the files beside which a host has a mark: a move made them, and was cut off."""
     local = [file for file in files if not file.network]

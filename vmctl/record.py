@@ -22,7 +22,7 @@ HOMES_PREFIX = "vmctl-homes"
 PULLED = "https://vmctl.dev/xmlns/pulled/1"
 PULLED_PREFIX = "vmctl-pulled"
 _NOTE = re.compile(rf"<{HOMES_PREFIX}:homes\b(?:[^>]*/>|.*?</{HOMES_PREFIX}:homes>)", re.DOTALL)
-_EMPTY = re.compile(r"<metadata\s*/>")  # what libvirt leaves when the last that is in it goes
+_METADATA = re.compile(r"<metadata(?P<words>\s[^<>]*?)?(?P<empty>/?)>")  # empty: the last that was in it has gone
 
 
 class Owned(NamedTuple):
@@ -93,12 +93,16 @@ def with_homes_of(text: str, other: str) -> str:
     so that it is the one that counts, whatever a definition from elsewhere may hold.
     """
     note, text = _NOTE.search(other), _NOTE.sub("", text)
-    if note is None:
-        return text
-    text = _EMPTY.sub("<metadata></metadata>", text, count=1)
-    if "<metadata>" in text:
-        return text.replace("<metadata>", f"<metadata>{note[0]}", 1)
-    return text.replace("</uuid>", f"</uuid><metadata>{note[0]}</metadata>", 1)
+    return text if note is None else with_note(text, note[0])
+
+
+def with_note(text: str, note: str) -> str:
+    """A domain's XML with an element first in its metadata, of whatever shape that is: of two, libvirt takes one."""
+    found = _METADATA.search(text)
+    if found is None:
+        return re.sub(r"</(?:name|uuid)>", lambda one: f"{one[0]}<metadata>{note}</metadata>", text, count=1)
+    end = "</metadata>" if found["empty"] else ""
+    return f"{text[: found.start()]}<metadata{(found['words'] or '').rstrip()}>{note}{end}{text[found.end() :]}"
 
 
 def pulled(text: str) -> tuple[str, ...]:

@@ -160,12 +160,7 @@ def with_kept(text: str, kept: Kept) -> str:
     span = _span(text, "domain")
     if span is None:
         raise ValueError("no <domain> in the snapshot")
-    inside = text.find("<metadata>", *span)
-    if inside >= 0:
-        at = inside + len("<metadata>")
-        return text[:at] + element + text[at:]
-    at = text.index("</name>", span[0]) + len("</name>")
-    return f"{text[:at]}<metadata>{element}</metadata>{text[at:]}"
+    return text[: span[0]] + record.with_note(text[slice(*span)], element) + text[span[1] :]
 
 
 def name(text: str) -> str:

@@ -329,10 +329,11 @@ def test_to_auto_goes_on_where_it_was_cut_off(fleet: Fleet) -> None:
     assert "cannot find VM nope" in fleet.run(*words, "nope", "--to", "auto", check=4).stderr
     assert fleet.where() == {"a": "h2", "b": "h1"}
     said = fleet.run(*words, "--to", "auto").stderr
-    assert "a is on h2 already; vmctl -c h1 migrate a --to h2 --recover clears up what a move left here" in said
+    assert "a is on h2 already, running, and h1 has nothing of it" in said
     assert fleet.where()["a"] == "h2" and fleet.where()["b"] != "h1"
-    said = fleet.run("-c", "h1", "migrate", "a", "--to", "auto", check=4).stderr
-    assert "h2 has it; vmctl -c h1 migrate a --to h2 --recover" in said
+    assert fleet.run("-c", "h1", "migrate", "a", "--to", "auto").stdout == "a: on h2 already\n"
+    (done,) = json.loads(fleet.run("-c", "h1", "migrate", "a", "--to", "auto", "-o", "json").stdout)
+    assert (done["vm"], done["target"], done["mode"]) == ("a", "h2", "already")
 
 
 def test_to_auto_when_the_host_does_not_answer(fleet: Fleet) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from tests.hosts.machine import sh
 from tests.system.conftest import Shell
 from tests.system.migrating import Pair, guest, pair_fixture, until
 from tests.system.test_list import calls
+from tests.system.test_session import USER, Person
 from vmctl import record
 from vmctl.wait import pause
 
@@ -283,6 +285,58 @@ def test_what_stayed_on_this_machine_is_asked_for_though_no_config_file_names_it
     finally:
         for host in ("h1", "h2", "qemu:///system"):
             pair.vmctl("-c", host, "delete", name, "--yes", "--missing-ok", check=None)
+
+
+def test_what_stayed_in_a_session_is_told_from_what_the_system_has(pair: Pair) -> None:
+    """A user's libvirt draws another UUID of its host at each start, or has that of the system's, which knows no VM of
+    its: neither was the session taken for itself again, nor asked by others.
+    """
+    user, second, name, here = Person(), pair.machine("h2"), "m-session", ("-c", "qemu:///session")
+    home = Path(user.entry.pw_dir)
+    (key := home / "key").write_text(pair.bed.key.read_text())
+    key.chmod(0o600)
+    shutil.chown(key, USER)
+    user.run("mkdir", "-p", str(folder := home / ".config/libvirt"))
+    devices = "<os><type machine='q35'>hvm</type></os>"
+    (xml := home / "d.xml").write_text(
+        f"<domain type='qemu'><name>{name}</name><memory>16384</memory>{devices}</domain>"
+    )
+    shown = Shell().virsh("capabilities").partition("<uuid>")[2].partition("</uuid>")[0]
+    try:
+        user.vmctl("host", "add", "h2", f"{second.peer_uri}?keyfile={key}", "--host-key", second.host_key)
+        for same in (False, True):
+            if same:
+                (folder / "libvirtd.conf").write_text(f'host_uuid = "{shown}"\n')
+            _end_session(user)
+            user.run("virsh", "-q", *here, "define", str(xml))
+            user.vmctl(*here, "migrate", name, "--to", "h2", "--keep-source")
+            _end_session(user)
+            user.vmctl(*here, "start", name)
+            told = user.vmctl("-c", "h2", "start", name, check=5).stderr
+            assert f"cannot start VM {name}: it runs on qemu:///session" in told
+            user.run("virsh", "-q", *here, "destroy", name)
+            user.vmctl("-c", "h2", "start", name)
+            told = user.vmctl(*here, "start", name, check=5).stderr
+            assert f"cannot start VM {name}: it runs on h2" in told
+            user.vmctl("-c", "h2", "stop", name, "--force", "--timeout", "0")
+            for host in (("-c", "h2"), here):
+                user.vmctl(*host, "delete", name, "--yes")
+    finally:
+        second.virsh("destroy", name, check=False)
+        second.virsh("undefine", name, check=False)
+        user.run("virsh", "-q", *here, "destroy", name, check=None)
+        user.run("virsh", "-q", *here, "undefine", name, check=None)
+        (folder / "libvirtd.conf").unlink(missing_ok=True)
+        _end_session(user)
+        user.vmctl("host", "remove", "h2", check=None)
+
+
+def _end_session(user: Person) -> None:
+    """End the user's libvirtd; the next connection starts another one."""
+    file = Path(f"/run/user/{user.entry.pw_uid}/libvirt/libvirtd.pid")
+    if file.exists() and (own := Path(f"/proc/{(pid := file.read_text().strip())}")).exists():
+        user.run("kill", pid)
+        until(lambda: not own.exists(), "it ends")
 
 
 def test_a_machine_without_libvirt_is_not_missed_when_all_noted_hosts_were_asked(pair: Pair, vm: str) -> None:
@@ -635,12 +689,38 @@ def test_a_stopped_one_cut_off_at_its_end(pair: Pair, vm: str, two: tuple[str, s
     first.virsh("undefine", name)
     for file in of(name, pair.files("h2")):
         second.run("touch", f"/var/lib/libvirt/vmctl/vmctl/{file}.migrating")
-    said = pair.vmctl(*words, check=4).stderr
-    assert f"vmctl -c h1 migrate {name} --to h2 --recover" in said, "what a plain second run names"
-    pair.vmctl(*words, "--recover")
+    assert f"a move of {name} to h2 was begun before: its end is seen to first" in pair.vmctl(*words, "--check").stdout
+    assert of(name, pair.files("h1")) == before, "it has only looked"
+    assert f"{name}: a move from h1 to h2 was begun before: seeing to its end" in pair.vmctl(*words).stderr
     assert of(name, pair.files("h1")) == set() and pair.where(name) == {"h2": "shut off"}
     assert before - of(name, pair.files("h2")) <= {file for file in before if file.endswith("console.log")}
     assert not [file for file in pair.files("h2") if "migrating" in file]
+    said = pair.vmctl(*words)
+    assert said.stdout == f"{name}: on h2 already\n"
+    assert f"{name} is on h2 already, stopped, and h1 has nothing of it" in said.stderr
+    assert [one["mode"] for one in pair.json(*words)] == ["already"]
+    assert f"{name} is on h2 already" in pair.vmctl(*words, "--check").stdout
+
+
+def test_the_same_again_keeps_what_was_asked_to_stay(pair: Pair, vm: str) -> None:
+    """Nor is a definition given up that no move left, or one that may have been sent elsewhere."""
+    words = ("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
+    pair.vmctl(*words, "--keep-source")
+    files = of(vm, pair.files("h1"))
+    said = pair.vmctl(*words, check=11).stderr
+    assert "h2 has a VM of the same UUID already" in said, "this time it was not asked to stay"
+    said = pair.vmctl(*words, "--keep-source")
+    assert said.stdout == f"{vm}: on h2 already\n"
+    assert f"{vm} is on h2 already, running, and what was to stay of it is on h1" in said.stderr
+    assert pair.where(vm) == {"h1": "shut off", "h2": "running"} and of(vm, pair.files("h1")) == files
+    first = pair.machine("h1")
+    first.virsh("undefine", vm)
+    said = pair.vmctl(*words, check=4).stderr
+    assert f"vmctl -c h1 migrate {vm} --to h2 --recover" in said, "no mark says that its files there are of that move"
+    assert of(vm, pair.files("h1")) == files
+    pair.vmctl(*words, "--recover")
+    assert not of(vm, pair.files("h1"))
+    assert pair.vmctl(*words).stdout == f"{vm}: on h2 already\n"
 
 
 def test_stopped_with_uefi_variables_and_a_tpm(pair: Pair) -> None:
@@ -800,8 +880,18 @@ def test_one_that_a_migration_has_paused_is_not_resumed_beside(pair: Pair, vm: s
     until(lambda: pair.where(vm) == {"h1": "paused", "h2": "running"}, "it runs there, and is paused here")
     told = pair.vmctl("-c", "h1", "resume", vm, check=5).stderr
     assert f"cannot resume VM {vm}: a migration has paused it, and h2 has it too" in told and "--recover" in told
+    pair.vmctl("host", "add", "third", "qemu:///system")
+    try:
+        told = pair.vmctl("-c", "h1", "migrate", vm, "--to", "third", "--recover", check=12).stderr
+        assert f"cannot recover VM {vm}: it is running on h2, and not to come to third" in told
+        assert f"hint: vmctl -c h1 migrate {vm} --to h2 --recover" in told
+        told = pair.vmctl("-c", "h1", "migrate", vm, "--to", "third", check=11).stderr
+        assert f"{vm} is paused (migration)" in told and "where it was to go" in told
+    finally:
+        pair.vmctl("host", "remove", "third")
     assert pair.where(vm) == {"h1": "paused", "h2": "running"}
-    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+    said = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay").stderr  # the same again
+    assert f"{vm}: a move from h1 to h2 was begun before: seeing to its end" in said
     assert pair.where(vm) == {"h2": "running"} and not of(vm, pair.files("h1"))
 
 

@@ -203,11 +203,43 @@ def test_the_way_there_knows_the_pinned_key_alone(folders: Folders) -> None:
     assert host_ssh.through(HostEntry("two", "qemu+tls://two/system"), folders.runtime) == "qemu+tls://two/system"
 
 
+def test_what_a_note_names_is_opened_by_ssh_alone_and_asks_nobody() -> None:
+    """A definition from elsewhere says what it likes, and a URI of libvirt's may hold a command to run here."""
+    for plain in (
+        "qemu+ssh://root@10.0.0.1:2222/system?keyfile=/k",
+        "qemu+ssh://u@[fe80::1%25eth0]/session?keyfile=/k",
+    ):
+        assert host_ssh.unattended(plain) == f"{plain}&no_tty=1"
+    assert host_ssh.unattended("qemu+ssh://h-1.example/system") == "qemu+ssh://h-1.example/system?no_tty=1"
+    for not_so in (
+        "qemu+ssh://h/system?command=/tmp/evil",
+        "qemu+ssh://h/system?keyfile=/k&command=/tmp/evil",
+        "qemu+ssh://h/system?no_verify=1",
+        "qemu+ssh://h/system?command=",
+        "qemu+ssh://-oProxyCommand=evil/system",
+        "qemu+ssh://-evil@h/system",
+        "qemu+ssh://u:password@h/system",
+        "qemu+ssh:///system",
+        "qemu+ssh://h:port/system",
+        "qemu+ssh://h/embed",
+        "qemu+ext://h/system?command=/tmp/evil",
+        "qemu+tcp://h/system",
+        "qemu+unix:///system?socket=/tmp/evil",
+        "qemu:///system",
+        "qemu+ssh://[h/system",
+        "",
+    ):
+        assert not host_ssh.unattended(not_so), not_so
+
+
 def test_keys() -> None:
     assert host_ssh.known_as(host_ssh.place("qemu+ssh://root@h/system")) == "h"
     assert host_ssh.known_as(host_ssh.place("qemu+ssh://root@h:2222/system")) == "[h]:2222"
     assert host_ssh.checked_key(f"one,10.0.0.1 {KEY} root@one") == KEY
     assert host_ssh.fingerprint(KEY).startswith("SHA256:") and "=" not in host_ssh.fingerprint(KEY)
+    for wrong in ("qemu+ssh:///system", "qemu+ssh://-F.config/system", "qemu+ssh://root@-v/system"):
+        with pytest.raises(SpecError, match="it names no host"):
+            host_ssh.place(wrong)
     for wrong in ("", "ssh-ed25519", "ssh-ed25519 !!", "hello world"):
         with pytest.raises(SpecError, match="cannot use SSH host key"):
             host_ssh.checked_key(wrong)

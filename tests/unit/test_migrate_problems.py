@@ -101,7 +101,8 @@ def test_a_host_that_has_no_name_is_named_by_its_uri_in_what_is_to_be_typed() ->
     there = replace(THERE, name="h2", at=uri, vms={"web": "u1"})
     paused = replace(VM, state=State.PAUSED, why="migration")
     again = f"vmctl -c h1 migrate web --to '{uri}' --recover"
-    for vm, told in (VM, f"{again} looks at both and ends what was cut off"), (paused, again):
+    ends = f"{again}, if {uri} is where it was to go"
+    for vm, told in (VM, f"{again} looks at both and ends what was cut off"), (paused, ends):
         assert told in [one.mend for one in problems(replace(FINE, vm=vm, target=there))]
     (gone, *_) = problems(replace(FINE, target=there, live=False, elsewhere={"h3": "runs"}))
     assert gone.mend == f"vmctl -c h3 migrate web --to '{uri}'"

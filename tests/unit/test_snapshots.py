@@ -91,6 +91,28 @@ def test_what_is_kept_is_read_again_replaced_and_counts_as_named() -> None:
     assert "vmctlsnap" not in snapshot_xml.definition(snapshot_xml.read(text))
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "<metadata/>",
+        "<metadata />",
+        "<metadata\n/>",
+        "<metadata></metadata>",
+        "<metadata >\n</metadata>",
+        "<metadata xmlns:a='urn:a'/>",
+        "",
+    ],
+)
+def test_what_is_kept_gets_into_metadata_of_any_shape(shape: str) -> None:
+    """An empty element was not seen, and got a second one beside it, of which libvirt reads the first alone."""
+    begin, end = XML.index("<metadata>"), XML.index("</metadata>") + len("</metadata>")
+    text = snapshot_xml.with_kept(XML[:begin] + shape + XML[end:], Kept("/n"))
+    assert snapshot_xml.read(text).kept == Kept("/n")
+    elements = ET.fromstring(text).findall("domain/metadata")
+    assert len(elements) == 1 and len(elements[0]) == 1
+    assert snapshot_xml.read(snapshot_xml.with_kept(text, Kept("/m"))).kept == Kept("/m")
+
+
 def test_the_definition_is_the_inactive_one_under_its_own_tag() -> None:
     text = snapshot_xml.definition(snapshot_xml.read(XML))
     assert text.startswith("<domain type='qemu'>") and text.endswith("</domain>") and "index" not in text

@@ -121,7 +121,7 @@ def _make(
     asked: Fleet, plan: Plan, wish: Wish, at_once: int, output: Output, moved: list[Moved], ours: Told
 ) -> dict[Move, VmctlError]:
     """Wave by wave. One that fails keeps the next from beginning, which may need the room it did not free."""
-    from vmctl import migrate
+    from vmctl import migrate_again
     from vmctl.cli.migrate import told
 
     report = reporter()
@@ -131,7 +131,7 @@ def _make(
     def work(name: str) -> Moved:
         with ours.making(by[name]), ends_of(asked, by[name]) as ends:
             ends.open()
-            return migrate.migrate(ends, by[name].vm, wish, report)
+            return migrate_again.migrate(ends, by[name].vm, wish, report)
 
     def done(_name: str, one: Moved) -> None:
         moved.append(one)

@@ -29,11 +29,12 @@ from vmctl.errors import NotFound, PartialFailure, PreflightFailed, VmctlError
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from vmctl.census import Census
     from vmctl.config import HostEntry
     from vmctl.fleet import Fleet
+    from vmctl.migrate import Moved
     from vmctl.migrate_wish import Wish
     from vmctl.rebalance import Plan
 
@@ -186,7 +187,12 @@ def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, 
     start_loop()
     asked = fleet_of_config()
     source = config.chosen_entry(connect, asked.settings)
-    wanted = _there(asked, source, names)
+    wanted, moved = _there(asked, source, names)
+    done = _again(asked, source, moved, wish, check=check, output=output)
+    if not wanted:
+        if output is not Output.TABLE and not check:
+            ui.emit(done, output, str, lambda: [one.vm for one in done])
+        return
     others = [called(one) for one in asked.entries() if one != source]
 
     def begin(plan: Plan, moved: int) -> None:
@@ -208,14 +214,13 @@ def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, 
         host_moves.carry_out(asked, look, plan, begin, wish, 1, output)
 
 
-def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[str, ...]:
-    """The VMs that are meant; those that another host has are told, and passed over: a run that was cut off moved them.
+def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The VMs that are meant; and by their names where those are that the source has not: a run before moved them.
 
-    Raises NotFound where none is left, or nobody has one; HostUnreachable in bounded time.
+    Raises NotFound where nobody has one; HostUnreachable in bounded time.
     """
     from vmctl import fleet
     from vmctl.hypervisor import domain
-    from vmctl.hypervisor.states import recovery
     from vmctl.listing import matching
 
     def ask(entry: HostEntry) -> dict[str, str | NotFound]:
@@ -235,15 +240,38 @@ def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[str, 
     absent = {name: error for name, error in told.items() if isinstance(error, NotFound)}
     moved = _elsewhere(asked, source, absent) if absent else {}
     for name, error in absent.items():
-        command = recovery(name, fleet.called(source), moved.get(name, ""))
-        again = f"{command} clears up what a move left here"
         tell_where(error, fleet.called(source))
-        if name in moved:
-            error.hint = f"{moved[name]} has it; {again}"
-        if not there or name not in moved:
+        if name not in moved:
             raise error
-        note(f"{name} is on {moved[name]} already; {again}")
-    return tuple(dict.fromkeys(there))
+    return tuple(dict.fromkeys(there)), moved
+
+
+def _again(
+    asked: Fleet,
+    source: HostEntry,
+    moved: Mapping[str, str],
+    wish: Wish,
+    *,
+    check: bool,
+    output: Output,
+) -> list[Moved]:
+    """See to the end of moves of VMs that are elsewhere already, as the same again to those hosts does."""
+    from vmctl import config, migrate_again
+    from vmctl.cli.migrate import told
+    from vmctl.migrate_ends import Ends
+
+    done = []
+    for name, there in moved.items():
+        with Ends(asked, source, config.entry(there, asked.settings)) as ends:
+            ends.open()
+            if check:
+                for one in migrate_again.check(ends, name, wish):
+                    note(f"{name}: {one.what}")
+                continue
+            done.append(migrate_again.migrate(ends, name, wish, reporter()))
+        if output is Output.TABLE:
+            ui.say(told(done[-1]))
+    return done
 
 
 def _elsewhere(asked: Fleet, source: HostEntry, names: Collection[str]) -> dict[str, str]:

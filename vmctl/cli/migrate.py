@@ -17,6 +17,7 @@ from vmctl.cli.options import (
     complete_host,
     fleet_of_config,
     reporter,
+    tell_of_hosts,
     tell_where,
 )
 from vmctl.errors import HostUnreachable, Interrupted, NotFound, PartialFailure, PreflightFailed, SpecError, VmctlError
@@ -112,7 +113,8 @@ def migrate(
     """Move VMs to another host: running ones live, stopped ones as they are.
 
     Before anything is changed both hosts are looked at, and all that stands against it is told at once (exit 11).
-    Ctrl-C leaves the VM where it is. What fails says where the VM is then, which is asked of both hosts.
+    Ctrl-C leaves the VM where it is. What fails says where the VM is then, which is asked of both hosts. The same again
+    ends a move that was cut off, as far as the target shows it, and is content with one that is done.
     """
     from vmctl.config import AUTO
     from vmctl.hypervisor.migration import Copying, Way
@@ -197,11 +199,15 @@ def _ends(connect: str | None, to: str) -> Iterator[Ends]:
     start_loop()
     fleet = fleet_of_config()
     source = config.chosen_entry(connect or GLOBALS.connect, fleet.settings)
-    with Ends(fleet, source, config.entry(to, fleet.settings)) as ends:
+    target = config.entry(to, fleet.settings)
+    with Ends(fleet, source, target) as ends:
         try:
             yield ends
-        except NotFound as error:  # what other errors hint at names its host, for there are two
-            tell_where(error, called(source))
+        except (NotFound, PartialFailure) as error:
+            tell_of_hosts(error, (source, target), others=len(fleet.settings.hosts) > 1)
+            for one in error.failures.values() if isinstance(error, PartialFailure) else (error,):
+                if isinstance(one, NotFound):  # what other errors hint at names its host, for there are two
+                    tell_where(one, called(source))
             raise
 
 
@@ -214,13 +220,13 @@ def _wanted(ends: Ends, names: list[str], *, recover: bool) -> tuple[str, ...]:
 
 
 def _check(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output) -> None:
-    from vmctl import migrate as verb
+    from vmctl import migrate_again
     from vmctl.migrate_problems import Problem, fatal
 
     found: dict[str, tuple[Problem, ...]] = {}
     for name in names:
         try:
-            found[name] = verb.check(ends, name, wish)
+            found[name] = migrate_again.check(ends, name, wish)
         except HostUnreachable:
             raise  # what is true of all of them
         except VmctlError as error:
@@ -239,10 +245,9 @@ def _check(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output) -> No
 
 
 def _move(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output, *, recover: bool) -> None:
-    from vmctl import migrate as verb
-    from vmctl import migrate_recover
+    from vmctl import migrate_again, migrate_recover
 
-    work, report = migrate_recover.recover if recover else verb.migrate, reporter()
+    work, report = migrate_recover.recover if recover else migrate_again.migrate, reporter()
     _each(names, lambda name: work(ends, name, wish, report), output)
 
 
@@ -277,6 +282,8 @@ def _each(names: tuple[str, ...], work: Callable[[str], Moved], output: Output) 
 
 def told(one: Moved) -> str:
     """A line on what was done."""
+    if one.mode == "already":
+        return f"{one.vm}: on {one.target} already"
     text = f"{one.vm}: {one.source} -> {one.target} in {one.time_s:.1f} s, {one.mode}"
     if one.mode == "stopped":
         return text + (f", {len(one.copied)} files copied" if one.copied else "")

@@ -19,6 +19,7 @@ from vmctl.ui import Output, Verbosity
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vmctl.config import HostEntry
     from vmctl.events import Reporter
     from vmctl.fleet import Fleet
     from vmctl.hosts import Host
@@ -168,11 +169,7 @@ def opened(connect: str | None, *, events: bool = False) -> Iterator[Host]:
         try:
             yield host
         except (VmctlError, Interrupted) as error:
-            for one in _all(error):
-                if host.others and isinstance(one, NotFound) and one.missing == "VM" and not one.meant:
-                    one.hint = "see `vmctl list --all-hosts`"
-                if isinstance(one, NotFound) and host.entry and host.entry.name:  # as people call it
-                    one.message = one.message.replace(f": {host.conn.uri} has none", f": {host.name} has none")
+            tell_of_hosts(error, [host.entry] if host.entry else [], others=bool(host.others))
             if given:
                 tell_where(error, given)
             raise
@@ -189,6 +186,18 @@ def tell_where(error: VmctlError | Interrupted, given: str) -> None:
     """Let hints of an error name the host that was given with the command: without it they are of another one."""
     for one in _all(error):
         one.hint = on_host(one.hint, given)
+
+
+def tell_of_hosts(error: VmctlError | Interrupted, entries: Sequence[HostEntry], *, others: bool) -> None:
+    """Let what is not found be told of hosts as people call them; where there are ``others``, it may be on those."""
+    for one in _all(error):
+        if not isinstance(one, NotFound):
+            continue
+        if others and one.missing == "VM" and not one.meant:
+            one.hint = "see `vmctl list --all-hosts`"
+        for entry in entries:
+            if entry.name:
+                one.message = one.message.replace(f": {entry.uri} has none", f": {entry.name} has none")
 
 
 def _all(error: VmctlError | Interrupted) -> tuple[VmctlError | Interrupted, ...]:
