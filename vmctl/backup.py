@@ -35,7 +35,7 @@ from vmctl.backup_store import Shelf
 from vmctl.backup_take import Order
 from vmctl.choices import Compression
 from vmctl.disk_xml import DiskDevice
-from vmctl.errors import ImageError, NotFound, SpecError, Unsupported, VmctlError, WrongState
+from vmctl.errors import ImageError, NotFound, SpecError, Unsupported, VmctlError, WrongState, close_to
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import backup, disks, domain, pools
@@ -372,7 +372,8 @@ def prune(folder: Path, keep: int | None, older_than: timedelta | None, report: 
     if keep is None and older_than is None:
         raise SpecError("cannot prune backups: nothing says which", hint="--keep 7, --older-than 30d, or both")
     if not folder.is_dir():
-        raise NotFound(f"cannot prune backups: there is no {folder}")
+        meant = close_to(folder.name, backup_store.vms(folder.parent))
+        raise NotFound(f"cannot prune backups: there is no {folder}", meant=meant)
     if dry:
         found = _pruning(backup_store.shelf(folder), keep, older_than)
         _tell_broken(found, report)
@@ -403,5 +404,4 @@ def _prune_now(shelf: Shelf, keep: int | None, older_than: timedelta | None, rep
         backup_merge.merge(backup_store.shelf(shelf.folder), name, frozenset(found.delete), report)
     for name in reversed(found.delete):
         backup_store.remove(shelf.folder, name)
-        report(Step(f"backup {name} is deleted"))
     return found

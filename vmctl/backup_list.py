@@ -9,7 +9,7 @@ from pathlib import Path
 from vmctl import backup_manifest, backup_marks, backup_store
 from vmctl.backup_manifest import Manifest
 from vmctl.backup_store import Shelf
-from vmctl.errors import Conflict, NotFound, VmctlError
+from vmctl.errors import Conflict, NotFound, VmctlError, close_to
 from vmctl.events import Reporter
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain
@@ -50,7 +50,11 @@ def list_backups(root: Path, names: Collection[str]) -> tuple[Listed, ...]:
             words = (one.created, one.kind, one.consistency, size, len(one.disks), tuple(sorted(needs)), problem)
             found.append(Listed(vm, name, *words))
     if names and (absent := sorted(set(names) - {one.vm for one in found})):
-        raise NotFound(f"cannot find backups of {', '.join(absent)} in {root}", hint="--folder names another place")
+        raise NotFound(
+            f"cannot find backups of {', '.join(absent)} in {root}",
+            meant=close_to(absent[0], backup_store.vms(root)),
+            hint="--folder names another place",
+        )
     return tuple(found)
 
 

@@ -34,7 +34,7 @@ from vmctl.backup_read import Layer
 from vmctl.backup_store import Shelf
 from vmctl.disk_journal import Entry
 from vmctl.errors import Conflict, quietly
-from vmctl.events import Reporter, Step
+from vmctl.events import Reporter
 from vmctl.guest import known_hosts, private_key
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import backup, disks, domain, storage
@@ -61,7 +61,6 @@ def restore(host: Host, folder: Path, wish: Wish, report: Reporter, *, start: bo
         parts = {disk.target: _proved(shelf, planned.manifest, disk) for disk in planned.manifest.disks}
         with backup_store.telling_os_errors(f"restore VM {name}"):
             _do(host, shelf, planned, wish, parts, report)
-        report(Step(f"{name} is restored from backup {planned.manifest.id}"))
     if start:
         from vmctl import lifecycle  # late: only where asked
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from vmctl import backup_index, backup_manifest
 from vmctl.backup_index import Index
 from vmctl.backup_manifest import Manifest, StoredDisk
-from vmctl.errors import Conflict, ImageError, NotFound, SpecError, VmctlError
+from vmctl.errors import Conflict, ImageError, NotFound, SpecError, VmctlError, close_to
 from vmctl.workspace import clear_leftovers, is_leftover, workspace
 
 MAKING = ".making-"
@@ -59,7 +59,9 @@ class Shelf:
             return self.points[wanted if wanted in found else found[0]]
         known = ", ".join([*self.points, *self.damaged]) or "none"
         problem = "several are called so" if found else f"there are {known}"
-        raise NotFound(f"cannot find backup {wanted} in {self.folder}: {problem}")
+        known_vms = () if self.folder.is_dir() else vms(self.folder.parent)  # else it is the VM that is mistyped
+        meant = "" if found else close_to(self.folder.name, known_vms) or close_to(wanted, self.points)
+        raise NotFound(f"cannot find backup {wanted} in {self.folder}: {problem}", meant=meant)
 
 
 @contextmanager

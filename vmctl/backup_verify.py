@@ -10,7 +10,7 @@ from vmctl import backup_read, backup_store
 from vmctl.backup_index import CLUSTER
 from vmctl.backup_manifest import Manifest
 from vmctl.backup_store import Shelf
-from vmctl.errors import NotFound, VmctlError
+from vmctl.errors import NotFound, VmctlError, close_to
 from vmctl.events import Progress, Reporter
 
 
@@ -32,7 +32,11 @@ def verify(folder: Path, wanted: Collection[str], report: Reporter) -> tuple[Ver
     Each file is read once, however many backups need it.
     """
     if not folder.is_dir():
-        raise NotFound(f"cannot verify backups: there is no {folder}", hint="--folder names another place")
+        raise NotFound(
+            f"cannot verify backups: there is no {folder}",
+            meant=close_to(folder.name, backup_store.vms(folder.parent)),
+            hint="--folder names another place",
+        )
     with backup_store.locked(folder, shared=True):
         shelf = backup_store.shelf(folder)
         if wanted:

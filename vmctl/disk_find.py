@@ -89,7 +89,9 @@ def _by_file(host: Host, ref: Ref, text: str, *, anything: bool) -> Located:
         volume = short[0] if ref.volume not in known and len(short) == 1 else ref.volume
         pool, path, form = ref.pool, "", ""
         if volume not in known:
-            raise NotFound(f"cannot find disk {text}: pool {pool} has no volume {volume}", hint=_meant(host, text))
+            raise NotFound(
+                f"cannot find disk {text}: pool {pool} has no volume {volume}", hint=_meant(host, text, pool)
+            )
     if volume:
         facts = storage.volume(host.conn, pool, volume)
         path, form = facts.path, facts.format
@@ -110,10 +112,11 @@ def _by_file(host: Host, ref: Ref, text: str, *, anything: bool) -> Located:
     return Located(text, path, form, pool, volume)
 
 
-def _meant(host: Host, text: str) -> str:
+def _meant(host: Host, text: str, pool: str) -> str:
     vm = domain.find_or_none(host.conn, text)
-    if vm is None:
-        return "vmctl disk list shows all disks"
+    if vm is None:  # of what no VM has, the list shows one pool
+        where = "" if pool == host.settings.pool else f" --pool {pool}"
+        return f"vmctl disk list{where} shows all disks"
     found = disks.disks(host.conn, vm.name, inactive=not vm.active)
     return f"the disks of VM {vm.name}: {', '.join(f'{vm.name}:{disk.target}' for disk in found)}"
 

@@ -186,7 +186,7 @@ def _source(
 ) -> tuple[render.AttachedView, str, Owned | None, int]:
     """The disk without its place in the VM, its source, and the volume to make for it."""
     if what[:1].isdigit() and "/" not in what:
-        size, form = disk_spec.parse_bytes(what), wanted.format or DiskFormat.QCOW2
+        size, form = disk_spec.parse_size(what), wanted.format or DiskFormat.QCOW2
         pool = host.settings.pool
         prefix = resolve.volume_prefix(vm.name, vm.uuid)
         known = set(storage.volume_names(host.conn, pool)) | {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +11,8 @@ from vmctl import disk_guest, disk_inside, disk_replace, qemu_img
 from vmctl.disk_chain import Chain
 from vmctl.disk_find import Located, chain, require_alone, require_file, require_idle, require_not_elsewhere, working_on
 from vmctl.disk_replace import share_reporter
-from vmctl.disk_spec import new_size
-from vmctl.errors import Conflict, SpecError, Unsupported, WrongState
+from vmctl.disk_spec import exact, new_size
+from vmctl.errors import Conflict, SpecError, Unsupported, VmctlError, WrongState
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import agent, disks, storage
@@ -46,8 +48,11 @@ def resize(host: Host, text: str, size: str, report: Reporter, *, grow_fs: bool,
                 f"cannot resize {text} to {after} bytes: it has {before}, and what lies beyond would be lost",
                 hint="--shrink looks at what is on it first, and cuts off only what nothing uses",
             )
+        serial = disk.disk.serial if disk.disk else ""
         if grow_fs:
             _require_growable(host, disk, after < before)
+            with _hinting("the disk is as it was; make a file system on it in the guest, or leave out --grow-fs"):
+                disk_guest.require_growable(host, disk.owner, serial)
         if after < before:
             layers = _require_shrinkable(host, disk)
             require_not_elsewhere(host, disk, "shrink", report)
@@ -70,8 +75,20 @@ def resize(host: Host, text: str, size: str, report: Reporter, *, grow_fs: bool,
         grown = ""
         if grow_fs:
             touches += (f"grow what is on it in VM {disk.owner}",)
-            grown = "" if dry else disk_guest.grow(host, disk.owner, disk.disk.serial if disk.disk else "", after)
+            # By its whole size: what was said, +1G say, would make it larger once more.
+            again = f"vmctl disk resize {disk.ref} {exact(after)} --grow-fs"
+            with _hinting(f"the disk itself has grown; mend this in the guest, then go on: {again}"):
+                grown = "" if dry else disk_guest.grow(host, disk.owner, serial, after)
         return Resized(disk.ref, before, after, grown, touches)
+
+
+@contextmanager
+def _hinting(hint: str) -> Iterator[None]:
+    try:
+        yield
+    except VmctlError as error:
+        error.hint = "; ".join(one for one in (error.hint, hint) if one)
+        raise
 
 
 def _size_now(host: Host, disk: Located) -> int:

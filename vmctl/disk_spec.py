@@ -142,10 +142,31 @@ def parse_bytes(text: str) -> int:
     return found
 
 
+def parse_size(text: str) -> int:
+    """The size of a disk in bytes, with its unit. Raises SpecError.
+
+    Without one it is MiB to who knows `create --disk`, and bytes to who knows qemu-img: a disk of the wrong size.
+    """
+    number = text.strip()
+    if re.fullmatch("[0-9]+", number) and int(number):
+        raise SpecError(
+            f"cannot read size {text!r}: it has no unit", hint=f"{number}G, {number}M or {number}K; {number}B for bytes"
+        )
+    return parse_bytes(text)
+
+
+def exact(size: int) -> str:
+    """A size as parse_size reads it, in the largest unit of which it is a whole number."""
+    for unit in "TGMK":
+        if size % _UNITS[unit] == 0:
+            return f"{size // _UNITS[unit]}{unit}"
+    return f"{size}B"
+
+
 def new_size(text: str, now: int) -> int:
     """The size a disk of ``now`` bytes gets by ``+10G``, ``-1G`` or ``20G``, in whole sectors. Raises SpecError."""
     sign, number = (text[:1], text[1:]) if text[:1] in {"+", "-"} else ("", text)
-    by = parse_bytes(number)
+    by = parse_size(number)
     found = now + by if sign == "+" else now - by if sign == "-" else by
     if found <= 0:
         raise SpecError(f"cannot resize by {text}: the disk has only {now} bytes")

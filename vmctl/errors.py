@@ -6,7 +6,7 @@ class, so that scripts can tell causes apart without reading text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 class VmctlError(Exception):
@@ -51,6 +51,13 @@ class NotFound(VmctlError):
         super().__init__(message, hint=f"did you mean {meant}?" if meant else hint)
         self.missing = missing
         self.meant = meant
+
+
+def close_to(name: str, known: Iterable[str]) -> str:
+    """The one of those names that was probably meant by a mistyped one; "" for none."""
+    from difflib import get_close_matches  # late: only who mistypes asks
+
+    return next(iter(get_close_matches(name, list(known), n=1)), "")
 
 
 class Conflict(VmctlError):

@@ -26,7 +26,7 @@ from vmctl import snapshots as snapshot_verbs
 from vmctl.choices import Accel
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, HypervisorError, Interrupted, SpecError, Unsupported, quietly
-from vmctl.events import Reporter, Step
+from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.hypervisor import agent as hypervisor_agent
 from vmctl.hypervisor import disks, domain, snapshots, storage
@@ -158,6 +158,13 @@ def create(host: Host, text: str, order: Order, report: Reporter, *, dry: bool =
 def taken(host: Host, vm: Domain, name: str, order: Order, report: Reporter, *, dry: bool = False) -> Taken:
     """The same of a VM whose name is held."""
     plan = _plan(host, vm, name, order)
+    if plan.mode.lacks:
+        report(
+            Warned(
+                f"snapshot {plan.ref} is without the memory of VM {vm.name}, which is {vm.state}: {plan.mode.lacks}",
+                "after a revert to it the VM is stopped, its disks as after a loss of power",
+            )
+        )
     report(Step(f"snapshot {plan.ref}: {plan.mode}"))
     touches = tuple(f"make {path}" for path in plan.files)
     if order.wanted.freeze:
@@ -206,6 +213,7 @@ def _take(host: Host, plan: _Plan, order: Order, report: Reporter) -> None:
         snapshot_settle.keep(host, vm.name, made, Kept(plan.nvram, expires))
     except BaseException:
         _settled(host, vm.name, report)
+        quietly(lambda: _tell_made(host, Ref(vm.name, name), report))
         raise
     path.unlink(missing_ok=True)
     for folder in {str(Path(one).parent) for one in plan.files}:
@@ -213,6 +221,12 @@ def _take(host: Host, plan: _Plan, order: Order, report: Reporter) -> None:
     if name != ref.snapshot:
         snapshot_delete.remove(host, vm, same[0], report)
         snapshot_layers.rename(host, vm.name, name, ref.snapshot)
+
+
+def _tell_made(host: Host, ref: Ref, report: Reporter) -> None:
+    """Say that a snapshot is there all the same: libvirt had it when the rest of taking it failed or was stopped."""
+    if any(one.name == ref.snapshot for one in snapshots.snapshots(host.conn, ref.vm)):
+        report(Warned(f"snapshot {ref} is there, whole", f"vmctl snapshot delete {ref}, if it shall not stay"))
 
 
 def _frozen(host: Host, name: str, work: Callable[[], None], *, freeze: bool) -> None:

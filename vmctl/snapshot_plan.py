@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from itertools import count
 
-from vmctl.errors import NotFound, SpecError, Unsupported, WrongState
+from vmctl.errors import NotFound, SpecError, Unsupported, WrongState, close_to
 from vmctl.snapshot_xml import Snapshot
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_+-]*(?:\.[A-Za-z0-9_+-]+)*"
@@ -43,7 +43,13 @@ def address(text: str, vms: Collection[str]) -> Ref:
     """``VM`` or ``VM.SNAPSHOT``; either may have dots: the longest name of a VM that is there. Raises NotFound."""
     found = [vm for vm in vms if text == vm or text.startswith(f"{vm}.")]
     if not found:
-        raise NotFound(f"cannot find {text}: no VM of that name", hint="VM.SNAPSHOT names a snapshot; see `vmctl list`")
+        head, dot, rest = text.partition(".")
+        near = close_to(head, vms)
+        raise NotFound(
+            f"cannot find {text}: no VM of that name",
+            meant=f"{near}{dot}{rest}" if near else "",
+            hint="VM.SNAPSHOT names a snapshot; see `vmctl list`",
+        )
     vm = max(found, key=len)
     return Ref(vm, text[len(vm) + 1 :])
 
@@ -108,12 +114,13 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """How a snapshot is taken, and why so."""
+    """How a snapshot is taken, and why so. ``lacks``: why the memory of a running VM is not in it, unasked."""
 
     kind: Kind
     memory: bool
     disks: tuple[str, ...]
     why: str
+    lacks: str = ""
 
     def __str__(self) -> str:
         what = f"{'memory and ' if self.memory else ''}disk{'s' if len(self.disks) > 1 else ''} {', '.join(self.disks)}"
@@ -133,6 +140,8 @@ def choose(doing: str, now: Situation, wanted: Wanted) -> Mode:
     if not disks:
         raise Unsupported(f"cannot {doing}: the VM has no disk that is written to")
     memory = _memory(doing, now, wanted)
+    unasked = now.state in {"running", "paused"} and wanted.memory is None and not wanted.freeze
+    lacks = _unsaveable(now) if unasked and not memory else ""
     problems = {kind: _problem(kind, now, disks, memory=memory, freeze=wanted.freeze) for kind in Kind}
     if wanted.kind is not None:
         if problem := problems[wanted.kind]:
@@ -140,11 +149,11 @@ def choose(doing: str, now: Situation, wanted: Wanted) -> Mode:
             raise Unsupported(
                 f"cannot {doing}: {problem}", hint="" if problems[other] else f"--{other} can be taken here"
             )
-        return Mode(wanted.kind, memory, tuple(disk.target for disk in disks), "as asked")
+        return Mode(wanted.kind, memory, tuple(disk.target for disk in disks), "as asked", lacks)
     order = [Kind.INTERNAL, Kind.EXTERNAL] if "internal" in now.kinds else [Kind.EXTERNAL, Kind.INTERNAL]
     for kind in order:
         if not problems[kind]:
-            return Mode(kind, memory, tuple(disk.target for disk in disks), _why(kind, now, problems))
+            return Mode(kind, memory, tuple(disk.target for disk in disks), lacks or _why(kind, now, problems), lacks)
     raise Unsupported(
         f"cannot {doing}: {'; '.join(dict.fromkeys(problems.values()))}",
         hint="--no-memory takes the disks alone" if memory and not _any_problem_without_memory(now, disks) else "",
@@ -161,6 +170,10 @@ def _why(kind: Kind, now: Situation, problems: Mapping[Kind, str]) -> str:
     return problems[Kind.INTERNAL] or "new writes go to files of their own"
 
 
+def _unsaveable(now: Situation) -> str:
+    return f"QEMU cannot save its {' and '.join(now.unsaveable)}"
+
+
 def _memory(doing: str, now: Situation, wanted: Wanted) -> bool:
     running = now.state in {"running", "paused"}
     if wanted.freeze and now.state != "running":
@@ -173,7 +186,7 @@ def _memory(doing: str, now: Situation, wanted: Wanted) -> bool:
         )
     if wanted.memory and now.unsaveable:
         raise Unsupported(
-            f"cannot {doing} with memory: QEMU cannot save its {' and '.join(now.unsaveable)}",
+            f"cannot {doing} with memory: {_unsaveable(now)}",
             hint="--no-memory takes the disks alone",
         )
     if wanted.memory is None:
@@ -336,8 +349,10 @@ def one_of(found: Iterable[Snapshot], ref: Ref) -> Snapshot:
     for one in there:
         if one.name == ref.snapshot:
             return one
-    known = ", ".join(one.name for one in there) or "none"
+    known = [one.name for one in there]
+    meant = close_to(ref.snapshot, known)
     raise NotFound(
-        f"cannot find snapshot {ref}: VM {ref.vm} has {known}",
+        f"cannot find snapshot {ref}: VM {ref.vm} has {', '.join(known) or 'none'}",
+        meant=f"{ref.vm}.{meant}" if meant else "",
         hint=f"vmctl snapshot list {ref.vm}",
     )

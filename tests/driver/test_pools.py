@@ -10,7 +10,7 @@ import pytest
 
 from tests.driver.test_domains import define
 from tests.unit.test_disks import POOLS
-from vmctl import disk_plug, disk_xml, pools
+from vmctl import disk_find, disk_plug, disk_xml, pools
 from vmctl.choices import Aio, Bus, Cache
 from vmctl.disk_spec import Attachment, IoLimits
 from vmctl.errors import Conflict, NotFound
@@ -91,3 +91,20 @@ def test_each_kind_of_disk_fits_the_schema(host: Host, source: str, wanted: Atta
     domain.define(host.conn, text.replace("<disk ", f"{xml}<disk ", 1), name="web1")
     (disk,) = [d for d in disk_xml.read(domain.xml(host.conn, "web1")) if d.target == done.target]
     assert disk.source == done.source and disk.limits == {k: v for k, v in wanted.limits.given().items() if v}
+
+
+def test_a_pool_that_is_not_there_is_told_once_with_the_one_meant(host: Host) -> None:
+    for ask in (lambda: pools.show(host, "vmctk"), lambda: storage.volume_names(host.conn, "vmctk")):
+        with pytest.raises(NotFound) as told:
+            ask()
+        assert told.value.message == f"cannot find storage pool vmctk: {host.conn.uri} has none of that name"
+        assert told.value.hint == "did you mean vmctl?"
+
+
+def test_a_disk_that_is_not_there_is_looked_for_in_its_own_pool(host: Host) -> None:
+    text = "<pool type='dir'><name>fast</name><target><path>/fast</path></target></pool>"
+    host.conn.handle.storagePoolDefineXML(text).create()
+    for name, hint in (("fast/w", "vmctl disk list --pool fast shows all disks"), ("w", "vmctl disk list shows all")):
+        with pytest.raises(NotFound) as told:
+            disk_find.locate(host, name)
+        assert told.value.hint.startswith(hint)

@@ -142,6 +142,31 @@ def test_a_disk_grows_under_a_running_guest_and_the_file_system_with_it(shell: S
     assert leftovers() == []
 
 
+def test_a_disk_without_a_file_system_does_not_grow_for_one(shell: Shell, vm: str) -> None:
+    """It grew, and at each repetition once more."""
+    ensure_running(shell, vm)
+    shell.run("disk", "attach", vm, "16M", "--serial", "bare")
+    for dry in (["--dry-run"], []):
+        told = shell.run("disk", "resize", f"{vm}:bare", "+16M", "--grow-fs", *dry, check=9).stderr
+        assert "no file system is known on" in told and "the disk is as it was" in told and "blkid" not in told
+    assert shell.json("disk", "show", f"{vm}:bare")["chain"]["layers"][0]["virtual_size"] == 16 << 20
+    shell.run("disk", "detach", f"{vm}:bare", "--delete", "--yes")
+
+
+def test_what_fails_once_the_disk_has_grown_is_repeated_by_its_whole_size(shell: Shell, vm: str) -> None:
+    ensure_running(shell, vm)
+    done = shell.json("disk", "attach", vm, "16M", "--serial", "half")
+    device = f"/dev/{done['guest']}"
+    shell.run("exec", vm, "--", "sh", "-c", f"mkfs.ext4 -q {device} && mkdir /mnt/h && mount -o ro {device} /mnt/h")
+    told = shell.run("disk", "resize", f"{vm}:half", "+16M", "--grow-fs", check=9).stderr
+    again = f"disk resize {vm}:half 32M --grow-fs"
+    assert f"the disk itself has grown; mend this in the guest, then go on: vmctl {again}" in told
+    shell.run("exec", vm, "--", "umount", "/mnt/h")
+    mended = shell.json(*again.split())
+    assert (mended["before"], mended["after"], mended["grown"]) == (32 << 20, 32 << 20, f"ext4 on {device}")
+    shell.run("disk", "detach", f"{vm}:half", "--delete", "--yes")
+
+
 def test_what_cannot_be_checked_is_not_shrunk(shell: Shell, vm: str, disk: str) -> None:
     stop(shell, vm)
     before = file_of(shell, vm).read_bytes()

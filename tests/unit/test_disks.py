@@ -110,10 +110,24 @@ def test_sizes_are_relative_or_whole_and_end_on_a_sector() -> None:
     assert disk_spec.new_size("+10G", gib) == 11 * gib
     assert disk_spec.new_size("20G", gib) == 20 * gib
     assert disk_spec.new_size("-512M", gib) == gib // 2
-    assert disk_spec.new_size("1000000001", gib) % 512 == 0
+    assert disk_spec.new_size("1000000001B", gib) % 512 == 0
     for bad in ("-1G", "+", "ten", "0", "+-1G", "1.5G", "9999999T", "-0"):
         with pytest.raises(SpecError):
             disk_spec.new_size(bad, gib)
+
+
+@pytest.mark.parametrize("text", ["10", "+1", "1048576", " 7 "])
+def test_a_size_without_a_unit_is_refused(text: str) -> None:
+    """It was bytes here and MiB in create: a disk of ten bytes, or a millionth of the room that was asked for."""
+    with pytest.raises(SpecError, match="no unit") as told:
+        disk_spec.new_size(text, 1 << 30)
+    number = text.strip().lstrip("+")
+    assert told.value.hint == f"{number}G, {number}M or {number}K; {number}B for bytes"
+
+
+@pytest.mark.parametrize("size", [512, 1 << 10, 3 << 20, 2 << 30, 5 << 40, (1 << 30) + 512])
+def test_an_exact_size_is_read_as_itself(size: int) -> None:
+    assert disk_spec.parse_size(disk_spec.exact(size)) == size
 
 
 def test_targets_and_serials_are_the_first_free_ones() -> None:

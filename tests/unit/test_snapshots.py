@@ -330,3 +330,24 @@ def test_the_note_of_its_hosts_is_that_of_now_in_both_definitions() -> None:
             found = whole.find(part)
             assert found is not None and hosts(ET.tostring(found, encoding="unicode")) == hosts(now)
             assert found.find("metadata/{https://vmctl.dev/xmlns/vm/1}vm") is not None
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_memory_that_cannot_be_saved_is_said_to_be_left_out(external: bool) -> None:
+    """The reason named neither the memory nor the shared folders, and a revert ended with a stopped VM."""
+    now = replace(HERE, unsaveable=("shared folders",))
+    mode = choose("x", now, Wanted(Kind.EXTERNAL if external else None))
+    assert not mode.memory and mode.lacks == "QEMU cannot save its shared folders"
+    if not external:
+        assert str(mode) == "external, disk vda (QEMU cannot save its shared folders)"
+    assert choose("x", now, Wanted(memory=False)).lacks == choose("x", now, Wanted(freeze=True)).lacks == ""
+    assert choose("x", replace(now, state="stopped"), Wanted()).lacks == choose("x", HERE, Wanted()).lacks == ""
+
+
+def test_a_mistyped_snapshot_or_vm_is_guessed() -> None:
+    with pytest.raises(NotFound) as told:
+        snapshot_plan.one_of([snapshot("clean"), snapshot("x")], Ref("web1", "claen"))
+    assert told.value.hint == "did you mean web1.clean?"
+    with pytest.raises(NotFound) as told:
+        address("wbe1.clean", {"web1", "db"})
+    assert told.value.hint == "did you mean web1.clean?"

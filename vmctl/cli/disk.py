@@ -133,7 +133,7 @@ def create(
     from vmctl import disk_spec, disks
 
     with opened(connect) as host:
-        count = disk_spec.parse_bytes(size) if size else None
+        count = disk_spec.parse_size(size) if size else None
         if dry_run:
             made = disks.plan_create(host, name, count, format, backing or "")
         else:

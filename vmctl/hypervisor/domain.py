@@ -15,7 +15,7 @@ import libvirt
 
 from vmctl import domain_xml, record
 from vmctl.domain_xml import DomainFacts
-from vmctl.errors import Conflict, NotFound, Unsupported, VmctlError, WaitTimeout, WrongState
+from vmctl.errors import Conflict, NotFound, Unsupported, VmctlError, WaitTimeout, WrongState, close_to
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
 from vmctl.hypervisor.states import ACTIVE, PANICKED, State, remedy, state_of, told
@@ -72,13 +72,10 @@ def handle(conn: Connection, name: str) -> Any:
 
 def absent(conn: Connection, name: str) -> NotFound:
     """The error for a VM that is not there, with the name that may have been meant."""
-    import difflib  # late: only for a mistyped name
-
     with calling("list VMs"):
         names = [dom.name() for dom in conn.handle.listAllDomains()]
-    meant = difflib.get_close_matches(name, names, n=1)
     message = f"cannot find VM {name}: {conn.uri} has none of that name"
-    return NotFound(message, missing="VM", meant=meant[0] if meant else "", hint="see `vmctl list`")
+    return NotFound(message, missing="VM", meant=close_to(name, names), hint="see `vmctl list`")
 
 
 def _describe(dom: Any) -> Domain:

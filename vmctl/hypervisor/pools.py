@@ -9,7 +9,8 @@ from typing import Any
 
 import libvirt
 
-from vmctl.errors import Conflict
+from vmctl.errors import Conflict, NotFound
+from vmctl.hypervisor import storage
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
 
@@ -66,13 +67,13 @@ def pools(conn: Connection) -> tuple[PoolFacts, ...]:
 def pool(conn: Connection, name: str) -> PoolFacts:
     """One pool. Raises NotFound."""
     with calling(f"find storage pool {name}"):
-        return _facts(conn.handle.storagePoolLookupByName(name))
+        return _facts(storage.look_up(conn, name))
 
 
 def ceph_login(conn: Connection, name: str) -> tuple[str, str]:
     """The user and the UUID of libvirt's secret with which a pool reaches its Ceph; "" for both where it needs none."""
     with calling(f"find storage pool {name}"):
-        auth = ET.fromstring(conn.handle.storagePoolLookupByName(name).XMLDesc()).find("source/auth[@type='ceph']")
+        auth = ET.fromstring(storage.look_up(conn, name).XMLDesc()).find("source/auth[@type='ceph']")
     secret = auth.find("secret") if auth is not None else None
     return (auth.get("username", ""), secret.get("uuid", "")) if auth is not None and secret is not None else ("", "")
 
@@ -81,10 +82,9 @@ def require_free(conn: Connection, name: str) -> None:
     """Raise Conflict when there is a pool of that name."""
     with calling(f"create storage pool {name}"):
         try:
-            conn.handle.storagePoolLookupByName(name)
-        except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
-                raise
+            storage.look_up(conn, name)
+        except NotFound:
+            pass
         else:
             raise Conflict(f"cannot create storage pool {name}: it exists already", hint=f"vmctl disk pool show {name}")
 
@@ -115,7 +115,7 @@ def create(conn: Connection, xml: str, name: str, *, build: bool, start: bool) -
 def delete(conn: Connection, name: str) -> None:
     """Stop a pool and forget it; what is in it stays."""
     with calling(f"delete storage pool {name}"):
-        found = conn.handle.storagePoolLookupByName(name)
+        found = storage.look_up(conn, name)
         if found.isActive():
             found.destroy()
         if found.isPersistent():

@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple
 
 import libvirt
 
-from vmctl.errors import Conflict, NotFound, WrongState
+from vmctl.errors import Conflict, NotFound, WrongState, close_to
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling, translated
 from vmctl.wait import wait_until
@@ -39,22 +39,28 @@ class VolumeFacts:
     physical: int = 0
 
 
-def _pool(conn: Connection, pool: str) -> Any:
-    return conn.handle.storagePoolLookupByName(pool)
+def look_up(conn: Connection, pool: str) -> Any:
+    """libvirt's own object, for this room only. Raises NotFound with the name that may have been meant."""
+    try:
+        return conn.handle.storagePoolLookupByName(pool)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
+            raise
+        message = f"cannot find storage pool {pool}: {conn.uri} has none of that name"
+        meant = close_to(pool, _pool_names(conn, 0))
+        raise NotFound(message, meant=meant, hint="vmctl disk pool list") from None
 
 
 def _volume(conn: Connection, pool: str, name: str) -> Any:
-    return _pool(conn, pool).storageVolLookupByName(name)
+    return look_up(conn, pool).storageVolLookupByName(name)
 
 
 def ensure_pool(conn: Connection, pool: str, xml: Callable[[], str]) -> None:
     """Make sure a pool called ``pool`` runs; ``xml`` gives the definition of one that does not exist."""
     with calling(f"prepare storage pool {pool}"):
         try:
-            found = _pool(conn, pool)
-        except libvirt.libvirtError as error:
-            if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_POOL:
-                raise
+            found = look_up(conn, pool)
+        except NotFound:
             found = _define_pool(conn, pool, xml())
         if not found.isActive():
             _tolerating_running(found, lambda: found.create(libvirt.VIR_STORAGE_POOL_CREATE_WITH_BUILD))
@@ -65,7 +71,7 @@ def _define_pool(conn: Connection, pool: str, xml: str) -> Any:
         found = conn.handle.storagePoolDefineXML(xml, 0)
     except libvirt.libvirtError:
         # Another vmctl may have defined it between our look and our call.
-        return _pool(conn, pool)
+        return look_up(conn, pool)
     found.setAutostart(1)
     return found
 
@@ -82,17 +88,15 @@ def pool_exists(conn: Connection, pool: str) -> bool:
     """Whether the pool is there and runs."""
     with calling(f"look up storage pool {pool}"):
         try:
-            return bool(_pool(conn, pool).isActive())
-        except libvirt.libvirtError as error:
-            if error.get_error_code() == libvirt.VIR_ERR_NO_STORAGE_POOL:
-                return False
-            raise
+            return bool(look_up(conn, pool).isActive())
+        except NotFound:
+            return False
 
 
 def pool_path(conn: Connection, pool: str) -> str:
     """The folder of a directory pool."""
     with calling(f"read storage pool {pool}"):
-        return ET.fromstring(_pool(conn, pool).XMLDesc()).findtext("target/path") or ""
+        return ET.fromstring(look_up(conn, pool).XMLDesc()).findtext("target/path") or ""
 
 
 class Space(NamedTuple):
@@ -106,18 +110,16 @@ def running_path(conn: Connection, pool: str) -> str:
     """The folder of a pool that runs; "" where there is none of that name."""
     with calling(f"read storage pool {pool}"):
         try:
-            found = _pool(conn, pool)
+            found = look_up(conn, pool)
             return ET.fromstring(found.XMLDesc()).findtext("target/path") or "" if found.isActive() else ""
-        except libvirt.libvirtError as error:
-            if error.get_error_code() == libvirt.VIR_ERR_NO_STORAGE_POOL:
-                return ""
-            raise
+        except NotFound:
+            return ""
 
 
 def pool_space(conn: Connection, pool: str) -> Space:
     """How large a pool is and how much of it is free; as old as its last refresh."""
     with calling(f"read storage pool {pool}"):
-        info = _pool(conn, pool).info()
+        info = look_up(conn, pool).info()
     return Space(int(info[1]), int(info[3]))
 
 
@@ -135,7 +137,7 @@ def pools(conn: Connection) -> tuple[tuple[str, str, str, int, int], ...]:
 def refresh(conn: Connection, pool: str, *, timeout_s: float = _REFRESH_TIMEOUT_S) -> None:
     """Look at the pool's folder again. libvirt refuses while a volume is being made: wait for that, bounded."""
     with calling(f"refresh storage pool {pool}"):
-        found = _pool(conn, pool)
+        found = look_up(conn, pool)
     _refresh(found, pool, timeout_s)
 
 
@@ -162,7 +164,7 @@ class Listing(NamedTuple):
 def listing(conn: Connection, pool: str) -> Listing:
     """Look at a pool again. Raises NotFound."""
     with calling(f"list storage pool {pool}"):
-        found = _pool(conn, pool)
+        found = look_up(conn, pool)
         _refresh(found, pool)
         names, info = found.listVolumes(), found.info()
     return Listing(frozenset(names), Space(int(info[1]), int(info[3])))
@@ -171,13 +173,13 @@ def listing(conn: Connection, pool: str) -> Listing:
 def volume_names(conn: Connection, pool: str) -> tuple[str, ...]:
     """Names of all volumes in the pool; one call."""
     with calling(f"list storage pool {pool}"):
-        return tuple(sorted(_pool(conn, pool).listVolumes()))
+        return tuple(sorted(look_up(conn, pool).listVolumes()))
 
 
 def volumes(conn: Connection, pool: str) -> tuple[VolumeFacts, ...]:
     """All volumes of the pool with their facts."""
     with calling(f"list storage pool {pool}"):
-        return _all_facts(_pool(conn, pool))
+        return _all_facts(look_up(conn, pool))
 
 
 def _all_facts(pool: Any) -> tuple[VolumeFacts, ...]:
@@ -229,7 +231,7 @@ def create_volume(conn: Connection, pool: str, xml: str, *, name: str) -> str:
     """Make a volume from XML and return its path. Raises Conflict when the name is taken."""
     with calling(f"create volume {name}"):
         try:
-            return str(_pool(conn, pool).createXML(xml, 0).path())
+            return str(look_up(conn, pool).createXML(xml, 0).path())
         except libvirt.libvirtError as error:
             if error.get_error_code() == libvirt.VIR_ERR_STORAGE_VOL_EXIST:
                 raise Conflict(f"cannot create volume {name}: pool {pool} has it already") from error
@@ -241,6 +243,8 @@ def delete_volume(conn: Connection, pool: str, name: str) -> bool:
     with calling(f"delete volume {name}"):
         try:
             _volume(conn, pool, name).delete(0)
+        except NotFound:
+            return False
         except libvirt.libvirtError as error:
             if error.get_error_code() in {libvirt.VIR_ERR_NO_STORAGE_VOL, libvirt.VIR_ERR_NO_STORAGE_POOL}:
                 return False
@@ -295,7 +299,7 @@ def _upload(
 def passing(conn: Connection, pool: str, xml: str, name: str, data: bytes) -> Iterator[None]:
     """A small volume with that content, for the time of the block."""
     with calling(f"create volume {name}"):
-        volume = _pool(conn, pool).createXML(xml, 0)
+        volume = look_up(conn, pool).createXML(xml, 0)
     try:
         with calling(f"upload volume {name}"):
             _upload(conn, volume, name, io.BytesIO(data), len(data), lambda _n: None)
