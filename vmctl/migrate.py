@@ -296,6 +296,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
             answering = probe is not None and probe.answers()
             ends.asking().back()  # it has no say in this, and is told of at the end
             ordered = orders(ends, vm, wish, looked.look.disks)
+            migrate_cards.note(ends.source, vm)
             made = undo.pop_all()  # from here on it goes only once it is known that the VM does not need it there
             run = migrate_watch.run(ends, vm.name, ordered, wish.policy, report)
             run.keep = wish.keep
@@ -310,6 +311,8 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
     if where is Where.HALF:
         where, seen = migrate_settle.settled(ends, vm, run, report)
     if where is not Where.MOVED:
+        if where is Where.STAYED:
+            migrate_cards.forget(ends.source, vm.name)
         raise migrate_settle.failed(ends, vm.name, run, where, seen)
     try:
         migrate_cards.plug_anew(ends, vm.name, report)
