@@ -1004,6 +1004,28 @@ def test_ctrl_c_as_it_begins(pair: Pair, tmp_path: Path) -> None:
         assert not sending(pair, name) and pair.where(name) == {"h1": "running"}
 
 
+def test_ctrl_c_before_it_is_sent_and_as_a_guest_stops(pair: Pair, vm: str, tmp_path: Path) -> None:
+    """It was said only that it was interrupted, and of the guest nothing, which went on shutting down."""
+
+    def cut(at: str, *words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.system.interrupting", "SIGINT", at, "-c", "h1", *words],
+            cwd=REPO,
+            env={**pair.env, "CHANGES": str(tmp_path / "changes")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 130, done.stderr
+        return done.stderr
+
+    assert f"interrupted; {vm} runs on h1 as before" in cut("domain.note_pulled", "migrate", vm, "--to", "h2")
+    assert pair.where(vm) == {"h1": "running"}
+    said = cut("domain.shutdown_acpi", "stop", vm)
+    assert f"cannot wait for the end of VM {vm}: interrupted; its guest has been asked to power off" in said
+    until(lambda: pair.where(vm) == {"h1": "shut off"}, "it goes on shutting down")
+
+
 def test_post_copy_is_refused_where_it_cannot_be(pair: Pair, vm: str) -> None:
     if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text().strip() != "0":
         pytest.skip("this kernel lets every program handle page faults")
