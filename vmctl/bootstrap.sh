@@ -315,6 +315,10 @@ ensure_venv
 ensure_libvirt
 [ -z "$log" ] || rm -f "$log"
 
+case ${1-}:$PATH: in
+vmctl:*:"$venv/bin":*) ;;
+vmctl:*) export VMCTL_SHELL="sh $0 bash" ;; # what vmctl demo names, with which its path ends
+esac
 PATH=$venv/bin:$PATH
 export PATH
 export VIRTUAL_ENV="$venv"

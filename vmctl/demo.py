@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def commands(name: str, connect: str | None, *, build: bool) -> list[list[str]]:
 
 
 _NEXT = """\
-Done. What to type next:
+Done. What to type next:{shell}
   vmctl create web1 --image micro --wait ssh   a VM that stays
   vmctl ssh web1                               a shell in it
   vmctl console web1                           its serial console; Ctrl-] leaves
@@ -79,4 +80,6 @@ def run(name: str, connect: str | None, vmctl: Callable[[list[str]], int]) -> No
         made = made or "create" in line
         made = made and "delete" not in line
     ui.note(f"({time.monotonic() - began:.1f} s in all)\n")
-    ui.say(_NEXT)
+    # The set-up had vmctl on the path for this command only.
+    shell = os.environ.get("VMCTL_SHELL", "")
+    ui.say(_NEXT.format(shell=f"\n  {shell:<44} a shell with vmctl on its path" if shell else ""))

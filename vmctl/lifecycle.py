@@ -23,7 +23,16 @@ from vmctl import (
     spec,
 )
 from vmctl.accel import timeout_scale
-from vmctl.errors import Conflict, HypervisorError, NotFound, SpecError, WaitTimeout, WrongState, quietly
+from vmctl.errors import (
+    Conflict,
+    HypervisorError,
+    Interrupted,
+    NotFound,
+    SpecError,
+    WaitTimeout,
+    WrongState,
+    quietly,
+)
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import agent, disks, domain, events
@@ -181,6 +190,12 @@ def stop(host: Host, name: str, report: Reporter, *, timeout_s: float | None = N
             report(Step(f"the QEMU of {name} does not answer"))
             host = replace(host, conn=host.conn.apart())
             break  # nor would it pass on what its agent is asked
+        except (KeyboardInterrupt, Interrupted) as early:
+            why = f"{early}" or "interrupted"
+            raise Interrupted(
+                f"cannot wait for the end of VM {name}: {why}; its guest has been asked to power off, and goes on",
+                hint=f"vmctl wait {name} --for stopped",
+            ) from early
         if budget:
             means = "ACPI" if way is Stopped.ACPI else "its agent"
             report(Step(f"{name} did not stop by {means} in {budget / 2:.3g} s"))

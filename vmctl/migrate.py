@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -96,6 +97,30 @@ def _look(ends: Ends, name: str, wish: Wish, *, held: bool = False) -> Found:
     )
 
 
+@contextmanager
+def staying(name: str, vm: Domain | None, here: str) -> Iterator[None]:
+    """A block in which a VM is where it was, and that takes back what it made: Interrupted says so.
+
+    What came with a word on where the VM is goes through as it is.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as early:
+        cannot = f"cannot migrate VM {name}: "
+        if f"{early}".startswith(cannot):
+            raise
+        how = "" if vm is None else "runs" if vm.state is State.RUNNING else f"is {vm.state}"
+        where = f"{name} {how} on {here} as before" if how else "nothing was begun"
+        raise Interrupted(f"{cannot}{f'{early}' or 'interrupted'}; {where}") from early
+
+
+def _begun(name: str, vm: Domain | None, here: str) -> ExitStack:
+    """That block, as a stack that is emptied once it may be elsewhere."""
+    with ExitStack() as stack:
+        stack.enter_context(staying(name, vm, here))
+        return stack.pop_all()
+
+
 def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
     """Move a VM, live when it runs.
 
@@ -107,6 +132,7 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         for host in {one.lock_scope: one for one in (source, target)}.values():
             locks.enter_context(holding(host, name))
         vm = domain.find_or_none(source.conn, name)
+        begin = locks.enter_context(_begun(name, vm, ends.names[0]))
         if vm is not None:
             layer_check.follow(source, vm)  # the definition goes along
         looked = _look(ends, name, wish, held=True)
@@ -131,6 +157,7 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             networks.ensure(target, report)
         identity.note_moving(source, looked.vm.uuid)
         migrate_storage.mark_shared(source, target, looked.vm, looked.facts.needs)
+        begin.pop_all()  # both say themselves where it is
         return (_live if looked.vm.active else _offline)(ends, looked, wish, report, began)
 
 
@@ -175,12 +202,14 @@ def _sends_live(vm: Domain, wish: Wish) -> bool:
 def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float) -> Moved:
     """Files, then the definition there, then none here: whatever ends this early, some host has it defined."""
     vm = looked.vm
-    with migrate_storage.made(ends, looked.look.makes, report, bandwidth=wish.bandwidth) as undo:
+    making = migrate_storage.made(ends, looked.look.makes, report, bandwidth=wish.bandwidth)
+    with _begun(vm.name, vm, ends.names[0]) as stays, making as undo:
         _note_both(ends, vm, wish, undo)
         text = domain.xml(ends.source.conn, vm.name, inactive=True, secure=True)
         domain.define(ends.target.conn, text, name=vm.name)
         undo.callback(lambda: quietly(lambda: domain.undefine(ends.target.conn, vm.name, keep_nvram=True)))
         domain.set_autostart(ends.target.conn, vm.name, on=vm.autostart)
+        stays.pop_all()
         whole = undo.pop_all()  # what is there goes again only as long as the VM is here
     try:
         if not wish.keep:
@@ -190,6 +219,8 @@ def _offline(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: flo
     except (VmctlError, KeyboardInterrupt, Interrupted):
         if domain.find_or_none(ends.source.conn, vm.uuid) is not None:
             whole.close()
+            with staying(vm.name, vm, ends.names[0]):
+                raise
         raise
     _clear_source(ends, looked, wish, report)
     _note_move(ends, vm, wish, report)
@@ -287,7 +318,8 @@ def _probe(host: Host, looked: Found) -> AbstractContextManager[Probe | None]:
 def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float) -> Moved:
     vm, (here, there) = looked.vm, ends.names
     mode = Mode.LIVE if _sends_live(vm, wish) else Mode.HELD
-    with migrate_storage.made(ends, looked.look.makes, report, bandwidth=wish.bandwidth) as undo:
+    making = migrate_storage.made(ends, looked.look.makes, report, bandwidth=wish.bandwidth)
+    with _begun(vm.name, vm, ends.names[0]) as stays, making as undo:
         for file in looked.look.leavings:
             undo.callback(quietly, partial(_take_away, ends, file))
         _note_both(ends, vm, wish, undo)
@@ -296,6 +328,9 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
             answering = probe is not None and probe.answers()
             ends.asking().back()  # it has no say in this, and is told of at the end
             ordered = orders(ends, vm, wish, looked.look.disks)
+            undo.callback(migrate_cards.forget, ends.source, vm.name)
+            migrate_cards.note(ends.source, vm)
+            stays.pop_all()
             made = undo.pop_all()  # from here on it goes only once it is known that the VM does not need it there
             run = migrate_watch.run(ends, vm.name, ordered, wish.policy, report)
             run.keep = wish.keep
@@ -310,6 +345,8 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
     if where is Where.HALF:
         where, seen = migrate_settle.settled(ends, vm, run, report)
     if where is not Where.MOVED:
+        if where is Where.STAYED:
+            migrate_cards.forget(ends.source, vm.name)
         raise migrate_settle.failed(ends, vm.name, run, where, seen)
     try:
         migrate_cards.plug_anew(ends, vm.name, report)

@@ -58,6 +58,21 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
     return migrate_recover.recover(ends, name, wish, report)
 
 
+def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
+    """Settle what a migration left, as migrate_recover.recover() does; or say that there is nothing to settle.
+
+    Of one that is off on the target that is not said: it may have been without power, and lost its memory.
+    """
+    try:
+        found = _look(ends, name, wish)
+    except VmctlError:
+        found = _Seen(Before.NOTHING)  # a host that is down, of which a recovery knows more
+    if found.there is None or not found.there.active:
+        return migrate_recover.recover(ends, name, wish, report)
+    report(Step(f"nothing to recover: {_done(ends, found.there, kept=found.kept)}"))
+    return Moved(name, found.there.uuid, *ends.names, Mode.ALREADY, 0.0)
+
+
 def check(ends: Ends, name: str, wish: Wish) -> tuple[Problem, ...]:
     """All that stands against it, and notes; that it is done is one. Changes nothing."""
     try:
@@ -108,7 +123,7 @@ def _of_gone(ends: Ends, there: Domain) -> _Seen:
     marked = _marked(ends, files)
     if there.state is State.PAUSED and (marked or there.why != "asked"):
         return _Seen(Before.NOTHING)
-    if marked or record.pulled(there.xml):
+    if marked or record.moving(there.xml):
         return _Seen(Before.BEGUN)
     return _Seen(Before.NOTHING) if _left(ends, there, files) else _Seen(Before.DONE, there)
 
@@ -139,7 +154,7 @@ def _of_both(ends: Ends, vm: Domain, there: Domain | None, wish: Wish) -> _Seen:
         kept = wish.keep and any(one.uuid == homes.known_by(ends.target) for one in noted)
         if not kept or vm.active or vm.state is State.SAVED or not there.active:
             return _Seen(Before.NOTHING)
-        return begun if marked else _Seen(Before.DONE, there, kept=True)
+        return begun if marked or record.moving(there.xml) else _Seen(Before.DONE, there, kept=True)
     went = there.active and not vm.active and identity.went(ends.source, vm)
     return begun if marked or went else _Seen(Before.NOTHING)
 

@@ -3,8 +3,9 @@
 Whoever had an address of such a network where it was keeps it until its DHCP client next asks, half an hour later, and
 is then told that it is another's. A DHCP client asks when the cable comes back.
 
-Which cables are pulled is noted in the running VM itself before they are: whoever is killed meanwhile leaves a VM that
-says so, to --recover, to its next move and to doctor, and a cable that its user pulled is told apart.
+That it moves is noted in the running VM itself before it does, and goes along; and which cables are pulled, before they
+are. Whoever is killed meanwhile leaves a VM that says so, to --recover, to its next move and to doctor; a cable that
+its user pulled is told apart, and one that has moved, and whose move has come to its end, is left alone.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import xml.etree.ElementTree as ET
 from collections.abc import Collection
 
 from vmctl import record
-from vmctl.errors import HostUnreachable, Interrupted, NotFound, VmctlError, WrongState
+from vmctl.errors import HostUnreachable, Interrupted, NotFound, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, network, saved
+from vmctl.hypervisor.domain import Domain
 from vmctl.hypervisor.states import State
 from vmctl.migrate_ends import Ends
 from vmctl.wait import pause, wait_until
@@ -42,6 +44,29 @@ def cards(text: str, nets: Collection[str], pulled: Collection[str] = ()) -> dic
     return found
 
 
+def note(host: Host, vm: Domain) -> None:
+    """Note in a running VM that it moves; what a move before has noted stays, for it may have pulled cables."""
+    if vm.facts.nics and not record.moving(vm.xml):
+        quietly(lambda: domain.note_pulled(host.conn, vm.name, ()))
+
+
+def forget(host: Host, name: str) -> None:
+    """It has not moved: the note goes, unless it tells of cables that a move before has pulled."""
+
+    def act() -> None:
+        vm = domain.find(host.conn, name)
+        if vm.active and record.moving(vm.xml) and not record.pulled(vm.xml):
+            domain.note_pulled(host.conn, name, None)
+
+    quietly(act)
+
+
+def noted(host: Host, name: str) -> bool:
+    """Whether a VM says that its move, or one before, has not come to its end."""
+    vm = domain.find_or_none(host.conn, name)
+    return vm is not None and vm.active and record.moving(vm.xml)
+
+
 def plug_anew(ends: Ends, name: str, report: Reporter) -> None:
     """Pull the cables of such cards of a VM that has come to the target, and plug them in; a failure is only warned of.
 
@@ -54,6 +79,8 @@ def plug_anew(ends: Ends, name: str, report: Reporter) -> None:
         nets = {net.name for net in network.named(ends.target.conn, sources) if net.dhcp} if vm.active else set()
         found = cards(vm.xml, nets, before) if vm.active else {}
         if not found:
+            if vm.active and record.moving(vm.xml):
+                domain.note_pulled(ends.target.conn, name, None)
             return
         where = " and ".join(dict.fromkeys(found.values()))
         if vm.state is not State.RUNNING:
@@ -114,7 +141,7 @@ def plug_in(host: Host, name: str, macs: Collection[str], *, anew: bool = True) 
     if anew:
         saved.set_links(host.conn, name, up=False, macs=macs)
     saved.set_links(host.conn, name, up=True, macs=macs)
-    domain.note_pulled(host.conn, name, ())
+    domain.note_pulled(host.conn, name, None)
 
 
 def pulled(host: Host, name: str) -> tuple[str, ...]:

@@ -60,7 +60,8 @@ def recover(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         if where is Where.MOVED or _off_there(seen):
             _require_left(ends.source, here, vm, seen[0], ends.target, went=True)
             looked = _looked(ends, vm, wish)
-            migrate_cards.plug_anew(ends, vm.name, report)
+            if migrate_cards.noted(ends.target, vm.name):
+                migrate_cards.plug_anew(ends, vm.name, report)
             migrate.end_on_target(ends, looked, wish, report)
             _clear_marks(ends, looked)
             if not (seen[1].there or seen[1].ended):  # the host has been without power, or it went as one that was off

@@ -105,12 +105,19 @@ def with_note(text: str, note: str) -> str:
     return f"{text[: found.start()]}<metadata{(found['words'] or '').rstrip()}>{note}{end}{text[found.end() :]}"
 
 
+def moving(text: str) -> bool:
+    """Whether a running domain, by its XML, has been sent away, and its cables not plugged in anew since."""
+    return _pulled(text) is not None
+
+
 def pulled(text: str) -> tuple[str, ...]:
     """The MACs of the cards of a running domain, by its XML, whose cables are pulled by a move that is under way."""
-    if PULLED not in text:
-        return ()
-    element = ET.fromstring(text).find(f"metadata/{{{PULLED}}}pulled")
+    element = _pulled(text)
     return () if element is None else tuple(element.get("macs", "").split())
+
+
+def _pulled(text: str) -> ET.Element | None:
+    return ET.fromstring(text).find(f"metadata/{{{PULLED}}}pulled") if PULLED in text else None
 
 
 def _tag(name: str) -> str:

@@ -47,6 +47,7 @@ CHANGES: dict[Any, tuple[str, ...]] = {
         "set_record",
         "set_autostart",
         "power_off",
+        "shutdown_acpi",
         "resume",
         "undefine",
         "detach_disk",

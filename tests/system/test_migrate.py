@@ -810,6 +810,34 @@ def test_killed_with_its_cable_pulled_it_is_plugged_in_again(pair: Pair, wired: 
     assert links(pair, "h1", wired) == {one: "up", other: "down"}
 
 
+def test_a_recovery_plugs_in_anew_what_no_move_has_and_nothing_else(pair: Pair, wired: str) -> None:
+    """One that was cut off before the cables were pulled, too; of one that has simply moved there is nothing to do."""
+
+    def recovered() -> subprocess.CompletedProcess[str]:
+        return pair.vmctl("-c", "h1", "migrate", wired, "--to", "h2", "--recover")
+
+    said = pair.vmctl("-c", "h1", "migrate", wired, "--to", "h2").stderr
+    assert f"{wired} is plugged in anew to vmctl on h2" in said
+    done = recovered()
+    assert done.stdout == f"{wired}: on h2 already\n"
+    assert f"nothing to recover: {wired} is on h2 already, running" in done.stderr
+    assert "plugged in anew" not in done.stderr
+    pair.vmctl("-c", "h2", "migrate", wired, "--to", "h1")
+
+    pair.bed.limit("10mbit")
+    process = pair.begin("-c", "h1", "migrate", wired, "--to", "h2")
+    until(lambda: sending(pair, wired), "the migration sends")
+    process.kill()
+    process.communicate()
+    pair.bed.limit(None)
+    until(lambda: pair.where(wired) == {"h2": "running"}, "libvirt has sent it")
+    assert {*links(pair, "h2", wired).values()} == {"up"}
+    done = recovered()
+    assert f"{wired} is plugged in anew to vmctl on h2" in done.stderr and " 0 B in " not in done.stdout
+    assert "vmctl-pulled" not in pair.machine("h2").virsh("dumpxml", wired)
+    assert "plugged in anew" not in recovered().stderr
+
+
 def test_interrupted_with_its_cable_pulled_it_plugs_it_in(pair: Pair, wired: str, tmp_path: Path) -> None:
     process = pulling(pair, tmp_path, "SIGINT", "-c", "h1", "migrate", wired, "--to", "h2")
     _, said = process.communicate(timeout=120)
@@ -974,6 +1002,28 @@ def test_ctrl_c_as_it_begins(pair: Pair, tmp_path: Path) -> None:
         )
         assert done.returncode == 130 and f"{name} runs on h1 as before" in done.stderr, done.stderr
         assert not sending(pair, name) and pair.where(name) == {"h1": "running"}
+
+
+def test_ctrl_c_before_it_is_sent_and_as_a_guest_stops(pair: Pair, vm: str, tmp_path: Path) -> None:
+    """It was said only that it was interrupted, and of the guest nothing, which went on shutting down."""
+
+    def cut(at: str, *words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.system.interrupting", "SIGINT", at, "-c", "h1", *words],
+            cwd=REPO,
+            env={**pair.env, "CHANGES": str(tmp_path / "changes")},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 130, done.stderr
+        return done.stderr
+
+    assert f"interrupted; {vm} runs on h1 as before" in cut("domain.note_pulled", "migrate", vm, "--to", "h2")
+    assert pair.where(vm) == {"h1": "running"}
+    said = cut("domain.shutdown_acpi", "stop", vm)
+    assert f"cannot wait for the end of VM {vm}: interrupted; its guest has been asked to power off" in said
+    until(lambda: pair.where(vm) == {"h1": "shut off"}, "it goes on shutting down")
 
 
 def test_post_copy_is_refused_where_it_cannot_be(pair: Pair, vm: str) -> None:

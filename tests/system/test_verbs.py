@@ -743,8 +743,9 @@ def test_precedence_of_connections(shell: Shell) -> None:
 
 
 def test_demo(shell: Shell) -> None:
-    done = shell.run("demo", "--name", f"demo-{os.getpid()}", timeout=300)
+    env = environment(VMCTL_SHELL="sh vmctl/bootstrap.sh bash")
+    done = shell.run("demo", "--name", f"demo-{os.getpid()}", timeout=300, env=env)
     for word in ("create", "exec", "show", "pause", "resume", "delete"):
         assert f"$ vmctl {word}" in done.stderr
-    assert "What to type next" in done.stdout and "hello from" in done.stdout
+    assert "What to type next:\n  sh vmctl/bootstrap.sh bash  " in done.stdout and "hello from" in done.stdout
     assert f"demo-{os.getpid()}" not in shell.virsh("list", "--all", "--name")

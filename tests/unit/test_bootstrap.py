@@ -260,6 +260,17 @@ def test_it_becomes_the_command(machine: Machine) -> None:
     assert (done.returncode, done.stdout) == (7, f"a b|c|{machine.checkout / '.venv'}|{umask}")
 
 
+def test_vmctl_is_told_how_to_get_a_shell_in_which_it_is_on_the_path(machine: Machine) -> None:
+    machine.run()
+    asked = machine.stand_in("job", 'echo "${VMCTL_SHELL-none}"')
+    (made := machine.checkout / ".venv/bin/vmctl").unlink(missing_ok=True)
+    made.symlink_to(asked)
+    assert machine.run("vmctl").stdout == f"sh {machine.checkout}/vmctl/bootstrap.sh bash\n"
+    assert machine.run("job").stdout == "none\n", "a shell, it may be: in there it is on the path"
+    there = f"{machine.bin}:{machine.checkout}/.venv/bin"
+    assert machine.run("vmctl", PATH=there).stdout == "none\n"
+
+
 def test_an_unknown_command_or_option_or_section_is_named(machine: Machine) -> None:
     assert "cannot run no-such: there is no such command" in machine.run("no-such").stderr
     assert machine.run("no-such").returncode == 127

@@ -245,9 +245,9 @@ def _check(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output) -> No
 
 
 def _move(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output, *, recover: bool) -> None:
-    from vmctl import migrate_again, migrate_recover
+    from vmctl import migrate_again
 
-    work, report = migrate_recover.recover if recover else migrate_again.migrate, reporter()
+    work, report = migrate_again.recover if recover else migrate_again.migrate, reporter()
     _each(names, lambda name: work(ends, name, wish, report), output)
 
 
@@ -287,7 +287,8 @@ def told(one: Moved) -> str:
     text = f"{one.vm}: {one.source} -> {one.target} in {one.time_s:.1f} s, {one.mode}"
     if one.mode == "stopped":
         return text + (f", {len(one.copied)} files copied" if one.copied else "")
-    text += f", {ui.size(one.data)} in {one.passes} passes"
+    if one.data or one.passes:  # of one that went before nothing is known of that
+        text += f", {ui.size(one.data)} in {one.passes} passes"
     if one.downtime_ms is not None and one.mode == "live":
         text += f", downtime {one.downtime_ms} ms"
     if one.outage_ms is not None:

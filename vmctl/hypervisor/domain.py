@@ -330,9 +330,10 @@ def set_homes(conn: Connection, name: str, element: str | None) -> None:
         note(handle(conn, name), element, record.HOMES_PREFIX, record.HOMES, flags)
 
 
-def note_pulled(conn: Connection, name: str, macs: Collection[str]) -> None:
-    """Note in a running domain that the cables of the cards with these MACs are pulled for a moment; none: no more."""
-    element = ET.tostring(ET.Element("pulled", {"macs": " ".join(macs)}), encoding="unicode") if macs else None
+def note_pulled(conn: Connection, name: str, macs: Collection[str] | None) -> None:
+    """Note in a running domain that it moves, and which cards' cables are pulled for that, by MAC; None: no more."""
+    noted = macs is not None
+    element = ET.tostring(ET.Element("pulled", {"macs": " ".join(macs or ())}), encoding="unicode") if noted else None
     with calling(f"note which cables of VM {name} are pulled"):
         flags = libvirt.VIR_DOMAIN_AFFECT_LIVE
         note(handle(conn, name), element, record.PULLED_PREFIX, record.PULLED, flags)
