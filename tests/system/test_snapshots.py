@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.system import pattern
-from tests.system.conftest import Shell
+from tests.system.conftest import Shell, environment
 from tests.system.test_interrupted import interrupted
 from vmctl import disk_xml
 
@@ -602,3 +603,14 @@ def test_what_a_snapshot_made_below_a_clones_layer_goes_with_the_last(shell: She
     assert all(path.name in told for path in made)
     shell.run("delete", going[1], "--yes")
     assert set(POOL.iterdir()) == before
+
+
+def test_a_snapshot_that_is_there_when_its_create_is_interrupted_is_told_of(
+    shell: Shell, name: str, tmp_path: Path
+) -> None:
+    shell.run("create", name, "--image", "micro", "--no-start")
+    words = ["-m", "tests.system.interrupting", "SIGINT", "snapshots.take", "snapshot", "create", f"{name}.new"]
+    done = warm.run(words, env=environment(CHANGES=str(tmp_path / "changes")), timeout=120)
+    there = [one["name"] for one in shell.json("snapshot", "list", name)]
+    assert done.returncode == 130 and there == ["new"], done.stderr
+    assert f"snapshot {name}.new is there, whole" in done.stderr and f"snapshot delete {name}.new" in done.stderr
