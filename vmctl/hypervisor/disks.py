@@ -18,7 +18,7 @@ from vmctl.errors import HypervisorError, NotFound, VmctlError, WaitTimeout, Wro
 from vmctl.hypervisor import domain
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling, translated
-from vmctl.wait import wait_until
+from vmctl.wait import pause, wait_until
 
 _POLL_S = 0.05
 _JOB_POLL_S = 0.2
@@ -313,7 +313,7 @@ class _Pulling:
 
     def sleep(self, _seconds: float) -> None:
         """Until the next look."""
-        time.sleep(self._interval)
+        pause(self._interval)
 
 
 def _flushing(dom: libvirt.virDomain, disk: DiskDevice, doing: str) -> Callable[[], None]:
@@ -406,7 +406,7 @@ def _until(
     moved: Callable[[Job], None],
     *,
     ready: bool,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], None] = pause,
 ) -> None:
     """Wait for a job to be ready to be switched over, or to end. Raises WrongState when the domain stops meanwhile."""
     dom = domain.handle(conn, name)
