@@ -35,7 +35,7 @@ from vmctl.backup_store import Shelf
 from vmctl.backup_take import Order
 from vmctl.choices import Compression
 from vmctl.disk_xml import DiskDevice
-from vmctl.errors import ImageError, NotFound, SpecError, Unsupported, VmctlError, WrongState, close_to
+from vmctl.errors import ImageError, NotFound, SpecError, Unsupported, VmctlError, WrongState
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import backup, disks, domain, pools
@@ -372,7 +372,7 @@ def prune(folder: Path, keep: int | None, older_than: timedelta | None, report: 
     if keep is None and older_than is None:
         raise SpecError("cannot prune backups: nothing says which", hint="--keep 7, --older-than 30d, or both")
     if not folder.is_dir():
-        meant = close_to(folder.name, backup_store.vms(folder.parent))
+        meant = backup_store.vm_meant(folder)
         raise NotFound(f"cannot prune backups: there is no {folder}", meant=meant)
     if dry:
         found = _pruning(backup_store.shelf(folder), keep, older_than)

@@ -59,8 +59,8 @@ class Shelf:
             return self.points[wanted if wanted in found else found[0]]
         known = ", ".join([*self.points, *self.damaged]) or "none"
         problem = "several are called so" if found else f"there are {known}"
-        known_vms = () if self.folder.is_dir() else vms(self.folder.parent)  # else it is the VM that is mistyped
-        meant = "" if found else close_to(self.folder.name, known_vms) or close_to(wanted, self.points)
+        mistyped = "" if self.folder.is_dir() else vm_meant(self.folder)
+        meant = "" if found else mistyped or close_to(wanted, self.points)
         raise NotFound(f"cannot find backup {wanted} in {self.folder}: {problem}", meant=meant)
 
 
@@ -83,6 +83,11 @@ def vm_folder(root: Path, vm: str) -> Path:
     if not vm or "/" in vm or vm.startswith("."):
         raise SpecError(f"cannot use backups of {vm!r}: that is no name of a VM")
     return Path(os.path.realpath(root)) / vm
+
+
+def vm_meant(folder: Path) -> str:
+    """The VM that has backups beside a folder that is not there, if the folder's name is nearly its."""
+    return close_to(folder.name, vms(folder.parent))
 
 
 def vms(root: Path) -> tuple[str, ...]:

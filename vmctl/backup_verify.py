@@ -10,7 +10,7 @@ from vmctl import backup_read, backup_store
 from vmctl.backup_index import CLUSTER
 from vmctl.backup_manifest import Manifest
 from vmctl.backup_store import Shelf
-from vmctl.errors import NotFound, VmctlError, close_to
+from vmctl.errors import NotFound, VmctlError
 from vmctl.events import Progress, Reporter
 
 
@@ -34,7 +34,7 @@ def verify(folder: Path, wanted: Collection[str], report: Reporter) -> tuple[Ver
     if not folder.is_dir():
         raise NotFound(
             f"cannot verify backups: there is no {folder}",
-            meant=close_to(folder.name, backup_store.vms(folder.parent)),
+            meant=backup_store.vm_meant(folder),
             hint="--folder names another place",
         )
     with backup_store.locked(folder, shared=True):
