@@ -23,6 +23,7 @@ from vmctl import (
     migrate_wish,
     networks,
 )
+from vmctl.at_once import beside
 from vmctl.choices import Accel
 from vmctl.errors import Interrupted, MigrationFailed, PreflightFailed, VmctlError, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned
@@ -135,6 +136,7 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
         begin = locks.enter_context(_begun(name, vm, ends.names[0]))
         if vm is not None:
             layer_check.follow(source, vm)  # the definition goes along
+        at = locks.enter_context(beside(partial(_address, source, vm)))  # it takes as long as the look
         looked = _look(ends, name, wish, held=True)
         everything = _problems(looked, wish)
         if worst := fatal(everything):
@@ -157,8 +159,11 @@ def migrate(ends: Ends, name: str, wish: Wish, report: Reporter) -> Moved:
             networks.ensure(target, report)
         identity.note_moving(source, looked.vm.uuid)
         migrate_storage.mark_shared(source, target, looked.vm, looked.facts.needs)
+        knock = at()
         begin.pop_all()  # both say themselves where it is
-        return (_live if looked.vm.active else _offline)(ends, looked, wish, report, began)
+        if looked.vm.active:
+            return _live(ends, looked, wish, knock, report, began)
+        return _offline(ends, looked, wish, report, began)
 
 
 def adjust(source: Host, name: str, *, bandwidth: int, downtime_ms: int | None) -> None:
@@ -306,16 +311,21 @@ def orders(ends: Ends, vm: Domain, wish: Wish, disks: tuple[str, ...] = ()) -> O
     )
 
 
-def _probe(host: Host, looked: Found) -> AbstractContextManager[Probe | None]:
-    """Someone who knocks at the guest, where it is known where that is."""
+def _address(host: Host, vm: Domain | None) -> str:
+    """Where to knock at the guest, or "" where that is not known."""
     try:
-        where = address(host, looked.vm)
+        where = None if vm is None or not vm.active else address(host, vm)
     except VmctlError:
         where = None
-    return nullcontext(None) if where is None or where.forwarded else Probe(where.host)
+    return "" if where is None or where.forwarded else where.host
 
 
-def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float) -> Moved:
+def _probe(at: str) -> AbstractContextManager[Probe | None]:
+    return Probe(at) if at else nullcontext(None)
+
+
+def _live(ends: Ends, looked: Found, wish: Wish, at: str, report: Reporter, began: float) -> Moved:
+    """``at``: the guest's address, or ""."""
     vm, (here, there) = looked.vm, ends.names
     mode = Mode.LIVE if _sends_live(vm, wish) else Mode.HELD
     making = migrate_storage.made(ends, looked.look.makes, report, bandwidth=wish.bandwidth)
@@ -324,7 +334,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
             undo.callback(quietly, partial(_take_away, ends, file))
         _note_both(ends, vm, wish, undo)
         report(Step(f"{vm.name}: {here} -> {there}, {mode}, {wish.way}"))
-        with _probe(ends.source, looked) as probe:
+        with _probe(at) as probe:
             answering = probe is not None and probe.answers()
             ends.asking().back()  # it has no say in this, and is told of at the end
             ordered = orders(ends, vm, wish, looked.look.disks)
@@ -336,7 +346,7 @@ def _live(ends: Ends, looked: Found, wish: Wish, report: Reporter, began: float)
             run.keep = wish.keep
             where, seen = migrate_settle.settled(ends, vm, run, report)
             if probe is not None and answering and where is Where.MOVED:
-                migrate_settle.linger(run)
+                migrate_settle.hear(probe, run)
     stayed = where in {Where.STAYED, Where.HALF}
     if where is Where.HALF:
         quietly(lambda: domain.resume(ends.source.conn, vm.name))

@@ -234,24 +234,23 @@ class Ways(NamedTuple):
 class Asking:
     """Asks hosts, over SSH, whether their libvirts reach each other: each answer takes two log-ins, one from there.
 
-    The source is asked at once, beside all else. The way back, which no migration needs, only when it is wanted.
+    Both are asked at once, beside all else. For what the target says, which most migrations do not need, nobody waits
+    before it is wanted.
     """
 
     def __init__(self, fleet: Fleet, source: HostEntry, target: HostEntry) -> None:
         self._entries = [source, target]
         self._fleet = fleet
         self._found: dict[int, SeenFrom | VmctlError] = {}
-        self._threads: dict[int, threading.Thread] = {}
-        self._begin(0)
-
-    def _begin(self, at: int) -> None:
-        if at not in self._threads and host_ssh.by_ssh(self._entries[at].uri):
-            self._threads[at] = threading.Thread(target=self._ask, args=(at,), daemon=True)
-            self._threads[at].start()
+        asked = [at for at in (0, 1) if host_ssh.by_ssh(self._entries[at].uri)]
+        self._threads = {at: threading.Thread(target=self._ask, args=(at,), daemon=True) for at in asked}
+        self._wanted = {0}
+        for thread in self._threads.values():
+            thread.start()
 
     def back(self) -> None:
-        """Ask the target too."""
-        self._begin(1)
+        """Want the target's answer too."""
+        self._wanted.add(1)
 
     def _ask(self, at: int) -> None:
         other = host_ssh.elsewhere(self._entries[1 - at])
@@ -261,10 +260,11 @@ class Asking:
             self._found[at] = error
 
     def answer(self, way: Way) -> Ways:
-        """Once all that were asked have answered."""
-        for thread in self._threads.values():
-            thread.join()
-        told = [self._found.get(at) for at in (0, 1)]
+        """Once all whose answer is wanted have answered."""
+        for at, thread in self._threads.items():
+            if at in self._wanted:
+                thread.join()
+        told = [self._found.get(at) if at in self._wanted else None for at in (0, 1)]
         why = [one.message if isinstance(one, VmctlError) else one.problem if one is not None else "" for one in told]
         skews = [one.skew_s for one in told if isinstance(one, SeenFrom)]
         skew = skews[0] - skews[1] if len(skews) == 2 else None

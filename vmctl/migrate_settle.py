@@ -12,6 +12,7 @@ from vmctl.hypervisor.states import recovery
 from vmctl.migrate_ends import Ends
 from vmctl.migrate_outcome import CUT_OFF, Seen, Where, judge
 from vmctl.migrate_watch import Run
+from vmctl.outage import Probe
 from vmctl.wait import pause
 
 _SETTLE_S, _STILL_S = 40.0, 4.0
@@ -37,10 +38,10 @@ def settled(ends: Ends, vm: Domain, run: Run, report: Reporter) -> tuple[Where, 
             report(Warned(f"{vm.name}: {why}; {here} and {there} are still asked where it is"))
 
 
-def linger(run: Run) -> None:
-    """Wait for the guest's first answer from its new host."""
+def hear(probe: Probe, run: Run) -> None:
+    """Wait for the guest's first answer from its new host, which says for how long there was none."""
     try:
-        pause(_LINGER_S)
+        probe.answers_again(_LINGER_S)
     except (KeyboardInterrupt, Interrupted) as early:
         run.interrupted = run.interrupted or f"{early}" or "interrupted"
 

@@ -41,6 +41,13 @@ class Probe:
             self._over.wait(_EVERY_S)
         return bool(self._answered)
 
+    def answers_again(self, within_s: float) -> bool:
+        """Whether it answers from now on, within that time."""
+        now = time.monotonic()
+        while not (heard := bool(self._answered) and self._answered[-1] > now) and time.monotonic() < now + within_s:
+            self._over.wait(_EVERY_S)
+        return heard
+
     def longest_ms(self) -> int | None:
         """The longest time without an answer between two; None where it answered less than twice."""
         gaps = [after - before for before, after in zip(self._answered, self._answered[1:], strict=False)]
