@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -85,7 +85,9 @@ def attach(
         done = Plug(plan.vm.name, view.target, view.serial, view.bus, plan.source, view.format, there)
         made = f"{plan.making.pool}/{plan.making.volume}" if plan.making else ""
         done = replace(done, made=made, added=_added(host, plan))
-        with disk_guard.claimed(host, plan.vm.name, [device], f"attach {what} to VM {name}"):
+        # One that is only read is nobody's alone: its claim keeps no other from deleting it.
+        held = disk_guard.unclaimed(host, device.source) if device.readonly and not dry else nullcontext()
+        with held, disk_guard.claimed(host, plan.vm.name, [device], f"attach {what} to VM {name}"):
             local = host.conn.local and host.conn.qemu and plan.making is None and device.source.startswith("/")
             if local and not Path(device.source).exists():  # it was, when it was looked at
                 raise NotFound(f"cannot attach {what} to VM {name}: it has just been deleted")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -29,6 +30,7 @@ from vmctl.errors import (
     Interrupted,
     NotFound,
     SpecError,
+    VmctlError,
     WaitTimeout,
     WrongState,
     quietly,
@@ -168,7 +170,8 @@ def stop(host: Host, name: str, report: Reporter, *, timeout_s: float | None = N
         report(Step(f"{name} is saved: start goes on from there; stop --force drops its saved memory"))
     if not vm.active:
         return Stopped.ALREADY
-    quietly(lambda: layer_check.follow(host, vm))  # what it writes to now is what it starts with again
+    with suppress(VmctlError), holding(host, vm.name):
+        layer_check.follow(host, vm)  # what it writes to now is what it starts with again
     deaf = vm.state is State.PAUSED or vm.panicked
     if deaf and not force:
         way = f"vmctl stop {name} --force pulls its plug"
@@ -370,16 +373,17 @@ def _require_here_alone(host: Host, vm: Domain) -> None:
 def save(host: Host, name: str, report: Reporter) -> bool:
     """Save its memory to disk and end it; the next start goes on from there. False when it was saved already.
 
-    An interrupt cancels the save and the VM runs on.
+    An interrupt cancels the save and the VM runs on. Raises Conflict while another vmctl works on it.
     """
-    vm = domain.find(host.conn, name)
-    if vm.state is State.SAVED:
-        return False
-    domain.require(vm, frozenset({State.RUNNING, State.PAUSED}), "save", f"vmctl start {name}")
-    domain.require_persistent(vm, "save")
-    layer_check.require_known(host, vm, f"save VM {name}")
-    layer_check.follow(host, vm)
-    domain_job.blocking(host, name, lambda: domain.save(host.conn, name), report, f"memory of {name}")
+    with holding(host, domain.find(host.conn, name).name):
+        vm = domain.find(host.conn, name)
+        if vm.state is State.SAVED:
+            return False
+        domain.require(vm, frozenset({State.RUNNING, State.PAUSED}), "save", f"vmctl start {name}")
+        domain.require_persistent(vm, "save")
+        layer_check.require_known(host, vm, f"save VM {name}")
+        layer_check.follow(host, vm)
+        domain_job.blocking(host, name, lambda: domain.save(host.conn, name), report, f"memory of {name}")
     return True
 
 

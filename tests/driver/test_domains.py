@@ -29,7 +29,7 @@ from vmctl.config import HostEntry
 from vmctl.domain_xml import with_shared_memory
 from vmctl.errors import Conflict, HostUnreachable, HypervisorError, NotFound, SpecError, VmctlError, WrongState
 from vmctl.events import silent
-from vmctl.hosts import Host
+from vmctl.hosts import Host, holding
 from vmctl.hypervisor import devices, domain, network
 from vmctl.hypervisor.connection import Connection, connect
 from vmctl.hypervisor.domain import State
@@ -203,6 +203,16 @@ def test_what_failed_is_told_where_libvirt_is_gone_too(host: Host) -> None:
     ):
         host.conn.close()
         raise HypervisorError("cannot take it: the connection broke", code=1, domain=1)
+
+
+def test_none_is_saved_while_another_vmctl_works_on_it(host: Host) -> None:
+    """A save lets the definition follow the disks, which the other may be changing."""
+    define(host.conn, "web1")
+    domain.start(host.conn, "web1")
+    with holding(host, "web1"), pytest.raises(Conflict):
+        lifecycle.save(host, "web1", silent)
+    assert domain.find(host.conn, "web1").state is State.RUNNING
+    assert lifecycle.save(host, "web1", silent) is True
 
 
 def test_states(host: Host) -> None:

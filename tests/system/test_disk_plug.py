@@ -397,7 +397,8 @@ def test_no_disk_goes_from_under_who_has_just_got_it(shell: Shell, name: str) ->
         assert f"VM {name} has it as vdx" in deleting.communicate(timeout=60)[1]
         assert deleting.returncode == 5 and path.exists()
         shell.run("disk", "detach", f"{name}:vdx")
-        for words in (["attach", name, f"{name}-q"], ["create", f"{name}-top", "--backing", f"{name}-q"]):
+        attaching = ["attach", name, f"{name}-q"]
+        for words in (attaching, [*attaching, "--readonly"], ["create", f"{name}-top", "--backing", f"{name}-q"]):
             content = path.read_bytes()
             with meanwhile(path, "disk", *words) as other:
                 path.unlink()
