@@ -175,6 +175,7 @@ def plan_create(host: Host, text: str, size: int | None, form: DiskFormat | None
     ref = parse_ref(text, host.settings.pool)
     if not ref.volume:
         raise SpecError(f"cannot create disk {text}: it is not VOLUME or POOL/VOLUME")
+    _require_for_disks(host, ref.pool)
     kind = pools.pool(host.conn, ref.pool).type
     named = next((one for one in DiskFormat if ref.volume.endswith(f".{one}")), None) if kind in _OF_FILES else None
     form = form or named or (DiskFormat.QCOW2 if kind in _OF_FILES else DiskFormat.RAW)
@@ -266,8 +267,17 @@ def delete(host: Host, text: str, report: Reporter) -> None:
     report(Step(f"disk {found.pool}/{found.volume} is deleted"))
 
 
+def _require_for_disks(host: Host, pool: str) -> None:
+    if pool == host.settings.image_pool:
+        raise SpecError(
+            f"cannot use pool {pool} for a disk: images are in it, and nothing else",
+            hint=f"{host.settings.pool} is for disks; vmctl disk pool list shows all there are",
+        )
+
+
 def pool_folder(host: Host, pool: str) -> str:
-    """The folder of an active pool of files. Raises SpecError for other kinds."""
+    """The folder of an active pool of files, for a disk. Raises SpecError for other kinds, and for that of images."""
+    _require_for_disks(host, pool)
     facts = pools.pool(host.conn, pool)
     if not facts.active or facts.type not in _OF_FILES:
         raise SpecError(f"cannot use pool {pool}: it is {facts.type}, {'active' if facts.active else 'not active'}")

@@ -10,10 +10,10 @@ import pytest
 
 from tests.driver.test_domains import define
 from tests.unit.test_disks import POOLS
-from vmctl import disk_find, disk_plug, disk_xml, pools
+from vmctl import disk_find, disk_plug, disk_xml, disks, pools
 from vmctl.choices import Aio, Bus, Cache
 from vmctl.disk_spec import Attachment, IoLimits
-from vmctl.errors import Conflict, NotFound
+from vmctl.errors import Conflict, NotFound, SpecError
 from vmctl.events import silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
@@ -108,3 +108,13 @@ def test_a_disk_that_is_not_there_is_looked_for_in_its_own_pool(host: Host) -> N
         with pytest.raises(NotFound) as told:
             disk_find.locate(host, name)
         assert told.value.hint.startswith(hint)
+
+
+def test_no_disk_is_made_or_moved_among_the_images(host: Host) -> None:
+    """Who tidies images up would take it for a part of one."""
+    images = host.settings.image_pool
+    with pytest.raises(SpecError, match="images are in it"):
+        disks.plan_create(host, f"{images}/mine", 1 << 20, None, "")
+    with pytest.raises(SpecError, match="images are in it"):
+        disks.pool_folder(host, images)
+    assert disks.pool_folder(host, host.settings.pool)

@@ -35,8 +35,8 @@ from vmctl.backup_index import CLUSTER, ZEROS
 from vmctl.backup_manifest import Manifest, StoredDisk, StoredFile
 from vmctl.backup_plan import DiskNow, Wanted
 from vmctl.choices import Compression
-from vmctl.errors import ImageError, SpecError, WrongState
-from vmctl.events import Event
+from vmctl.errors import ImageError, NotFound, SpecError, WrongState
+from vmctl.events import Event, silent
 from vmctl.nbd import Broken, Export
 from vmctl.qcow2_writer import Qcow2Writer
 
@@ -442,3 +442,17 @@ def test_a_file_that_backups_share_is_proved_once_and_no_other_in_its_place(tmp_
     last.write_bytes(data[:-1] + b"x")
     problems = [one.problems for one in backup_verify.verify(tmp_path, (), lambda _event: None)]
     assert problems[:2] == [(), ()] and str(last) in problems[2][0]
+
+
+def test_a_mistyped_vm_is_guessed_from_those_that_have_backups(tmp_path: Path) -> None:
+    (tmp_path / "web-server").mkdir()
+    (tmp_path / ".half-made").mkdir()
+    meant = tmp_path / "web-sever"
+    for ask in (
+        lambda: backup.prune(meant, 1, None, silent, dry=True),
+        lambda: backup_store.shelf(meant).point("latest"),
+    ):
+        with pytest.raises(NotFound) as failed:
+            ask()
+        assert "web-server" in failed.value.hint
+    assert backup_store.vm_meant(tmp_path / "database") == ""
