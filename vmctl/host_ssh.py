@@ -179,15 +179,19 @@ def _algorithms(key: str) -> str:
     return "rsa-sha2-512,rsa-sha2-256" if kind == "ssh-rsa" else kind
 
 
+# Ctrl-C at a terminal comes to all that was started there, what `timeout` or systemd sends to a whole group. What was
+# begun on a host is taken back through this client, though. It ends when vmctl does, or closes the connection.
+_OUTLAST = "trap '' INT TERM"
+
+
 def through(entry: HostEntry, runtime: Path) -> str:
-    """The URI to open: libvirt starts a client of ours that knows the pinned key."""
-    if not entry.host_key or not by_ssh(entry.uri):
-        return entry.uri
-    program = runtime / f"host-{entry.name}.ssh"
-    _put(program, f'#!/bin/sh\nexec ssh {shlex.join(options(entry, runtime))} "$@"\n', 0o700)
+    """The URI to open: libvirt starts a client of ours that knows the pinned key, if any, and outlasts an interrupt."""
     parts = urlsplit(entry.uri)
-    if "command" in parse_qs(parts.query):
+    if not by_ssh(entry.uri) or "command" in parse_qs(parts.query):
         return entry.uri
+    pinned = options(entry, runtime) if entry.host_key else []
+    program = runtime / (f"host-{entry.name}.ssh" if pinned else "hosts.ssh")
+    _put(program, f'#!/bin/sh\n{_OUTLAST}\nexec {shlex.join(["ssh", *pinned])} "$@"\n', 0o700)
     return urlunsplit(parts._replace(query="&".join(filter(None, [parts.query, f"command={program}"]))))
 
 

@@ -89,7 +89,7 @@ def open_host(connect: str | None = None, env: Mapping[str, str] = os.environ, r
 
 def open_entry(entry: HostEntry, settings: Settings, folders: Folders) -> Host:
     """Open a host, by SSH only with the key that is pinned for it. Raises HostUnreachable."""
-    if not entry.host_key:
+    if not entry.host_key and "+ssh:" not in entry.uri:
         return Host(connection.connect(entry.uri), settings, folders, entry)
     from vmctl import host_ssh  # late: a host of this machine needs none
 

@@ -17,7 +17,7 @@ from vmctl import (
     migrate_settle,
     migrate_storage,
 )
-from vmctl.errors import MigrationFailed, VmctlError
+from vmctl.errors import Interrupted, MigrationFailed, VmctlError
 from vmctl.events import Reporter, Status, Step, Warned
 from vmctl.hosts import Host, holding
 from vmctl.hypervisor import domain, migration
@@ -198,8 +198,18 @@ def _require_not_coming(ends: Ends, vm: Domain) -> None:
 def _await_job(ends: Ends, vm: Domain, wish: Wish, report: Reporter) -> None:
     """A peer-to-peer migration goes on without the vmctl that began it: see it end, or end it when it stands still.
 
-    One that is cut off in post-copy stays a job for ever.
+    One that is cut off in post-copy stays a job for ever. Raises Interrupted, which says that it goes on.
     """
+    try:
+        _see_it_end(ends, vm, wish, report)
+    except (KeyboardInterrupt, Interrupted) as early:
+        here, there = ends.names
+        text = f"{f'{early}' or 'interrupted'}; its move from {here} to {there}, begun before, goes on without vmctl"
+        again = f"{recovery(vm.name, here, there, keep=wish.keep)} sees the end of that"
+        raise Interrupted(f"cannot migrate VM {vm.name}: {text}", hint=again) from early
+
+
+def _see_it_end(ends: Ends, vm: Domain, wish: Wish, report: Reporter) -> None:
     history: list[Sample] = []
     began = time.monotonic()
     while True:

@@ -30,7 +30,7 @@ from vmctl.domain_xml import with_shared_memory
 from vmctl.errors import Conflict, HostUnreachable, HypervisorError, NotFound, SpecError, VmctlError, WrongState
 from vmctl.events import silent
 from vmctl.hosts import Host, holding
-from vmctl.hypervisor import devices, domain, network
+from vmctl.hypervisor import devices, domain, migration, network
 from vmctl.hypervisor.connection import Connection, connect
 from vmctl.hypervisor.domain import State
 from vmctl.hypervisor.network import NetworkFacts
@@ -354,3 +354,11 @@ def test_who_asks_one_of_several_hosts_for_a_vm_that_it_has_not(host: Host, monk
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def test_cancelling_over_a_connection_that_is_lost_is_no_error(conn: Connection) -> None:
+    """Who cancels a migration asks both hosts next where the VM is, over connections made anew."""
+    lost = connect(conn.uri)
+    lost.handle.close()
+    migration.abort(lost, "web1")
+    migration.pause_postcopy(lost, "web1")

@@ -132,7 +132,7 @@ class Bench:
     def _vmctl(self, *words: str, file: Any) -> subprocess.Popen[str]:
         """Its words go to a file: SSH clients that outlive it would keep a pipe open."""
         options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "cwd": REPO, "env": self.pair.env}
-        return subprocess.Popen([*VMCTL, *words], text=True, **options)
+        return subprocess.Popen([*VMCTL, *words], text=True, start_new_session=True, **options)
 
     def _unlimited(self) -> None:
         for one in self.pair.bed.machines:

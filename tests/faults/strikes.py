@@ -90,7 +90,8 @@ class Strike:
         if fault is Fault.VMCTL_KILLED:
             self.vmctl.kill()
         elif fault is Fault.VMCTL_INTERRUPTED:
-            self.vmctl.send_signal(self.random.choice([signal.SIGINT, signal.SIGTERM]))
+            # To all that it started, as a terminal and `timeout` do.
+            os.killpg(self.vmctl.pid, self.random.choice([signal.SIGINT, signal.SIGTERM]))
         elif fault in {Fault.SOURCE_LIBVIRTD, Fault.TARGET_LIBVIRTD}:
             self._kill_libvirtd(source if fault is Fault.SOURCE_LIBVIRTD else target)
         elif fault is Fault.TARGET_LIBVIRTD_STOPPED:

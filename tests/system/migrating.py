@@ -40,12 +40,11 @@ class Pair:
     def vmctl(self, *words: str, check: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
         return self.shell.run(*words, check=check, env=self.env, **options)
 
-    def begin(self, *words: str) -> subprocess.Popen[str]:
+    def begin(self, *words: str, **options: Any) -> subprocess.Popen[str]:
         """Run vmctl beside the test."""
+        given = {"env": self.env, "cwd": REPO, "text": True, **options}
         pipe = subprocess.PIPE
-        return subprocess.Popen(
-            [*VMCTL, *words], stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=REPO, env=self.env
-        )
+        return subprocess.Popen([*VMCTL, *words], stdin=pipe, stdout=pipe, stderr=pipe, **given)
 
     def vmctl_within(self, enter: Sequence[str], *words: str) -> subprocess.CompletedProcess[str]:
         """vmctl in other namespaces, which the words before it enter. Must end with 0."""

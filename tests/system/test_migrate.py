@@ -895,6 +895,29 @@ def test_vmctl_is_killed_and_the_job_is_finished(pair: Pair, vm: str) -> None:
     assert pair.where(vm) == {"h2": "running"}
 
 
+def test_interrupted_as_it_sees_to_the_end_of_one_it_says_that_that_goes_on(pair: Pair, vm: str) -> None:
+    pair.bed.limit("10mbit")
+    first = pair.begin("-c", "h1", "migrate", vm, "--to", "h2")
+    until(lambda: sending(pair, vm), "the migration sends")
+    first.kill()
+    first.communicate()
+    again = pair.begin("-c", "h1", "migrate", vm, "--to", "h2")
+    assert again.stderr is not None
+    seen = ""
+    while "under way already" not in seen:
+        line = again.stderr.readline()
+        assert line, seen
+        seen += line
+    again.send_signal(signal.SIGINT)
+    _, said = again.communicate(timeout=60)
+    assert again.returncode == 130, said
+    assert f"cannot migrate VM {vm}: interrupted; its move from h1 to h2, begun before, goes on without vmctl" in said
+    assert "--recover sees the end of that" in said
+    pair.bed.limit(None)
+    pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--recover")
+    assert pair.where(vm) == {"h2": "running"}
+
+
 def test_a_cable_that_is_cut_for_ever(pair: Pair, vm: str) -> None:
     pair.bed.limit("10mbit")
     process = pair.begin("-c", "h1", "migrate", vm, "--to", "h2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import shutil
@@ -798,6 +799,40 @@ def test_cut_off_it_stays_and_the_target_is_clean(pair: Pair, vm: str, number: s
     pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--copy-storage", "overlay")
     assert read(pair, "h2", vm) == digest
     assert not [name for name in pair.files("h2") if name.endswith(".migrating")]
+
+
+@pytest.fixture(params=["by name", "by URI"])
+def ends(request: pytest.FixtureRequest, pair: Pair, tmp_path: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """What to call the two hosts, and the environment for it: as those of the config file, or as ones it has not."""
+    if request.param == "by name":
+        yield [machine.name for machine in pair.bed.machines], pair.env
+        return
+    known = Path.home() / ".ssh/known_hosts"
+    known.parent.mkdir(mode=0o700, exist_ok=True)
+    shutil.copy(pair.bed.known_hosts, known)
+    yield [machine.ssh_uri for machine in pair.bed.machines], {**pair.env, "XDG_CONFIG_HOME": str(tmp_path)}
+    known.unlink()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_with_all_that_it_started(
+    pair: Pair, vm: str, ends: tuple[list[str], dict[str, str]], number: signal.Signals
+) -> None:
+    """As by Ctrl-C at a terminal, or by timeout: the clients of SSH, by which it takes things back, are sent it too."""
+    pair.bed.limit("100mbit")
+    (here, there), env = ends
+    words = ("-c", here, "migrate", vm, "--to", there, "--copy-storage", "overlay", "--direct")
+    process = pair.begin(*words, env=env, start_new_session=True)
+
+    def begun() -> bool:
+        return "Outgoing migration" in pair.machine("h1").virsh("domjobinfo", vm, check=False)
+
+    until(begun, "the migration sends")
+    os.killpg(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    pair.bed.limit(None)
+    assert process.returncode == 130 and "as before" in said, said
+    assert of(vm, pair.files("h2")) == set()
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -193,6 +193,7 @@ def test_the_way_there_knows_the_pinned_key_alone(folders: Folders) -> None:
     uri = host_ssh.through(entry, folders.runtime)
     assert uri == f"{entry.uri}&command={folders.runtime}/host-one.ssh"
     script = (folders.runtime / "host-one.ssh").read_text()
+    assert script.startswith("#!/bin/sh\ntrap '' INT TERM\nexec ssh -o ")
     for part in ("StrictHostKeyChecking=yes", "GlobalKnownHostsFile=/dev/null", "HostKeyAlias=one", "BatchMode=yes"):
         assert part in script
     assert (folders.runtime / "host-one.keys").read_text() == f"one {KEY}\n"
@@ -200,6 +201,11 @@ def test_the_way_there_knows_the_pinned_key_alone(folders: Folders) -> None:
     assert argv[-9:] == ["-l", "root", "-p", "2222", "-i", "/k", "--", "10.0.0.1", "echo 'a b'"]
     assert host_ssh.elsewhere(entry) == "qemu+ssh://root@10.0.0.1:2222/system"
     assert host_ssh.address(entry) == "10.0.0.1"
+    known_elsewhere = HostEntry("", "qemu+ssh://two/system")
+    assert host_ssh.through(known_elsewhere, folders.runtime).endswith(f"?command={folders.runtime}/hosts.ssh")
+    assert (folders.runtime / "hosts.ssh").read_text() == "#!/bin/sh\ntrap '' INT TERM\nexec ssh \"$@\"\n"
+    with_its_own = HostEntry("three", "qemu+ssh://three/system?command=/usr/local/bin/ssh", KEY)
+    assert host_ssh.through(with_its_own, folders.runtime) == with_its_own.uri
     assert host_ssh.through(HostEntry("two", "qemu+tls://two/system"), folders.runtime) == "qemu+tls://two/system"
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import libvirt
 
-from vmctl.errors import NotFound, WaitTimeout
+from vmctl.errors import VmctlError, WaitTimeout
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.domain import Domain, handle
 from vmctl.hypervisor.errors import calling
@@ -211,11 +211,11 @@ def totals(target: Connection, name: str) -> Totals | None:
 def abort(source: Connection, name: str) -> None:
     """Cancel it: the VM runs on where it was. None under way is no error, nor is a VM that has moved just now.
 
-    Nor one whose QEMU does not hear it.
+    Nor one whose QEMU does not hear it, nor a connection that is lost: where the VM is must be asked all the same.
     """
 
     def call() -> None:
-        with suppress(libvirt.libvirtError, NotFound):
+        with suppress(libvirt.libvirtError, VmctlError):
             handle(source, name).abortJob()
 
     with suppress(WaitTimeout):
@@ -223,10 +223,10 @@ def abort(source: Connection, name: str) -> None:
 
 
 def pause_postcopy(source: Connection, name: str) -> None:
-    """Give up the connection of a post-copy, so that another one can be made. None under way is no error."""
+    """Give up the connection of a post-copy, so that another one can be made. None of that is an error either."""
 
     def call() -> None:
-        with suppress(libvirt.libvirtError, NotFound):
+        with suppress(libvirt.libvirtError, VmctlError):
             handle(source, name).abortJobFlags(libvirt.VIR_DOMAIN_ABORT_JOB_POSTCOPY)
 
     with suppress(WaitTimeout):
