@@ -93,6 +93,12 @@ def _header(path: str, form: str, doing: str) -> tuple[DiskHeader, int]:
     return found, taken
 
 
+def named(path: str, form: str, *, doing: str) -> tuple[str, str]:
+    """What the header of a file names as its backing file, to the letter, and as that one's format. Raises as read."""
+    header, _ = _header(path, form, doing)
+    return header.backing, header.backing_format
+
+
 def read(path: str, form: str, folders: Callable[[], Collection[str]], *, doing: str) -> Chain:
     """The chain of the disk at ``path``; ``folders`` are those of the pools. Raises ImageError, NotFound."""
     layers: list[Layer] = []
