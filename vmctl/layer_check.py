@@ -28,6 +28,7 @@ from vmctl import (
 )
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, VmctlError
+from vmctl.events import silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, inventory, storage
 from vmctl.hypervisor.domain import Domain
@@ -110,6 +111,8 @@ def require_none_newer(host: Host, vm: Domain, doing: str, *, noting: bool = Tru
         return
     if not vm.active:
         pull_settle.require_settled(host, vm, doing)
+    elif noting:
+        pull_settle.settle(host, vm.name, silent)  # it may go to another host, where nobody knows of the note
     if noting:
         follow_stopped(host, vm)
     elif _lags_stopped(host, vm):

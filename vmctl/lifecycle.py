@@ -379,7 +379,7 @@ def save(host: Host, name: str, report: Reporter) -> bool:
         return False
     domain.require(vm, frozenset({State.RUNNING, State.PAUSED}), "save", f"vmctl start {name}")
     domain.require_persistent(vm, "save")
-    layer_check.require_known(host, vm, f"save VM {name}")
+    layer_check.require_known(host, vm, f"save VM {name}", noting=False)  # its name is not held
     layer_check.follow(host, vm)
     domain_job.blocking(host, name, lambda: domain.save(host.conn, name), report, f"memory of {name}")
     return True

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from vmctl import disk_chain, disk_guard, disk_xml, forgotten, pull_journal, qemu_img
+from vmctl import disk_chain, disk_guard, disk_xml, forgotten, identity, pull_journal, qemu_img
 from vmctl.disk_chain import Chain
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, VmctlError, quietly, reason
@@ -114,6 +114,8 @@ def _settle(host: Host, name: str, path: Path, entry: Entry, report: Reporter) -
     if end is End.FLUSH and device is not None:
         disks.flush(host.conn, name, device.target, _doing(entry))
     elif end is End.PUT_BACK:
+        if vm is None:
+            _require_not_elsewhere(host, entry, report)
         _put_back(host, entry)
         report(Step(f"disk {entry.target} of {name} is based on {entry.base} again: {_WHY}"))
     elif end is End.STARTED:
@@ -150,6 +152,12 @@ def _mend(note: Path, entry: Entry) -> str:
         f"qemu-img rebase -u -f {entry.format} -b {backing} -F {entry.backing_format} {file}; "
         f"or give up what may be lacking: rm {shlex.quote(str(note))}"
     )
+
+
+def _require_not_elsewhere(host: Host, entry: Entry, report: Reporter) -> None:
+    """Raise Conflict where another program has brought the VM to a host that sees the file too."""
+    for user in identity.needed_elsewhere(host, [entry.path], report).values():
+        raise Conflict(f"cannot {_doing(entry)}: {_lacking(entry)}, and {user} needs it")
 
 
 def _put_back(host: Host, entry: Entry) -> None:

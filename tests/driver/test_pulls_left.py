@@ -21,7 +21,7 @@ from vmctl import (
     qemu_img,
     snapshot_layers,
 )
-from vmctl.errors import Conflict
+from vmctl.errors import Conflict, ImageError
 from vmctl.events import Reporter, silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain
@@ -109,6 +109,20 @@ def test_a_definition_that_says_it_is_based_on_nothing_says_so_no_more(host: Hos
     cut_off(top)
     disk_journal.settle(host, "web1", silent)
     assert "<backingStore" not in domain.xml(host.conn, "web1", inactive=True) and backing(top) == "mid.qcow2"
+
+
+def test_one_that_was_not_closed_is_put_back_too(host: Host, chain: tuple[str, str, str]) -> None:
+    """A file with lazy refcounts, which QEMU mends as it opens it."""
+    top, _, _ = chain
+    begun(host, top)
+    cut_off(top)
+    img("amend", "-f", "qcow2", "-o", "lazy_refcounts=on", top)
+    write = ["qemu-io", "-f", "qcow2", "-c", "write -q -P 9 0 4k", "-c", "abort", top]
+    subprocess.run(write, timeout=60, capture_output=True, check=False)
+    with pytest.raises(ImageError, match="dirty"):
+        disk_chain.read(top, "qcow2", lambda: [str(Path(top).parent)], doing="read it")
+    disk_journal.settle(host, "web1", silent)
+    assert backing(top) == "mid.qcow2"
 
 
 def test_one_that_was_not_over_needs_nothing(host: Host, chain: tuple[str, str, str]) -> None:
