@@ -150,7 +150,7 @@ def _gone(host: Host, old: Domain, manifest: Manifest, text: str) -> tuple[str, 
     now = disks.disks(host.conn, old.name, inactive=True)
     found = [disk.source for disk in now if manifest.disk(disk.target) is not None]
     anew = {file.source for file in manifest.files if file.role != "boot"}  # restored beside it, under another name
-    needed = image_users.needed(host.conn)
+    needed = image_users.needed(host)
     mine = old_files(host, old)
     ours = {old.name, *mine.values(), *found}
     free = [path for path in mine.values() if path in anew or path not in text]
@@ -234,7 +234,7 @@ class _Taken:
             return False
         if path in self.used:
             return True
-        self.needed = self.needed or image_users.needed(self.host.conn)
+        self.needed = self.needed or image_users.needed(self.host)
         return bool(self.needed.by(path, os.path.realpath(path))) or self._elsewhere(path)
 
     def _elsewhere(self, path: str) -> bool:

@@ -138,7 +138,7 @@ def _clear_old(host: Host, planned: Plan, old: Domain) -> None:
     """
     text = domain.xml(host.conn, planned.name, inactive=True)
     files = {one: path for one, path in backup_origin.old_files(host, old).items() if path not in text}
-    needed = image_users.needed(host.conn) if files else image_users.Needed({})
+    needed = image_users.needed(host) if files else image_users.Needed({})
     gone: list[Owned] = []
     while free := [
         one for one, path in files.items() if one not in gone and not needed.by(path, but=[files[it] for it in gone])

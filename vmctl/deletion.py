@@ -101,7 +101,7 @@ def _deletable(
     paths = {one: f"{places[one.pool]}/{one.volume}" for one in going if one.pool in places}
     gone |= {*files, *(path for one in before for path in one.files), *paths.values()}
     used = {path for other in others for path in (other.serial_log, *(disk.source for disk in other.disks))}
-    needed = image_users.needed(host.conn)  # through overlays too, in a pool or outside of any
+    needed = image_users.needed(host)  # through overlays too, in a pool or outside of any
     free: dict[Owned, str] = {}
     for one in owned:
         path = paths.get(one, "")

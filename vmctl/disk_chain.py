@@ -72,6 +72,14 @@ def backing_path(name: str, of: str) -> str:
 
 def _header(path: str, form: str, doing: str) -> tuple[DiskHeader, int]:
     """What the header of a file says, and the bytes it takes. Raises ImageError for what must not be followed."""
+    found, taken = _examined(path, form, doing)
+    problems = [one for one in found.problems if not one.startswith("it has a backing file")]
+    if problems:
+        raise ImageError(f"cannot {doing}: {path}: {'; '.join(problems)}")
+    return found, taken
+
+
+def _examined(path: str, form: str, doing: str) -> tuple[DiskHeader, int]:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
@@ -87,10 +95,16 @@ def _header(path: str, form: str, doing: str) -> tuple[DiskHeader, int]:
         raise ImageError(f"cannot {doing}: {path}: {error}") from error
     finally:
         os.close(handle)
-    problems = [one for one in found.problems if not one.startswith("it has a backing file")]
-    if problems:
-        raise ImageError(f"cannot {doing}: {path}: {'; '.join(problems)}")
     return found, taken
+
+
+def named(path: str, form: str, *, doing: str) -> tuple[str, str]:
+    """What the header of a file names as its backing file, to the letter, and as that one's format.
+
+    Also of one that was not closed. Raises ImageError, NotFound.
+    """
+    header, _ = _examined(path, form, doing)
+    return header.backing, header.backing_format
 
 
 def read(path: str, form: str, folders: Callable[[], Collection[str]], *, doing: str) -> Chain:

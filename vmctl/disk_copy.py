@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmctl import disk_chain, disk_replace, qemu_img
+from vmctl import disk_chain, disk_replace, pull_journal, pull_settle, qemu_img
 from vmctl.choices import DiskFormat
 from vmctl.disk_chain import Chain
 from vmctl.disk_find import (
@@ -23,7 +23,7 @@ from vmctl.disk_find import (
 )
 from vmctl.disk_replace import share_reporter
 from vmctl.disks import pool_folder
-from vmctl.errors import Conflict, ImageError, SpecError, Unsupported, WrongState
+from vmctl.errors import Conflict, ImageError, Interrupted, SpecError, Unsupported, WrongState, quietly
 from vmctl.events import Reporter, Step
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, storage
@@ -231,13 +231,34 @@ def flatten(host: Host, text: str, report: Reporter, *, dry: bool) -> Rewritten:
         if not dry:
             what = f"flatten {disk.ref}"
             if disk.live:
-                disks.pull(host.conn, disk.owner, disk.target, "", disk_replace.job_reporter(report, what))
+                _pull(host, disk, layers, "", report, what)
             else:
                 moved = share_reporter(report, what, layers.top.virtual_size)
                 disk_replace.in_place(
                     host, disk, lambda path: _copied(disk, path, disk.format, None, what, moved), doing=what
                 )
         return _told(disk, disk.path, disk.format, before, touches, how, dry=dry)
+
+
+def _pull(host: Host, disk: Located, layers: Chain, base: str, report: Reporter, what: str) -> None:
+    """Pull what is above ``base`` into a running VM's disk, with a note of what it is based on till all is flushed."""
+    if disk.vm is None:
+        return
+    try:
+        note = pull_settle.begin(host, disk.vm, disk.target, layers, what)
+        disks.pull(host.conn, disk.owner, disk.target, base, disk_replace.job_reporter(report, what))
+        pull_journal.end(note)
+    except BaseException:
+        _settled(host, disk.owner, report)
+        raise
+
+
+def _settled(host: Host, vm: str, report: Reporter) -> None:
+    """Settle, if it can be done now: why it was ended is told. A Ctrl-C that comes meanwhile waits for its end."""
+    try:
+        quietly(lambda: pull_settle.settle(host, vm, report))
+    except (KeyboardInterrupt, Interrupted):
+        quietly(lambda: pull_settle.settle(host, vm, report))
 
 
 def rebase(host: Host, text: str, onto: str, report: Reporter, *, dry: bool) -> Rewritten:
@@ -276,8 +297,7 @@ def _rebase(host: Host, disk: Located, layers: Chain, base: Chain, report: Repor
     what = f"rebase {disk.ref}"
     if disk.live:
         if layers.base is not None and layers.base.path != base.top.path:
-            moved = disk_replace.job_reporter(report, what)
-            disks.pull(host.conn, disk.owner, disk.target, base.top.path, moved)
+            _pull(host, disk, layers, base.top.path, report, what)
         return
     old = (layers.base.path, layers.base.format) if layers.base else None
     size = layers.top.virtual_size

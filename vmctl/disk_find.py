@@ -218,5 +218,5 @@ def require_no_overlays(host: Host, disk: Located, doing: str) -> None:
     """Raise Conflict when other disks are based on the file: changed, all they hold would be wrong."""
     from vmctl import image_users  # late: it reads every pool
 
-    if others := image_users.needed(host.conn).by(disk.path, but=(disk.owner, disk.path)):
+    if others := image_users.needed(host).by(disk.path, but=(disk.owner, disk.path)):
         raise Conflict(f"cannot {doing} {disk.ref}: {', '.join(others)} needs it as it is")

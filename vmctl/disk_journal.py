@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-from vmctl import disk_xml, forgotten, identity, image_users, switch_over
+from vmctl import disk_xml, durable, forgotten, identity, image_users, pull_journal, pull_settle, switch_over
 from vmctl.errors import Conflict, VmctlError, quietly
 from vmctl.events import Reporter, Step, Warned
 from vmctl.hosts import Host, holding
@@ -60,35 +60,14 @@ def _folder(host: Host) -> Path:
 
 def begin(host: Host, entry: Entry) -> None:
     """Write an entry, on the disk for good before this returns."""
-    write(_folder(host) / f"{uuid4()}.json", asdict(entry))
+    durable.write(_folder(host) / f"{uuid4()}.json", asdict(entry))
 
 
 def note(host: Host, entry: Entry, now: Entry) -> None:
     """Write what has come true since an entry was begun."""
     for path, found in entries(host):
         if found == entry:
-            write(path, asdict(now))
-
-
-def write(path: Path, values: Mapping[str, object]) -> None:
-    """Put values into a file, whole or not at all, on the disk for good."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    making = path.with_suffix(".making")
-    with making.open("w") as file:
-        json.dump(values, file)
-        file.flush()
-        os.fsync(file.fileno())
-    making.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk for good."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            durable.write(path, asdict(now))
 
 
 def entries(host: Host) -> Iterator[tuple[Path, Entry]]:
@@ -108,17 +87,19 @@ def settle(host: Host, vm: str, report: Reporter, *, deciding: bool = False) -> 
     Raises Conflict where nobody can tell which of two files the VM wrote to last; ``deciding``, for one that is to be
     deleted: both stay then, and it is what the definition says.
     """
+    pulled = bool(vm) and pull_settle.settle(host, vm, report, deciding=deciding)
     found = [(path, entry) for path, entry in entries(host) if entry.vm == vm and vm]
     for path, entry in found:
         _settle(host, entry, report, deciding=deciding)
         path.unlink(missing_ok=True)
-    return bool(found)
+    return bool(found) or pulled
 
 
 def settle_all(host: Host, report: Reporter, *, but: Collection[str] = ()) -> list[str]:
     """The same for all VMs that nobody works on, ``but`` these. Returns what was settled."""
     told, failure = [], None
-    for vm in sorted({entry.vm for _, entry in entries(host)} - {*but}):
+    begun = {entry.vm for _, entry in entries(host)} | {entry.vm for _, entry in pull_journal.entries(host)}
+    for vm in sorted(begun - {*but}):
         try:
             with holding(host, vm):
                 if settle(host, vm, report):
@@ -270,7 +251,7 @@ def _needed(host: Host, path: str, report: Reporter) -> bool:
     if not Path(path).exists():
         return False
     real = os.path.realpath(path)
-    seen = image_users.look(host.conn)
+    seen = image_users.look(host)
     users = set(seen.named.get(real, ())) | {Path(top).name for top, base in seen.bases.items() if base == real}
     users |= {"a running VM"} if real in forgotten.opened(host) else set()
     users |= set(identity.needed_elsewhere(host, [path], report).values())
@@ -315,4 +296,6 @@ def remove_file(host: Host, path: str) -> None:
 
 def unsettled(host: Host, *, but: Collection[str] = ()) -> list[str]:
     """One line for each change that was begun and not ended, ``but`` of these VMs."""
-    return [entry.told for _, entry in entries(host) if entry.vm not in but]
+    told = [(entry.vm, entry.told) for _, entry in entries(host)]
+    told += [(entry.vm, entry.told) for _, entry in pull_journal.entries(host)]
+    return [line for vm, line in told if vm not in but]

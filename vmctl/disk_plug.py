@@ -247,7 +247,7 @@ def _existing(host: Host, vm: Domain, what: str, wanted: Attachment) -> tuple[re
 def _refuse_a_base(host: Host, vm: Domain, found: Located, what: str) -> None:
     from vmctl import image_users  # late: it reads every pool
 
-    others = [*image_users.needed(host.conn).by(found.path, but=(vm.name, found.path))]
+    others = [*image_users.needed(host).by(found.path, but=(vm.name, found.path))]
     for one in snapshots.snapshots(host.conn, vm.name):
         others += [f"snapshot {vm.name}.{one.name}"] if found.path in one.files else []
     if others:

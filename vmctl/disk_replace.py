@@ -16,7 +16,8 @@ from pathlib import Path
 from vmctl import disk_journal, disk_xml, forgotten, qemu_img, render
 from vmctl.disk_find import Located
 from vmctl.disk_guard import Watch
-from vmctl.disk_journal import Entry, sync_folder
+from vmctl.disk_journal import Entry
+from vmctl.durable import sync_folder
 from vmctl.errors import Conflict, ImageError, Interrupted, reason
 from vmctl.events import Progress, Reporter
 from vmctl.hosts import Host

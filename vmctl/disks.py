@@ -83,7 +83,7 @@ def list_disks(host: Host, names: Collection[str], *, pool: str = "") -> tuple[L
             if one.path not in used and one.pool == pool and one.format in set(DiskFormat)
             if not one.name.endswith((".log", ".iso", ".json", ".memory", ".nvram"))
         ]
-        seen = image_users.look(host.conn) if loose else None
+        seen = image_users.look(host) if loose else None
         for one in loose:
             users = _users(seen, os.path.realpath(one.path) if host.conn.local else one.path) if seen else ()
             sizes = (one.capacity, one.allocation)

@@ -189,7 +189,7 @@ def _cut_off(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
     if not storage.pool_exists(host.conn, host.settings.pool):
         return findings or [Finding("creations", "ok", "no creation was cut off")]
     known = {o.volume for f in facts if f.record for o in f.record.owned}
-    attached = image_users.needed(host.conn).users  # the layers below disks and snapshots too
+    attached = image_users.needed(host).users  # the layers below disks and snapshots too
     folder = images.pool_path(host, host.settings.pool)
     storage.refresh(host.conn, host.settings.pool)
     names = storage.volume_names(host.conn, host.settings.pool)
@@ -239,7 +239,7 @@ def _disk_changes(host: Host, *, fix: bool, report: Reporter) -> list[Finding]:
             "disks",
             "mended" if fix else "failed",
             f"a change of a disk was cut off: {detail}",
-            "" if fix else "vmctl doctor --fix keeps the file each VM names, and removes the other",
+            "" if fix else "vmctl doctor --fix: each disk is the file that its VM names, on all it needs; others go",
         )
     ]
 

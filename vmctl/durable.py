@@ -1,10 +1,11 @@
-"""Putting files on the disk for good while something else is done with them."""
+"""Putting files on the disk for good: a few values at once, or what is large while something else is done with it."""
 
 from __future__ import annotations
 
+import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -42,6 +43,26 @@ def sync(file: IO[str]) -> None:
     """Put what was written to a file on the disk for good."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def write(path: Path, values: Mapping[str, object]) -> None:
+    """Put values into a file, whole or not at all, on the disk for good."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    making = path.with_suffix(".making")
+    with making.open("w") as file:
+        json.dump(values, file)
+        sync(file)
+    making.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk for good."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

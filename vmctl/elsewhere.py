@@ -122,7 +122,7 @@ def _spellings(host: Host, path: str) -> tuple[str, ...]:
 
 
 def _asked(host: Host, other: Host, spelled: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    seen, owners = image_users.look(other.conn), _owners(other)
+    seen, owners = image_users.look(other), _owners(other)
     named, based = image_users.chains(seen.named, seen.bases), image_users.chains(seen.volumes, seen.bases)
     found: dict[str, set[str]] = {}
     unattached: dict[str, set[str]] = {}

@@ -117,7 +117,7 @@ def needed_of(host: Host, volumes: Collection[str]) -> frozenset[str]:
     """Those of the volumes that a VM, or a disk that is none of them, needs. Clones keep the disk of a deleted VM."""
     if not volumes:
         return frozenset()
-    needed = image_users.needed(host.conn)
+    needed = image_users.needed(host)
     folder = storage.pool_path(host.conn, host.settings.pool)
     paths = {one: f"{folder}/{one}" for one in volumes}
     here = frozenset(one for one, path in paths.items() if needed.by(path, but=paths.values()))

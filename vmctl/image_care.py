@@ -128,7 +128,7 @@ def find_unused(host: Host, name: str, report: Reporter) -> Image:
     Also a VM of another host that sees the store; warns of hosts that cannot be asked.
     """
     image = images.find(host, name)
-    needed = image_users.needed(host.conn)
+    needed = image_users.needed(host)
     if users := needed.by(*images.needed_files(image), but=(_warmed(image),)):
         raise Conflict(
             f"cannot delete image {image.manifest.stem}: {', '.join(users)} need it",
@@ -228,7 +228,7 @@ def _prunable_images(host: Host, report: Reporter, kept_each: int) -> Prunable:
     storage.refresh(host.conn, pool)
     known = images.list_images(host)
     old = outdated(known, kept_each)
-    needed = image_users.needed(host.conn) if old or any(m.step_of for m in known) else Needed({})
+    needed = image_users.needed(host) if old or any(m.step_of for m in known) else Needed({})
     free: list[Manifest] = []
     if needed.unknown:
         text = f"no image is pruned: what {', '.join(needed.unknown[:4])} is based on cannot be read from here"

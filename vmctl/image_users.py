@@ -6,11 +6,13 @@ import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-from vmctl import disk_header, domain_files
+from vmctl import disk_header, domain_files, pull_journal
 from vmctl.disk_header import Window
 from vmctl.disk_header.window import Unreadable
+from vmctl.hosts import Host
 from vmctl.hypervisor import domain, storage
 from vmctl.hypervisor.connection import Connection
 
@@ -66,8 +68,12 @@ class Seen:
     unknown: tuple[str, ...]
 
 
-def look(conn: Connection) -> Seen:
-    """What is there on the host."""
+def look(host: Host) -> Seen:
+    """What is there on the host.
+
+    A disk of which a pull was begun, and not seen to its end, is based on what it was based on before: it may need it.
+    """
+    conn = host.conn
     volumes = storage.all_volumes(conn)
     bases = {_real(conn, v.path): _real(conn, v.backing) for v in volumes if v.backing}
     in_pools = {_real(conn, v.path) for v in volumes}
@@ -90,6 +96,11 @@ def look(conn: Connection) -> Seen:
         for path in map(os.path.realpath, found or ()):
             based.setdefault(path, set()).add(path)
             open_ends.append(path)
+    for pulled, old, *below in pull_journal.held(host):
+        bases[pulled] = old
+        based.setdefault(old, set()).add(pulled)
+        for upper, lower in pairwise((old, *below)):
+            bases.setdefault(upper, lower)
     _follow(conn, open_ends, bases, unknown)
     return Seen(bases, _frozen(named), _frozen(based), tuple(sorted(unknown)))
 
@@ -98,14 +109,14 @@ def _frozen(sets: Mapping[str, set[str]]) -> dict[str, frozenset[str]]:
     return {path: frozenset(names) for path, names in sets.items()}
 
 
-def needed(conn: Connection) -> Needed:
+def needed(host: Host) -> Needed:
     """Who needs which file on the host."""
-    seen = look(conn)
+    seen = look(host)
     both = {
         path: seen.named.get(path, frozenset()) | seen.volumes.get(path, frozenset())
         for path in {*seen.named, *seen.volumes}
     }
-    return Needed(chains(both, seen.bases), seen.unknown, conn.local)
+    return Needed(chains(both, seen.bases), seen.unknown, host.conn.local)
 
 
 def _real(conn: Connection, path: str) -> str:

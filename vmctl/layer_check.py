@@ -18,14 +18,17 @@ from vmctl import (
     disk_chain,
     disk_journal,
     disk_xml,
+    durable,
     forgotten,
     image_users,
+    pull_settle,
     qemu_img,
     snapshot_journal,
     switch_over,
 )
 from vmctl.disk_xml import DiskDevice
 from vmctl.errors import Conflict, VmctlError
+from vmctl.events import silent
 from vmctl.hosts import Host
 from vmctl.hypervisor import disks, domain, inventory, storage
 from vmctl.hypervisor.domain import Domain
@@ -106,6 +109,10 @@ def require_none_newer(host: Host, vm: Domain, doing: str, *, noting: bool = Tru
     """
     if not host.conn.local:
         return
+    if not vm.active:
+        pull_settle.require_settled(host, vm, doing)
+    elif noting:
+        pull_settle.settle(host, vm.name, silent)  # it may go to another host, where nobody knows of the note
     if noting:
         follow_stopped(host, vm)
     elif _lags_stopped(host, vm):
@@ -184,7 +191,7 @@ def half_merged(host: Host, vm: Domain, *, noting: bool) -> Iterator[tuple[Path,
             continue
         found = [one for one in _merging(host, vm, entry) if vm.active or not switch_over.same(host, one)]
         if noting and not (found or vm.active):
-            disk_journal.write(path, asdict(replace(entry, unsure=False)))
+            durable.write(path, asdict(replace(entry, unsure=False)))
         yield from ((path, one) for one in found)
 
 
@@ -207,7 +214,7 @@ def newer(host: Host, vm: str, paths: Collection[str]) -> dict[str, str]:
     layers = [path for path in paths if path.endswith(".qcow2") and Path(path).exists()] if host.conn.local else []
     if not layers:
         return {}
-    seen = image_users.look(host.conn)
+    seen = image_users.look(host)
     here = set[str]()  # a clone may have been made since, on what it is based on
     ends = [os.path.realpath(disk.source) for disk in disks.disks(host.conn, vm, inactive=True) if disk.source]
     while ends := [path for path in ends if path and path not in here]:

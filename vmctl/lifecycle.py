@@ -18,6 +18,7 @@ from vmctl import (
     identity,
     layer_check,
     networks,
+    pull_settle,
     render,
     snapshot_journal,
     snapshot_settle,
@@ -105,6 +106,7 @@ def _started(host: Host, vm: Domain, report: Reporter) -> Started:
     """Start one that is off, or saved."""
     name = vm.name
     forgotten.require_none(host, vm.name, vm.uuid, f"start VM {name}")
+    pull_settle.settle(host, name, report)
     layer_check.require_none_newer(host, vm, f"start VM {name}")
     for nic in vm.facts.nics:
         if nic.source == host.settings.network:

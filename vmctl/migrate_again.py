@@ -137,7 +137,7 @@ def _left(ends: Ends, there: Domain, files: tuple[migrate_files.File, ...]) -> b
     if not lying:
         return False
     both = folder_pools.shared_folders(ends.source, ends.target, {one.folder for one in mine if one.path in lying})
-    needed = image_users.needed(ends.source.conn)
+    needed = image_users.needed(ends.source)
     return any(one.path in lying and one.folder not in both and not needed.by(one.path, but=lying) for one in mine)
 
 

@@ -50,7 +50,7 @@ def made(ends: Ends, makes: Sequence[Make], report: Reporter, *, bandwidth: int 
 def _others(target: Host, makes: Sequence[Make]) -> set[str]:
     """Who else on the target needs what VMs share of these files: of an image, its kernel too."""
     shared = [one.file.path for one in makes if _public(one.file)]
-    return set(image_users.needed(target.conn).by(*shared, but=[one.file.path for one in makes]))
+    return set(image_users.needed(target).by(*shared, but=[one.file.path for one in makes]))
 
 
 def _mark(file: File) -> File:
@@ -88,7 +88,7 @@ def clear_marked(stays: Host, target: Host, files: Sequence[File]) -> list[str]:
     for file in reversed(files):
         if file.path not in there or file.folder in both:
             continue
-        if not (_public(file) and image_users.needed(target.conn).by(file.path)):
+        if not (_public(file) and image_users.needed(target).by(file.path)):
             remove(target, file)
             found.append(file.path)
         remove(target, _mark(file))
@@ -242,7 +242,7 @@ def clear_source(ends: Ends, vm: Domain, found: Sequence[File], left: Sequence[s
         report(Warned(f"kept {path} on {source.name}: {others} needs it, on storage that both see"))
     local = [one for one in local if one.path not in theirs]
     with held(source.folders.runtime, f"shared disks on {source.lock_scope}", timeout_s=_SHARED_S):
-        needed, gone = image_users.needed(source.conn), {vm.name}
+        needed, gone = image_users.needed(source), {vm.name}
         there = {folder: _names(ends.target, folder) for folder in {one.folder for one in local}}
         for one in reversed(local):  # what is based on a file goes before it
             if _public(one) or (one.role is Role.READONLY and one.leaf not in own):
@@ -277,7 +277,7 @@ def _clear_layers(
         if not needed.by(one.path, but=(*gone, one.path)):
             free.append(one)
             gone.add(one.path)
-    lacking = image_users.needed(ends.target.conn).users if free else {}
+    lacking = image_users.needed(ends.target).users if free else {}
     for one in free:
         if one.path in lacking and one.leaf not in _names(ends.target, one.folder):
             report(Warned(f"kept {one.path} on {ends.names[0]}: {ends.names[1]} has no such file"))

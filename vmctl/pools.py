@@ -223,7 +223,7 @@ def _users(host: Host, pool: PoolFacts, volumes: tuple[storage.VolumeFacts, ...]
             ):
                 users.add(vm)
     vms = {name for name, _ in domain.identities(host.conn)}
-    needed = image_users.needed(host.conn)  # of a stopped VM's disk libvirt does not tell what it is based on
+    needed = image_users.needed(host)  # of a stopped VM's disk libvirt does not tell what it is based on
     return tuple(sorted(users | {user for path in paths for user in needed.by(os.path.realpath(path)) if user in vms}))
 
 

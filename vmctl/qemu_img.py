@@ -239,8 +239,11 @@ def rebase(path: Path, format: str, backing: Path | None, backing_format: str, *
     run(["rebase", "-q", "-f", format, *onto, str(path)], what=what, timeout_s=_COPY_TIMEOUT_S)
 
 
-def repoint(path: Path, format: str, backing: Path, backing_format: str, *, what: str) -> None:
-    """Base an overlay on another file that reads the same as its base; nothing is copied or looked at."""
+def repoint(path: Path, format: str, backing: Path | str, backing_format: str, *, what: str) -> None:
+    """Base an overlay on another file that reads the same as its base; nothing is copied or looked at.
+
+    ``backing`` is named to the letter.
+    """
     words = ["rebase", "-q", "-u", "-f", format, "-b", str(backing), "-F", backing_format, str(path)]
     run(words, what=what, timeout_s=_QUICK_TIMEOUT_S)
 

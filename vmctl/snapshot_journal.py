@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-from vmctl import disk_journal
+from vmctl import durable
 from vmctl.hosts import Host
 
 
@@ -63,7 +63,7 @@ def _set_aside(host: Host) -> Iterator[str]:
 def begin(host: Host, entry: Entry) -> Path:
     """Write an entry, on the disk for good before this returns, and say where it is."""
     path = _folder(host) / f"{uuid4()}.json"
-    disk_journal.write(path, asdict(entry))
+    durable.write(path, asdict(entry))
     return path
 
 
@@ -85,7 +85,7 @@ def renamed(host: Host, vm: str, new: str) -> None:
     """Let what is left to be merged of a VM, which is getting another name, be that one's."""
     for path, entry in entries(host):
         if entry.vm == vm:
-            disk_journal.write(path, asdict(replace(entry, vm=new)))
+            durable.write(path, asdict(replace(entry, vm=new)))
 
 
 def unsettled(host: Host, *, but: Collection[str] = ()) -> list[str]:

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from vmctl import (
     disk_chain,
-    disk_journal,
     disk_xml,
+    durable,
     forgotten,
     image_users,
     layer_check,
+    pull_settle,
     qemu_img,
     resolve,
     snapshot_journal,
@@ -75,7 +76,7 @@ def view(host: Host, name: str) -> View:
     vm = domain.find(host.conn, name)
     defined = disks.disks(host.conn, vm.name, inactive=True)
     now = disks.disks(host.conn, vm.name, inactive=False) if vm.active else defined
-    return View(vm, snapshots.snapshots(host.conn, vm.name), now, defined, image_users.look(host.conn))
+    return View(vm, snapshots.snapshots(host.conn, vm.name), now, defined, image_users.look(host))
 
 
 def _owned(host: Host, vm: Domain) -> frozenset[str]:
@@ -149,7 +150,7 @@ def _commit(
     asked = replace(entry, unsure=True, process=forgotten.mark(host, name))
 
     def note(now: Entry) -> None:
-        disk_journal.write(path, asdict(now))
+        durable.write(path, asdict(now))
 
     def stayed() -> None:
         left = disks.find(host.conn, name, disk.target, inactive=False)
@@ -286,6 +287,7 @@ def only_of(host: Host, vm: Domain) -> tuple[str, ...]:
 def working_on(host: Host, vm: str, report: Reporter) -> Iterator[Domain]:
     """The VM, nobody else's to change within the block; what a killed change left is settled first."""
     with holding(host, vm, timeout_s=_LOCK_TIMEOUT_S):
+        pull_settle.settle(host, vm, report)  # before any file is merged that may need another below it
         settle(host, vm, report)
         found = domain.find(host.conn, vm)
         if not found.active:
@@ -333,7 +335,7 @@ def require_free(host: Host, vm: Domain, one: Snapshot, doing: str) -> None:
     if not host.conn.local:
         return
     real = {os.path.realpath(path) for path in one.files}
-    if based := sorted(top for top, base in image_users.look(host.conn).bases.items() if base in real):
+    if based := sorted(top for top, base in image_users.look(host).bases.items() if base in real):
         raise Conflict(f"cannot {doing}: {', '.join(based)} needs its file as it is")
 
 

@@ -293,7 +293,7 @@ def _looking(host: Host) -> Iterator[list[Seen]]:
 
     def look() -> None:
         with suppress(VmctlError), hosts.another(host) as own:
-            seen.append(image_users.look(own.conn))
+            seen.append(image_users.look(own))
 
     thread = Worker(look, "look")
     thread.start()

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
-from vmctl import agent, disk_journal, forgotten, image_users, layer_check, snapshot_journal, snapshot_xml
+from vmctl import agent, durable, forgotten, image_users, layer_check, snapshot_journal, snapshot_xml
 from vmctl.disk_journal import remove_file
 from vmctl.errors import Conflict, WrongState, quietly
 from vmctl.events import Reporter, Step, Warned, silent
@@ -61,7 +61,7 @@ def settle(host: Host, name: str, report: Reporter, *, deciding: bool = False) -
         if entry.layers:
             # Its files are in order: if one of them is detached later, it must not be taken for a left-over.
             left = replace(entry, files=(), frozen=False, keep="", nvram=(), unsure=False, switched=False)
-            disk_journal.write(path, asdict(left))
+            durable.write(path, asdict(left))
         else:
             path.unlink(missing_ok=True)
 
@@ -100,7 +100,7 @@ def keep_apart(host: Host, name: str, merge: Path) -> None:
     merge.unlink(missing_ok=True)
     for at, entry in snapshot_journal.entries(host):
         if entry.vm == name and entry.layers:
-            disk_journal.write(at, asdict(replace(entry, layers=())))
+            durable.write(at, asdict(replace(entry, layers=())))
             if not (entry.files or entry.frozen or entry.nvram):
                 at.unlink()
 
@@ -206,7 +206,7 @@ def put_nvram(copy: str, place: str) -> None:
         new.chmod(was.st_mode & 0o7777)
         os.chown(new, was.st_uid, was.st_gid)
     new.replace(place)
-    disk_journal.sync_folder(Path(place).parent)
+    durable.sync_folder(Path(place).parent)
 
 
 def drop_unneeded(host: Host, paths: Collection[str], seen: Seen | None = None) -> None:
@@ -214,7 +214,7 @@ def drop_unneeded(host: Host, paths: Collection[str], seen: Seen | None = None) 
     there = [os.path.realpath(path) for path in paths if Path(path).exists()]
     if not there:
         return
-    seen = seen or image_users.look(host.conn)
+    seen = seen or image_users.look(host)
     theirs = needed_elsewhere(host, there, silent)
     kept = {*theirs, *forgotten.opened(host)}
     there = [path for path in there if path not in kept]

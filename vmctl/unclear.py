@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
-from vmctl import disk_journal, layer_check, snapshot_journal, snapshot_settle, switch_over
+from vmctl import disk_journal, durable, layer_check, snapshot_journal, snapshot_settle, switch_over
 from vmctl.errors import Conflict, NotFound, SpecError, WrongState
 from vmctl.events import Reporter, Step, bytes_in_words
 from vmctl.hosts import Host, holding
@@ -136,6 +136,6 @@ def _choose(host: Host, one: Doubt, path: str) -> None:
     for at, entry in snapshot_journal.entries(host):
         if entry.vm == one.vm and one.other in entry.files:  # not to be removed any more, nor merged into the other
             left = tuple(path for path in entry.files if path != one.other)
-            disk_journal.write(at, asdict(replace(entry, files=left, layers=())))
+            durable.write(at, asdict(replace(entry, files=left, layers=())))
             if not (left or entry.frozen or entry.nvram):
                 at.unlink()

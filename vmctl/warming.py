@@ -155,7 +155,7 @@ def _discard(host: Host, name: str, report: Reporter) -> None:
 
 def _require_unused(host: Host, manifest: Manifest, report: Reporter) -> None:
     disk, _ = paths(host, manifest)
-    if users := image_users.needed(host.conn).by(str(disk)):
+    if users := image_users.needed(host).by(str(disk)):
         raise Conflict(
             f"cannot warm image {manifest.stem}: {', '.join(users)} need its warmed state",
             hint="delete those VMs first",

@@ -74,7 +74,8 @@ def content(disk: disk_xml.DiskDevice) -> str:
 
 def files() -> set[str]:
     """All there is of the disk, and of work on it."""
-    folders = (DISKS, SECOND, Path.home() / ".local/share/vmctl/disk-journal")
+    data = Path.home() / ".local/share/vmctl"
+    folders = (DISKS, SECOND, data / "disk-journal", data / "pull-journal")
     names = {str(one) for folder in folders if folder.exists() for one in folder.iterdir()}
     return {one for one in names if "fault-top" in one or ".vmctl-" in one or "journal" in one}
 

@@ -20,7 +20,7 @@ import pytest
 from tests.system import libvirtd
 from tests.system.conftest import REPO, VMCTL, Shell
 from tests.system.test_interrupted import interrupted
-from vmctl import disk_journal, disk_xml, render, snapshot_journal, switch_over
+from vmctl import disk_journal, disk_xml, durable, render, snapshot_journal, switch_over
 from vmctl.hosts import open_host
 from vmctl.hypervisor import domain
 from vmctl.record import Owned
@@ -330,7 +330,7 @@ def test_a_merge_of_which_nobody_can_tell_whether_it_was_ended_is_not_made(
     with open_host() as host:
         for path, entry in snapshot_journal.entries(host):
             if entry.doing == "merge":
-                disk_journal.write(path, asdict(replace(entry, unsure=True)))
+                durable.write(path, asdict(replace(entry, unsure=True)))
     shell.run("exec", name, "--", "sh", "-c", "echo later >/root/later; sync")
     shell.virsh("destroy", name)
     (top,) = [d.source for d in disk_xml.read(shell.virsh("dumpxml", name)) if d.target == "vda"]
@@ -485,7 +485,7 @@ def test_a_vm_that_ended_before_its_definition_was_written(
             for journal in (disk_journal, snapshot_journal):
                 for path, entry in journal.entries(host):
                     if entry.unsure:
-                        disk_journal.write(path, asdict(replace(entry, switched=True)))
+                        durable.write(path, asdict(replace(entry, switched=True)))
     shell.virsh("destroy", name)
     if noted:
         for words in (  # nobody holds its name

@@ -278,10 +278,11 @@ class _Pulling:
     """A pull that is watched, so that little is at stake at its end.
 
     At its end QEMU (7.2) names the lower base in the file, or none, and may know in its memory alone where in the file
-    is what it pulled: killed before a flush, it would take with it what had been on the disk for years. So it is told
-    to flush while it pulls, and looked at ever more often, and slowed down, so that its end is noticed at once, and
-    comes right after a flush. Of 256 MiB, pulled in 0.3 s, a kill in that moment lost all, and a flush came 35 to
-    206 ms after it; it is 0.6 s now, 11 to 28 ms, and at most 1 MiB in 19 of 20 tries, 51 in one on a busy machine.
+    is what it pulled: killed before a flush, it takes with it what had been on the disk for years, and the disk must be
+    put back on its old base (pull_settle.py). That shall seldom be needed. So it is told to flush while it pulls, and
+    looked at ever more often, and slowed down, so that its end is noticed at once, and comes right after a flush. Of
+    256 MiB, pulled in 0.3 s, a kill in that moment lost all, and a flush came 35 to 206 ms after it; it is 0.6 s now,
+    11 to 28 ms, and at most 1 MiB in 19 of 20 tries, 51 in one on a busy machine.
     """
 
     def __init__(self, dom: libvirt.virDomain, target: str, moved: Callable[[Job], None], flush: Callable[[], None]):
@@ -316,6 +317,25 @@ class _Pulling:
         pause(self._interval)
 
 
+def flush(conn: Connection, name: str, target: str, doing: str) -> None:
+    """Have QEMU write down where the data of a running domain's disk lie."""
+    _flushing(domain.handle(conn, name), find(conn, name, target, inactive=False), doing)()
+
+
+def end_pull(conn: Connection, name: str, target: str, doing: str) -> None:
+    """End the pull into a running domain's disk, if there is one; what it has brought stays. Not any other job."""
+
+    def pulls() -> bool:
+        with calling(doing):
+            info = domain.handle(conn, name).blockJobInfo(target, 0) or {}
+        return bool(info.get("type") == libvirt.VIR_DOMAIN_BLOCK_JOB_TYPE_PULL)
+
+    if pulls():
+        abort_job(conn, name, target)
+        if pulls():
+            raise WrongState(f"cannot {doing}: its job does not end", hint=f"virsh blockjob {name} {target}")
+
+
 def _flushing(dom: libvirt.virDomain, disk: DiskDevice, doing: str) -> Callable[[], None]:
     """A call that has QEMU write down where the data of a disk lie."""
     import libvirt_qemu
@@ -333,7 +353,7 @@ def _flushing(dom: libvirt.virDomain, disk: DiskDevice, doing: str) -> Callable[
             with calling(doing):
                 said = [libvirt_qemu.qemuMonitorCommand(dom, f"qemu-io {node} flush", hmp).strip() for node in nodes]
         if any(said):
-            hint = "sync in the guest, before anything ends its QEMU"
+            hint = "vmctl doctor --fix has it flush again"
             raise VmctlError(f"cannot {doing}: QEMU did not flush it: {'; '.join(filter(None, said))}", hint=hint)
 
     return flush
