@@ -252,8 +252,17 @@ def test_what_cannot_be_moved_is_told_before(fleet: Fleet) -> None:
     fleet.define("h1", "a", start=False)
     here.virsh("attach-disk", "a", disk, "vda", "--config", "--subdriver", "qcow2")
     here.virsh("start", "a")
-    assert "--copy-storage" in fleet.run("host", "drain", "h1", "--check", check=11).stderr
-    assert "--copy-storage" in fleet.run("host", "drain", "h1", "--yes", check=14).stderr
+    fleet.define("h1", "held", pinned="")
+    checked = fleet.run("host", "drain", "h1", "--check", check=11).stderr
+    assert checked.count("mend: --copy-storage") == 1 and checked.count("held on h1: it is labelled pinned") == 1
+    assert "it is labelled pinned" in fleet.run("host", "drain", "h1", "--dry-run").stderr
+    said = fleet.run("host", "drain", "h1", "--yes", check=14).stderr
+    for host in ("h2", "h3"):
+        assert said.count(f"is on h1 only: {host} does not see the same file (mend: --copy-storage") == 1, "told once"
+    assert said.count("does not see") == said.count("--copy-storage") == 2
+    assert said.count("it is labelled pinned") == 1 and "cannot move 2 that should\n" in said
+    fleet.machines["h1"].virsh("destroy", "held")
+    fleet.machines["h1"].virsh("undefine", "held")
     assert fleet.where() == {"a": "h1"}
     fleet.run("host", "drain", "h1", "--copy-storage", "full", "--yes")
     assert fleet.where()["a"] != "h1" and fleet.running() == {"a"}
