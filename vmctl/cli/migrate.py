@@ -24,10 +24,11 @@ from vmctl.errors import HostUnreachable, Interrupted, NotFound, PartialFailure,
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from vmctl.migrate import Moved
     from vmctl.migrate_ends import Ends
+    from vmctl.migrate_problems import Problem
     from vmctl.migrate_wish import Wish
 
 
@@ -233,15 +234,23 @@ def _check(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output) -> No
             if len(names) == 1:
                 raise
             found[name] = (Problem(error.message, error.hint),)
-    lines = []
-    for name, these in found.items():
-        lines += [f"{'note' if one.note else 'failed':<8} {name}: {one.what}" for one in these] or [f"ok       {name}"]
     rows = [{"vm": name, **one._asdict()} for name, these in found.items() for one in these]
-    ui.emit(rows, output, lambda: "\n".join(lines), lambda: [name for name in names if not fatal(found[name])])
+    ui.emit(rows, output, lambda: _report(found), lambda: [name for name in names if not fatal(found[name])])
     bad = [(f"{name}: {one.what}", one.mend) for name, these in found.items() for one in fatal(these)]
     if bad:
         count = "1 problem" if len(bad) == 1 else f"{len(bad)} problems"
-        raise PreflightFailed(f"cannot migrate to {ends.names[1]}: {count}", problems=bad)
+        untold = bad if output is Output.NAME else ()  # all other forms of the result have told them
+        raise PreflightFailed(f"cannot migrate to {ends.names[1]}: {count}", problems=untold)
+
+
+def _report(found: Mapping[str, tuple[Problem, ...]]) -> str:
+    lines = []
+    for name, these in found.items():
+        for one in these:
+            lines.append(f"{'note' if one.note else 'failed':<8} {name}: {one.what}")
+            lines += [f"{'':<8}   mend: {one.mend}"] if one.mend else []
+        lines += [] if these else [f"ok       {name}"]
+    return "\n".join(lines)
 
 
 def _move(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output, *, recover: bool) -> None:
