@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
 
@@ -23,6 +24,7 @@ from vmctl.cli.options import (
     note,
     refuse_unless_yes,
     reporter,
+    tell_of_hosts,
     tell_where,
 )
 from vmctl.errors import NotFound, PartialFailure, PreflightFailed, VmctlError
@@ -226,11 +228,17 @@ def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[tuple
     def ask(entry: HostEntry) -> dict[str, str | NotFound]:
         found: dict[str, str | NotFound] = {}
         with asked.open(entry) as host:
-            for name in matching(host, names):
+            for name in names:
                 try:
-                    found[name] = domain.find(host.conn, name).name
+                    these = matching(host, [name])
                 except NotFound as error:
                     found[name] = error
+                    continue
+                for one in these:
+                    try:
+                        found[one] = domain.find(host.conn, one).name
+                    except NotFound as error:
+                        found[one] = error
         return found
 
     ((_, told),) = fleet.each([source], ask, _LOOK_S)
@@ -240,8 +248,9 @@ def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[tuple
     absent = {name: error for name, error in told.items() if isinstance(error, NotFound)}
     moved = _elsewhere(asked, source, absent) if absent else {}
     for name, error in absent.items():
-        tell_where(error, fleet.called(source))
-        if name not in moved:
+        if not fnmatch.filter(moved, name):
+            tell_of_hosts(error, (source,), [one.name for one in asked.settings.hosts.values() if one != source])
+            tell_where(error, fleet.called(source))
             raise error
     return tuple(dict.fromkeys(there)), moved
 
@@ -275,13 +284,14 @@ def _again(
 
 
 def _elsewhere(asked: Fleet, source: HostEntry, names: Collection[str]) -> dict[str, str]:
-    """Which other host has a VM of each of the names, as far as they answer."""
+    """Which other host has a VM of each of the names, or globs, as far as they answer."""
     from vmctl import fleet
     from vmctl.hypervisor import inventory
 
-    def ask(entry: HostEntry) -> set[str]:
+    def ask(entry: HostEntry) -> list[str]:
         with asked.open(entry) as host:
-            return {*names} & {*inventory.names(host.conn)}
+            there = inventory.names(host.conn)
+            return sorted({one for name in names for one in fnmatch.filter(there, name)})
 
     others = [one for one in asked.settings.hosts.values() if one != source]
     answers = fleet.each(others, ask, _LOOK_S)

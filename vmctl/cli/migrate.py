@@ -157,7 +157,7 @@ def migrate(
     with _ends(connect, to) as ends:
         if not (adjust or recover):  # those have to do with hosts that may be down
             ends.open()
-        wanted = _wanted(ends, names, recover=recover)
+        wanted = _wanted(ends, names, recover=recover, again=not adjust)
         if adjust:
             _adjust(ends, wanted, wish.bandwidth, downtime, output)
         elif check:
@@ -204,20 +204,35 @@ def _ends(connect: str | None, to: str) -> Iterator[Ends]:
     with Ends(fleet, source, target) as ends:
         try:
             yield ends
-        except (NotFound, PartialFailure) as error:
-            tell_of_hosts(error, (source, target), others=len(fleet.settings.hosts) > 1)
+        except (VmctlError, Interrupted) as error:
+            others = [one.name for one in fleet.settings.hosts.values() if one != source]
+            tell_of_hosts(error, (source,), others)
+            tell_of_hosts(error, (target,), ())
             for one in error.failures.values() if isinstance(error, PartialFailure) else (error,):
                 if isinstance(one, NotFound):  # what other errors hint at names its host, for there are two
                     tell_where(one, called(source))
             raise
 
 
-def _wanted(ends: Ends, names: list[str], *, recover: bool) -> tuple[str, ...]:
+def _wanted(ends: Ends, names: list[str], *, recover: bool, again: bool) -> tuple[str, ...]:
+    """The VMs that are meant. Where the same ``again`` has a sense, a glob is also of those that have moved already."""
     from vmctl.listing import is_glob, matching
 
     if recover and not any(is_glob(name) for name in names):
         return tuple(dict.fromkeys(names))  # it may be on the target only by now
-    return matching(ends.source, names)
+    found: dict[str, None] = {}
+    for name in names:
+        try:
+            these = matching(ends.source, [name])
+        except NotFound as none:
+            try:
+                these = matching(ends.target, [name]) if again else ()
+            except NotFound:
+                these = ()
+            if not these:
+                raise none from None
+        found |= dict.fromkeys(these)
+    return tuple(found)
 
 
 def _check(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output) -> None:
