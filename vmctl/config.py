@@ -186,6 +186,11 @@ def chosen_entry(flag: str | None, settings: Settings) -> HostEntry:
     return chosen(flag, settings) or HostEntry("", "qemu:///system")
 
 
+def by_name(text: str, entry: HostEntry) -> str:
+    """What is told of a host, which calls it by its URI, with the name that it has in the config file. Pure."""
+    return re.sub(re.escape(entry.uri) + r"(?![\w/?&=%])", lambda _: entry.name, text) if entry.name else text
+
+
 def entry(text: str, settings: Settings, *, by: str = "") -> HostEntry:
     """The host that a name or URI means; one by its URI has no name and no key. Raises NotFound, SpecError.
 

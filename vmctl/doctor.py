@@ -376,7 +376,7 @@ def examine(connect: str | None, *, fix: bool, report: Reporter, keep: Collectio
         return (*findings, Finding("libvirt", "failed", error.message, error.hint))
     with host:
         chosen = unclear.keep(host, keep, report) if keep else ()
-        findings.append(Finding("libvirt", "ok", f"{host.conn.uri} answers"))
+        findings.append(Finding("libvirt", "ok", f"{(host.entry and host.entry.name) or host.conn.uri} answers"))
         findings += [Finding("choices", "mended", line) for line in chosen]
         checks: list[tuple[str, Callable[[], list[Finding]]]] = [
             ("accelerator", lambda: _accelerator(host)),

@@ -62,6 +62,7 @@ def each(
         try:
             found[called(entry)] = work(entry)
         except VmctlError as error:
+            error.message = config.by_name(error.message, entry)
             found[called(entry)] = error
         except BaseException as error:  # noqa: BLE001  raised again below, where it is seen
             crashes.append(error)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from vmctl.config import HostEntry
+from vmctl.config import HostEntry, by_name
 from vmctl.errors import NotFound, VmctlError
 from vmctl.fleet import DEADLINE_S, Fleet, called, each
 from vmctl.hypervisor import domain, events
@@ -173,7 +173,7 @@ def _follow(
         except _Over:
             return
         except VmctlError as error:
-            heard.put(_Lost(name, error.message))
+            heard.put(_Lost(name, by_name(error.message, entry)))
         except BaseException as error:  # noqa: BLE001  raised again where it is seen
             heard.put(error)
             return

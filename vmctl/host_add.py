@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from vmctl import host_book, host_ssh, spec
+from vmctl import homes, host_book, host_ssh, spec
 from vmctl.config import AUTO, HostEntry, is_address, of_qemu, readable
 from vmctl.errors import Conflict, HostUnreachable, SpecError
-from vmctl.fleet import Fleet
+from vmctl.fleet import DEADLINE_S, Fleet, each
+from vmctl.hosts import Host
 from vmctl.hypervisor import connection
 
 _CHECK_S = 30.0
@@ -65,23 +66,53 @@ def problems(wish: Wish) -> list[str]:
 def add(fleet: Fleet, wish: Wish, trusts: Callable[[Trust], bool]) -> HostEntry:
     """Add a host to the config file once it answers; ``trusts`` judges a key that nobody vouched for.
 
-    Raises SpecError with all that is wrong, Conflict for a name that is taken, HostUnreachable.
+    Raises SpecError with all that is wrong, Conflict for a name that is taken and for a host that has one,
+    HostUnreachable.
     """
     if wish.name in fleet.settings.hosts:
         raise Conflict(
             f"cannot add host {wish.name}: the config file has it already, at {fleet.settings.hosts[wish.name].uri}",
             hint=f"vmctl host remove {wish.name}",
         )
+    refuse_same_uri(fleet, wish.name, wish.uri)
     made = entry(wish, trusts)
     if wish.check:
         try:
             with fleet.open(made) as host:
                 connection.versions(host.conn)
+                refuse_same_host(fleet, host)
         except HostUnreachable as error:
             hint = host_ssh.other_key(made._replace(name=""), error.message) or "--no-check adds it all the same"
             raise HostUnreachable(f"cannot add host {wish.name}: {error.message}", hint=hint) from error
     host_book.add(fleet.folders, made)
     return made
+
+
+def refuse_same_uri(fleet: Fleet, name: str, uri: str) -> None:
+    """Raise Conflict where the config file has a host of that URI by another name: its VMs would be there twice."""
+    for one in fleet.settings.hosts.values():
+        if one.uri == uri and one.name != name:
+            raise _known(name, one.name, f"at {uri}")
+
+
+def refuse_same_host(fleet: Fleet, host: Host) -> None:
+    """Raise Conflict where one of the other hosts that answer is this one by another way."""
+    mine = homes.known_by(host)
+
+    def ask(one: HostEntry) -> str:
+        with fleet.open(one) as other:
+            return homes.known_by(other)
+
+    others = [one for one in fleet.settings.hosts.values() if one.name != host.name]
+    for name, uuid in each(others, ask, DEADLINE_S):
+        if uuid == mine:
+            mend = "; if they are two: give one another host_uuid in /etc/libvirt/libvirtd.conf"
+            raise _known(host.name, name, f"with host UUID {mine}", mend=mend)
+
+
+def _known(name: str, other: str, by: str, *, mend: str = "") -> Conflict:
+    hint = f"it is -c {other}; to call it {name}, or reach it by another URI, first vmctl host remove {other}"
+    return Conflict(f"cannot add host {name}: the config file has it already as {other}, {by}", hint=hint + mend)
 
 
 def entry(wish: Wish, trusts: Callable[[Trust], bool]) -> HostEntry:

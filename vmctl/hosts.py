@@ -84,21 +84,34 @@ def open_host(connect: str | None = None, env: Mapping[str, str] = os.environ, r
 
     if entry is not None:
         return open_entry(entry, settings, folders)
-    return Host(connection.connect_default(fell_back), settings, folders)
+    try:
+        return Host(connection.connect_default(fell_back), settings, folders)
+    except HostUnreachable as error:
+        raise _or_elsewhere(error, settings) from None
+
+
+def _or_elsewhere(error: HostUnreachable, settings: Settings) -> HostUnreachable:
+    """That this machine's own libvirt does not answer, with the hosts that may be meant."""
+    if not settings.hosts:
+        return error
+    hint = f"{error.hint}; or on another host by -c HOST, known: {', '.join(settings.hosts)}"
+    return HostUnreachable(error.message, hint=hint)
 
 
 def open_entry(entry: HostEntry, settings: Settings, folders: Folders) -> Host:
     """Open a host, by SSH only with the key that is pinned for it. Raises HostUnreachable."""
-    if not entry.host_key and "+ssh:" not in entry.uri:
-        return Host(connection.connect(entry.uri), settings, folders, entry)
-    from vmctl import host_ssh  # late: a host of this machine needs none
-
+    way, hint = "", ""
     try:
-        return Host(connection.connect(entry.uri, host_ssh.through(entry, folders.runtime)), settings, folders, entry)
+        if entry.host_key or "+ssh:" in entry.uri:
+            from vmctl import host_ssh  # late: a host of this machine needs none
+
+            way = host_ssh.through(entry, folders.runtime)
+        return Host(connection.connect(entry.uri, way), settings, folders, entry)
     except HostUnreachable as error:
-        if hint := host_ssh.other_key(entry, error.message):  # OpenSSH says it in fifteen lines, of files that are ours
-            raise HostUnreachable(f"cannot connect to {entry.uri}: Host key verification failed", hint=hint) from error
-        raise
+        if way and (hint := host_ssh.other_key(entry, error.message)):  # OpenSSH says it in fifteen lines, of our files
+            error = HostUnreachable(f"cannot connect to {entry.uri}: Host key verification failed", hint=hint)
+        error = HostUnreachable(config.by_name(error.message, entry), hint=error.hint)
+        raise (_or_elsewhere(error, settings) if entry.uri == connection.SYSTEM else error) from None
 
 
 def another(host: Host) -> Host:

@@ -64,7 +64,7 @@ sync
 def _begun(host: Host, recipe: LayeredRecipe) -> tuple[Image, tuple[str, ...], dict[str, Manifest], int]:
     """The base, the keys of all steps, the images that are results of steps, and how many steps need not be taken."""
     if not host.conn.local:
-        raise Unsupported(f"cannot build image {recipe.name} there: run vmctl on {host.conn.host} itself")
+        raise Unsupported(f"cannot build image {recipe.name} there: run vmctl on {host.name} itself")
     base = images.find(host, recipe.base)
     wanted = tuple(keys(recipe, base.manifest.digest))
     layers = {manifest.layer: manifest for manifest in images.list_images(host) if manifest.layer}

@@ -125,7 +125,7 @@ def find(host: Host, name: str) -> Image:
         hint = f"get it: vmctl image pull {name}"
     if has_recipe(name):
         hint = f"make it: vmctl image build {name}"
-    raise NotFound(f"cannot find image {name}: the store on {host.conn.host} has none of that name", hint=hint)
+    raise NotFound(f"cannot find image {name}: the store on {host.name} has none of that name", hint=hint)
 
 
 def _near(name: str, known: tuple[Manifest, ...]) -> str:

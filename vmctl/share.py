@@ -45,7 +45,7 @@ def way(host: Host, share: Share, manifest: Manifest | None) -> ShareWay:
     if found := share_problems(share):
         raise SpecError(f"cannot share {share.folder}", problems=found)
     if host.conn.local and not Path(share.folder).is_dir():
-        raise NotFound(f"cannot share {share.folder}: there is no such folder on {host.conn.host}")
+        raise NotFound(f"cannot share {share.folder}: there is no such folder on {host.name}")
     virtiofs = host.conn.qemu and capabilities.offers_virtiofs(host.conn) and (not host.conn.local or _daemon_there())
     if virtiofs and (not share.readonly or capabilities.virtiofs_can_be_readonly(host.conn)):
         return ShareWay(ShareDriver.VIRTIOFS)

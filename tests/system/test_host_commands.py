@@ -94,8 +94,14 @@ def test_other_ways(here: Shell, bed: Testbed) -> None:
     first = bed.machines[0]
     assert "neither encrypted" in here.run("host", "add", "t", first.tcp_uri, check=2).stderr
     here.run("host", "add", "t", first.tcp_uri, "--insecure")
-    here.run("host", "add", "s", first.tls_uri)
+    twice = here.run("host", "add", "again", first.tcp_uri, "--insecure", "--no-check", check=5).stderr
+    assert f"cannot add host again: the config file has it already as t, at {first.tcp_uri}\n" in twice
+    other_way = here.run("host", "add", "s", first.tls_uri, check=5).stderr
+    assert "cannot add host s: the config file has it already as t, with host UUID" in other_way
+    assert "hint: it is -c t; to call it s, or reach it by another URI, first vmctl host remove t" in other_way
+    here.run("host", "add", "s", first.tls_uri, "--no-check")
     here.run("host", "add", "mine", "qemu:///system")
+    assert "file has it already as mine" in here.run("host", "add", "own", "qemu+unix:///system", check=5).stderr
     assert {row["name"]: row["state"] for row in here.json("host", "list")} == dict.fromkeys(("t", "s", "mine"), "up")
     assert here.json("host", "show", "s")["hostname"] == "h1"
     assert here.run("host", "add", "s", first.tls_uri, check=5).stderr.startswith("cannot add host s")
@@ -130,6 +136,7 @@ def test_all_hosts_and_one_that_does_not_answer(known: Shell, bed: Testbed, name
             if stopped:
                 for words in (("host", "show", "h3"), ("-c", "h3", "list")):
                     assert "no answer within 30 s" in known.run(*words, check=3).stderr, "one alone is no hang either"
+        assert "cannot connect to h3: " in known.run("-c", "h3", "list", check=3).stderr
         third.mend()
         assert "unreachable" not in known.run("list", "--all-hosts").stdout
         assert known.run("list", "--all-hosts", "-o", "name").stdout.split() == [name]
@@ -176,6 +183,14 @@ def test_events_of_all_hosts_and_of_one_that_is_lost(known: Shell, bed: Testbed,
         ("h1", name, "undefined"),
     ]
     assert seen[0]["detail"].endswith("went away")
+
+
+def test_who_names_no_host_is_told_which_there_are(here: Shell, bed: Testbed) -> None:
+    first = bed.machines[0]
+    here.run("host", "add", "h1", first.ssh_uri, "--host-key", first.host_key)
+    for words in (("migrate", "nope", "--to", "h1"), ("show", "nope")):
+        said = here.run(*words, check=4).stderr
+        assert "qemu:///system has none" in said and said.endswith("hint: see `vmctl list --all-hosts`; hosts: h1\n")
 
 
 def test_check(known: Shell, bed: Testbed) -> None:

@@ -252,8 +252,17 @@ def test_what_cannot_be_moved_is_told_before(fleet: Fleet) -> None:
     fleet.define("h1", "a", start=False)
     here.virsh("attach-disk", "a", disk, "vda", "--config", "--subdriver", "qcow2")
     here.virsh("start", "a")
-    assert "--copy-storage" in fleet.run("host", "drain", "h1", "--check", check=11).stderr
-    assert "--copy-storage" in fleet.run("host", "drain", "h1", "--yes", check=14).stderr
+    fleet.define("h1", "held", pinned="")
+    checked = fleet.run("host", "drain", "h1", "--check", check=11).stderr
+    assert checked.count("mend: --copy-storage") == 1 and checked.count("held on h1: it is labelled pinned") == 1
+    assert "it is labelled pinned" in fleet.run("host", "drain", "h1", "--dry-run").stderr
+    said = fleet.run("host", "drain", "h1", "--yes", check=14).stderr
+    for host in ("h2", "h3"):
+        assert said.count(f"is on h1 only: {host} does not see the same file (mend: --copy-storage") == 1, "told once"
+    assert said.count("does not see") == said.count("--copy-storage") == 2
+    assert said.count("it is labelled pinned") == 1 and "cannot move 2 that should\n" in said
+    fleet.machines["h1"].virsh("destroy", "held")
+    fleet.machines["h1"].virsh("undefine", "held")
     assert fleet.where() == {"a": "h1"}
     fleet.run("host", "drain", "h1", "--copy-storage", "full", "--yes")
     assert fleet.where()["a"] != "h1" and fleet.running() == {"a"}
@@ -305,7 +314,7 @@ def test_what_stayed_of_one_that_runs_on_a_third_host_does_not_go(fleet: Fleet) 
 
 def test_migrate_to_auto(fleet: Fleet) -> None:
     first = fleet.machines["h1"]
-    fleet.run("host", "add", "aaa", first.ssh_uri, "--host-key", first.host_key)
+    fleet.run("host", "add", "aaa", first.tcp_uri, "--insecure", "--no-check")
     try:
         fleet.define("h1", "a")
         fleet.define("h1", "b")
@@ -334,6 +343,21 @@ def test_to_auto_goes_on_where_it_was_cut_off(fleet: Fleet) -> None:
     assert fleet.run("-c", "h1", "migrate", "a", "--to", "auto").stdout == "a: on h2 already\n"
     (done,) = json.loads(fleet.run("-c", "h1", "migrate", "a", "--to", "auto", "-o", "json").stdout)
     assert (done["vm"], done["target"], done["mode"]) == ("a", "h2", "already")
+
+
+def test_a_glob_of_vms_that_have_all_moved(fleet: Fleet) -> None:
+    fleet.define("h1", "web-1")
+    fleet.define("h1", "web-2", start=False)
+    words = ("-c", "h1", "migrate", "web-*")
+    fleet.run(*words, "--to", "h2")
+    assert fleet.where() == {"web-1": "h2", "web-2": "h2"}
+    for to in ("h2", "auto"):
+        assert fleet.run(*words, "--to", to).stdout == "web-1: on h2 already\nweb-2: on h2 already\n"
+        none = fleet.run(*words, "x*", "--to", to, check=4).stderr
+        assert none == "cannot find VMs: none matches 'x*'\nhint: see `vmctl list --all-hosts`\n"
+    assert "web-2 is on h2 already" in fleet.run(*words, "--to", "h2", "--check").stdout
+    assert fleet.run(*words, "--to", "h3", check=4).stderr.startswith("cannot find VMs: none matches 'web-*'")
+    assert "none matches" in fleet.run(*words, "--to", "h2", "--adjust", "--downtime", "9", check=4).stderr
 
 
 def test_to_auto_when_the_host_does_not_answer(fleet: Fleet) -> None:

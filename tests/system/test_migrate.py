@@ -460,7 +460,7 @@ def test_a_guest_behind_its_host_is_told_as_such(pair: Pair, vm: str) -> None:
 
 def test_one_host_by_two_names(pair: Pair, vm: str) -> None:
     """What is on both is there once: nothing of it is what a move left."""
-    pair.vmctl("host", "add", "alias", pair.machine("h1").tcp_uri, "--insecure")
+    pair.vmctl("host", "add", "alias", pair.machine("h1").tcp_uri, "--insecure", "--no-check")
     off = f"{vm}-off"
     pair.vmctl("-c", "h1", "create", off, "--image", "micro", "--network", "lan", "--no-start")
     try:
@@ -610,7 +610,7 @@ def test_a_base_image_or_a_kernel_that_is_gone(pair: Pair, vm: str) -> None:
     try:
         for path in first.images.glob(f"{image}-*"):
             path.unlink()
-        told = pair.vmctl(*words, "--check", check=11).stderr
+        told = pair.vmctl(*words, "--check", check=11).stdout
         assert f"base image (/var/lib/libvirt/vmctl/vmctl-images/{image}-" in told and "is not there on h1" in told
         assert f"kernel (/var/lib/libvirt/vmctl/vmctl-images/{image}-" in told
         assert f"on h1, virsh blockpull {name} vda --wait" in told
@@ -634,13 +634,20 @@ def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_pat
         for said in (f"another VM called {vm}", "network lan on h2 is down", "libvirt on h1 does not reach h2"):
             assert said in done.stderr
         assert done.stderr.count("mend:") == 3 and "nothing was changed" in done.stderr
-        checked = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--check", "-o", "json", check=11)
+        check = ("-c", "h1", "migrate", vm, "--to", "h2", "--check")
+        checked = pair.vmctl(*check, "-o", "json", check=11)
         assert len([one for one in json.loads(checked.stdout) if not one["note"]]) == 3
+        assert checked.stderr == "cannot migrate to h2: 3 problems\n", "the result has told them"
+        report = pair.vmctl(*check, check=11)
+        assert report.stdout.count("failed  ") == report.stdout.count("mend:") == 3
+        assert report.stderr == checked.stderr
+        names = pair.vmctl(*check, "-o", "name", check=11)
+        assert names.stdout == "" and names.stderr.count("mend:") == 3, "which no name has told"
     finally:
         pair.machine("h1").mend_from(second)
         second.virsh("undefine", vm)
         second.virsh("net-start", "lan")
-    unencrypted = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--tls", "--check", check=11).stderr
+    unencrypted = pair.vmctl("-c", "h1", "migrate", vm, "--to", "h2", "--tls", "--check", check=11).stdout
     assert "QEMU on h1 has no ca-cert.pem" in unencrypted and "QEMU on h2 has no ca-cert.pem, server-c" in unencrypted
     first = pair.machine("h1")
     unasked = pair.json("-c", first.tcp_uri, "migrate", vm, "--to", "h2", "--check")
@@ -659,7 +666,7 @@ def test_all_that_stands_against_it_is_told_at_once(pair: Pair, vm: str, tmp_pat
     assert "gone: cannot find VM gone: h1 has none of that name" in some and "see `vmctl list --all-hosts`" in some
     every = pair.vmctl("-c", "h1", "migrate", "nope", vm, "gone", "--to", "h2", "--check", check=11)
     assert f"ok       {vm}" in every.stdout, "one that is not there does not keep the others from being looked at"
-    assert "failed   nope: cannot find VM nope" in every.stdout and "gone: cannot find VM gone" in every.stderr
+    assert "failed   nope: cannot find VM nope" in every.stdout and "gone: cannot find VM gone" in every.stdout
     pair.vmctl("-c", "h1", "migrate", vm, "--to", "h9", check=4)
     assert "cannot find a host by an empty name" in pair.vmctl("-c", "h1", "migrate", vm, "--to", "", check=2).stderr
     assert pair.where(vm) == {"h1": "running"}

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from vmctl import config, host_add, host_book, host_ssh
+from vmctl import config, host_add, host_book, host_ssh, hosts
 from vmctl.cli import run
-from vmctl.cli.options import on_host
-from vmctl.config import Folders, HostEntry
-from vmctl.errors import Conflict, HostUnreachable, NotFound, SpecError, VmctlError
+from vmctl.cli.options import on_host, tell_of_hosts
+from vmctl.config import Folders, HostEntry, Settings
+from vmctl.errors import Conflict, HostUnreachable, NotFound, PartialFailure, SpecError, VmctlError
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ2m3tqF7Qq3b0m7cXW5w0m3F4yZ1QmXyq0m1u8Hq2xS"
 FILE = """# mine
@@ -111,6 +111,27 @@ def test_names_and_uris(folders: Folders) -> None:
     with pytest.raises(NotFound, match="cannot find host ten") as caught:
         config.entry("ten", settings)
     assert caught.value.hint == "known: one, two"
+
+
+def test_a_host_is_told_of_by_its_name() -> None:
+    far = HostEntry("far", "qemu+tcp://127.0.0.1:1/system?mode=direct")
+    assert config.by_name(f"cannot ask {far.uri}: no", far) == "cannot ask far: no"
+    assert config.by_name(f"at {far.uri}.", far._replace(uri="qemu+tcp://127.0.0.1:1/system")) == f"at {far.uri}."
+    with pytest.raises(HostUnreachable, match="^cannot connect to far: "):
+        hosts.open_entry(far, Settings(), config.folders())
+    missing, several = NotFound(f"cannot find x: {far.uri} has none"), Conflict(f"VM x on {far.uri}: at it")
+    tell_of_hosts(PartialFailure("some", failures={"x": missing, "y": several}), [far], [])
+    assert (missing.message, several.message) == ("cannot find x: far has none", "VM x on far: at it")
+
+
+def test_who_named_no_host_is_told_which_there_are() -> None:
+    for entries, hint in (
+        ([HostEntry("one", "qemu:///session")], "see `vmctl list --all-hosts`"),
+        ([HostEntry("", "qemu:///system")], "see `vmctl list --all-hosts`; hosts: two, three"),
+    ):
+        absent = NotFound("cannot find VM x: none", missing="VM", hint="see `vmctl list`")
+        tell_of_hosts(absent, entries, ["two", "three"])
+        assert absent.hint == hint
 
 
 def test_a_uri_that_cannot_be_taken_apart(folders: Folders) -> None:

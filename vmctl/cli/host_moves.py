@@ -100,21 +100,32 @@ def _carried_out(
             failures = _make(asked, found, wish, at_once, output, moved, ours)
             refused = {move: error for move, error in failures.items() if isinstance(error, PreflightFailed)}
             for move, error in refused.items():
-                for what, mend in error.problems:
-                    note(f"{called(move)}: {what}" + (f"; mend: {mend}" if mend else ""))
-                why = "; ".join(what for what, _ in error.problems)
+                why = "; ".join(what + (f" (mend: {mend})" if mend else "") for what, mend in error.problems)
                 barred[move.vm, move.source] = (*barred.get((move.vm, move.source), ()), (move.target, why))
             if not refused or len(refused) < len(failures):
                 break
     finally:  # also of one that is interrupted: those have moved
+        _tell_passed_over(moved, barred)
         if moved and output is not Output.TABLE:
             ui.emit(moved, output, str, lambda: [one.vm for one in moved])
     if failures:
         raise PartialFailure(
             f"cannot make {len(failures)} of {len(found.moves)} moves",
-            failures={called(move): error for move, error in failures.items()},
+            failures={called(move): error for move, error in failures.items()} | left_of(found),
         )
     return found
+
+
+def left_of(plan: Plan) -> dict[str, VmctlError]:
+    """What a plan leaves where it is, as failures; what hosts said against it is in the reason."""
+    return {f"{one.vm or 'VMs'} on {one.host}": VmctlError(one.why) for one in plan.left}
+
+
+def _tell_passed_over(moved: Sequence[Moved], barred: _Barred) -> None:
+    """Which hosts did not take a VM that another one took; of one that stays, the failure at the end tells it."""
+    for one in moved:
+        for host, why in barred.get((one.vm, one.source), ()):
+            note(f"{one.vm}: {host} cannot take it: {why}")
 
 
 def _make(

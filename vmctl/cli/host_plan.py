@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, NamedTuple, Optional
 
@@ -23,6 +24,7 @@ from vmctl.cli.options import (
     note,
     refuse_unless_yes,
     reporter,
+    tell_of_hosts,
     tell_where,
 )
 from vmctl.errors import NotFound, PartialFailure, PreflightFailed, VmctlError
@@ -204,7 +206,7 @@ def send(connect: str | None, names: Sequence[str], wish: Wish, *, check: bool, 
     def plan(census: Census) -> Plan:
         return rebalance.drain(census, called(source), only=wanted)
 
-    look = partial(_look, asked, [called(source), *others], (), _LOOK_S)
+    look = partial(_look, asked, [called(source), *others], (), _LOOK_S, set())
     if check:
         found = plan(plans_of_others.counted(look(), plans_of_others.others(asked.folders.runtime)))
         begin(found, 0)
@@ -226,11 +228,17 @@ def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[tuple
     def ask(entry: HostEntry) -> dict[str, str | NotFound]:
         found: dict[str, str | NotFound] = {}
         with asked.open(entry) as host:
-            for name in matching(host, names):
+            for name in names:
                 try:
-                    found[name] = domain.find(host.conn, name).name
+                    these = matching(host, [name])
                 except NotFound as error:
                     found[name] = error
+                    continue
+                for one in these:
+                    try:
+                        found[one] = domain.find(host.conn, one).name
+                    except NotFound as error:
+                        found[one] = error
         return found
 
     ((_, told),) = fleet.each([source], ask, _LOOK_S)
@@ -240,8 +248,9 @@ def _there(asked: Fleet, source: HostEntry, names: Sequence[str]) -> tuple[tuple
     absent = {name: error for name, error in told.items() if isinstance(error, NotFound)}
     moved = _elsewhere(asked, source, absent) if absent else {}
     for name, error in absent.items():
-        tell_where(error, fleet.called(source))
-        if name not in moved:
+        if not fnmatch.filter(moved, name):
+            tell_of_hosts(error, (source,), [one.name for one in asked.settings.hosts.values() if one != source])
+            tell_where(error, fleet.called(source))
             raise error
     return tuple(dict.fromkeys(there)), moved
 
@@ -275,26 +284,29 @@ def _again(
 
 
 def _elsewhere(asked: Fleet, source: HostEntry, names: Collection[str]) -> dict[str, str]:
-    """Which other host has a VM of each of the names, as far as they answer."""
+    """Which other host has a VM of each of the names, or globs, as far as they answer."""
     from vmctl import fleet
     from vmctl.hypervisor import inventory
 
-    def ask(entry: HostEntry) -> set[str]:
+    def ask(entry: HostEntry) -> list[str]:
         with asked.open(entry) as host:
-            return {*names} & {*inventory.names(host.conn)}
+            there = inventory.names(host.conn)
+            return sorted({one for name in names for one in fnmatch.filter(there, name)})
 
     others = [one for one in asked.settings.hosts.values() if one != source]
     answers = fleet.each(others, ask, _LOOK_S)
     return {name: host for host, found in answers if not isinstance(found, VmctlError) for name in found}
 
 
-def _look(asked: Fleet, names: Sequence[str], avoid: Sequence[str], timeout: float) -> Census:
-    """The hosts as they are now."""
+def _look(asked: Fleet, names: Sequence[str], avoid: Sequence[str], timeout: float, told: set[str]) -> Census:
+    """The hosts as they are now; ``told`` is what a look before has said of them."""
     from vmctl import survey
 
     seen = survey.survey(asked, names, avoid=avoid, timeout_s=timeout)
     for text in seen.notes:
-        note(text)
+        if text not in told:
+            note(text)
+    told.update(seen.notes)
     return seen.census
 
 
@@ -314,7 +326,7 @@ def _planned(
     from vmctl.hypervisor.events import start_loop
 
     start_loop()  # migrations need it, and it must come before any connection
-    look = partial(_look, asked, names, avoid or (), timeout)
+    look = partial(_look, asked, names, avoid or (), timeout, set())
 
     def begin(found: Plan, moved: int) -> None:
         if not found.moves and not moved:
@@ -322,6 +334,8 @@ def _planned(
         _tell(found)
         if found.moves:
             what = [f"{move.vm}: {move.source} -> {move.target} ({move.why})" for move in found.moves]
+            if stay := [f"{one.vm or 'VMs'} on {one.host}" for one in found.left]:
+                what.append(f"not {', '.join(stay)} (--dry-run says why)")
             refuse_unless_yes(what, yes=how.yes, question="Move these VMs?", hint="add --yes, or see --dry-run")
 
     if how.dry_run or how.check:
@@ -331,9 +345,12 @@ def _planned(
         _tell(found)
         if how.check:
             _check(asked, found, how.wish())
+        else:
+            for name, error in host_moves.left_of(found).items():
+                note(f"{name}: {error.message}")
     else:
         found = host_moves.carry_out(asked, look, plan, begin, how.wish(), how.at_once, output, emptied=emptied)
-    failures = {f"{one.vm or 'VMs'} on {one.host}": VmctlError(one.why) for one in found.left}
+    failures = host_moves.left_of(found)
     if found.moves and not (how.dry_run or how.check):
         failures |= _came(asked, emptied, found)
     if failures and not how.dry_run:
@@ -368,9 +385,7 @@ def _table(plan: Plan) -> str:
 
 
 def _tell(plan: Plan) -> None:
-    """What a plan comes to, for people."""
-    for one in plan.left:
-        note(f"{one.vm or 'VMs'} on {one.host}: {one.why}")
+    """What a plan comes to, for people. What it leaves is told once, where it ends."""
     if plan.freed:
         note(f"empty then: {', '.join(plan.freed)}")
     elif plan.moves and (plan.spread_before or plan.spread_after):  # else there is but one to move to
@@ -398,4 +413,6 @@ def _check(asked: Fleet, plan: Plan, wish: Wish) -> None:
 
     each([*by], work, told, "look at")
     if bad:
-        raise PreflightFailed(f"cannot make all of these {len(by)} moves: {len(bad)} problems", problems=bad)
+        count = "1 problem" if len(bad) == 1 else f"{len(bad)} problems"
+        bad += [(f"{name}: {error.message}", "") for name, error in host_moves.left_of(plan).items()]
+        raise PreflightFailed(f"cannot make all of these {len(by)} moves: {count}", problems=bad)

@@ -48,6 +48,7 @@ def setup(
     chosen = name or wish.name
     entry = fleet.settings.hosts.get(chosen)
     if entry is None:
+        host_add.refuse_same_uri(fleet, chosen, wish.uri)
         entry = host_add.entry(host_add.Wish(chosen, wish.uri, host_key or "", fingerprint or ""), trusts)
     else:
         host_setup.meant(entry, wish, host_key or "", fingerprint or "")

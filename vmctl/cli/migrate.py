@@ -24,10 +24,11 @@ from vmctl.errors import HostUnreachable, Interrupted, NotFound, PartialFailure,
 from vmctl.ui import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from vmctl.migrate import Moved
     from vmctl.migrate_ends import Ends
+    from vmctl.migrate_problems import Problem
     from vmctl.migrate_wish import Wish
 
 
@@ -156,7 +157,7 @@ def migrate(
     with _ends(connect, to) as ends:
         if not (adjust or recover):  # those have to do with hosts that may be down
             ends.open()
-        wanted = _wanted(ends, names, recover=recover)
+        wanted = _wanted(ends, names, recover=recover, again=not adjust)
         if adjust:
             _adjust(ends, wanted, wish.bandwidth, downtime, output)
         elif check:
@@ -203,20 +204,35 @@ def _ends(connect: str | None, to: str) -> Iterator[Ends]:
     with Ends(fleet, source, target) as ends:
         try:
             yield ends
-        except (NotFound, PartialFailure) as error:
-            tell_of_hosts(error, (source, target), others=len(fleet.settings.hosts) > 1)
+        except (VmctlError, Interrupted) as error:
+            others = [one.name for one in fleet.settings.hosts.values() if one != source]
+            tell_of_hosts(error, (source,), others)
+            tell_of_hosts(error, (target,), ())
             for one in error.failures.values() if isinstance(error, PartialFailure) else (error,):
                 if isinstance(one, NotFound):  # what other errors hint at names its host, for there are two
                     tell_where(one, called(source))
             raise
 
 
-def _wanted(ends: Ends, names: list[str], *, recover: bool) -> tuple[str, ...]:
+def _wanted(ends: Ends, names: list[str], *, recover: bool, again: bool) -> tuple[str, ...]:
+    """The VMs that are meant. Where the same ``again`` has a sense, a glob is also of those that have moved already."""
     from vmctl.listing import is_glob, matching
 
     if recover and not any(is_glob(name) for name in names):
         return tuple(dict.fromkeys(names))  # it may be on the target only by now
-    return matching(ends.source, names)
+    found: dict[str, None] = {}
+    for name in names:
+        try:
+            these = matching(ends.source, [name])
+        except NotFound as none:
+            try:
+                these = matching(ends.target, [name]) if again else ()
+            except NotFound:
+                these = ()
+            if not these:
+                raise none from None
+        found |= dict.fromkeys(these)
+    return tuple(found)
 
 
 def _check(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output) -> None:
@@ -233,15 +249,23 @@ def _check(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output) -> No
             if len(names) == 1:
                 raise
             found[name] = (Problem(error.message, error.hint),)
-    lines = []
-    for name, these in found.items():
-        lines += [f"{'note' if one.note else 'failed':<8} {name}: {one.what}" for one in these] or [f"ok       {name}"]
     rows = [{"vm": name, **one._asdict()} for name, these in found.items() for one in these]
-    ui.emit(rows, output, lambda: "\n".join(lines), lambda: [name for name in names if not fatal(found[name])])
+    ui.emit(rows, output, lambda: _report(found), lambda: [name for name in names if not fatal(found[name])])
     bad = [(f"{name}: {one.what}", one.mend) for name, these in found.items() for one in fatal(these)]
     if bad:
         count = "1 problem" if len(bad) == 1 else f"{len(bad)} problems"
-        raise PreflightFailed(f"cannot migrate to {ends.names[1]}: {count}", problems=bad)
+        untold = bad if output is Output.NAME else ()  # all other forms of the result have told them
+        raise PreflightFailed(f"cannot migrate to {ends.names[1]}: {count}", problems=untold)
+
+
+def _report(found: Mapping[str, tuple[Problem, ...]]) -> str:
+    lines = []
+    for name, these in found.items():
+        for one in these:
+            lines.append(f"{'note' if one.note else 'failed':<8} {name}: {one.what}")
+            lines += [f"{'':<8}   mend: {one.mend}"] if one.mend else []
+        lines += [] if these else [f"ok       {name}"]
+    return "\n".join(lines)
 
 
 def _move(ends: Ends, names: tuple[str, ...], wish: Wish, output: Output, *, recover: bool) -> None:

@@ -169,7 +169,7 @@ def opened(connect: str | None, *, events: bool = False) -> Iterator[Host]:
         try:
             yield host
         except (VmctlError, Interrupted) as error:
-            tell_of_hosts(error, [host.entry] if host.entry else [], others=bool(host.others))
+            tell_of_hosts(error, [host.entry] if host.entry else [], [one.name for one in host.others])
             if given:
                 tell_where(error, given)
             raise
@@ -188,16 +188,19 @@ def tell_where(error: VmctlError | Interrupted, given: str) -> None:
         one.hint = on_host(one.hint, given)
 
 
-def tell_of_hosts(error: VmctlError | Interrupted, entries: Sequence[HostEntry], *, others: bool) -> None:
-    """Let what is not found be told of hosts as people call them; where there are ``others``, it may be on those."""
+def tell_of_hosts(error: VmctlError | Interrupted, entries: Sequence[HostEntry], others: Sequence[str]) -> None:
+    """Let an error tell of hosts as people call them; what is not found may be on the ``others``.
+
+    Who named no host has hosts that have names perhaps not in mind: so they are said.
+    """
+    from vmctl.config import by_name
+
     for one in _all(error):
-        if not isinstance(one, NotFound):
-            continue
-        if others and one.missing == "VM" and not one.meant:
-            one.hint = "see `vmctl list --all-hosts`"
+        if others and isinstance(one, NotFound) and one.missing == "VM" and not one.meant:
+            named = any(entry.name for entry in entries)
+            one.hint = "see `vmctl list --all-hosts`" + ("" if named else f"; hosts: {', '.join(others)}")
         for entry in entries:
-            if entry.name:
-                one.message = one.message.replace(f": {entry.uri} has none", f": {entry.name} has none")
+            one.message = by_name(one.message, entry)
 
 
 def _all(error: VmctlError | Interrupted) -> tuple[VmctlError | Interrupted, ...]:
