@@ -20,6 +20,7 @@ from vmctl import backup_index, backup_manifest
 from vmctl.backup_index import Index
 from vmctl.backup_manifest import Manifest, StoredDisk
 from vmctl.errors import Conflict, ImageError, NotFound, SpecError, VmctlError, close_to
+from vmctl.order import natural
 from vmctl.workspace import clear_leftovers, is_leftover, workspace
 
 MAKING = ".making-"
@@ -95,7 +96,8 @@ def vms(root: Path) -> tuple[str, ...]:
     with telling_os_errors(f"read backups in {root}"):
         if not root.exists():
             return ()
-        return tuple(sorted(one.name for one in root.iterdir() if one.is_dir() and not one.name.startswith(".")))
+        found = (one.name for one in root.iterdir() if one.is_dir() and not one.name.startswith("."))
+        return tuple(sorted(found, key=natural))
 
 
 def shelf(folder: Path) -> Shelf:

@@ -17,6 +17,7 @@ from typing import Any
 from vmctl import json_schema
 from vmctl.errors import NotFound, SpecError, reason
 from vmctl.json_schema import Problem
+from vmctl.order import natural
 from vmctl.resources import image_recipes_dir
 
 _CLOSE = 0.6
@@ -76,7 +77,7 @@ def load(users: Path) -> Catalogue:
             aliases |= dict.fromkeys(entry.aliases, entry.name)
     for entry in entries.values():
         aliases.pop(entry.name, None)  # a name goes before an alias
-    kept = tuple(sorted(entries.values(), key=lambda entry: entry.name))
+    kept = tuple(sorted(entries.values(), key=lambda entry: natural(entry.name)))
     return Catalogue(kept, {alias: name for alias, name in aliases.items() if alias in entries[name].aliases})
 
 

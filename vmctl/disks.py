@@ -22,6 +22,7 @@ from vmctl.hypervisor import disks, pools, storage
 from vmctl.image_users import Seen
 from vmctl.images import ensure_pools
 from vmctl.locks import held
+from vmctl.order import natural
 
 _OF_FILES = frozenset({"dir", "fs", "netfs"})
 
@@ -59,7 +60,7 @@ def list_disks(host: Host, names: Collection[str], *, pool: str = "") -> tuple[L
     volumes = {one.path: one for one in storage.all_volumes(host.conn)}
     by_name = {f"{one.pool}/{one.name}": one for one in volumes.values()}
     used = set()
-    for vm, _, devices in sorted(disks.all_disks(host.conn)):
+    for vm, _, devices in sorted(disks.all_disks(host.conn), key=lambda one: natural(one[0])):
         for disk in devices:
             used |= {disk.source, *disk.backing}
             if names and not any(fnmatchcase(vm, one) for one in names):
@@ -79,7 +80,7 @@ def list_disks(host: Host, names: Collection[str], *, pool: str = "") -> tuple[L
                 used.add(path)
         loose = [
             one
-            for one in sorted(volumes.values(), key=lambda volume: volume.name)
+            for one in sorted(volumes.values(), key=lambda volume: natural(volume.name))
             if one.path not in used and one.pool == pool and one.format in set(DiskFormat)
             if not one.name.endswith((".log", ".iso", ".json", ".memory", ".nvram"))
         ]

@@ -26,6 +26,7 @@ from vmctl.hosts import Host, pool_folder
 from vmctl.hypervisor import storage
 from vmctl.locks import held
 from vmctl.manifest import NAME, Manifest, NewImage, content_digest, is_manifest, name_taken, parse
+from vmctl.order import natural
 from vmctl.resources import image_recipes_dir, recipe_source
 from vmctl.workspace import clear_leftovers, workspace
 
@@ -85,7 +86,7 @@ def list_images(host: Host, *, anew: bool = False) -> tuple[Manifest, ...]:
         read = _manifests(host, pool)
     found = [manifest for manifest in read if manifest is not None]
     found.sort(key=lambda manifest: manifest.built, reverse=True)
-    return tuple(sorted(found, key=lambda manifest: manifest.name))
+    return tuple(sorted(found, key=lambda manifest: natural(manifest.name)))
 
 
 def _has_unseen(host: Host, pool: str, *, otherwise: bool) -> bool:

@@ -15,6 +15,7 @@ from vmctl import (
 from vmctl.errors import NotFound, SpecError
 from vmctl.hosts import Host
 from vmctl.hypervisor import connection, domain, snapshots
+from vmctl.order import natural
 from vmctl.snapshot_plan import Ref
 from vmctl.snapshot_xml import Snapshot, SnapshotDisk
 
@@ -98,7 +99,7 @@ def list_all(host: Host, names: Collection[str]) -> tuple[Listed, ...]:
     vms = [vm for vm, _ in domain.identities(host.conn) if not names or any(fnmatchcase(vm, one) for one in names)]
     if names and not vms:
         raise NotFound(f"cannot list snapshots of {', '.join(names)}: no VM of that name")
-    return tuple(listed(vm, one) for vm in sorted(vms) for one in snapshots.snapshots(host.conn, vm))
+    return tuple(listed(vm, one) for vm in sorted(vms, key=natural) for one in snapshots.snapshots(host.conn, vm))
 
 
 def show(host: Host, text: str) -> Shown:

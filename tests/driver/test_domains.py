@@ -245,6 +245,13 @@ def test_list_filters(host: Host) -> None:
     assert (row.image, row.accel, row.vcpus, row.memory_mib) == ("micro", "tcg", 1, 512)
 
 
+def test_names_with_numbers_are_listed_in_the_order_of_these(host: Host) -> None:
+    for name in ("web10", "web9", "web100"):
+        define(host.conn, name)
+    assert [row.name for row in listing.rows(host)] == ["web9", "web10", "web100"]
+    assert listing.matching(host, ["web*"]) == ("web9", "web10", "web100")
+
+
 def test_names_and_globs(host: Host) -> None:
     for name in ("web1", "web2", "db1"):
         define(host.conn, name)

@@ -456,3 +456,9 @@ def test_a_mistyped_vm_is_guessed_from_those_that_have_backups(tmp_path: Path) -
             ask()
         assert "web-server" in failed.value.hint
     assert backup_store.vm_meant(tmp_path / "database") == ""
+
+
+def test_the_vms_are_listed_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for vm in ("web10", "web2"):
+        _shelved(tmp_path / vm, manifest(1, vm=vm))
+    assert [one.vm for one in backup_list.list_backups(tmp_path, ())] == ["web2", "web10"]

@@ -37,6 +37,7 @@ from vmctl.errors import (
 )
 from vmctl.events import Progress, StageBegan, StageDone, Step, Warned, bytes_in_words
 from vmctl.hypervisor.domain import State
+from vmctl.order import natural
 from vmctl.wait import wait_until
 
 
@@ -298,6 +299,17 @@ def test_a_bar_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     os.close(master)
     parts = [part for part in said.split("\r\x1b[K") if part]
     assert len(parts) == 4 and all(len(part) == 39 for part in parts), parts
+
+
+def test_numbers_in_names_are_ordered_as_numbers() -> None:
+    plain = ["a", "a10", "a2b", "node-02", "node-10", "node-10-1", "node-2"]
+    assert sorted(plain, key=natural) == ["a", "a2b", "a10", "node-02", "node-2", "node-10", "node-10-1"]
+
+
+@given(st.text("ab-01.9"), st.text("ab-01.9"))
+def test_no_two_names_are_alike_in_their_order(one: str, other: str) -> None:
+    assert (natural(one) == natural(other)) == (one == other)
+    assert (natural(one) < natural(other)) or (natural(other) < natural(one)) or one == other
 
 
 def test_plain_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,7 +76,7 @@ def list_(
     connect: ConnectOption = None,
     output: OutputOption = Output.TABLE,
 ) -> None:
-    """List VMs. With -w, JSON is one line for each list.
+    """List VMs by name, n2 before n10. With -w, JSON is one line for each list.
 
     With --all-hosts, all are asked at once; one that does not answer in time is a row of state unreachable, and the
     exit code is 14.

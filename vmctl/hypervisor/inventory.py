@@ -18,6 +18,7 @@ from vmctl.domain_brief import Brief, brief
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
 from vmctl.hypervisor.states import State, state_of
+from vmctl.order import natural
 
 
 class Entry(NamedTuple):
@@ -35,7 +36,7 @@ class Entry(NamedTuple):
 def names(conn: Connection) -> tuple[str, ...]:
     """Names of all domains, sorted; one call."""
     with calling("list VMs"):
-        return tuple(sorted(dom.name() for dom in conn.handle.listAllDomains()))
+        return tuple(sorted((dom.name() for dom in conn.handle.listAllDomains()), key=natural))
 
 
 def list_domains(conn: Connection) -> tuple[Entry, ...]:
@@ -44,7 +45,8 @@ def list_domains(conn: Connection) -> tuple[Entry, ...]:
         stats = conn.handle.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE, 0)
         saved = _saved(conn)
     local = _Local(conn)
-    return tuple(sorted((_entry(dom, values, saved, local) for dom, values in stats), key=lambda entry: entry.name))
+    found = (_entry(dom, values, saved, local) for dom, values in stats)
+    return tuple(sorted(found, key=lambda entry: natural(entry.name)))
 
 
 def _saved(conn: Connection) -> frozenset[str]:

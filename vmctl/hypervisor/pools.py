@@ -13,6 +13,7 @@ from vmctl.errors import Conflict, NotFound
 from vmctl.hypervisor import storage
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
+from vmctl.order import natural
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,9 @@ def _source(source: ET.Element | None) -> str:
 def pools(conn: Connection) -> tuple[PoolFacts, ...]:
     """All pools, by name."""
     with calling("list storage pools"):
-        return tuple(sorted((_facts(pool) for pool in conn.handle.listAllStoragePools(0)), key=lambda one: one.name))
+        return tuple(
+            sorted((_facts(pool) for pool in conn.handle.listAllStoragePools(0)), key=lambda one: natural(one.name))
+        )
 
 
 def pool(conn: Connection, name: str) -> PoolFacts:

@@ -12,6 +12,7 @@ from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling
 from vmctl.hypervisor.states import State, state_of
 from vmctl.hypervisor.waiting import Waiting
+from vmctl.order import natural
 
 _PATIENCE_S = 2.0
 
@@ -50,7 +51,7 @@ def guests(conn: Connection) -> tuple[Guest, ...]:
             except libvirt.libvirtError as error:
                 if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:  # deleted since the bulk answer
                     raise
-    return tuple(sorted(found, key=lambda guest: guest.name))
+    return tuple(sorted(found, key=lambda guest: natural(guest.name)))
 
 
 def measures(conn: Connection, only: Collection[str] = ()) -> dict[str, Measure] | None:

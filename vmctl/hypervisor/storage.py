@@ -15,6 +15,7 @@ import libvirt
 from vmctl.errors import Conflict, NotFound, WrongState, close_to
 from vmctl.hypervisor.connection import Connection
 from vmctl.hypervisor.errors import calling, translated
+from vmctl.order import natural
 from vmctl.wait import wait_until
 
 CHUNK = 1 << 20
@@ -173,7 +174,7 @@ def listing(conn: Connection, pool: str) -> Listing:
 def volume_names(conn: Connection, pool: str) -> tuple[str, ...]:
     """Names of all volumes in the pool; one call."""
     with calling(f"list storage pool {pool}"):
-        return tuple(sorted(look_up(conn, pool).listVolumes()))
+        return tuple(sorted(look_up(conn, pool).listVolumes(), key=natural))
 
 
 def volumes(conn: Connection, pool: str) -> tuple[VolumeFacts, ...]:
@@ -191,7 +192,7 @@ def _all_facts(pool: Any) -> tuple[VolumeFacts, ...]:
         except libvirt.libvirtError as error:
             if error.get_error_code() != libvirt.VIR_ERR_NO_STORAGE_VOL:
                 raise
-    return tuple(sorted(found, key=lambda one: one.name))
+    return tuple(sorted(found, key=lambda one: natural(one.name)))
 
 
 def _place(volume: Any, path: str) -> str:
