@@ -26,6 +26,13 @@ class StageBegan(NamedTuple):
     elapsed_s: float
 
 
+class StageGoesOn(NamedTuple):
+    """A named stage of a wait has not ended yet. ``elapsed_s`` counts from the start of the whole wait."""
+
+    name: str
+    elapsed_s: float
+
+
 class StageDone(NamedTuple):
     """A named stage of a wait ended well after ``took_s`` seconds of its own."""
 
@@ -51,7 +58,7 @@ class Status(NamedTuple):
     text: str
 
 
-Event: TypeAlias = Step | Warned | StageBegan | StageDone | Progress | Status
+Event: TypeAlias = Step | Warned | StageBegan | StageGoesOn | StageDone | Progress | Status
 Reporter: TypeAlias = Callable[[Event], None]
 
 
@@ -68,7 +75,7 @@ def stages_of(name: str, report: Reporter) -> Reporter:
     """A Reporter that says of each stage whose it is, for when several waits go on at once."""
 
     def named(event: Event) -> None:
-        if isinstance(event, StageBegan | StageDone):
+        if isinstance(event, StageBegan | StageGoesOn | StageDone):
             event = event._replace(name=f"{name}: {event.name}")
         report(event)
 

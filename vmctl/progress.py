@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import IO
 
-from vmctl.events import Event, Progress, Reporter, StageBegan, StageDone, Status, Step, Warned
+from vmctl.events import Event, Progress, Reporter, StageBegan, StageDone, StageGoesOn, Status, Step, Warned
 from vmctl.ui import Verbosity, duration, paint, size, visible
 
 _BAR_EVERY_S = 0.1
@@ -42,11 +42,10 @@ class _Lines:
                 self._line(paint("note: ", "33", self._stream) + visible(text) + mend)
             case Step(text):
                 self._line(visible(text))
-            case StageBegan(name, elapsed_s):
-                if self._tty:
-                    self._rewrite(f"  {name:<8} … {elapsed_s:5.1f} s so far")
-                elif self._verbosity is Verbosity.VERBOSE:
-                    self._line(f"  {name:<8} begins at {elapsed_s:.2f} s")
+            case StageBegan(name, elapsed_s) | StageGoesOn(name, elapsed_s) if self._tty:
+                self._rewrite(f"  {name:<8} … {elapsed_s:5.1f} s so far")
+            case StageBegan(name, elapsed_s) if self._verbosity is Verbosity.VERBOSE:
+                self._line(f"  {name:<8} begins at {elapsed_s:.2f} s")
             case StageDone(name, took_s, elapsed_s, detail):
                 self._line(f"  {name:<8} {took_s:6.2f} s   at {elapsed_s:6.2f} s   {visible(detail)}".rstrip())
             case Progress(name, done, total, unit):

@@ -15,7 +15,7 @@ from vmctl import cloud_init, greeting
 from vmctl.accel import timeout_scale
 from vmctl.cloud_init import Outcome, Status
 from vmctl.errors import GuestCommandFailed, Unsupported, VmctlError, WaitTimeout, WrongState, reason
-from vmctl.events import Reporter, StageBegan, StageDone, Warned
+from vmctl.events import Reporter, StageBegan, StageDone, StageGoesOn, Warned
 from vmctl.guest import Address, address, behind, console_tail, execute, panic_line
 from vmctl.hosts import Host
 from vmctl.hypervisor import domain, inventory, network
@@ -33,6 +33,7 @@ _LEASE_S = 3600  # what libvirt's dnsmasq grants where the network says nothing 
 _FORWARD_BANNER_S = 0.3
 _PING_S = 2.0
 _STATE_EVERY_S = 0.5
+_TICK_S = 1.0
 _LOG_LINES = 15
 _TRACE_LINES = 100  # a panic's own line stands above the trace
 
@@ -211,6 +212,22 @@ class _Watch:
         return lines
 
 
+def _ticking(
+    probe: Callable[[], bool | None], stage: Goal, began: float, report: Reporter, clock: Callable[[], float]
+) -> Callable[[], bool | None]:
+    """The probe, telling each second that the stage goes on."""
+    last = clock()
+
+    def ask() -> bool | None:
+        nonlocal last
+        if clock() - last >= _TICK_S:
+            last = clock()
+            report(StageGoesOn(stage, last - began))
+        return probe()
+
+    return ask
+
+
 def wait_for(
     host: Host,
     vm: Domain,
@@ -233,9 +250,10 @@ def wait_for(
     for stage in _STAGES[goal]:
         stage_began = clock()
         report(StageBegan(stage, stage_began - began))
+        tick = _ticking(getattr(watch, stage.name.lower()), stage, began, report, clock)
         try:
             wait_until(
-                getattr(watch, stage.name.lower()),
+                tick,
                 what=f"VM {vm.name} to reach {goal}, in stage {stage}",
                 timeout_s=max(0.0, began + timeout_s - clock()),
                 interval_s=_POLL_S,

@@ -260,6 +260,20 @@ def test_logs(shell: Shell, vm: str) -> None:
     assert len(shell.run("logs", vm, "-n", "2").stdout.splitlines()) == 2
 
 
+def test_a_wait_shows_on_a_terminal_that_it_goes_on(shell: Shell, vm: str) -> None:
+    main, side = pty.openpty()
+    words = [*VMCTL, "wait", vm, "--for", "stopped"]
+    with subprocess.Popen(words, cwd=REPO, stdin=side, stdout=side, stderr=side) as running:
+        os.close(side)
+        said = ""
+        while len(set(re.findall(r"stopped +… +([0-9.]+) s so far", said))) < 3:
+            assert select.select([main], [], [], 20)[0], said
+            said += os.read(main, 4096).decode(errors="replace")
+        running.send_signal(signal.SIGINT)
+        assert running.wait(20) == 130
+    os.close(main)
+
+
 def test_pause_and_resume_seen_by_both(shell: Shell, vm: str) -> None:
     shell.run("pause", vm)
     assert shell.virsh("domstate", vm) == "paused"

@@ -35,7 +35,7 @@ from vmctl.errors import (
     WrongState,
     quietly,
 )
-from vmctl.events import Progress, StageBegan, StageDone, Step, Warned, bytes_in_words
+from vmctl.events import Progress, StageBegan, StageDone, StageGoesOn, Step, Warned, bytes_in_words
 from vmctl.hypervisor.domain import State
 from vmctl.order import natural
 from vmctl.wait import wait_until
@@ -299,6 +299,28 @@ def test_a_bar_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     os.close(master)
     parts = [part for part in said.split("\r\x1b[K") if part]
     assert len(parts) == 4 and all(len(part) == 39 for part in parts), parts
+
+
+def test_a_stage_that_goes_on_is_told_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits = [StageBegan("ssh", 0.0), StageGoesOn("ssh", 1.0), StageGoesOn("ssh", 2.0), StageDone("ssh", 2.5, 2.5)]
+    for event in waits:
+        progress.reporter()(event)
+    assert capsys.readouterr().err == "  ssh        2.50 s   at   2.50 s\n"
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with open(slave, "w") as terminal:  # noqa: PTH123  a descriptor
+        monkeypatch.setattr(sys, "stderr", terminal)
+        tell = progress.reporter()
+        for event in waits:
+            tell(event)
+        said = ""
+        while "\n" not in said:
+            said += os.read(master, 4096).decode()
+    os.close(master)
+    assert [part.split()[2] for part in said.split("\r\x1b[K") if "so far" in part] == ["0.0", "1.0", "2.0"]
+    assert said.endswith("\r\x1b[K  ssh        2.50 s   at   2.50 s\r\n")
 
 
 def test_numbers_in_names_are_ordered_as_numbers() -> None:
