@@ -127,9 +127,9 @@ def heading(text: str) -> str:
     return paint(text, "1", sys.stderr)
 
 
-def clear_or_blank() -> None:
-    """Begin a new picture of something watched: on a clean screen, or after a blank line."""
-    write("\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n")
+def clear_or_blank(*, first: bool = False) -> None:
+    """Begin a new picture of something watched: on a clean screen, or but for the ``first`` after a blank line."""
+    write("\x1b[H\x1b[2J" if sys.stdout.isatty() else "" if first else "\n")
 
 
 def emit_again(value: Any, output: Output, table: Callable[[], str], names: Callable[[], Iterable[str]]) -> None:

@@ -235,6 +235,14 @@ def test_top_and_show(known: Shell, bed: Testbed) -> None:
     assert len(looks) == 2
     assert all([row["name"] for row in look] == ["h1", "h2", "h3"] for look in looks)
     assert all(0 <= row["cpu_percent"] <= 100 and row["available_mib"] > 0 for look in looks for row in look)
+    table = known.run("host", "top", "--count", "2", "--interval", "0.3").stdout.splitlines()
+    assert [bool(line) for line in table] == [True] * 4 + [False] + [True] * 4, table
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*VMCTL, "host", "top", "--interval", "0.3"], stdout=pipe, stderr=pipe, text=True) as running:
+        assert running.stdout is not None and running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=30)[1]
+    assert (running.returncode, said) == (0, "")
     shown = known.json("host", "show", "h2")
     assert shown["peer"] == bed.machines[1].peer_uri and shown["address"] == bed.machines[1].address
     assert "lan" in shown["networks"]

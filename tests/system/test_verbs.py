@@ -260,6 +260,19 @@ def test_logs(shell: Shell, vm: str) -> None:
     assert len(shell.run("logs", vm, "-n", "2").stdout.splitlines()) == 2
 
 
+def test_logs_are_followed_until_ctrl_c(shell: Shell, vm: str) -> None:
+    words = [*VMCTL, "logs", vm, "-f", "-n", "1"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=REPO, stdout=pipe, stderr=pipe, text=True) as running:
+        assert running.stdout is not None and running.stdout.readline()
+        shell.run("exec", vm, "--", "sh", "-c", "echo it goes on >/dev/console")
+        while "it goes on" not in (line := running.stdout.readline()):
+            assert line, "it ended"
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=20)[1]
+    assert (running.returncode, said) == (0, "")
+
+
 def test_a_wait_shows_on_a_terminal_that_it_goes_on(shell: Shell, vm: str) -> None:
     main, side = pty.openpty()
     words = [*VMCTL, "wait", vm, "--for", "stopped"]

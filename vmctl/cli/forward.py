@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vmctl import ui
-from vmctl.cli.options import ConnectOption, Name, UserOption, note, opened, reporter
+from vmctl.cli.options import ConnectOption, Name, UserOption, note, opened, reporter, until_ctrl_c
 
 
 def forward(
@@ -28,4 +28,5 @@ def forward(
         for one in running.served:
             ui.write(f"{one}\n")
         note("Ctrl-C ends")
-        running.hold()
+        with until_ctrl_c():
+            running.hold()

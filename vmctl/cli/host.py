@@ -11,7 +11,7 @@ from vmctl.cli.command import Command, group
 from vmctl.cli.diagnose import info
 from vmctl.cli.host_plan import balance, consolidate, drain
 from vmctl.cli.host_setup import setup
-from vmctl.cli.options import HostName, HostNames, OutputOption, fleet_of_config, note
+from vmctl.cli.options import HostName, HostNames, OutputOption, fleet_of_config, note, until_ctrl_c
 from vmctl.errors import SpecError
 from vmctl.ui import Output
 
@@ -197,14 +197,15 @@ def top(
     watch = fleet.Watch(fleet_of_config(), names or (), timeout_s=timeout)
     watch.look()  # how busy is told from the difference of two looks
     looks = 0
-    while count is None or looks < count:
-        pause(interval)
-        ui.require_reader()
-        rows = watch.look()
-        if output in {Output.TABLE, Output.NAME}:
-            ui.clear_or_blank()
-        _show(rows, output)
-        looks += 1
+    with until_ctrl_c(only_end=count is None):
+        while count is None or looks < count:
+            pause(interval)
+            ui.require_reader()
+            rows = watch.look()
+            if output in {Output.TABLE, Output.NAME}:
+                ui.clear_or_blank(first=not looks)
+            _show(rows, output)
+            looks += 1
 
 
 def _show(rows: Sequence[TopRow], output: Output) -> None:

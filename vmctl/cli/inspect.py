@@ -19,6 +19,7 @@ from vmctl.cli.options import (
     note,
     opened,
     reporter,
+    until_ctrl_c,
 )
 from vmctl.errors import PartialFailure, SpecError
 from vmctl.ui import Output
@@ -106,10 +107,11 @@ def list_(
             from vmctl.hypervisor import events
 
             # Shown first once nothing that comes after can be missed.
-            for _ in events.watch(host.conn, ready=lambda: show(ui.emit_again), idle=ui.require_reader):
-                if output in {Output.TABLE, Output.NAME}:
-                    ui.clear_or_blank()
-                show(ui.emit_again)
+            with until_ctrl_c():
+                for _ in events.watch(host.conn, ready=lambda: show(ui.emit_again), idle=ui.require_reader):
+                    if output in {Output.TABLE, Output.NAME}:
+                        ui.clear_or_blank()
+                    show(ui.emit_again)
 
 
 def _list_all(states: set[State], labels: dict[str, str | None], timeout: float, output: Output) -> None:
@@ -243,8 +245,9 @@ def logs(
             shown = "".join(shown.splitlines(keepends=True)[-lines:]) if lines else ""
         ui.write(shown)
         if follow:
-            for more in guest.follow_console(host, vm, start=len(text.encode())):
-                ui.write(more if raw else guest.plain(more))
+            with until_ctrl_c():
+                for more in guest.follow_console(host, vm, start=len(text.encode())):
+                    ui.write(more if raw else guest.plain(more))
 
 
 def events(
@@ -281,12 +284,14 @@ def events(
         stream.start_loop()
         asked = fleet_of_config()
         wanted = {*names, *fleet_events.known(asked, [one for one in names if not is_glob(one)])}
-        _show(fleet_events.watch(asked, begun, ui.require_reader), wanted, count, output, with_host=True)
+        with until_ctrl_c(only_end=count is None):
+            _show(fleet_events.watch(asked, begun, ui.require_reader), wanted, count, output, with_host=True)
         return
     with opened(connect, events=True) as host:
         wanted = {one if is_glob(one) else domain.find(host.conn, one).name for one in names}
         heard = stream.watch(host.conn, ready=begun, idle=ui.require_reader)
-        _show((HostEvent.of(host.name, one) for one in heard), wanted, count, output, with_host=False)
+        with until_ctrl_c(only_end=count is None):
+            _show((HostEvent.of(host.name, one) for one in heard), wanted, count, output, with_host=False)
 
 
 def _show(

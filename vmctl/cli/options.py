@@ -155,6 +155,16 @@ def reporter() -> Reporter:
 
 
 @contextmanager
+def until_ctrl_c(*, only_end: bool = True) -> Iterator[None]:
+    """What Ctrl-C ends well: a block that has no other end, where it is so. What is before the block it interrupts."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not only_end:
+            raise
+
+
+@contextmanager
 def opened(connect: str | None, *, events: bool = False) -> Iterator[Host]:
     """Open the host that the option, or the global one, or the environment names."""
     if events:

@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 import typer
 
 from vmctl import ui
-from vmctl.cli.options import ConnectOption, Name, note, opened
+from vmctl.cli.options import ConnectOption, Name, note, opened, until_ctrl_c
 
 
 def view(
@@ -29,7 +29,8 @@ def view(
         if not no_open:
             _open(url)
         note("Ctrl-C ends")
-        threading.Event().wait()
+        with until_ctrl_c():
+            threading.Event().wait()
 
 
 def _open(url: str) -> None:
