@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from vmctl import homes, host_book, host_ssh, spec
 from vmctl.config import AUTO, HostEntry, is_address, of_qemu, readable
-from vmctl.errors import Conflict, HostUnreachable, SpecError
+from vmctl.errors import Conflict, HostUnreachable, SpecError, VmctlError
 from vmctl.fleet import DEADLINE_S, Fleet, each
 from vmctl.hosts import Host
 from vmctl.hypervisor import connection
@@ -142,5 +142,5 @@ def _key(wish: Wish, trusts: Callable[[Trust], bool]) -> str:
         return vouched
     key = host_ssh.offered(there)[0]
     if not trusts(Trust(there.host, key.split()[0], host_ssh.fingerprint(key))):
-        raise SpecError(f"cannot add host {wish.name}: its SSH host key is not trusted")
+        raise VmctlError(f"cannot add host {wish.name}: its SSH host key is not trusted")
     return key

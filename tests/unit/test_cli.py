@@ -6,6 +6,7 @@ import ast
 import io
 import json
 import os
+import pty
 import select
 import signal
 import socket
@@ -403,6 +404,23 @@ def test_ctrl_c_ends_well_what_has_no_other_end(line: str, code: int) -> None:
         running.send_signal(signal.SIGINT)
         said = running.communicate(timeout=60)[1]
     assert (running.returncode, said) == (code, "interrupted\n" if code else "")
+
+
+def test_who_says_no_has_nothing_done_and_was_not_wrong() -> None:
+    main, side = pty.openpty()
+    words = [sys.executable, "-m", "vmctl", *ON, "disk", "pool", "delete", "default-pool"]
+    with subprocess.Popen(words, stdin=side, stdout=side, stderr=side, cwd=REPO) as running:
+        os.close(side)
+        said = ""
+        while "[y/N]" not in said:
+            assert select.select([main], [], [], 60)[0], said
+            said += os.read(main, 4096).decode()
+        os.write(main, b"n\n")
+        while "nothing was done" not in said:
+            assert select.select([main], [], [], 60)[0], said
+            said += os.read(main, 4096).decode()
+        assert running.wait(60) == 1
+    os.close(main)
 
 
 def test_notes_are_for_those_who_did_not_ask_for_quiet(

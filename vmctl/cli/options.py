@@ -241,7 +241,10 @@ def note(text: str) -> None:
 def refuse_unless_yes(
     what: Sequence[str], *, yes: bool, question: str = "Delete all of this?", hint: str = "add --yes"
 ) -> None:
-    """Show what will be destroyed and ask; without a terminal only --yes goes on. Raises SpecError."""
+    """Show what will be destroyed and ask; without a terminal only --yes goes on.
+
+    Raises SpecError where nobody can be asked, VmctlError after a no.
+    """
     if yes:
         return
     for line in what:
@@ -250,7 +253,7 @@ def refuse_unless_yes(
         verb = question.split()[0].lower()
         raise SpecError(f"cannot {verb} without being sure: there is no terminal to ask on", hint=hint)
     if not ui.confirm(question):
-        raise SpecError("nothing was done")
+        raise VmctlError("nothing was done")
 
 
 def goal_of(wait: str | None) -> Goal | None:
