@@ -88,7 +88,8 @@ def require_free(host: Host, vm: str, names: Sequence[str], doing: str) -> None:
     """Raise Conflict that tells all the names that are taken."""
     known = {name for name, _ in domain.identities(host.conn)}
     if taken := [one for one in names if one in known]:
-        raise Conflict(f"cannot {doing} VM {vm}: {', '.join(taken)} exists already", hint="choose another name")
+        verb = "exists" if len(taken) == 1 else "exist"
+        raise Conflict(f"cannot {doing} VM {vm}: {', '.join(taken)} {verb} already", hint="choose another name")
 
 
 def require_local(host: Host, vm: str, doing: str) -> None:

@@ -252,6 +252,18 @@ def test_names_with_numbers_are_listed_in_the_order_of_these(host: Host) -> None
     assert listing.matching(host, ["web*"]) == ("web9", "web10", "web100")
 
 
+def test_all_names_that_are_taken_are_told(host: Host) -> None:
+    for name in ("web-1", "web-3"):
+        define(host.conn, name)
+    for count, said in (
+        (2, "cannot fork VM web: web-1 exists already"),
+        (3, "cannot fork VM web: web-1, web-3 exist already"),
+    ):
+        with pytest.raises(Conflict) as taken:
+            copies.require_free(host, "web", copies.numbered("web", count), "fork")
+        assert (taken.value.message, taken.value.hint) == (said, "choose another name")
+
+
 def test_names_and_globs(host: Host) -> None:
     for name in ("web1", "web2", "db1"):
         define(host.conn, name)
