@@ -35,6 +35,7 @@ from vmctl.backup_index import CLUSTER, ZEROS
 from vmctl.backup_manifest import Manifest, StoredDisk, StoredFile
 from vmctl.backup_plan import DiskNow, Wanted
 from vmctl.choices import Compression
+from vmctl.cli import run
 from vmctl.errors import ImageError, NotFound, SpecError, WrongState
 from vmctl.events import Event, silent
 from vmctl.nbd import Broken, Export
@@ -456,6 +457,15 @@ def test_a_mistyped_vm_is_guessed_from_those_that_have_backups(tmp_path: Path) -
             ask()
         assert "web-server" in failed.value.hint
     assert backup_store.vm_meant(tmp_path / "database") == ""
+
+
+def test_a_file_is_shown_with_what_is_known_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nvram = StoredFile("nvram", "nvram.fd", 2, DIGEST, "/nvram/web1.fd")
+    one = manifest(1, files=(StoredFile("domain", "domain.xml", 1, DIGEST), nvram))
+    _shelved(tmp_path / "web1", one)
+    assert run(["backup", "show", "web1", "--folder", str(tmp_path)]) == 0
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["domain", "domain.xml, 1 B"] in rows and ["nvram", "nvram.fd, 2 B, /nvram/web1.fd"] in rows
 
 
 def test_the_vms_are_listed_in_the_order_of_their_numbers(tmp_path: Path) -> None:

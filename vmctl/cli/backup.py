@@ -163,7 +163,7 @@ def show(
         lines = [f"{disk.file}, {ui.size(disk.file_size)} of {ui.size(disk.size)}, was {disk.format} at {disk.source}"]
         lines.append(f"laid over {disk.parent}" if disk.parent else "whole" + (f": {disk.why}" if disk.why else ""))
         pairs.append((f"disk {disk.target}", "\n".join([*lines, f"digest {disk.digest}"])))
-    pairs += [(one_.role, f"{one_.file}, {ui.size(one_.size)}, {one_.source}") for one_ in one.files]
+    pairs += [(x.role, ", ".join(filter(None, [x.file, ui.size(x.size), x.source]))) for x in one.files]
     ui.emit(one, output, lambda: ui.fields(pairs), lambda: [one.id])
 
 
