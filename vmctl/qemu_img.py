@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vmctl.errors import ImageError
-from vmctl.qemu_img_run import STDERR_TAIL, Limits, Source, run, run_limited
+from vmctl.qemu_img_run import Limits, Source, run, run_limited, said_last
 
 _QUICK_TIMEOUT_S = 60
 _COPY_TIMEOUT_S = 3600
@@ -179,7 +179,7 @@ def check(path: Path, format: str, *, repair: str = "") -> CheckResult:
     except subprocess.TimeoutExpired as error:
         raise ImageError(f"cannot check {path}: qemu-img did not end in {_COPY_TIMEOUT_S} s") from error
     except ValueError as error:
-        tail = done.stderr.decode(errors="replace").strip()[-STDERR_TAIL:]
+        tail = said_last(done.stderr)
         raise ImageError(f"cannot check {path}: {tail or f'qemu-img exit status {done.returncode}'}") from error
     fixed = int(told.get("corruptions-fixed", 0)) + int(told.get("leaks-fixed", 0))
     return CheckResult(

@@ -16,12 +16,18 @@ from typing import Any
 
 from vmctl.errors import ImageError, NoRoom
 
-STDERR_TAIL = 300
+_STDERR_TAIL = 300
 _MOST_SAID = 16 << 20
 _UNLIMITED = 1 << 62
 _FULL = "No space left on device"
 _FREE = "that are free"
 _PROGRESS = re.compile(rb"\((\d+)\.(\d+)/100%\)")
+
+
+def said_last(errors: bytes) -> str:
+    """The end of what QEMU's programs say on stderr, on one line: they break it, and indent the rest by tabs."""
+    lines = (line.strip() for line in errors.decode(errors="replace").splitlines())
+    return "; ".join(filter(None, lines))[-_STDERR_TAIL:]
 
 
 def run(words: Sequence[str], *, what: str, timeout_s: float) -> bytes:
@@ -35,7 +41,7 @@ def run(words: Sequence[str], *, what: str, timeout_s: float) -> bytes:
     except subprocess.TimeoutExpired as error:
         raise ImageError(f"cannot {what}: qemu-img did not end in {timeout_s:.0f} s") from error
     except subprocess.CalledProcessError as error:
-        tail = error.stderr.decode(errors="replace").strip()[-STDERR_TAIL:]
+        tail = said_last(error.stderr)
         raise ImageError(f"cannot {what}: {tail or f'qemu-img exit status {error.returncode}'}") from error
     return done.stdout
 
@@ -153,7 +159,7 @@ def _listen(
 
 
 def _failed(what: str, code: int, limits: Limits, errors: bytes) -> ImageError:
-    tail = errors.decode(errors="replace").strip()[-STDERR_TAIL:]
+    tail = said_last(errors)
     # A write cut off in its middle, by the limit or the disk's end, goes on unaligned: an "Invalid argument".
     told = (errno.EFBIG, errno.EINVAL, errno.ENOSPC)
     writing = "error while" in tail and "error while reading" not in tail

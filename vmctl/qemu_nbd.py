@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vmctl.errors import ImageError
-from vmctl.qemu_img_run import STDERR_TAIL, Limits
+from vmctl.qemu_img_run import Limits, said_last
 from vmctl.wait import wait_until
 
 _START_TIMEOUT_S = 60.0
@@ -59,7 +59,7 @@ def served(
 def _listens(process: subprocess.Popen[bytes], path: Path, what: str) -> bool:
     if process.poll() is not None:
         assert process.stderr is not None
-        tail = process.stderr.read().decode(errors="replace").strip()[-STDERR_TAIL:]
+        tail = said_last(process.stderr.read())
         raise ImageError(f"cannot {what}: {tail or f'qemu-nbd exit status {process.returncode}'}")
     with socket.socket(socket.AF_UNIX) as probe:
         try:

@@ -396,3 +396,13 @@ def test_ports_that_are_taken() -> None:
     assert not disk_xml.without_free_port(f"<domain><devices>{disk}</devices></domain>")
     assert disk_xml.without_free_port(f"<domain><devices>{port.format(1)}{disk}</devices></domain>")
     assert not disk_xml.without_free_port(f"<domain><devices>{port.format(1)}{port.format(2)}{disk}</devices></domain>")
+
+
+def test_what_qemu_img_says_on_several_lines_is_told_on_one(tmp_path: Path) -> None:
+    from vmctl import qemu_img_run
+
+    above, none = str(tmp_path / "above.qcow2"), str(tmp_path / "none")
+    with pytest.raises(ImageError) as failed:
+        qemu_img_run.run(["create", "-f", "qcow2", "-F", "raw", "-b", none, above], what="make it", timeout_s=60)
+    said = failed.value.message
+    assert said.isprintable() and said.endswith("No such file or directory; Could not open backing image."), said
