@@ -85,7 +85,9 @@ def test_stages_of_several_waits_name_their_vm(shell: Shell, shared_vm: GuestVM,
     assert f"{name}: running" in err and f"{shared_vm.name}: running" in err
 
 
-@pytest.mark.parametrize("words", [["events"], ["wait", "{}", "--for", "stopped"], ["exec", "{}", "--", "sleep", "99"]])
+@pytest.mark.parametrize(
+    "words", [["events", "--count", "9"], ["wait", "{}", "--for", "stopped"], ["exec", "{}", "--", "sleep", "99"]]
+)
 def test_ctrl_c_says_so(shared_vm: GuestVM, words: list[str]) -> None:
     running = begin(*(word.format(shared_vm.name) for word in words))
     fds = Path(f"/proc/{running.pid}/fd")
