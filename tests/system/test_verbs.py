@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
+import termios
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
@@ -275,12 +278,13 @@ def test_logs_are_followed_until_ctrl_c(shell: Shell, vm: str) -> None:
 
 def test_a_wait_shows_on_a_terminal_that_it_goes_on(shell: Shell, vm: str) -> None:
     main, side = pty.openpty()
-    words = [*VMCTL, "wait", vm, "--for", "stopped"]
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    words = [*VMCTL, "wait", vm, "--for", "stopped", "--timeout", "60"]
     with subprocess.Popen(words, cwd=REPO, stdin=side, stdout=side, stderr=side) as running:
         os.close(side)
         said = ""
         while len(set(re.findall(r"stopped +… +([0-9.]+) s so far", said))) < 3:
-            assert select.select([main], [], [], 20)[0], said
+            assert running.poll() is None and select.select([main], [], [], 20)[0], said
             said += os.read(main, 4096).decode(errors="replace")
         running.send_signal(signal.SIGINT)
         assert running.wait(20) == 130
