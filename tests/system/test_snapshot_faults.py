@@ -121,7 +121,7 @@ def state(path: str) -> FileState:
 
 @cache
 def _checked(file: FileState) -> None:
-    subprocess.run(["qemu-img", "check", "-q", file.path], check=True, timeout=60)
+    assert pattern.whole(file.path), file.path
 
 
 @cache
