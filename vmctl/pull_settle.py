@@ -63,9 +63,9 @@ def require_settled(host: Host, vm: Domain, doing: str) -> None:
 
 def _of(host: Host, name: str) -> Iterator[tuple[Path, Entry]]:
     """The entries of a VM, and of the disks that it has: another program may have renamed it, or handed them on."""
-    for path, entry in pull_journal.entries(host):
-        if entry.vm == name or os.path.realpath(entry.path) in _named(host, name):
-            yield path, entry
+    found = tuple(pull_journal.entries(host))
+    named = _named(host, name) if found else set()
+    yield from ((path, entry) for path, entry in found if entry.vm == name or os.path.realpath(entry.path) in named)
 
 
 def _named(host: Host, name: str) -> set[str]:

@@ -36,3 +36,14 @@ def conn(tmp_path: Path) -> Iterator[Connection]:
 def host(conn: Connection, tmp_path: Path) -> Host:
     """A host around that connection with folders of this test's own."""
     return Host(conn, Settings(), Folders(tmp_path, tmp_path, tmp_path, tmp_path))
+
+
+@pytest.fixture
+def folder(host: Host, tmp_path: Path) -> Path:
+    """That of a pool."""
+    folder = tmp_path / "disks"
+    folder.mkdir()
+    host.conn.handle.storagePoolCreateXML(
+        f"<pool type='dir'><name>disks</name><target><path>{folder}</path></target></pool>"
+    )
+    return folder

@@ -32,17 +32,6 @@ def heard(lines: list[str]) -> Reporter:
     return lambda event: lines.append(getattr(event, "text", ""))
 
 
-@pytest.fixture
-def folder(host: Host, tmp_path: Path) -> Path:
-    """That of a pool."""
-    folder = tmp_path / "disks"
-    folder.mkdir()
-    host.conn.handle.storagePoolCreateXML(
-        f"<pool type='dir'><name>disks</name><target><path>{folder}</path></target></pool>"
-    )
-    return folder
-
-
 def img(*words: str) -> None:
     subprocess.run(["qemu-img", *words], check=True, timeout=60, capture_output=True)
 

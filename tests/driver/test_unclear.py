@@ -21,17 +21,6 @@ from vmctl.record import Owned
 from vmctl.spec import VM
 
 
-@pytest.fixture
-def folder(host: Host, tmp_path: Path) -> Path:
-    """That of a pool."""
-    folder = tmp_path / "disks"
-    folder.mkdir()
-    host.conn.handle.storagePoolCreateXML(
-        f"<pool type='dir'><name>disks</name><target><path>{folder}</path></target></pool>"
-    )
-    return folder
-
-
 def made(path: Path, on: str = "") -> str:
     """An empty disk, or an empty layer on one."""
     words = ["-b", on, "-F", "qcow2", str(path)] if on else [str(path), "1M"]
